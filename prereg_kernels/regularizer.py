@@ -1,0 +1,350 @@
+"""apply_pre: attach Predictive Regularization to a Hugging Face model, through hooks alone.
+
+Four hooks: the model's call begins a forward pass and notes the visual tokens; the language model's
+call shows the anchor, its input embeddings; each regularised decoder layer's output goes through
+the tap; the model's result gets the term added to its loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels.config import PReConfig
+from prereg_kernels.families import Family, find_family
+from prereg_kernels.head import PReHead
+
+HEADS = "pre_heads"  # the name under which the heads are registered on the model
+_ATTRIBUTE = "_prereg"
+
+
+def apply_pre(model: nn.Module, config: PReConfig | None = None, **overrides: Any) -> PRe:
+    """Attach PRe: `model(**batch).loss` then carries the gradient of `L_LM + weight * L_PRe`.
+
+    The heads become parameters of the model: call this before building the optimizer. In training
+    the *value* of the loss stays L_LM, unless `value_in_forward=True`; in evaluation nothing
+    changes.
+
+    Args:
+        model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`.
+        config: settings; None: the paper's. overrides: single fields of it.
+
+    Returns:
+        The handle: heads, metrics, save and load.
+
+    Raises:
+        ValueError: unsupported model, PRe attached already, a layer that does not exist.
+        TypeError: an unknown setting.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if config is not None and not isinstance(config, PReConfig):
+        raise TypeError(f"config: expected a PReConfig or None, got {type(config).__name__}")
+    if hasattr(model, _ATTRIBUTE):
+        raise ValueError("model: PRe is attached already; call remove_pre(model) first")
+    config = (config or PReConfig()).replace(**overrides)
+    return PRe(model, config, find_family(model))
+
+
+def remove_pre(model: nn.Module) -> None:
+    """Detach PRe; the model is what it was: state_dict keys, hooks, outputs.
+
+    Raises:
+        ValueError: PRe is not attached.
+    """
+    pre = getattr(model, _ATTRIBUTE, None)
+    if pre is None:
+        raise ValueError("model: PRe is not attached; expected a model that apply_pre was given")
+    pre.detach()
+
+
+@dataclass
+class _Pass:
+    """What one forward pass of the model needs to remember."""
+
+    inputs: Mapping[str, Any]
+    index: Tensor  # (N,) visual positions in the flattened batch
+    training: bool
+    anchor: Tensor | None = None  # (batch, positions, A) or (N, A)
+    losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
+    denominator: float | Tensor | None = None
+    lm_loss: Tensor | None = None
+
+
+class PRe:
+    """PRe on a model: made by `apply_pre`.
+
+    Attributes:
+        heads: {layer: PReHead}.
+        config: the settings.
+        denominator: None, or the number of visual tokens (a number or 0-dim Tensor) of the whole
+            optimizer step, over micro-batches and ranks: L_PRe of each call is then a sum over its
+            tokens divided by this. A training loop that accumulates gradients sets it every step.
+        loss: the weighted term of the last training call, 0-dim; it is part of the model's loss
+            already where the model computed one, and to be added by hand where it got no labels.
+    """
+
+    def __init__(self, model: nn.Module, config: PReConfig, family: Family) -> None:
+        layers = family.layers_of(model)
+        numbers = config.resolve_layers(len(layers))
+        self.model, self.config, self.family = model, config, family
+        self.denominator: float | Tensor | None = None
+        self.loss: Tensor | None = None
+        self._pass: _Pass | None = None  # while the model's forward runs
+        self._last: _Pass | None = None
+        self._visual_tokens = family.visual_token_ids(model)
+        self._signature = inspect.signature(model.forward)
+
+        self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
+        model.add_module(HEADS, nn.ModuleDict({str(n): head for n, head in self.heads.items()}))
+        # `save_pretrained` then writes a plain model; the heads have their own file
+        names = {f"{HEADS}.{name}" for name in getattr(model, HEADS).state_dict()}
+        self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
+        model._keys_to_ignore_on_save = {*(self._ignored_before or ()), *names}  # type: ignore[assignment]
+
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            family.language_model_of(model).register_forward_pre_hook(
+                self._see_embeddings, with_kwargs=True
+            ),
+            model.register_forward_hook(self._end),
+        ]
+        for number in numbers:
+            hook = _LayerHook(self, number)
+            self._handles.append(layers[number - 1].register_forward_hook(hook))
+        setattr(model, _ATTRIBUTE, self)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last call of the model; in training, read them after backward.
+
+        Returns:
+            "pre_loss": L_PRe, averaged over the visual tokens (and the layers; each layer has
+            "pre_loss/layer_16" too where there are several); "lm_loss", where the model computed
+            it; "visual_tokens". Under torch.distributed these are reduced over all ranks, so call
+            it on every rank. Without a call yet, or in evaluation without `value_in_eval`, there
+            is no "pre_loss".
+        """
+        last = self._last
+        if last is None:
+            return {}
+        device = last.index.device
+        count = torch.tensor(float(last.index.numel()), device=device)
+        columns = [count, torch.ones_like(count)]
+        if last.lm_loss is not None:
+            columns.append(last.lm_loss.detach().float())
+        for value in last.losses.values():  # sums over tokens, so that ranks can be added up
+            tokens = count if last.denominator is None else last.denominator
+            columns.append(value.detach().float().to(device) * tokens)
+        totals = torch.stack(columns)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        tokens, ranks, *rest = totals.tolist()
+
+        figures = {"visual_tokens": tokens}
+        if last.lm_loss is not None:
+            figures["lm_loss"] = rest.pop(0) / ranks
+        per_layer = [total / max(tokens, 1.0) for total in rest]
+        if per_layer:
+            figures["pre_loss"] = sum(per_layer) / len(per_layer)
+        if len(per_layer) > 1:
+            named = zip(last.losses, per_layer, strict=True)
+            figures |= {f"pre_loss/layer_{layer}": value for layer, value in named}
+        return figures
+
+    def save(self, path: str | Path) -> None:
+        """Write the heads (safetensors) and the config (JSON) into the directory `path`.
+
+        Each file appears whole or not at all.
+        """
+        from safetensors.torch import save
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        heads = {name: x.detach().contiguous() for name, x in self._state().items()}
+        config = self.config.to_json() | {"layers": list(self.heads)}
+        _write_whole(path / "pre_config.json", json.dumps(config, indent=2).encode())
+        _write_whole(path / "pre_heads.safetensors", save(heads))
+
+    def load(self, path: str | Path) -> None:
+        """Read the heads that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there are none at `path`.
+            ValueError: they do not fit: other layers or other shapes.
+        """
+        from safetensors.torch import load_file
+
+        file = Path(path) / "pre_heads.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"path: expected a directory with {file.name}, got {path}")
+        saved, own = load_file(file), self._state()
+        theirs = {name: tuple(x.shape) for name, x in saved.items()}
+        ours = {name: tuple(x.shape) for name, x in own.items()}
+        if theirs != ours:
+            raise ValueError(f"path: heads do not fit: expected {ours}, got {theirs} in {file}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def detach(self) -> None:
+        """See `remove_pre`."""
+        for handle in self._handles:
+            handle.remove()
+        delattr(self.model, HEADS)
+        delattr(self.model, _ATTRIBUTE)
+        if self._ignored_before is None:
+            del self.model._keys_to_ignore_on_save
+        else:
+            self.model._keys_to_ignore_on_save = self._ignored_before  # type: ignore[assignment]
+
+    def _state(self) -> dict[str, Tensor]:
+        return dict(getattr(self.model, HEADS).named_parameters())
+
+    def _make_head(self, layer: nn.Module) -> PReHead:
+        model: Any = self.model
+        like = next(layer.parameters())
+        width = model.get_input_embeddings().weight.shape[1]
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            head = PReHead(
+                width,
+                config.anchor_features if callable(config.anchor) else width,
+                config.head_features,
+                depth=config.depth,
+                activation=config.activation,
+            )
+        return head.to(like.device, like.dtype if like.is_floating_point() else None)
+
+    # The hooks, in the order in which a forward pass meets them.
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        training = model.training and torch.is_grad_enabled()
+        self._pass = self.loss = None
+        if not training and not self.config.value_in_eval:
+            self._last = None
+            return
+        bound = self._signature.bind_partial(*args, **kwargs)
+        inputs = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        input_ids = inputs.get("input_ids")
+        if input_ids is None:
+            raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
+        visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in self._visual_tokens:
+            visual |= input_ids == token
+        index = visual.flatten().nonzero().squeeze(1)
+        self._pass = _Pass(inputs, index, training, denominator=self.denominator)
+
+    def _see_embeddings(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        current = self._pass
+        if current is None:
+            return
+        anchor = self.config.anchor
+        if callable(anchor):
+            self._pass = None  # the function may call parts of the model
+            with torch.no_grad():
+                current.anchor = self._check_anchor(anchor(current.inputs), current)
+            self._pass = current
+        else:
+            current.anchor = kwargs["inputs_embeds"].detach()
+
+    def _check_anchor(self, anchor: Any, current: _Pass) -> Tensor:
+        expected = (current.index.numel(), self.config.anchor_features)
+        if not isinstance(anchor, Tensor) or tuple(anchor.shape) != expected:
+            came = tuple(anchor.shape) if isinstance(anchor, Tensor) else type(anchor).__name__
+            raise ValueError(f"anchor: expected a Tensor of shape {expected}, got {came}")
+        return anchor
+
+    def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
+        head, current, config = self.heads[layer], self._pass, self.config
+        if current is None:
+            # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
+            # and nothing else; the first run has counted the loss.
+            if not (head.training and torch.is_grad_enabled()):
+                return None
+            nothing = hidden.new_zeros(0, dtype=torch.long)
+            width = config.anchor_features if callable(config.anchor) else hidden.shape[-1]
+            return head.tap(hidden, hidden.new_zeros(0, width), visual_index=nothing)[0]
+        if current.anchor is None:
+            raise RuntimeError("PRe: the language model was called without inputs_embeds")
+        index, anchor = current.index.to(hidden.device), current.anchor.to(hidden.device)
+        options = {"visual_index": index, "loss": config.loss, "normalize": config.normalize}
+        if not current.training:
+            with torch.no_grad():
+                current.losses[layer] = head(hidden, anchor, **options)
+            return None
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"PRe: layer {layer} runs without grad in a training step, as gradient "
+                "checkpointing does with use_reentrant=True; expected use_reentrant=False "
+                "(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+        tapped, current.losses[layer] = head.tap(
+            hidden,
+            anchor,
+            denominator=current.denominator,
+            compute_value=config.value_in_forward,
+            **options,
+        )
+        return tapped
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        current, self._pass = self._pass, None
+        if current is None:
+            return None
+        self._last = current
+        is_tuple = isinstance(output, tuple)
+        if current.inputs.get("labels") is not None:
+            current.lm_loss = (output[0] if is_tuple else output.loss).detach()
+        if not current.training:
+            return None
+        device = current.index.device
+        term = torch.stack([value.to(device) for value in current.losses.values()]).mean()
+        self.loss = term = term * self.config.weight * self._label_share(current)
+        if current.lm_loss is None:
+            return None
+        if is_tuple:
+            return (output[0] + term.to(output[0].device), *output[1:])
+        output.loss = output.loss + term.to(output.loss.device)
+        return output
+
+    def _label_share(self, current: _Pass) -> float | Tensor:
+        """This micro-batch's share of the step's label tokens.
+
+        Where the caller gives the step's count (transformers' Trainer does under gradient
+        accumulation, and then does not divide the loss), L_LM is a share of the step's mean: so
+        must L_PRe be. `denominator` makes this exact, and the share is then not needed.
+        """
+        items = current.inputs.get("num_items_in_batch")
+        labels = current.inputs.get("labels")
+        if items is None or labels is None or current.denominator is not None:
+            return 1.0
+        return (labels[..., 1:] != -100).sum() / items
+
+
+class _LayerHook:
+    """The forward hook of one decoder layer."""
+
+    def __init__(self, pre: PRe, layer: int) -> None:
+        self.pre, self.layer = pre, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.pre._tap(self.layer, output)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""pre_tap: the identity on the hidden states, which adds PRe's gradient in the backward pass.
+
+The gradient of the loss needs nothing from upstream but a scalar, so all of the work can wait until
+the backward pass reaches layer l: six matmuls, no recomputation, nothing held in between, and the
+scratch lives where the activations of all later layers are already freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.inputs import (
+    Inputs,
+    Spec,
+    check_inputs,
+    check_name,
+    check_spec,
+    matmul_dtype,
+    token_coefficients,
+)
+from prereg_kernels.ops import (
+    call_gradients,
+    call_losses,
+    forbid_double_backward,
+    store_value,
+)
+from prereg_kernels.rows import BACKENDS
+
+
+def pre_tap(
+    hidden: Tensor,
+    anchor: Tensor,
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    visual_mask: Tensor | None = None,
+    visual_index: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    activation: str = "gelu",
+    loss: str = "cosine",
+    normalize: str = "none",
+    denominator: float | Tensor | None = None,
+    eps: float = 1e-8,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    compute_value: bool = False,
+    value_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pass `hidden` on unchanged, and return a scalar whose gradient is that of the PRe loss.
+
+    Backward adds `grad_loss * dL/dhidden` to the gradient of `hidden`. Use both results:
+
+        hidden, pre = pre_tap(hidden, anchor, weights, biases, visual_index=index)
+        ...                                    # the later layers read `hidden`
+        (lm_loss + 0.5 * pre).backward()
+
+    Args:
+        compute_value: False: the scalar is 0 in the forward pass, and holds the loss once backward
+            has been through it, so combine it linearly. True: it holds the loss at once, at two
+            more matmuls. The gradient is the same.
+        value_out: a 0-dim Tensor without gradient that backward writes the loss into. Under
+            torch.compile this is the one way to read it, as the scalar itself stays as it was.
+        The others: as for `fused_pre_loss` with reduction="mean".
+
+    Returns:
+        `hidden` (the same values, shape and dtype) and the loss, 0-dim, float32 (float64 for
+        float64 `hidden`).
+
+    Raises:
+        TypeError, ValueError, IndexError: as `fused_pre_loss`.
+    """
+    check_name("backend", backend, BACKENDS)
+    inputs = check_inputs(
+        hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
+    )
+    spec = check_spec(activation, loss, normalize, eps, matmul_dtype(hidden), chunk_rows, backend)
+    if value_out is not None and (value_out.dim() != 0 or value_out.requires_grad):
+        raise ValueError(
+            f"value_out: expected a 0-dim Tensor that does not require grad, "
+            f"got shape {tuple(value_out.shape)}, requires_grad={value_out.requires_grad}"
+        )
+    coefficient = token_coefficients(inputs, "mean", denominator, hidden)
+    return _Tap.apply(
+        hidden,
+        anchor.detach(),
+        inputs.select,
+        coefficient,
+        spec,
+        inputs.bias_layers,
+        compute_value,
+        value_out,
+        *inputs.weights,
+        *inputs.biases,
+    )
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        anchor: Tensor,
+        select: Tensor | None,
+        coefficient: Tensor,
+        spec: Spec,
+        bias_layers: list[int],
+        compute_value: bool,
+        value_out: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.spec, ctx.bias_layers = spec, bias_layers
+        # The constants stay outside of the saved-tensor hooks: under activation checkpointing the
+        # recomputed forward then only has to bring back `hidden`, whatever anchor it is shown.
+        ctx.constants = anchor, select, coefficient
+        ctx.save_for_backward(hidden, *parameters)
+        if compute_value:
+            inputs = _inputs(parameters, bias_layers, select, coefficient)
+            value = (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
+        else:
+            value = coefficient.new_zeros(())
+        if value_out is None and not torch.compiler.is_compiling():
+            value_out = value.detach()  # shares the memory of the scalar that the caller gets
+        ctx.value_out = value_out
+        ctx.set_materialize_grads(False)
+        return hidden.view_as(hidden), value
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_hidden: Tensor | None, grad_value: Tensor | None
+    ) -> tuple[Any, ...]:
+        if grad_value is None:  # the caller did not use the loss
+            return (grad_hidden, *[None] * (len(ctx.needs_input_grad) - 1))
+        hidden, *parameters = ctx.saved_tensors
+        anchor, select, coefficient = ctx.constants
+        needs = ctx.needs_input_grad
+        inputs = _inputs(parameters, ctx.bias_layers, select, coefficient)
+        depth = len(inputs.weights)
+        with torch.no_grad():
+            _, losses, *gradients = call_gradients(
+                hidden,
+                anchor,
+                inputs,
+                ctx.spec,
+                coefficient * grad_value,
+                needs[0],
+                needs[8 : 8 + depth],
+                needs[8 + depth :],
+                residual=grad_hidden,
+            )
+            if ctx.value_out is not None:
+                store_value(ctx.value_out, (losses * coefficient).sum())
+        gradients = forbid_double_backward(gradients, [hidden, *parameters])
+        dh, *rest = (
+            x if n else None for x, n in zip(gradients, (needs[0], *needs[8:]), strict=True)
+        )
+        return (dh, *[None] * 7, *rest)
+
+
+def _inputs(
+    parameters: Sequence[Tensor], bias_layers: list[int], select: Tensor | None, slots: Tensor
+) -> Inputs:
+    depth = len(parameters) - len(bias_layers)
+    weights, biases = list(parameters[:depth]), list(parameters[depth:])
+    return Inputs(weights, biases, bias_layers, select, None, slots.shape[0])
