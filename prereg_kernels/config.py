@@ -60,8 +60,11 @@ class PReConfig:
         check_name("normalize", self.normalize, NORMALIZATIONS)
         if not callable(self.anchor):
             check_name("anchor", self.anchor, ("pre_llm", "a function"))
-        elif self.anchor_features is None:
-            raise ValueError("anchor_features: expected the anchor function's width A, got None")
+        if callable(self.anchor) != (self.anchor_features is not None):
+            raise ValueError(
+                "anchor_features: expected the width A with an anchor function, None without; "
+                f"got {self.anchor_features!r}"
+            )
 
     def replace(self, **overrides: Any) -> PReConfig:
         """A copy with some fields changed.
@@ -94,9 +97,12 @@ class PReConfig:
                 )
         return numbers
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; an anchor function becomes "function"."""
+    def to_json(self, layers: Sequence[int]) -> dict[str, Any]:
+        """The fields as JSON values, with the resolved layers; a function becomes "function"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         anchor = "function" if callable(self.anchor) else self.anchor
-        layers = self.layers if self.layers is None or isinstance(self.layers, int) else None
-        return fields | {"anchor": anchor, "layers": layers or self.layers and list(self.layers)}
+        return fields | {"anchor": anchor, "layers": list(layers)}
+
+    def anchor_width(self, llm_width: int) -> int:
+        """A, for an LLM of that width."""
+        return llm_width if self.anchor_features is None else self.anchor_features

@@ -8,7 +8,7 @@ first output are the others, which it has computed already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from prereg_kernels.inputs import Inputs, Spec
 from prereg_kernels.pipeline import (
     Head,
     Needs,
+    Problem,
     choose_chunk_rows,
     losses_and_gradients,
     losses_only,
@@ -71,10 +72,10 @@ def pre_losses(
     """The op behind `call_losses`."""
     spec = Spec(activation, loss, normalize, eps, compute_dtype, chunk_rows, backend)
     with torch.autocast(hidden.device.type, enabled=False):
-        flat = _flatten(hidden, anchor, select, weights, biases, bias_layers)
+        problem = _flatten(hidden, anchor, select, weights, biases, bias_layers)
         rows = choose_rows(backend, hidden.device)
-        losses = losses_only(*flat, spec, rows, _chunk_rows(flat, spec))
-        return _to_slots(losses, select, flat.index)
+        losses = losses_only(problem, spec, rows, _chunk_rows(problem, spec))
+        return _to_slots(losses, select, problem.hidden_index)
 
 
 @torch.library.custom_op("prereg::pre_gradients", mutates_args=())
@@ -103,17 +104,17 @@ def pre_gradients(
     need_of = dict(zip(bias_layers, need_biases, strict=True))
     needs = Needs(need_hidden, need_weights, [need_of.get(i, False) for i in range(len(weights))])
     with torch.autocast(hidden.device.type, enabled=False):
-        flat = _flatten(hidden, anchor, select, weights, biases, bias_layers)
+        problem = _flatten(hidden, anchor, select, weights, biases, bias_layers)
         losses, (dh, dws, dbs) = losses_and_gradients(
-            *flat,
+            problem,
             spec,
             choose_rows(backend, hidden.device),
-            _chunk_rows(flat, spec),
-            coefficient[flat.index] if _is_mask(select) else coefficient,
+            _chunk_rows(problem, spec),
+            coefficient[problem.hidden_index] if _is_mask(select) else coefficient,
             needs,
             None if residual is None else residual.reshape(-1, hidden.shape[-1]),
         )
-        losses = _to_slots(losses, select, flat.index)
+        losses = _to_slots(losses, select, problem.hidden_index)
         gradients = [dh if dh is None else dh.view(hidden.shape), *dws]
         gradients += [dbs[layer] for layer in bias_layers]
         return [
@@ -239,16 +240,8 @@ def _as_inputs(
     gradients = forbid_double_backward(gradients, inputs)
     dh, *rest = (x if need else None for x, need in zip(gradients, needs, strict=True))
     # autograd's bookkeeping wants an empty list for an empty list, None for a list of numbers
-    others = [[] if need == [] else None for need in ctx.needs_input_grad[5:]]
+    others: list[Any] = [[] if need == [] else None for need in ctx.needs_input_grad[5:]]
     return (dh, None, None, rest[: ctx.depth], rest[ctx.depth :], *others)
-
-
-class _Flat(NamedTuple):
-    hidden: Tensor  # (T, D)
-    anchor: Tensor  # (T or N, A)
-    index: Tensor | None  # (N,) into the rows of hidden
-    anchor_index: Tensor | None  # (N,) into the rows of anchor
-    head: Head
 
 
 def _flatten(
@@ -258,7 +251,7 @@ def _flatten(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     bias_layers: Sequence[int],
-) -> _Flat:
+) -> Problem:
     index = select.nonzero().squeeze(1) if _is_mask(select) and select is not None else select
     aligned = anchor.shape[:-1] != hidden.shape[:-1]  # one anchor row per visual token
     if aligned and index is not None and anchor.shape[0] != index.shape[0]:
@@ -267,7 +260,7 @@ def _flatten(
             f"for each of the {index.shape[0]} visual tokens; got {tuple(anchor.shape)}"
         )
     bias_of = dict(zip(bias_layers, biases, strict=True))
-    return _Flat(
+    return Problem(
         hidden.reshape(-1, hidden.shape[-1]),
         anchor.reshape(-1, anchor.shape[-1]),
         index,
@@ -276,12 +269,12 @@ def _flatten(
     )
 
 
-def _chunk_rows(flat: _Flat, spec: Spec) -> int:
+def _chunk_rows(problem: Problem, spec: Spec) -> int:
     if spec.chunk_rows:
         return spec.chunk_rows
-    count = flat.hidden.shape[0] if flat.index is None else flat.index.shape[0]
-    shapes = [(w.shape[0], w.shape[1]) for w in flat.head.weights]
-    return choose_chunk_rows(count, flat.hidden.shape[1], shapes, spec.compute_dtype.itemsize)
+    shapes = [(w.shape[0], w.shape[1]) for w in problem.head.weights]
+    columns, itemsize = problem.hidden.shape[1], spec.compute_dtype.itemsize
+    return choose_chunk_rows(problem.tokens, columns, shapes, itemsize)
 
 
 def _is_mask(select: Tensor | None) -> bool:

@@ -35,6 +35,21 @@ class Head(NamedTuple):
         return Head([w.to(dtype) for w in self.weights], biases)
 
 
+class Problem(NamedTuple):
+    """The tensors, flat: T positions, of which N are visual tokens."""
+
+    hidden: Tensor  # (T, D)
+    anchor: Tensor  # (T or N, A)
+    hidden_index: Tensor | None  # (N,) rows of hidden; None: all, in order
+    anchor_index: Tensor | None  # (N,) rows of anchor; None: all, in order
+    head: Head
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return (self.hidden if self.hidden_index is None else self.hidden_index).shape[0]
+
+
 class Needs(NamedTuple):
     """Which gradients to compute."""
 
@@ -49,21 +64,12 @@ class Gradients(NamedTuple):
     biases: list[Tensor | None]
 
 
-def losses_only(
-    hidden: Tensor,
-    anchor: Tensor,
-    index: Tensor | None,
-    anchor_index: Tensor | None,
-    head: Head,
-    spec: Spec,
-    rows: Rows,
-    chunk_rows: int,
-) -> Tensor:
-    """(T, D) hidden states, (T or N, A) anchor -> (N,) losses. Two matmuls, nothing kept."""
+def losses_only(problem: Problem, spec: Spec, rows: Rows, chunk_rows: int) -> Tensor:
+    """(N,) losses. Two matmuls, nothing kept."""
+    hidden, anchor, index, anchor_index, head = problem
     head = head.to(spec.compute_dtype)
-    count = hidden.shape[0] if index is None else index.shape[0]
-    losses = hidden.new_empty(count, dtype=spec.stat_dtype)
-    for chunk in _chunks(count, chunk_rows):
+    losses = hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
+    for chunk in _chunks(problem.tokens, chunk_rows):
         z = rows.gather_rows(hidden, index, chunk, spec.compute_dtype)
         for layer in range(len(head.weights)):
             z = _linear(rows.activate(z, spec.activation) if layer else z, head, layer)
@@ -73,11 +79,7 @@ def losses_only(
 
 
 def losses_and_gradients(
-    hidden: Tensor,
-    anchor: Tensor,
-    index: Tensor | None,
-    anchor_index: Tensor | None,
-    head: Head,
+    problem: Problem,
     spec: Spec,
     rows: Rows,
     chunk_rows: int,
@@ -89,21 +91,23 @@ def losses_and_gradients(
 
     The gradient of the hidden states is added to `residual` (T, D), if given, in a new tensor.
     """
-    count = hidden.shape[0] if index is None else index.shape[0]
+    hidden, anchor, index, anchor_index, head = problem
     depth = len(head.weights)
-    losses = hidden.new_empty(count, dtype=spec.stat_dtype)
-    sums = _WeightGradients(head, needs, spec, single=count <= chunk_rows)
+    losses = hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
+    sums = _WeightGradients(head, needs, spec, single=problem.tokens <= chunk_rows)
     unscale = None
     if spec.compute_dtype == torch.float16:  # 1/N would push dz into float16's subnormals
         unscale = power_of_two(coefficient)
         coefficient = coefficient / unscale
     dh = None
     if needs.hidden:
-        dh = hidden.new_zeros(hidden.shape) if residual is None else residual.clone()
+        dh = hidden.new_zeros(hidden.shape)
+        if residual is not None:
+            dh.copy_(residual)
     head = head.to(spec.compute_dtype)
     lowest = _lowest_layer(needs)
 
-    for chunk in _chunks(count, chunk_rows):
+    for chunk in _chunks(problem.tokens, chunk_rows):
         h = rows.gather_rows(hidden, index, chunk, spec.compute_dtype)
         t = rows.gather_rows(anchor, anchor_index, chunk, anchor.dtype)
         inputs, pre_activations, z = [h], [h], h

@@ -91,7 +91,7 @@ class PRe:
             already where the model computed one, and to be added by hand where it got no labels.
     """
 
-    def __init__(self, model: nn.Module, config: PReConfig, family: Family) -> None:
+    def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
         layers = family.layers_of(model)
         numbers = config.resolve_layers(len(layers))
         self.model, self.config, self.family = model, config, family
@@ -107,7 +107,7 @@ class PRe:
         # `save_pretrained` then writes a plain model; the heads have their own file
         names = {f"{HEADS}.{name}" for name in getattr(model, HEADS).state_dict()}
         self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
-        model._keys_to_ignore_on_save = {*(self._ignored_before or ()), *names}  # type: ignore[assignment]
+        model._keys_to_ignore_on_save = {*(self._ignored_before or ()), *names}
 
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -168,8 +168,8 @@ class PRe:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         heads = {name: x.detach().contiguous() for name, x in self._state().items()}
-        config = self.config.to_json() | {"layers": list(self.heads)}
-        _write_whole(path / "pre_config.json", json.dumps(config, indent=2).encode())
+        config = json.dumps(self.config.to_json(list(self.heads)), indent=2)
+        _write_whole(path / "pre_config.json", config.encode())
         _write_whole(path / "pre_heads.safetensors", save(heads))
 
     def load(self, path: str | Path) -> None:
@@ -202,21 +202,20 @@ class PRe:
         if self._ignored_before is None:
             del self.model._keys_to_ignore_on_save
         else:
-            self.model._keys_to_ignore_on_save = self._ignored_before  # type: ignore[assignment]
+            self.model._keys_to_ignore_on_save = self._ignored_before
 
     def _state(self) -> dict[str, Tensor]:
         return dict(getattr(self.model, HEADS).named_parameters())
 
     def _make_head(self, layer: nn.Module) -> PReHead:
-        model: Any = self.model
         like = next(layer.parameters())
-        width = model.get_input_embeddings().weight.shape[1]
+        width = self.model.get_input_embeddings().weight.shape[1]
         config = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             head = PReHead(
                 width,
-                config.anchor_features if callable(config.anchor) else width,
+                config.anchor_width(width),
                 config.head_features,
                 depth=config.depth,
                 activation=config.activation,
@@ -272,8 +271,8 @@ class PRe:
             if not (head.training and torch.is_grad_enabled()):
                 return None
             nothing = hidden.new_zeros(0, dtype=torch.long)
-            width = config.anchor_features if callable(config.anchor) else hidden.shape[-1]
-            return head.tap(hidden, hidden.new_zeros(0, width), visual_index=nothing)[0]
+            anchor = hidden.new_zeros(0, config.anchor_width(hidden.shape[-1]))
+            return head.tap(hidden, anchor, visual_index=nothing)[0]
         if current.anchor is None:
             raise RuntimeError("PRe: the language model was called without inputs_embeds")
         index, anchor = current.index.to(hidden.device), current.anchor.to(hidden.device)

@@ -20,36 +20,29 @@ BACKENDS = ("auto", "torch")
 class Rows(Protocol):
     """The interface of a backend. Elementwise work is done in `spec.stat_dtype`."""
 
-    @staticmethod
     def gather_rows(
-        source: Tensor, index: Tensor | None, rows: slice, dtype: torch.dtype
+        self, source: Tensor, index: Tensor | None, rows: slice, dtype: torch.dtype
     ) -> Tensor:
         """(T, C) -> (n, C) in `dtype`: `source[index[rows]]`; may be a view of the source."""
 
-    @staticmethod
-    def activate(u: Tensor, activation: str) -> Tensor:
+    def activate(self, u: Tensor, activation: str) -> Tensor:
         """g = act(u), a new tensor (the backward pass needs u)."""
 
-    @staticmethod
-    def activation_backward(dg: Tensor, u: Tensor, activation: str) -> Tensor:
+    def activation_backward(self, dg: Tensor, u: Tensor, activation: str) -> Tensor:
         """du = dg * act'(u), written over dg."""
 
-    @staticmethod
-    def token_losses(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
+    def token_losses(self, z: Tensor, t: Tensor, spec: Spec) -> Tensor:
         """(n,) losses in `spec.stat_dtype`."""
 
-    @staticmethod
     def token_losses_and_grad(
-        z: Tensor, t: Tensor, coefficient: Tensor, spec: Spec, dz: Tensor
+        self, z: Tensor, t: Tensor, coefficient: Tensor, spec: Spec, dz: Tensor
     ) -> Tensor:
         """(n,) losses; writes coefficient * dloss/dz into dz, which may be z itself."""
 
-    @staticmethod
-    def scatter_rows(into: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:
+    def scatter_rows(self, into: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:
         """`into[index[rows]] += values`, for unique indices: each row has one writer."""
 
-    @staticmethod
-    def add_column_sums(into: Tensor, values: Tensor) -> None:
+    def add_column_sums(self, into: Tensor, values: Tensor) -> None:
         """`into += values.sum(0)`, summed in the dtype of `into`."""
 
 

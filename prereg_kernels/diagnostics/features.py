@@ -1,0 +1,49 @@
+"""Hidden states at the visual tokens of every layer, through hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels.families import find_family
+
+
+@torch.no_grad()
+def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    """Run the model on a batch and keep the visual tokens' states of every layer.
+
+    Args:
+        model: of a supported family. It runs as it is; call `model.eval()` first.
+        batch: keyword arguments of its forward, `input_ids` among them.
+
+    Returns:
+        One (N, D) tensor a layer, layer 0 being the LLM's input and layer l the output of decoder
+        layer l (as in Hugging Face's `hidden_states`, except that the last is taken before the
+        final norm); rows in the order of the visual tokens in `input_ids`.
+    """
+    family = find_family(model)
+    ids = batch["input_ids"]
+    visual = torch.isin(ids, torch.tensor(family.visual_token_ids(model), device=ids.device))
+    kept: list[Tensor] = []
+
+    def keep(states: Tensor) -> None:
+        kept.append(states[visual.to(states.device)])
+
+    handles = [
+        family.language_model_of(model).register_forward_pre_hook(
+            lambda module, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True
+        ),
+        *(
+            layer.register_forward_hook(lambda module, args, output: keep(output))
+            for layer in family.layers_of(model)
+        ),
+    ]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
