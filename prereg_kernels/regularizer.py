@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class PRe:
         self._pass: _Pass | None = None  # while the model's forward runs
         self._last: _Pass | None = None
         self._visual_tokens = family.visual_token_ids(model)
-        self._signature = inspect.signature(model.forward)
+        self._positional = tuple(inspect.signature(model.forward).parameters)
 
         self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
         model.add_module(HEADS, nn.ModuleDict({str(n): head for n, head in self.heads.items()}))
@@ -117,7 +118,7 @@ class PRe:
             model.register_forward_hook(self._end),
         ]
         for number in numbers:
-            hook = _LayerHook(self, number)
+            hook = partial(self._tap, number)
             self._handles.append(layers[number - 1].register_forward_hook(hook))
         setattr(model, _ATTRIBUTE, self)
 
@@ -230,8 +231,7 @@ class PRe:
         if not training and not self.config.value_in_eval:
             self._last = None
             return
-        bound = self._signature.bind_partial(*args, **kwargs)
-        inputs = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        inputs = dict(zip(self._positional, args, strict=False)) | kwargs
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
@@ -263,7 +263,9 @@ class PRe:
             raise ValueError(f"anchor: expected a Tensor of shape {expected}, got {came}")
         return anchor
 
-    def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
+    def _tap(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], hidden: Tensor
+    ) -> Tensor | None:
         head, current, config = self.heads[layer], self._pass, self.config
         if current is None:
             # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
@@ -328,16 +330,6 @@ class PRe:
         if items is None or labels is None or current.denominator is not None:
             return 1.0
         return (labels[..., 1:] != -100).sum() / items
-
-
-class _LayerHook:
-    """The forward hook of one decoder layer."""
-
-    def __init__(self, pre: PRe, layer: int) -> None:
-        self.pre, self.layer = pre, layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.pre._tap(self.layer, output)
 
 
 def _write_whole(path: Path, content: bytes) -> None:

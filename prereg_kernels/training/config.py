@@ -1,0 +1,272 @@
+"""The settings of a training run, and their YAML form.
+
+Frozen dataclasses say what there is; `from_dict` checks names and types against them, so that a
+typo in a file is an error that names it and never a silently used default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from prereg_kernels.training.model import MODULES, ModelConfig
+from prereg_kernels.training.questions import COMMON_FAMILIES, check_families
+from prereg_kernels.training.scenes import SceneConfig
+
+T = TypeVar("T")
+
+PRECISIONS = ("fp32", "bf16")
+ANCHORS = ("pre_llm", "other_scene")
+
+
+def _require(name: str, holds: bool, expected: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """How the vision tower learns to see: supervised, each patch naming its digit's properties.
+
+    Attributes:
+        steps, batch: optimizer steps and scenes a step.
+        lr, weight_decay: AdamW's; cosine schedule with `warmup` steps.
+        min_digits, max_digits: its scenes are denser than the questions' (more labels an image).
+        digit_weight: weight of the digit's cross-entropy against each attribute's.
+        seed: of the initial weights and the data. Runs with different seeds share one tower.
+    """
+
+    steps: int = 1000
+    batch: int = 32
+    lr: float = 6e-3
+    warmup: int = 40
+    weight_decay: float = 0.05
+    min_digits: int = 9
+    max_digits: int = 9
+    digit_weight: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("steps", self.steps >= 1, "at least 1", self.steps)
+        _require("batch", self.batch >= 1, "at least 1", self.batch)
+        _require("lr", self.lr > 0, "a positive number", self.lr)
+        _require("warmup", self.warmup >= 0, "at least 0", self.warmup)
+        _require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
+        _require("digit_weight", self.digit_weight > 0, "a positive number", self.digit_weight)
+        _require("seed", self.seed >= 0, "at least 0", self.seed)
+
+
+@dataclass(frozen=True)
+class PRESettings:
+    """Predictive Regularization in a run.
+
+    Attributes:
+        weight: of L_PRe beside L_LM.
+        layer: decoder layer whose output predicts, counted from 1.
+        anchor: "pre_llm", the image's own features as they enter the LLM, or "other_scene", those
+            of another image: a control with the right statistics and the wrong content.
+    """
+
+    weight: float = 2.0
+    layer: int = 3
+    anchor: str = "pre_llm"
+
+    def __post_init__(self) -> None:
+        _require("weight", self.weight > 0, "a positive number", self.weight)
+        _require("layer", self.layer >= 1, "at least 1", self.layer)
+        _require("anchor", self.anchor in ANCHORS, f"one of {ANCHORS}", self.anchor)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training; each has its own optimizer and schedule.
+
+    Attributes:
+        name: for the logs.
+        steps: optimizer steps.
+        lr: peak learning rate, reached after `warmup` steps, then a cosine down to 0.
+        trainable: parts that train, of "tower", "projector", "llm".
+        frozen_layers: so many of the first decoder layers stay frozen.
+        pre: whether PRe is on (its settings are the run's).
+    """
+
+    name: str
+    steps: int
+    lr: float = 2e-3
+    warmup: int = 20
+    trainable: tuple[str, ...] = ("projector", "llm")
+    frozen_layers: int = 0
+    pre: bool = False
+
+    def __post_init__(self) -> None:
+        _require("steps", self.steps >= 1, "at least 1", self.steps)
+        _require("lr", self.lr > 0, "a positive number", self.lr)
+        _require("warmup", self.warmup >= 0, "at least 0", self.warmup)
+        known = bool(self.trainable) and set(self.trainable) <= set(MODULES)
+        _require("trainable", known, f"some of {MODULES}", self.trainable)
+        _require("frozen_layers", self.frozen_layers >= 0, "at least 0", self.frozen_layers)
+
+
+def _two_stages() -> tuple[StageConfig, ...]:
+    return (
+        StageConfig("projector", steps=20, lr=2e-3, warmup=5, trainable=("projector",)),
+        StageConfig("projector and llm", steps=380, lr=2e-3, warmup=20),
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    Attributes:
+        seed: of the decoder's initial weights and of the data; runs to be paired share it.
+        scenes, model, tower: what is seen, what sees it, and how it learned to see.
+        stages: in order; LLaVA's two by default.
+        pre: PRe's settings, for the stages that switch it on.
+        families: {question family: weight} of the training questions.
+        questions_per_scene: labels in each sequence.
+        micro_batch, accumulation: scenes in a micro-batch and micro-batches in a step.
+        precision: "fp32", or "bf16" (autocast; weights and optimizer stay fp32).
+        weight_decay, beta1, beta2, grad_clip: AdamW's, and the largest gradient norm.
+        checkpoint_every: steps between checkpoints; there is always one at the end.
+        init_from: a checkpoint directory to start from instead of a trained tower and a random
+            decoder.
+    """
+
+    seed: int = 0
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    stages: tuple[StageConfig, ...] = field(default_factory=_two_stages)
+    pre: PRESettings = field(default_factory=PRESettings)
+    families: Mapping[str, float] = field(
+        default_factory=lambda: dict.fromkeys(COMMON_FAMILIES, 1.0)
+    )
+    questions_per_scene: int = 16
+    micro_batch: int = 12
+    accumulation: int = 1
+    precision: str = "fp32"
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    grad_clip: float = 1.0
+    checkpoint_every: int = 100
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        _require("seed", self.seed >= 0, "at least 0", self.seed)
+        _require("stages", len(self.stages) >= 1, "at least one stage", self.stages)
+        for stage in self.stages:
+            depth = self.model.decoder_layers
+            _require(
+                "frozen_layers", stage.frozen_layers <= depth, f"<= {depth}", stage.frozen_layers
+            )
+            ok = not stage.pre or self.pre.layer <= depth
+            _require("layer", ok, f"at most {depth}, the decoder's depth", self.pre.layer)
+        check_families(self.families)
+        for name in ("questions_per_scene", "micro_batch", "accumulation", "checkpoint_every"):
+            _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        other = any(stage.pre for stage in self.stages) and self.pre.anchor == "other_scene"
+        _require("micro_batch", not other or self.micro_batch > 1, "at least 2 for other_scene", 1)
+        _require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}", self.precision)
+        _require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
+        _require("beta1", 0 <= self.beta1 < 1, "in [0, 1)", self.beta1)
+        _require("beta2", 0 <= self.beta2 < 1, "in [0, 1)", self.beta2)
+        _require("grad_clip", self.grad_clip > 0, "a positive number", self.grad_clip)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts, lists and scalars: what `from_dict`, YAML and JSON take."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def from_dict(kind: type[T], values: Any, at: str = "") -> T:
+    """Build the dataclass `kind` from plain values.
+
+    Raises:
+        ValueError: an unknown key, a missing one, a wrong type or a value out of range, named by
+            its path, as in "stages[1].lr: expected a number, got 'fast'".
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{at or 'config'}: expected a mapping, got {values!r}")
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    prefix = f"{at}." if at else ""
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{prefix}{key}: unknown key; expected one of {sorted(fields)}")
+    hints = typing.get_type_hints(kind)
+    given = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
+    for name, item in fields.items():
+        if item.default is item.default_factory is dataclasses.MISSING and name not in given:
+            raise ValueError(f"{prefix}{name}: required, but missing")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _convert(hint: Any, value: Any, at: str) -> Any:
+    """`value` as the type `hint`, or a ValueError that names `at`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, at)
+    if origin is types.UnionType:  # `X | None` is the only union here
+        return None if value is None else _convert(args[0], value, at)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{at}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], item, f"{at}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{at}: expected a mapping, got {value!r}")
+        return {str(key): _convert(args[1], item, f"{at}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    if type(value) is not hint:
+        raise ValueError(f"{at}: expected {names[hint]}, got {value!r}")
+    return value
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a YAML file.
+
+    Raises:
+        ValueError: not YAML, or as in `from_dict`; the message names the file.
+        OSError: the file cannot be read.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    try:
+        return from_dict(RunConfig, values if values is not None else {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write a YAML file that `load_config` reads back equal."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,75 @@
+"""What PRe costs on this machine: the time of a training step, and peak memory.
+
+Times are taken in one process, baseline and PRe in turn, so that both meet the same machine. Peaks
+are taken in a process each, whose high-water mark knows no other model.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_config
+
+_WARMUP_STEPS, _MEMORY_STEPS = 3, 6
+
+
+def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
+    """Median seconds of a step and peak memory in bytes, without and with PRe, one thread.
+
+    Args:
+        out: the experiment's directory, whose cached tower is used.
+    """
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    with pool:
+        times = pool.submit(_step_times, config, out).result()
+        peaks = {
+            variant: pool.submit(_peak_memory, config, out, variant).result()
+            for variant in ("baseline", "pre")
+        }
+    ratios = [with_pre / without for without, with_pre in zip(*times.values(), strict=True)]
+    return {
+        "step_seconds": {name: statistics.median(values) for name, values in times.items()},
+        "step_ratio": statistics.median(ratios),
+        "step_ratio_spread": statistics.stdev(ratios),
+        "steps": config.cost_steps,
+        "peak_bytes": peaks,
+    }
+
+
+def _step_times(config: ExperimentConfig, out: Path) -> dict[str, list[float]]:
+    steppers = {variant: _stepper(config, out, variant) for variant in ("baseline", "pre")}
+    times: dict[str, list[float]] = {variant: [] for variant in steppers}
+    for step in range(_WARMUP_STEPS + config.cost_steps):
+        for variant, stepper in steppers.items():
+            seconds = stepper(step)
+            if step >= _WARMUP_STEPS:
+                times[variant].append(seconds)
+    return times
+
+
+def _peak_memory(config: ExperimentConfig, out: Path, variant: str) -> int:
+    stepper = _stepper(config, out, variant)
+    for step in range(_MEMORY_STEPS):
+        stepper(step)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _stepper(config: ExperimentConfig, out: Path, variant: str) -> Callable[[int], float]:
+    """A function that does training step i of the last stage and returns its seconds."""
+    import torch
+
+    from prereg_kernels.training.loop import Stepper
+
+    torch.set_num_threads(1)
+    run = run_config(config, Unit(0, variant))
+    stepper = Stepper(replace(run, stages=run.stages[-1:]), out / "cache")
+    return stepper.timed_step

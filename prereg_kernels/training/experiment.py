@@ -1,0 +1,244 @@
+"""The paired experiment: the same model trained with and without PRe, and what that changed.
+
+For each seed three runs see the same data from the same initial weights: the baseline; PRe; and a
+control whose target comes from another scene. Each is evaluated and measured; baseline and PRe then
+learn a kind of question that is new to them (the transfer test), PRe switched off.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from prereg_kernels.training.config import RunConfig, StageConfig, to_dict
+from prereg_kernels.training.evaluation import evaluate
+from prereg_kernels.training.loop import train
+from prereg_kernels.training.measure import measure
+from prereg_kernels.training.questions import COMMON_FAMILIES
+from prereg_kernels.training.scenes import Scenes
+
+VARIANTS = ("baseline", "pre", "other_scene")
+TRANSFERS = ("lower half frozen", "everything trainable")
+RESULT_FILE = "result.json"
+
+Report = Callable[[str, Path, int], None]
+"""Told of each phase of a unit: its name, the run's directory, its number of training steps."""
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """The transfer test: a question family that training never asked.
+
+    Attributes:
+        family: the new family; steps, lr: of the fine-tuning; questions_per_scene: in a sequence.
+        evaluation_scenes: test scenes that are asked about.
+    """
+
+    family: str = "tilt"
+    steps: int = 150
+    lr: float = 1e-3
+    warmup: int = 10
+    questions_per_scene: int = 6
+    evaluation_scenes: int = 512
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """The experiment.
+
+    Attributes:
+        run: the PRe run; the other variants differ from it in PRe alone, the seeds in the seed.
+        seeds: 0 to seeds - 1.
+        transfer: the transfer test.
+        evaluation_scenes: test scenes, a question of each family about each.
+        probe_train_scenes, probe_test_scenes: scenes whose objects train and test the probes.
+        cost_steps: training steps of baseline and PRe that are timed.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    seeds: int = 3
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    evaluation_scenes: int = 384
+    probe_train_scenes: int = 256
+    probe_test_scenes: int = 256
+    cost_steps: int = 40
+
+    def __post_init__(self) -> None:
+        for name in (
+            "seeds", "evaluation_scenes", "probe_train_scenes", "probe_test_scenes", "cost_steps"
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        if not any(stage.pre for stage in self.run.stages):
+            raise ValueError("run.stages: expected a stage with pre: true, got none")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run with all that is measured on it."""
+
+    seed: int
+    variant: str
+
+    def directory(self, out: Path) -> Path:
+        """Where its files are."""
+        return out / f"seed-{self.seed}" / self.variant
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"seed {self.seed}, {self.variant.replace('_', ' ')}"
+
+
+def units(config: ExperimentConfig) -> list[Unit]:
+    """All runs; those that go through the transfer test, the longest, come first."""
+    found = [Unit(seed, variant) for seed in range(config.seeds) for variant in VARIANTS]
+    return sorted(found, key=lambda unit: unit.variant == "other_scene")
+
+
+def run_config(config: ExperimentConfig, unit: Unit) -> RunConfig:
+    """The unit's run."""
+    run = replace(config.run, seed=unit.seed)
+    if unit.variant == "baseline":
+        return replace(run, stages=tuple(replace(stage, pre=False) for stage in run.stages))
+    return replace(run, pre=replace(run.pre, anchor=_ANCHORS[unit.variant]))
+
+
+_ANCHORS = {"pre": "pre_llm", "other_scene": "other_scene"}
+
+
+def transfer_config(
+    config: ExperimentConfig, unit: Unit, transfer: str, checkpoint: Path
+) -> RunConfig:
+    """The fine-tuning run on the new family, from a checkpoint of the unit, PRe switched off."""
+    settings = config.transfer
+    frozen = transfer == TRANSFERS[0]
+    stage = StageConfig(
+        name=f"transfer, {transfer}",
+        steps=settings.steps,
+        lr=settings.lr,
+        warmup=settings.warmup,
+        trainable=("llm",) if frozen else ("projector", "llm"),
+        frozen_layers=config.run.pre.layer if frozen else 0,
+    )
+    return replace(
+        config.run,
+        seed=unit.seed + 1000,  # scenes that the first training did not see
+        stages=(stage,),
+        families={settings.family: 1.0},
+        questions_per_scene=settings.questions_per_scene,
+        init_from=str(checkpoint),
+    )
+
+
+def run_unit(
+    config: ExperimentConfig, unit: Unit, out: Path, report: Report, *, progress: bool = False
+) -> dict[str, Any]:
+    """Train, evaluate and measure a unit; what `result.json` already has is not done again."""
+    directory = unit.directory(out)
+    done = read_result(directory)
+    if done is not None:
+        return done
+    run = run_config(config, unit)
+    report("training", directory, run.steps)
+    trained = train(run, directory, cache_dir=out / "cache", progress=progress)
+    report("measuring", directory, 0)
+    test = Scenes("test", unit.seed, run.scenes)
+    answers = evaluate(
+        trained.model, trained.packer, test, COMMON_FAMILIES, n_scenes=config.evaluation_scenes
+    )
+    result: dict[str, Any] = {
+        "seed": unit.seed,
+        "variant": unit.variant,
+        "accuracy": answers.accuracy,
+        "majority": answers.majority,
+        "mean_accuracy": answers.mean_accuracy,
+        "lm_loss": answers.lm_loss,
+        "train_step_seconds": trained.step_seconds,
+        **measure(
+            trained.model,
+            trained.packer,
+            Scenes("train", unit.seed, run.scenes),
+            test,
+            train_scenes=config.probe_train_scenes,
+            test_scenes=config.probe_test_scenes,
+        ),
+    }
+    if unit.variant != "other_scene":
+        result["transfer"] = {
+            name: _transfer(config, unit, name, trained.checkpoint, directory, report)
+            for name in TRANSFERS
+        }
+    _write_json(directory / RESULT_FILE, result)
+    return result
+
+
+def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
+    """Begin or resume an experiment in `out`: results of other settings are never mixed in.
+
+    Args:
+        fresh: remove what is there (the trained towers stay).
+
+    Raises:
+        ValueError: what is there was made with other settings.
+    """
+    if fresh:
+        for unit_directory in out.glob("seed-*"):
+            shutil.rmtree(unit_directory)
+    settings = json.loads(json.dumps(to_dict(config)))
+    path = out / "experiment.json"
+    if path.exists() and any(out.glob("seed-*")):
+        there = json.loads(path.read_text(encoding="utf-8"))
+        for values in (there, settings):
+            values.pop("seeds")  # more seeds can be added later
+        if there != settings:
+            raise ValueError(
+                f"{out}: holds an experiment with other settings; expected the same ones, another "
+                "--out, or --fresh"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(path, to_dict(config))
+
+
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """A finished unit's result, None if it is not finished."""
+    path = directory / RESULT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _transfer(
+    config: ExperimentConfig,
+    unit: Unit,
+    transfer: str,
+    checkpoint: Path,
+    directory: Path,
+    report: Report,
+) -> dict[str, Any]:
+    run = transfer_config(config, unit, transfer, checkpoint)
+    path = directory / f"transfer-{transfer.replace(' ', '-')}"
+    report(f"transfer, {transfer}", path, run.steps)
+    tuned = train(run, path, cache_dir=path, progress=False, tensorboard=False)
+    family = config.transfer.family
+    found = evaluate(
+        tuned.model,
+        tuned.packer,
+        Scenes("test", unit.seed, run.scenes),
+        [family],
+        n_scenes=config.transfer.evaluation_scenes,
+    )
+    return {
+        "family": family,
+        "accuracy": found.accuracy[family],
+        "majority": found.majority[family],
+        "lm_loss": found.lm_loss,
+    }
+
+
+def _write_json(path: Path, values: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    temporary.replace(path)

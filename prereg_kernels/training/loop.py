@@ -1,0 +1,342 @@
+"""The reference training loop: LLaVA's stages, with or without PRe, resumable bit for bit.
+
+What a step minimises: the mean cross-entropy over all the step's answers + weight * the mean of
+L_PRe over all its visual tokens. Both means are over the step: each micro-batch sums and divides by
+the step's counts, so that 1 x 8 and 4 x 2 scenes give one gradient, however unevenly answers fall.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from prereg_kernels.regularizer import PRe, apply_pre
+from prereg_kernels.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_same_config,
+    latest_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
+from prereg_kernels.training.config import RunConfig, StageConfig, save_config, to_dict
+from prereg_kernels.training.data import IGNORE, Batch, Packer, TrainStream, build_tokenizer
+from prereg_kernels.training.interrupts import deferred_signals
+from prereg_kernels.training.metrics import MetricsLog, ProgressBar
+from prereg_kernels.training.model import (
+    attention_implementation,
+    build_model,
+    other_scene_anchor,
+    set_trainable,
+)
+from prereg_kernels.training.scenes import Scenes
+from prereg_kernels.training.schedule import cosine_with_warmup
+from prereg_kernels.training.tower import trained_tower
+
+PRE_DIR = "pre"
+"""Where a checkpoint keeps PRe's heads."""
+
+
+class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """SIGINT or SIGTERM arrived; the step was finished and saved.
+
+    Attributes:
+        step: optimizer steps done.
+        checkpoint: where they are saved.
+    """
+
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped after step {step}; saved {checkpoint}; run again to resume")
+        self.step, self.checkpoint = step, checkpoint
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        model: the trained model, PRe removed, in eval mode.
+        packer: packs scenes and questions for it.
+        checkpoint: its last checkpoint, a Hugging Face directory.
+        step_seconds: median time of a step in this call (data, forward, backward, optimizer), over
+            the last stage; nan where there was nothing left to do.
+        seconds: time that the steps of this call took.
+    """
+
+    model: LlavaForConditionalGeneration
+    packer: Packer
+    checkpoint: Path
+    step_seconds: float
+    seconds: float
+
+
+def train(
+    config: RunConfig,
+    out_dir: str | Path,
+    resume: bool = True,
+    *,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    tensorboard: bool = True,
+    device: str | torch.device = "cpu",
+) -> RunResult:
+    """Train a run into `out_dir`: checkpoints/, metrics.jsonl, tensorboard/ and config.yaml.
+
+    Args:
+        resume: go on from the newest checkpoint in `out_dir`, if there is one; else start anew.
+        cache_dir: where trained towers are kept for other runs; by default in `out_dir`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the checkpoint in `out_dir` was trained with other settings.
+        CheckpointError: a checkpoint could not be written or read.
+        TrainingInterrupted: a signal asked to stop; the run is saved and can be resumed.
+    """
+    run_dir = Path(out_dir)
+    saved = latest_checkpoint(run_dir) if resume else None
+    if saved is not None:
+        check_same_config(saved, to_dict(config))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    tokenizer = build_tokenizer(config.scenes)
+    target = torch.device(device)
+    model = _initial_model(config, tokenizer, saved, Path(cache_dir or run_dir), target)
+    model.train()
+    packer = Packer(tokenizer, config.scenes.patches)
+    stream = _stream(config, packer)
+    step = saved.step if saved is not None else 0
+    path = saved.path if saved is not None else run_dir
+    pre: PRe | None = None
+    times: list[float] = []
+    first = 0
+    log = MetricsLog(run_dir, step, tensorboard=tensorboard)
+    bar = ProgressBar(run_dir.name, step, config.steps, shown=progress)
+    with contextlib.closing(log), bar, deferred_signals() as stop_requested:
+        for index, stage in enumerate(config.stages):
+            last = first + stage.steps
+            if step >= last:
+                first = last
+                continue
+            set_trainable(model, stage.trainable, stage.frozen_layers)
+            pre = _attach_pre(model, config, stage, pre)
+            optimizer = _optimizer(model, config, stage)
+            if saved is not None:
+                if pre is not None and (saved.path / PRE_DIR).exists():
+                    pre.load(saved.path / PRE_DIR)
+                restore_optimizer(saved, optimizer if saved.stage == index else None)
+                saved = None
+            times.clear()
+            while step < last:
+                start = time.perf_counter()
+                lr = stage.lr * cosine_with_warmup(step - first, stage.steps, stage.warmup)
+                values = _step(model, optimizer, stream.micro_batches(step), lr, config, pre)
+                times.append(time.perf_counter() - start)
+                step += 1
+                values = {"stage": index, **values, "lr": lr, "seconds": times[-1]}
+                log.write(step, values)
+                bar.update(step, values)
+                stopping = stop_requested()
+                if stopping or step % config.checkpoint_every == 0 or step == config.steps:
+                    log.flush()
+                    path = save_checkpoint(
+                        run_dir,
+                        step=step,
+                        stage=index,
+                        config=to_dict(config),
+                        optimizer=optimizer,
+                        write_model=_model_writer(model, tokenizer, pre),
+                    )
+                if stopping and step < config.steps:
+                    raise TrainingInterrupted(step, path)
+            first = last
+    if pre is not None:
+        pre.detach()
+    return RunResult(
+        model=model.eval(),
+        packer=packer,
+        checkpoint=path,
+        step_seconds=sorted(times)[len(times) // 2] if times else float("nan"),
+        seconds=sum(times),
+    )
+
+
+class Stepper:
+    """The first stage's training step by itself, on the CPU, to measure what it costs.
+
+    Args:
+        config: the run.
+        cache_dir: where trained towers are kept.
+    """
+
+    def __init__(self, config: RunConfig, cache_dir: str | Path) -> None:
+        tokenizer = build_tokenizer(config.scenes)
+        stage = config.stages[0]
+        self._config, self._lr = config, stage.lr
+        self._model = _initial_model(config, tokenizer, None, Path(cache_dir), torch.device("cpu"))
+        self._model.train()
+        set_trainable(self._model, stage.trainable, stage.frozen_layers)
+        self._pre = _attach_pre(self._model, config, stage, None)
+        self._optimizer = _optimizer(self._model, config, stage)
+        self._stream = _stream(config, Packer(tokenizer, config.scenes.patches))
+
+    def timed_step(self, i: int) -> float:
+        """Do training step `i` (from 0) at the peak learning rate; returns its seconds."""
+        start = time.perf_counter()
+        batches = self._stream.micro_batches(i)
+        _step(self._model, self._optimizer, batches, self._lr, self._config, self._pre)
+        return time.perf_counter() - start
+
+
+def _stream(config: RunConfig, packer: Packer) -> TrainStream:
+    return TrainStream(
+        Scenes("train", config.seed, config.scenes),
+        packer,
+        config.families,
+        config.questions_per_scene,
+        config.micro_batch,
+        config.accumulation,
+    )
+
+
+def _initial_model(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    saved: Checkpoint | None,
+    cache_dir: Path,
+    device: torch.device,
+) -> LlavaForConditionalGeneration:
+    """The model to go on with: from the run's checkpoint, from `init_from`, or new."""
+    attention = attention_implementation(device, block_mask=config.questions_per_scene > 1)
+    source = saved.path if saved is not None else config.init_from
+    if source is not None:
+        return load_model(source, attention=attention).to(device)
+    model = build_model(config.model, config.scenes, tokenizer, config.seed, attention=attention)
+    tower = trained_tower(config.model, config.scenes, config.tower, cache_dir)
+    model.model.vision_tower.load_state_dict(tower.state)
+    return model.to(device)
+
+
+def load_model(path: str | Path, *, attention: str = "sdpa") -> LlavaForConditionalGeneration:
+    """The fp32 model of a checkpoint directory, without PRe, in eval mode.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    try:
+        model: LlavaForConditionalGeneration = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"could not load a model from {path}: {error}") from error
+    return model
+
+
+def _attach_pre(
+    model: LlavaForConditionalGeneration, config: RunConfig, stage: StageConfig, pre: PRe | None
+) -> PRe | None:
+    """PRe as the stage wants it; its heads live on from a stage before that had it too."""
+    if not stage.pre:
+        if pre is not None:
+            pre.detach()
+        return None
+    if pre is not None:
+        pre.heads[config.pre.layer].requires_grad_(True)  # set_trainable froze all there was
+        return pre
+    anchor: Any = "pre_llm"
+    if config.pre.anchor == "other_scene":
+        anchor = other_scene_anchor(model)
+    return apply_pre(
+        model,
+        layers=[config.pre.layer],
+        weight=config.pre.weight,
+        anchor=anchor,
+        anchor_features=config.model.width if callable(anchor) else None,
+        seed=config.seed,
+    )
+
+
+def _optimizer(
+    model: LlavaForConditionalGeneration, config: RunConfig, stage: StageConfig
+) -> torch.optim.AdamW:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        parameters,
+        lr=stage.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _step(
+    model: LlavaForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    lr: float,
+    config: RunConfig,
+    pre: PRe | None,
+) -> dict[str, float]:
+    """One optimizer step over its micro-batches; returns the losses and the gradient's norm."""
+    optimizer.zero_grad()
+    values = accumulate_gradients(model, batches, pre, precision=config.precision)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return {**values, "grad_norm": float(norm)}
+
+
+def accumulate_gradients(
+    model: LlavaForConditionalGeneration,
+    batches: Sequence[Batch],
+    pre: PRe | None = None,
+    *,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Add a step's gradient, over all its micro-batches, to the parameters' `.grad`.
+
+    Returns:
+        "lm_loss", the mean over the step's answers, and, where PRe is on, "pre_loss", the mean over
+        its visual tokens.
+    """
+    device = model.device
+    answers = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+    image_token = model.config.image_token_id
+    visual = [int((batch["input_ids"] == image_token).sum()) for batch in batches]
+    if pre is not None:
+        pre.denominator = sum(visual)
+    lm_loss, pre_loss = 0.0, 0.0
+    for batch, tokens in zip(batches, visual, strict=True):
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(**inputs, num_items_in_batch=answers).loss
+        loss.backward()
+        lm_loss += loss.item()  # its value is L_LM alone: PRe is computed in backward
+        if pre is not None:
+            pre_loss += pre.metrics()["pre_loss"] * tokens / sum(visual)
+    return {"lm_loss": lm_loss} if pre is None else {"lm_loss": lm_loss, "pre_loss": pre_loss}
+
+
+def _model_writer(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, pre: PRe | None
+) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()  # a bar for each file would tear this run's own
+        model.save_pretrained(directory)
+        if bars:
+            hf_logging.enable_progress_bar()
+        tokenizer.save_pretrained(directory)
+        if pre is not None:
+            pre.save(directory / PRE_DIR)
+
+    return write

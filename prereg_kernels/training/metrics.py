@@ -1,0 +1,93 @@
+"""Per-step metrics: a JSON line a step, TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one dict a step: "step" (from 1), "stage", "lm_loss", "pre_loss" (where
+    PRe is on), "lr", "grad_norm", "seconds"."""
+    text = (Path(run_dir) / METRICS_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class MetricsLog:
+    """Writes the metrics of a run that has done `step` steps, dropping what an interrupted run
+    wrote after its last checkpoint, so that a step is never there twice and never missing."""
+
+    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
+        path = run_dir / METRICS_FILE
+        kept: list[str] = []
+        if step > 0 and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                # A line cut short by a crash is later than the checkpoint: lines are flushed first.
+                if len(kept) == step:
+                    break
+                kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1, encoding="utf-8")  # others watch it grow
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one step's metrics."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Put everything on the disk: a checkpoint is about to rely on it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class ProgressBar:
+    """A progress bar with both losses; silent where `shown` is False."""
+
+    def __init__(self, title: str, step: int, steps: int, *, shown: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeRemainingColumn(),
+            disable=not shown,
+        )
+        self._task = self._progress.add_task(title, total=steps, completed=step, losses="")
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show that `step` steps are done."""
+        losses = f"LM {values['lm_loss']:.3f}"
+        if "pre_loss" in values:
+            losses += f"  PRe {values['pre_loss']:+.3f}"
+        self._progress.update(self._task, completed=step, losses=losses)

@@ -1,0 +1,170 @@
+"""From the units' results to what they say: paired differences, their intervals, a headline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prereg_kernels.training.experiment import TRANSFERS
+from prereg_kernels.training.measure import PROPERTIES
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds."""
+
+    mean: float
+    deviation: float  # NaN for a single seed
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """From one value a seed."""
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), deviation)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Two variants, paired by seed.
+
+    Attributes:
+        before, after: each one's spread. difference: after - before, over the seeds.
+        half_width: of the 95% t interval of the mean difference; NaN for a single seed.
+    """
+
+    before: Spread
+    after: Spread
+    difference: Spread
+    half_width: float
+
+    @classmethod
+    def of(cls, before: Sequence[float], after: Sequence[float]) -> Effect:
+        """From one value a seed of each variant, in the same order."""
+        from scipy.stats import t
+
+        differences = [b - a for a, b in zip(before, after, strict=True)]
+        spread = Spread.of(differences)
+        n = len(differences)
+        half = float(t.ppf(0.975, n - 1)) * spread.deviation / math.sqrt(n) if n > 1 else math.nan
+        return cls(Spread.of(before), Spread.of(after), spread, half)
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 where the interval of the difference excludes 0, else 0."""
+        clear = abs(self.difference.mean) > self.half_width  # False for NaN
+        return 0 if not clear else (1 if self.difference.mean > 0 else -1)
+
+
+class Results:
+    """All units of an experiment, by variant and in the order of the seeds."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.by_variant: dict[str, list[Result]] = {}
+        for result in sorted(results, key=lambda r: r["seed"]):
+            self.by_variant.setdefault(result["variant"], []).append(result)
+        self.seeds = [result["seed"] for result in self.by_variant["baseline"]]
+
+    def values(self, variant: str, get: Callable[[Result], float]) -> list[float]:
+        """One value a seed."""
+        return [get(result) for result in self.by_variant[variant]]
+
+    def effect(
+        self, get: Callable[[Result], float], before: str = "baseline", after: str = "pre"
+    ) -> Effect:
+        """`after` against `before`."""
+        return Effect.of(self.values(before, get), self.values(after, get))
+
+    @property
+    def families(self) -> list[str]:
+        """The common question families."""
+        return list(self.by_variant["baseline"][0]["accuracy"])
+
+    @property
+    def layers(self) -> int:
+        """How many layers were measured, the input included."""
+        return len(self.by_variant["baseline"][0]["probe"]["digit"])
+
+
+def unasked(layer: int) -> Callable[[Result], float]:
+    """The mean probe accuracy of the attributes that no question asks for, at a layer."""
+    return lambda r: statistics.fmean(r["probe"][name][layer] for name in PROPERTIES[1:])
+
+
+def headline(results: Results, layer: int) -> list[str]:
+    """What was found, in sentences made from the numbers.
+
+    Args:
+        layer: the regularised one.
+    """
+    last = results.layers - 1
+    loss = Effect.of(
+        results.values("baseline", unasked(0)), results.values("baseline", unasked(layer))
+    )
+    kept = results.effect(unasked(layer))
+    sentences = [
+        f"Without PRe, what the questions never ask for {_moves(loss)} on the way from the input "
+        f"to layer {layer}: {_points(loss)} by linear probes.",
+        f"With PRe, layer {layer} {_compares(kept)}: {_points(kept)}"
+        + (f"; at the last layer {_points(results.effect(unasked(last)))}." if last else "."),
+        _control_sentence(results, layer),
+        _sentence(
+            "On answers to the common questions, PRe",
+            results.effect(lambda r: r["mean_accuracy"]),
+            ("is better", "is worse", "makes no clear difference"),
+        ),
+    ]
+    family = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]["family"]
+    for transfer in TRANSFERS:
+        effect = results.effect(lambda r, name=transfer: r["transfer"][name]["accuracy"])  # type: ignore[misc]
+        sentences.append(
+            _sentence(
+                f"Learning {family} questions afterwards with {transfer}, the PRe model",
+                effect,
+                ("is better", "is worse", "is not clearly different"),
+            )
+        )
+    return sentences
+
+
+def _control_sentence(results: Results, layer: int) -> str:
+    control = results.effect(unasked(layer), after="other_scene")
+    rest = results.effect(unasked(layer), before="other_scene", after="pre")
+    verdict = {1: "content matters", -1: "the control does better", 0: "not clearly apart"}
+    return (
+        f"A target from another scene: {_points(control)}; the right target against it "
+        f"{100 * rest.difference.mean:+.1f} ± {100 * rest.half_width:.1f} points "
+        f"({verdict[rest.direction]})."
+    )
+
+
+def _sentence(subject: str, effect: Effect, words: tuple[str, str, str]) -> str:
+    better, worse, unclear = words
+    verdict = {1: better, -1: worse, 0: unclear}[effect.direction]
+    return f"{subject} {verdict}: {_points(effect)}."
+
+
+def _moves(effect: Effect) -> str:
+    return {
+        1: "becomes easier to read",
+        -1: "becomes harder to read",
+        0: "does not clearly change",
+    }[effect.direction]
+
+
+def _compares(effect: Effect) -> str:
+    return {1: "keeps more of it", -1: "keeps less of it", 0: "is not clearly different"}[
+        effect.direction
+    ]
+
+
+def _points(effect: Effect) -> str:
+    """Accuracies in %, and their difference in points with its 95% interval."""
+    return (
+        f"{100 * effect.before.mean:.1f} to {100 * effect.after.mean:.1f}% "
+        f"({100 * effect.difference.mean:+.1f} ± {100 * effect.half_width:.1f} points)"
+    )

@@ -1,0 +1,143 @@
+"""The vision tower learns to see the digits, once, and is then shared by all runs.
+
+Each patch that belongs to a digit must name its class, its four attributes and its cell, through a
+linear head that is thrown away. The tower then carries more than the questions will ask for: what a
+decoder trained on those questions does with the rest is what PRe is about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prereg_kernels.training.config import TowerConfig, to_dict
+from prereg_kernels.training.data import build_tokenizer, pixel_values
+from prereg_kernels.training.model import ModelConfig, build_model
+from prereg_kernels.training.scenes import ATTRIBUTES, SceneBatch, SceneConfig, Scenes
+from prereg_kernels.training.schedule import cosine_with_warmup
+
+TowerState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TowerResult:
+    """A trained tower.
+
+    Attributes:
+        state: its weights, for `load_state_dict` of the model's vision tower.
+        accuracy: {property: accuracy per patch on test scenes, in [0, 1]}.
+        seconds: time it took to train; 0.0 when it came from the cache.
+    """
+
+    state: TowerState
+    accuracy: dict[str, float]
+    seconds: float
+
+
+def trained_tower(
+    model: ModelConfig,
+    scenes: SceneConfig,
+    tower: TowerConfig,
+    cache_dir: str | Path,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+) -> TowerResult:
+    """The tower for these settings, from `cache_dir` where it was trained before.
+
+    Args:
+        on_step: called with (steps done, steps in all) after each step.
+    """
+    settings = json.dumps([to_dict(model), to_dict(scenes), to_dict(tower)], sort_keys=True)
+    digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+    path = Path(cache_dir) / f"tower-{digest}.safetensors"
+    if path.exists():
+        report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return TowerResult(load_file(path), report["accuracy"], 0.0)
+    result = train_tower(model, scenes, tower, on_step=on_step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The weights come last and by rename: a file under the final name is always whole.
+    path.with_suffix(".json").write_text(
+        json.dumps({"accuracy": result.accuracy}), encoding="utf-8"
+    )
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(result.state, temporary)
+    temporary.replace(path)
+    return result
+
+
+def train_tower(
+    model: ModelConfig,
+    scenes: SceneConfig,
+    tower: TowerConfig,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+) -> TowerResult:
+    """Train a tower from random weights. A function of its arguments alone."""
+    start = time.perf_counter()
+    vision = build_model(model, scenes, build_tokenizer(scenes), tower.seed).model.vision_tower
+    classes = {"digit": 10, **{name: len(values) for name, values in ATTRIBUTES.items()}}
+    # Questions ask for cells, so patches should know theirs; position embeddings alone say it less
+    # directly, since a jittered tile crosses the borders of its cell.
+    classes["cell"] = scenes.grid**2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tower.seed)
+        head = nn.Linear(model.width, sum(classes.values()))
+    dense = replace(
+        scenes,
+        min_digits=min(tower.min_digits, scenes.grid**2),
+        max_digits=min(tower.max_digits, scenes.grid**2),
+    )
+    train = Scenes("train", tower.seed, dense)
+    parameters = [*vision.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=tower.lr, betas=(0.9, 0.98), weight_decay=tower.weight_decay, fused=True
+    )
+    for step in range(tower.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = tower.lr * cosine_with_warmup(step, tower.steps, tower.warmup)
+        batch = train.batch(range(step * tower.batch, (step + 1) * tower.batch))
+        loss = torch.zeros(())
+        for name, (logits, labels) in _logits_and_labels(vision, head, classes, batch).items():
+            weight = tower.digit_weight if name == "digit" else 1.0
+            loss = loss + weight * F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if on_step is not None:
+            on_step(step + 1, tower.steps)
+    with torch.no_grad():
+        held_out = Scenes("test", tower.seed, scenes).batch(range(256))
+        pairs = _logits_and_labels(vision, head, classes, held_out)
+    accuracy = {
+        name: float((logits.argmax(dim=1) == labels).float().mean())
+        for name, (logits, labels) in pairs.items()
+    }
+    state = {name: tensor.detach().clone() for name, tensor in vision.state_dict().items()}
+    return TowerResult(state, accuracy, time.perf_counter() - start)
+
+
+def _logits_and_labels(
+    vision: nn.Module, head: nn.Module, classes: dict[str, int], batch: SceneBatch
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{property: (logits (N, C), labels (N,))} over the N patches that belong to a digit."""
+    features = vision(pixel_values(batch.images)).last_hidden_state[:, 1:]  # without the CLS token
+    owned = batch.patch_objects >= 0
+    logits = head(features[torch.from_numpy(owned)]).split(list(classes.values()), dim=1)
+    slots = np.maximum(batch.patch_objects, 0)
+    labels = {
+        name: torch.from_numpy(np.take_along_axis(batch.fields[name], slots, axis=1)[owned])
+        for name in classes
+    }
+    return {name: (out, labels[name]) for name, out in zip(classes, logits, strict=True)}

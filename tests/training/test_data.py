@@ -1,0 +1,171 @@
+"""Packing: labels at the answers, and questions that cannot see one another."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+from prereg_kernels.training.data import IGNORE, Packer, TrainStream, build_tokenizer
+from prereg_kernels.training.model import build_model
+from prereg_kernels.training.questions import (
+    COMMON_FAMILIES,
+    FAMILIES,
+    Question,
+    questions,
+    words,
+)
+from prereg_kernels.training.scenes import SceneConfig, Scenes
+from tests.training.tiny import MODEL
+
+MIX = dict.fromkeys(COMMON_FAMILIES, 1.0)
+
+
+@pytest.fixture(scope="module")
+def packer() -> Packer:
+    return Packer(build_tokenizer(SceneConfig()), 36)
+
+
+@pytest.fixture(scope="module")
+def model(packer: Packer) -> LlavaForConditionalGeneration:
+    return build_model(MODEL, SceneConfig(), packer.tokenizer, seed=0).eval()
+
+
+def _asked(count: int, each: int) -> tuple[np.ndarray, list[list[Question]]]:
+    batch = Scenes("train", 0).batch(range(count))
+    rng = random.Random(0)
+    mix = dict.fromkeys(FAMILIES, 1.0)
+    return batch.images, [questions(scene, mix, each, rng) for scene in batch.scenes]
+
+
+def test_tokenizer_knows_every_word_and_survives_saving(packer: Packer, tmp_path) -> None:
+    packer.tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = " ".join(words(SceneConfig()))
+    ids = loaded(text)["input_ids"]
+    assert ids == packer.encode(text.split()) and loaded.unk_token_id not in ids
+    assert loaded.decode(loaded("<image> how many 3")["input_ids"]) == "<image> how many 3"
+    assert loaded.pad_token_id == 0
+
+
+def test_labels_are_the_answers_and_nothing_else(packer: Packer) -> None:
+    images, asked = _asked(5, 7)
+    batch = packer.pack(images, asked)
+    for b, row in enumerate(asked):
+        at = torch.nonzero(batch["labels"][b] != IGNORE).flatten().tolist()
+        assert len(at) == len(row)
+        for place, question in zip(at, row, strict=True):
+            assert packer.tokenizer.convert_ids_to_tokens(int(batch["labels"][b, place])) == (
+                question.answer
+            )
+            words_before = packer.tokenizer.convert_ids_to_tokens(
+                batch["input_ids"][b, place - 3 : place].tolist()
+            )
+            assert tuple(words_before) == question.prompt
+            assert batch["position_ids"][b, place - 3 : place + 1].tolist() == [36, 37, 38, 39]
+    assert torch.equal(batch["position_ids"][:, :36], torch.arange(36).expand(5, 36))
+
+
+def test_the_mask_is_the_rule(packer: Packer) -> None:
+    """Recomputed pair by pair, with questions of unequal number and so with padding."""
+    images, asked = _asked(3, 4)
+    asked[1] = asked[1][:2]
+    batch = packer.pack(images, asked)
+    mask = batch["attention_mask"]
+    assert mask.dtype == torch.bool and mask.shape == (3, 1, 52, 52)
+    for b, row in enumerate(asked):
+        block = [0] * 36 + [j + 1 for j in range(len(row)) for _ in range(4)]
+        block += [-1] * (52 - len(block))
+        for q in range(52):
+            for k in range(52):
+                seen = k <= q and (block[k] == block[q] or (block[k] == 0 and block[q] >= 0))
+                assert bool(mask[b, 0, q, k]) == seen
+
+
+def test_other_questions_do_not_change_an_answer(
+    packer: Packer, model: LlavaForConditionalGeneration
+) -> None:
+    images, asked = _asked(2, 5)
+    changed = [list(row) for row in asked]
+    for row in changed:
+        row[2] = Question("read", ("digit", "at", "bottom"), "9")
+    assert asked[0][2] != changed[0][2]
+    with torch.no_grad():
+        before, after = (
+            model(**packer.pack(images, version)).logits for version in (asked, changed)
+        )
+    kept = torch.ones(before.shape[1], dtype=torch.bool)
+    kept[36 + 8 : 36 + 12] = False
+    assert torch.equal(before[:, kept], after[:, kept])
+    assert not torch.allclose(before[:, ~kept], after[:, ~kept])
+
+
+def test_packed_alone_and_prompt_agree(
+    packer: Packer, model: LlavaForConditionalGeneration
+) -> None:
+    """A packed question is answered as if asked alone, and as `generate`'s prompt asks it."""
+    images, asked = _asked(1, 6)
+    with torch.no_grad():
+        packed = model(**packer.pack(images, asked)).logits[0, 36:].view(6, 4, -1)[:, 2]
+        for j, question in enumerate(asked[0]):
+            single = packer.pack(images, [[question]])
+            assert single["attention_mask"].shape == (1, 40)
+            alone = model(**single).logits[0, 38]
+            prompt = model(**packer.prompts(images, [question])).logits[0, -1]
+            torch.testing.assert_close(packed[j], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(packed[j], prompt, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_of_unequal_length_are_padded_on_the_left(
+    packer: Packer, model: LlavaForConditionalGeneration
+) -> None:
+    images = Scenes("train", 0).batch(range(2)).images
+    short, long = Question("x", ("many", "3"), "1"), Question("y", ("digit", "at", "top"), "1")
+    together = packer.prompts(images, [short, long])
+    assert together["attention_mask"].sum(dim=1).tolist() == [38, 39]
+    with torch.no_grad():
+        alone = model.generate(**packer.prompts(images[:1], [short]), max_new_tokens=1)[0, -1]
+        both = model.generate(**together, max_new_tokens=1)[0, -1]
+    assert alone == both
+
+
+def _stream(**overrides: object) -> TrainStream:
+    settings: dict[str, object] = {
+        "scenes": Scenes("train", 4),
+        "packer": Packer(build_tokenizer(SceneConfig()), 36),
+        "families": MIX,
+        "questions_per_scene": 5,
+        "micro_batch": 4,
+        "accumulation": 2,
+    }
+    return TrainStream(**{**settings, **overrides})  # type: ignore[arg-type]
+
+
+def test_a_step_is_a_function_of_its_number() -> None:
+    first, again = _stream().micro_batches(17), _stream().micro_batches(17)
+    for a, b in zip(first, again, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    other = _stream().micro_batches(18)
+    assert not torch.equal(first[0]["pixel_values"], other[0]["pixel_values"])
+    assert not torch.equal(first[0]["pixel_values"], first[1]["pixel_values"])
+
+
+def test_accumulation_only_cuts_a_step_differently() -> None:
+    two = _stream().micro_batches(3)
+    one = _stream(micro_batch=8, accumulation=1).micro_batches(3)
+    for name in one[0]:
+        assert torch.equal(one[0][name], torch.cat([micro[name] for micro in two]))
+
+
+def test_unknown_families_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown"):
+        _stream(families={"weather": 1.0})
+
+
+def test_mismatched_questions_are_named(packer: Packer) -> None:
+    images, asked = _asked(2, 1)
+    with pytest.raises(ValueError, match="asked: expected one list for each of 2 images, got 1"):
+        packer.pack(images, asked[:1])

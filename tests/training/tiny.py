@@ -1,0 +1,31 @@
+"""A run small enough for tests: seconds, tower included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prereg_kernels.training.config import PRESettings, RunConfig, StageConfig, TowerConfig
+from prereg_kernels.training.model import ModelConfig
+
+MODEL = ModelConfig(
+    width=32, tower_layers=1, decoder_layers=2, heads=2, tower_mlp=32, decoder_mlp=32
+)
+TOWER = TowerConfig(steps=2, batch=4, warmup=1)
+
+
+def tiny_run(**overrides: Any) -> RunConfig:
+    """Two stages of 3 and 5 steps, PRe in the second."""
+    settings: dict[str, Any] = {
+        "model": MODEL,
+        "tower": TOWER,
+        "stages": (
+            StageConfig("projector", steps=3, warmup=1, trainable=("projector",)),
+            StageConfig("all", steps=5, warmup=1, pre=True),
+        ),
+        "pre": PRESettings(layer=1),
+        "questions_per_scene": 4,
+        "micro_batch": 2,
+        "accumulation": 2,
+        "checkpoint_every": 2,
+    }
+    return RunConfig(**{**settings, **overrides})
