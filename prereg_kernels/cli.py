@@ -2,106 +2,86 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NoReturn
 
-import typer
-from click import ClickException
-from click.exceptions import Abort, Exit
 from rich.console import Console
 
 from prereg_kernels._version import __version__
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
 
 def main() -> None:
-    """Run the command; errors are one line on standard error, and exit code 2 (130: stopped)."""
+    """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
+    arguments = _parser().parse_args()
     from prereg_kernels.training.checkpoint import CheckpointError
     from prereg_kernels.training.loop import TrainingInterrupted
     from prereg_kernels.training.workers import Interrupted, UnitError
 
     try:
-        code = app(standalone_mode=False) or 0
-    except Exit as exit:
-        code = exit.exit_code
-    except (Interrupted, TrainingInterrupted, KeyboardInterrupt, Abort) as stop:
-        code = _fail(str(stop) or "stopped", 130)
-    except ClickException as error:
-        code = _fail(error.format_message())
+        train(arguments, Console())
+    except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
+        _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
-        code = _fail(str(error))
+        _fail(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(f"prereg: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
-def _fail(message: str, code: int = 2) -> int:
-    print(f"prereg: {' '.join(message.split())}", file=sys.stderr)
-    return code
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="prereg", description="Predictive Regularization for multimodal LLMs.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    train = commands.add_parser(
+        "train",
+        help="train with PRe",
+        description="Train: a preset's paired experiment with its report, or one run from a file. "
+        "Run again after an interruption: it goes on from the last checkpoint.",
+    )
+    source = train.add_mutually_exclusive_group(required=True)
+    source.add_argument("--preset", help="a paired experiment: scenes, or a YAML file of your own")
+    source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
+    train.add_argument("--out", type=Path, help="where everything goes; default: runs/<name>")
+    train.add_argument("--fresh", action="store_true", help="do not resume what is there")
+    group = train.add_argument_group("with --preset")
+    group.add_argument("--seeds", type=int, help="number of paired seeds")
+    group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
+    group.add_argument("--weight", type=float, help="weight of the PRe loss")
+    group.add_argument("--workers", type=int, help="processes, a thread each; default: one a core")
+    return parser
 
 
-@app.callback()
-def _prereg() -> None:
-    """Predictive Regularization for multimodal LLMs."""
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    print(__version__)
-
-
-@app.command()
-def train(
-    preset: Annotated[
-        str | None, typer.Option(help="A paired experiment: scenes, or a YAML file of your own.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A YAML file: one training run with these settings.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where everything goes; default runs/<name>.")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Preset: number of paired seeds.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Preset: optimizer steps of the last stage.")
-    ] = None,
-    weight: Annotated[float | None, typer.Option(help="Preset: weight of the PRe loss.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Preset: processes, a thread each; default one a core.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not resume what is there.")] = False,
-) -> None:
-    """Train: a preset's paired experiment with its report, or one run from a file.
-
-    Run again after an interruption: it goes on from the last checkpoint.
-    """
-    if (preset is None) == (config is None):
-        raise ValueError("--preset, --config: expected exactly one of them")
-    console = Console()
-    if config is not None:
-        for name, value in (
-            ("seeds", seeds), ("steps", steps), ("weight", weight), ("workers", workers)
-        ):  # fmt: skip
-            if value is not None:
-                raise ValueError(f"--{name}: goes with --preset; in a file, set it there")
-        _single(config, out, fresh, console)
-    else:
-        assert preset is not None
-        _experiment(preset, out, seeds, steps, weight, workers, fresh, console)
+def train(arguments: argparse.Namespace, console: Console) -> None:
+    """The command `prereg train`."""
+    if arguments.preset is not None:
+        _experiment(arguments, console)
+        return
+    for name in ("seeds", "steps", "weight", "workers"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name}: goes with --preset; with --config, set it in the file")
+    _single(arguments.config, arguments.out, arguments.fresh, console)
 
 
 def _single(path: Path, out: Path | None, fresh: bool, console: Console) -> None:
-    from prereg_kernels.training.config import load_config
+    from prereg_kernels.training.config import RunConfig, load_config
     from prereg_kernels.training.evaluation import evaluate
     from prereg_kernels.training.loop import train as train_run
     from prereg_kernels.training.scenes import Scenes
 
-    settings = load_config(path)
+    settings = load_config(path, RunConfig)
     out = out or Path("runs") / path.stem
     result = train_run(settings, out, resume=not fresh)
     test = Scenes("test", settings.seed, settings.scenes)
@@ -113,16 +93,7 @@ def _single(path: Path, out: Path | None, fresh: bool, console: Console) -> None
     console.print(f"LM loss {answers.lm_loss:.3f} nats; model in {result.checkpoint}")
 
 
-def _experiment(
-    preset: str,
-    out: Path | None,
-    seeds: int | None,
-    steps: int | None,
-    weight: float | None,
-    workers: int | None,
-    fresh: bool,
-    console: Console,
-) -> None:
+def _experiment(arguments: argparse.Namespace, console: Console) -> None:
     import torch
 
     from prereg_kernels.training.cost import measure_cost
@@ -132,18 +103,14 @@ def _experiment(
     from prereg_kernels.training.workers import run_units
 
     start = time.perf_counter()
-    settings = _load_preset(preset)
+    settings = _with_overrides(_load_preset(arguments.preset), arguments)
     run = settings.run
-    if steps is not None:
-        stages = (*run.stages[:-1], replace(run.stages[-1], steps=steps))
-        run = replace(run, stages=stages)
-    if weight is not None:
-        run = replace(run, pre=replace(run.pre, weight=weight))
-    settings = replace(settings, run=run, seeds=settings.seeds if seeds is None else seeds)
-    out = out or Path("runs") / Path(preset).stem
-    open_experiment(settings, out, fresh)
+    out = arguments.out or Path("runs") / Path(arguments.preset).stem
+    workers = arguments.workers or len(os.sched_getaffinity(0))
+    if workers < 1:
+        raise ValueError(f"--workers: expected at least 1, got {workers}")
+    open_experiment(settings, out, arguments.fresh)
 
-    workers = workers or max(1, len(os.sched_getaffinity(0)))
     torch.set_num_threads(workers)
     with console.status("the vision tower learns to see"):
         tower = trained_tower(run.model, run.scenes, run.tower, out / "cache")
@@ -154,6 +121,17 @@ def _experiment(
         cost = measure_cost(settings, out)
     page = write_report(settings, cost, time.perf_counter() - start, out, console)
     console.print(f"report: {page}")
+
+
+def _with_overrides(settings: Any, arguments: argparse.Namespace) -> Any:
+    run = settings.run
+    if arguments.steps is not None:
+        stages = (*run.stages[:-1], replace(run.stages[-1], steps=arguments.steps))
+        run = replace(run, stages=stages)
+    if arguments.weight is not None:
+        run = replace(run, pre=replace(run.pre, weight=arguments.weight))
+    seeds = settings.seeds if arguments.seeds is None else arguments.seeds
+    return replace(settings, run=run, seeds=seeds)
 
 
 def _load_preset(name: str) -> Any:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from prereg_kernels.inputs import ACTIVATIONS, LOSSES, NORMALIZATIONS, check_name
+from prereg_kernels.inputs import check_name, check_spec
 
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 
@@ -55,9 +56,13 @@ class PReConfig:
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not number or not (self.weight >= 0 and math.isfinite(self.weight)):
             raise ValueError(f"weight: expected a non-negative finite number, got {self.weight!r}")
-        check_name("activation", self.activation, ACTIVATIONS)
-        check_name("loss", self.loss, LOSSES)
-        check_name("normalize", self.normalize, NORMALIZATIONS)
+        check_spec(self.activation, self.loss, self.normalize, 1.0, torch.float32)
+        for name, least in (("depth", 0), ("head_features", 1), ("anchor_features", 1)):
+            value = getattr(self, name)
+            if value is None and name != "depth":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         if not callable(self.anchor):
             check_name("anchor", self.anchor, ("pre_llm", "a function"))
         if callable(self.anchor) != (self.anchor_features is not None):
@@ -85,6 +90,8 @@ class PReConfig:
             TypeError, ValueError: not integers, none at all, duplicates, or out of range.
         """
         layers = max(1, count // 2) if self.layers is None else self.layers
+        if not isinstance(layers, (int, Sequence)):
+            raise TypeError(f"layers: expected an int or several, got {self.layers!r}")
         numbers = (layers,) if isinstance(layers, int) else tuple(layers)
         if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in numbers):
             raise TypeError(f"layers: expected an int or several, got {self.layers!r}")

@@ -69,7 +69,7 @@ def check_spec(
         )
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a positive number, got {type(eps).__name__}")
-    if not (eps > 0 and math.isfinite(eps)):
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
     if chunk_rows is not None:
         if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
@@ -133,17 +133,11 @@ def check_inputs(
         )
     select = _check_selection(visual_mask, visual_index, hidden)
     slots = select.shape[0] if select is not None else positions
-    if anchor.shape[:-1] != leading and not (anchor.dim() == 2 and select is not None):
-        raise ValueError(
-            f"anchor: expected the leading shape of hidden, {tuple(leading)}"
-            f"{', or one row per visual token,' if select is not None else ','} "
-            f"got {tuple(anchor.shape)}"
-        )
-    if anchor.shape[:-1] != leading and visual_index is not None and anchor.shape[0] != slots:
-        raise ValueError(
-            f"anchor: expected leading shape {tuple(leading)} or one row for each of the {slots} "
-            f"visual tokens, got {tuple(anchor.shape)}"
-        )
+    if anchor.shape[:-1] != leading:
+        tokens: int | None = slots
+        if visual_mask is not None:
+            tokens = int(visual_mask.sum()) if _values_readable(visual_mask) else None
+        check_anchor_rows(anchor, leading, tokens if select is not None else -1)
     weights = _check_weights(weights, hidden, anchor)
     present, bias_layers = _check_biases(biases, weights)
     _check_denominator(denominator)
@@ -154,6 +148,22 @@ def check_inputs(
         select,
         _check_token_weight(token_weight, hidden, select, slots),
         slots,
+    )
+
+
+def check_anchor_rows(anchor: Tensor, leading: Sequence[int], tokens: int | None) -> None:
+    """Check an anchor that has not the leading shape: then it has a row for each visual token.
+
+    Args:
+        tokens: their number; None if it cannot be known here, -1 if every position is one.
+    """
+    if anchor.dim() == 2 and tokens in (None, anchor.shape[0]):
+        return
+    count = "N" if tokens is None else tokens
+    rows = "" if tokens == -1 else f", or one row for each of the {count} visual tokens"
+    raise ValueError(
+        f"anchor: expected the leading shape of hidden, {tuple(leading)}{rows}, "
+        f"got {tuple(anchor.shape)}"
     )
 
 
@@ -323,7 +333,7 @@ def _check_denominator(denominator: Any) -> None:
         raise TypeError(
             f"denominator: expected a number or a 0-dim Tensor, got {type(denominator).__name__}"
         )
-    if not (denominator > 0 and math.isfinite(denominator)):
+    if not 0 < denominator < math.inf:
         raise ValueError(f"denominator: expected a positive finite number, got {denominator}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.inputs import Inputs, Spec
+from prereg_kernels.inputs import Inputs, Spec, check_anchor_rows
 from prereg_kernels.pipeline import (
     Head,
     Needs,
@@ -197,8 +197,10 @@ def _gradients_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]
     count = len(ctx.needs)
     inputs, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     scale = grads[0]
+    if scale is None:  # the total was not used
+        return _as_inputs(ctx, [False] * count, gradients, inputs)
     with torch.no_grad():
-        scaled = [x if scale is None else scale_by(x, scale) for x in gradients]
+        scaled = [scale_by(x, scale) for x in gradients]
     return _as_inputs(ctx, ctx.needs, scaled, inputs)
 
 
@@ -254,11 +256,8 @@ def _flatten(
 ) -> Problem:
     index = select.nonzero().squeeze(1) if _is_mask(select) and select is not None else select
     aligned = anchor.shape[:-1] != hidden.shape[:-1]  # one anchor row per visual token
-    if aligned and index is not None and anchor.shape[0] != index.shape[0]:
-        raise ValueError(
-            f"anchor: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, or one row "
-            f"for each of the {index.shape[0]} visual tokens; got {tuple(anchor.shape)}"
-        )
+    if aligned and index is not None:
+        check_anchor_rows(anchor, hidden.shape[:-1], index.shape[0])
     bias_of = dict(zip(bias_layers, biases, strict=True))
     return Problem(
         hidden.reshape(-1, hidden.shape[-1]),

@@ -57,30 +57,27 @@ def eager_pre_loss(
             tests measure against); None: the matmuls in the dtype of `hidden` or of autocast,
             the loss in float32 (float64 for float64 inputs).
     """
-    if upcast is not None:
-        hidden, anchor = hidden.to(upcast), anchor.to(upcast)
-        weights = [w.to(upcast) for w in weights]
-        biases = None if biases is None else [b if b is None else b.to(upcast) for b in biases]
     check_name("reduction", reduction, REDUCTIONS)
-    dtype = matmul_dtype(hidden)
-    spec = check_spec(activation, loss, normalize, eps, dtype)
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )
+    dtype = matmul_dtype(hidden) if upcast is None else upcast
+    spec = check_spec(activation, loss, normalize, eps, dtype)
 
     h, t = _select_rows(hidden, inputs.select), anchor.detach()
     t = _select_rows(t, inputs.select) if t.shape[:-1] == hidden.shape[:-1] else t
     z = h.to(dtype)
     bias_of = dict(zip(inputs.bias_layers, inputs.biases, strict=True))
-    for layer, weight in enumerate(inputs.weights):
-        bias = bias_of.get(layer)
-        z = ACTIVATION_FUNCTIONS[activation](z) if layer > 0 else z
-        z = F.linear(z, weight.to(dtype), None if bias is None else bias.to(dtype))
-    losses = _token_losses(z.to(spec.stat_dtype), t.to(spec.stat_dtype), spec)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are spelled out
+        for layer, weight in enumerate(inputs.weights):
+            bias = bias_of.get(layer)
+            z = ACTIVATION_FUNCTIONS[activation](z) if layer > 0 else z
+            z = F.linear(z, weight.to(dtype), None if bias is None else bias.to(dtype))
+        losses = _token_losses(z.to(spec.stat_dtype), t.to(spec.stat_dtype), spec)
 
     per_slot = inputs.token_weight
     if reduction != "none":
-        per_slot = token_coefficients(inputs, reduction, denominator, hidden)
+        per_slot = token_coefficients(inputs, reduction, denominator, losses)
     if per_slot is not None:  # a mask's slots are all positions, an index's are the tokens
         masked = visual_mask is not None and inputs.select is not None
         losses = losses * (per_slot[inputs.select] if masked else per_slot)

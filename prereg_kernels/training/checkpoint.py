@@ -81,7 +81,6 @@ def save_checkpoint(
         (temporary / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume
         temporary.rename(final)
         _flush(final.parent)
     except Exception as error:
@@ -95,6 +94,20 @@ def save_checkpoint(
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
     return final
+
+
+def clear_checkpoints(run_dir: Path) -> None:
+    """Delete a run's checkpoints: a new run in its directory must not resume from them.
+
+    Raises:
+        CheckpointError: they could not be deleted.
+    """
+    try:
+        shutil.rmtree(run_dir / "checkpoints")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CheckpointError(f"could not delete {run_dir / 'checkpoints'}: {error}") from error
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:

@@ -117,7 +117,7 @@ class StageConfig:
 def _two_stages() -> tuple[StageConfig, ...]:
     return (
         StageConfig("projector", steps=20, lr=2e-3, warmup=5, trainable=("projector",)),
-        StageConfig("projector and llm", steps=380, lr=2e-3, warmup=20),
+        StageConfig("projector and llm", steps=380, lr=2e-3, warmup=20, pre=True),
     )
 
 
@@ -128,10 +128,11 @@ class RunConfig:
     Attributes:
         seed: of the decoder's initial weights and of the data; runs to be paired share it.
         scenes, model, tower: what is seen, what sees it, and how it learned to see.
-        stages: in order; LLaVA's two by default.
+        stages: in order; by default LLaVA's two, with PRe in the second.
         pre: PRe's settings, for the stages that switch it on.
         families: {question family: weight} of the training questions.
         questions_per_scene: labels in each sequence.
+        distinct_scenes: train on so many scenes, over and over; None: never the same one twice.
         micro_batch, accumulation: scenes in a micro-batch and micro-batches in a step.
         precision: "fp32", or "bf16" (autocast; weights and optimizer stay fp32).
         weight_decay, beta1, beta2, grad_clip: AdamW's, and the largest gradient norm.
@@ -150,6 +151,7 @@ class RunConfig:
         default_factory=lambda: dict.fromkeys(COMMON_FAMILIES, 1.0)
     )
     questions_per_scene: int = 16
+    distinct_scenes: int | None = None
     micro_batch: int = 12
     accumulation: int = 1
     precision: str = "fp32"
@@ -173,6 +175,8 @@ class RunConfig:
         check_families(self.families)
         for name in ("questions_per_scene", "micro_batch", "accumulation", "checkpoint_every"):
             _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        distinct = self.distinct_scenes
+        _require("distinct_scenes", distinct is None or distinct >= 1, "None or >= 1", distinct)
         other = any(stage.pre for stage in self.stages) and self.pre.anchor == "other_scene"
         _require("micro_batch", not other or self.micro_batch > 1, "at least 2 for other_scene", 1)
         _require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}", self.precision)
@@ -249,8 +253,8 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     return value
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """Read a YAML file.
+def load_config(path: str | Path, kind: type[T]) -> T:
+    """Read a YAML file as the dataclass `kind`, such as `RunConfig`.
 
     Raises:
         ValueError: not YAML, or as in `from_dict`; the message names the file.
@@ -262,7 +266,7 @@ def load_config(path: str | Path) -> RunConfig:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     try:
-        return from_dict(RunConfig, values if values is not None else {})
+        return from_dict(kind, values if values is not None else {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

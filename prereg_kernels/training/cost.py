@@ -6,6 +6,7 @@ are taken in a process each, whose high-water mark knows no other model.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import resource
 import statistics
@@ -16,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_config
+from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_config, write_json
 
 _WARMUP_STEPS, _MEMORY_STEPS = 3, 6
 
@@ -25,23 +26,32 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
     """Median seconds of a step and peak memory in bytes, without and with PRe, one thread.
 
     Args:
-        out: the experiment's directory, whose cached tower is used.
+        out: the experiment's directory, whose cached tower is used; cost.json there keeps the
+            result, which is not measured again.
     """
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    with pool:
-        times = pool.submit(_step_times, config, out).result()
-        peaks = {
-            variant: pool.submit(_peak_memory, config, out, variant).result()
-            for variant in ("baseline", "pre")
-        }
+    path = out / "cost.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    times = _in_a_fresh_process(_step_times, config, out)
+    peaks = {
+        variant: _in_a_fresh_process(_peak_memory, config, out, variant)
+        for variant in ("baseline", "pre")
+    }
     ratios = [with_pre / without for without, with_pre in zip(*times.values(), strict=True)]
-    return {
+    cost = {
         "step_seconds": {name: statistics.median(values) for name, values in times.items()},
         "step_ratio": statistics.median(ratios),
         "step_ratio_spread": statistics.stdev(ratios),
         "steps": config.cost_steps,
         "peak_bytes": peaks,
     }
+    write_json(path, cost)
+    return cost
+
+
+def _in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _step_times(config: ExperimentConfig, out: Path) -> dict[str, list[float]]:

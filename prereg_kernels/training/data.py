@@ -173,6 +173,7 @@ class TrainStream:
         questions_per_scene: all scenes have as many, so all micro-batches hold as many labels.
         micro_batch: scenes in a micro-batch.
         accumulation: micro-batches in a step.
+        distinct_scenes: scenes in all, with fixed questions; None: always new ones.
     """
 
     scenes: Scenes
@@ -181,6 +182,7 @@ class TrainStream:
     questions_per_scene: int
     micro_batch: int
     accumulation: int = 1
+    distinct_scenes: int | None = None
 
     def __post_init__(self) -> None:
         check_families(self.families)
@@ -191,8 +193,11 @@ class TrainStream:
 
     def _micro_batch(self, step: int, micro: int) -> Batch:
         first = (step * self.accumulation + micro) * self.micro_batch
-        batch = self.scenes.batch(range(first, first + self.micro_batch))
-        asked = [self._ask(batch, b, first + b) for b in range(self.micro_batch)]
+        indices = list(range(first, first + self.micro_batch))
+        if self.distinct_scenes is not None:
+            indices = [index % self.distinct_scenes for index in indices]
+        batch = self.scenes.batch(indices)
+        asked = [self._ask(batch, b, index) for b, index in enumerate(indices)]
         return self.packer.pack(batch.images, asked)
 
     def _ask(self, batch: SceneBatch, b: int, index: int) -> list[Question]:

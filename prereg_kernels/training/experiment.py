@@ -39,8 +39,8 @@ class TransferConfig:
     """
 
     family: str = "tilt"
-    steps: int = 150
-    lr: float = 1e-3
+    steps: int = 250
+    lr: float = 4e-3
     warmup: int = 10
     questions_per_scene: int = 6
     evaluation_scenes: int = 512
@@ -173,7 +173,7 @@ def run_unit(
             name: _transfer(config, unit, name, trained.checkpoint, directory, report)
             for name in TRANSFERS
         }
-    _write_json(directory / RESULT_FILE, result)
+    write_json(directory / RESULT_FILE, result)
     return result
 
 
@@ -189,6 +189,7 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
     if fresh:
         for unit_directory in out.glob("seed-*"):
             shutil.rmtree(unit_directory)
+        (out / "cost.json").unlink(missing_ok=True)
     settings = json.loads(json.dumps(to_dict(config)))
     path = out / "experiment.json"
     if path.exists() and any(out.glob("seed-*")):
@@ -201,7 +202,7 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
                 "--out, or --fresh"
             )
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, to_dict(config))
+    write_json(path, to_dict(config))
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
@@ -238,7 +239,8 @@ def _transfer(
     }
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
+    """Write a file that is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
     temporary.replace(path)

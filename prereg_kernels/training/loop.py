@@ -23,6 +23,7 @@ from prereg_kernels.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     check_same_config,
+    clear_checkpoints,
     latest_checkpoint,
     restore_optimizer,
     save_checkpoint,
@@ -91,7 +92,8 @@ def train(
     """Train a run into `out_dir`: checkpoints/, metrics.jsonl, tensorboard/ and config.yaml.
 
     Args:
-        resume: go on from the newest checkpoint in `out_dir`, if there is one; else start anew.
+        resume: go on from the newest checkpoint in `out_dir`, if there is one. False: delete what
+            is there and start anew.
         cache_dir: where trained towers are kept for other runs; by default in `out_dir`.
         progress: show a progress bar.
 
@@ -104,6 +106,8 @@ def train(
     saved = latest_checkpoint(run_dir) if resume else None
     if saved is not None:
         check_same_config(saved, to_dict(config))
+    if not resume:
+        clear_checkpoints(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     tokenizer = build_tokenizer(config.scenes)
@@ -116,7 +120,7 @@ def train(
     path = saved.path if saved is not None else run_dir
     pre: PRe | None = None
     times: list[float] = []
-    first = 0
+    seconds, first = 0.0, 0
     log = MetricsLog(run_dir, step, tensorboard=tensorboard)
     bar = ProgressBar(run_dir.name, step, config.steps, shown=progress)
     with contextlib.closing(log), bar, deferred_signals() as stop_requested:
@@ -133,12 +137,13 @@ def train(
                     pre.load(saved.path / PRE_DIR)
                 restore_optimizer(saved, optimizer if saved.stage == index else None)
                 saved = None
-            times.clear()
+            times = []
             while step < last:
                 start = time.perf_counter()
                 lr = stage.lr * cosine_with_warmup(step - first, stage.steps, stage.warmup)
                 values = _step(model, optimizer, stream.micro_batches(step), lr, config, pre)
                 times.append(time.perf_counter() - start)
+                seconds += times[-1]
                 step += 1
                 values = {"stage": index, **values, "lr": lr, "seconds": times[-1]}
                 log.write(step, values)
@@ -154,17 +159,18 @@ def train(
                         optimizer=optimizer,
                         write_model=_model_writer(model, tokenizer, pre),
                     )
-                if stopping and step < config.steps:
+                if stopping:
                     raise TrainingInterrupted(step, path)
             first = last
     if pre is not None:
         pre.detach()
+    model.set_attn_implementation("sdpa")  # who goes on may do so in fp32, unlike flash-attention
     return RunResult(
         model=model.eval(),
         packer=packer,
         checkpoint=path,
         step_seconds=sorted(times)[len(times) // 2] if times else float("nan"),
-        seconds=sum(times),
+        seconds=seconds,
     )
 
 
@@ -203,6 +209,7 @@ def _stream(config: RunConfig, packer: Packer) -> TrainStream:
         config.questions_per_scene,
         config.micro_batch,
         config.accumulation,
+        config.distinct_scenes,
     )
 
 
@@ -214,7 +221,9 @@ def _initial_model(
     device: torch.device,
 ) -> LlavaForConditionalGeneration:
     """The model to go on with: from the run's checkpoint, from `init_from`, or new."""
-    attention = attention_implementation(device, block_mask=config.questions_per_scene > 1)
+    attention = attention_implementation(
+        device, precision=config.precision, block_mask=config.questions_per_scene > 1
+    )
     source = saved.path if saved is not None else config.init_from
     if source is not None:
         return load_model(source, attention=attention).to(device)

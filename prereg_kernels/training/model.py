@@ -62,11 +62,14 @@ class ModelConfig:
             )
 
 
-def attention_implementation(device: torch.device | str, *, block_mask: bool) -> str:
+def attention_implementation(
+    device: torch.device | str, *, precision: str, block_mask: bool
+) -> str:
     """The fastest attention that is there and right.
 
     Args:
         device: where the model will run.
+        precision: "bf16" or "fp32"; flash-attention has no fp32.
         block_mask: whether sequences hold several questions; flash-attention takes no such mask.
 
     Returns:
@@ -74,7 +77,8 @@ def attention_implementation(device: torch.device | str, *, block_mask: bool) ->
         capability 8.0) and the mask is plain; else "sdpa".
     """
     device = torch.device(device)
-    if block_mask or device.type != "cuda" or importlib.util.find_spec("flash_attn") is None:
+    plain_bf16 = precision == "bf16" and not block_mask
+    if not plain_bf16 or device.type != "cuda" or importlib.util.find_spec("flash_attn") is None:
         return "sdpa"
     return "flash_attention_2" if torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
 

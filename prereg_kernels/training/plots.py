@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,11 @@ def answers(results: Results) -> Figure:
 def transfer(results: Results) -> Figure:
     """Accuracy on the new question family, per way of learning it."""
     figure, axis = plt.subplots(figsize=(6, 3.4), constrained_layout=True)
-    bars = [(name, lambda r, n=name: 100 * r["transfer"][n]["accuracy"]) for name in TRANSFERS]
-    _bars(axis, results, ("baseline", "pre"), bars)
+
+    def get(name: str) -> Callable[[Result], float]:
+        return lambda r: 100 * r["transfer"][name]["accuracy"]
+
+    _bars(axis, results, ("baseline", "pre"), [(name, get(name)) for name in TRANSFERS])
     first = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]
     axis.axhline(100 * first["majority"], color="black", linestyle=":", linewidth=1.2)
     axis.set_ylabel(f"right {first['family']} answers (%)")
@@ -187,7 +190,7 @@ def _bars(
     axis: Axes,
     results: Results,
     variants: tuple[str, ...],
-    groups: list[tuple[str, Callable[[Any], float]]],
+    groups: Sequence[tuple[str, Callable[[Any], float]]],
 ) -> None:
     width = 0.8 / len(variants)
     for position, variant in enumerate(variants):

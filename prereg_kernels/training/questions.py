@@ -78,7 +78,7 @@ def _comparison(scene: Scene, cells: tuple[str, ...], rng: random.Random) -> Que
         if first.digit != second.digit:
             break
         first, second = rng.choice(scene.objects), rng.choice(scene.objects)
-    answer = YES if first.digit >= second.digit else NO
+    answer = YES if first.digit > second.digit else NO
     return Question("comparison", ("larger", cells[first.cell], cells[second.cell]), answer)
 
 

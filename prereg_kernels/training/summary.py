@@ -137,8 +137,7 @@ def _control_sentence(results: Results, layer: int) -> str:
     verdict = {1: "content matters", -1: "the control does better", 0: "not clearly apart"}
     return (
         f"A target from another scene: {_points(control)}; the right target against it "
-        f"{100 * rest.difference.mean:+.1f} ± {100 * rest.half_width:.1f} points "
-        f"({verdict[rest.direction]})."
+        f"{_difference(rest)} points ({verdict[rest.direction]})."
     )
 
 
@@ -166,5 +165,10 @@ def _points(effect: Effect) -> str:
     """Accuracies in %, and their difference in points with its 95% interval."""
     return (
         f"{100 * effect.before.mean:.1f} to {100 * effect.after.mean:.1f}% "
-        f"({100 * effect.difference.mean:+.1f} ± {100 * effect.half_width:.1f} points)"
+        f"({_difference(effect)} points)"
     )
+
+
+def _difference(effect: Effect) -> str:
+    interval = "" if math.isnan(effect.half_width) else f" ± {100 * effect.half_width:.1f}"
+    return f"{100 * effect.difference.mean:+.1f}{interval}"

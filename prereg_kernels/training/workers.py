@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import queue
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -66,7 +67,7 @@ def run_units(config: ExperimentConfig, out: Path, workers: int, console: Consol
         raise
 
 
-def _follow(news: Any, processes: list[BaseProcess], count: int, console: Console) -> None:
+def _follow(news: Any, processes: Sequence[BaseProcess], count: int, console: Console) -> None:
     """Show progress until all units are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     done = 0
@@ -100,8 +101,6 @@ def _follow(news: Any, processes: list[BaseProcess], count: int, console: Consol
 
 def _last_step(directory: Path) -> tuple[int, str]:
     """The last step in a run's metrics, and both losses there."""
-    import json
-
     try:
         with (directory / METRICS_FILE).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))

@@ -28,13 +28,13 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         precision="bf16",
     )
     save_config(config, tmp_path / "run.yaml")
-    assert load_config(tmp_path / "run.yaml") == config
+    assert load_config(tmp_path / "run.yaml", RunConfig) == config
     assert from_dict(RunConfig, to_dict(config)) == config
 
 
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("")
-    assert load_config(tmp_path / "run.yaml") == RunConfig()
+    assert load_config(tmp_path / "run.yaml", RunConfig) == RunConfig()
 
 
 def test_integers_do_for_numbers() -> None:
@@ -88,13 +88,13 @@ def test_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("seed: [1")
     with pytest.raises(ValueError, match=r"bad\.yaml: not valid YAML"):
-        load_config(path)
+        load_config(path, RunConfig)
     path.write_text("seed: x")
     with pytest.raises(ValueError, match=r"bad\.yaml: seed: expected an integer"):
-        load_config(path)
+        load_config(path, RunConfig)
     path.write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(ValueError, match="not valid YAML"):
-        load_config(path)
+        load_config(path, RunConfig)
 
 
 def test_pre_must_fit_the_decoder() -> None:

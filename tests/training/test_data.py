@@ -169,3 +169,14 @@ def test_mismatched_questions_are_named(packer: Packer) -> None:
     images, asked = _asked(2, 1)
     with pytest.raises(ValueError, match="asked: expected one list for each of 2 images, got 1"):
         packer.pack(images, asked[:1])
+
+
+def test_distinct_scenes_come_again_with_their_questions() -> None:
+    few = _stream(distinct_scenes=2, micro_batch=3)
+    first, later = few.micro_batches(0)
+    rows = [*first["input_ids"], *later["input_ids"]]
+    pictures = [*first["pixel_values"], *later["pixel_values"]]
+    for index in range(2, 6):
+        assert torch.equal(rows[index], rows[index - 2])
+        assert torch.equal(pictures[index], pictures[index - 2])
+    assert not torch.equal(pictures[0], pictures[1])

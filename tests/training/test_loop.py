@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels.regularizer import apply_pre
+from prereg_kernels.training.checkpoint import latest_checkpoint
 from prereg_kernels.training.config import PRESettings, StageConfig, save_config
 from prereg_kernels.training.data import IGNORE, Packer, TrainStream, build_tokenizer
 from prereg_kernels.training.loop import (
@@ -31,6 +32,7 @@ from prereg_kernels.training.metrics import read_metrics
 from prereg_kernels.training.model import build_model, other_scene_anchor, set_trainable
 from prereg_kernels.training.questions import COMMON_FAMILIES
 from prereg_kernels.training.scenes import SceneConfig, Scenes
+from prereg_kernels.training.schedule import cosine_with_warmup
 from tests.training.tiny import MODEL, tiny_run
 
 MIX = dict.fromkeys(COMMON_FAMILIES, 1.0)
@@ -104,12 +106,12 @@ def test_killed_and_resumed_is_bitwise_unbroken(
     script = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
         "from prereg_kernels.training import loop\n"
-        "from prereg_kernels.training.config import load_config\n"
+        "from prereg_kernels.training.config import RunConfig, load_config\n"
         "step = loop._step\n"
         "def slow(*args): time.sleep(0.1); return step(*args)\n"
         "loop._step = slow\n"
-        "loop.train(load_config(sys.argv[1]), sys.argv[2], cache_dir=sys.argv[3], progress=False,"
-        " tensorboard=False)\n"
+        "loop.train(load_config(sys.argv[1], RunConfig), sys.argv[2], cache_dir=sys.argv[3],"
+        " progress=False, tensorboard=False)\n"
     )
     command = [sys.executable, "-c", script, str(config), str(out), str(cache_dir)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
@@ -126,7 +128,7 @@ def test_killed_and_resumed_is_bitwise_unbroken(
     _assert_same_run(unbroken, out)
 
 
-@pytest.mark.parametrize("after_step", [2, 3, 5])
+@pytest.mark.parametrize("after_step", [2, 3, 5, 8])
 def test_a_signal_ends_the_step_and_saves(
     unbroken: Path,
     tmp_path: Path,
@@ -134,7 +136,7 @@ def test_a_signal_ends_the_step_and_saves(
     monkeypatch: pytest.MonkeyPatch,
     after_step: int,
 ) -> None:
-    """In the first stage, at the border between the stages, and in the second."""
+    """In the first stage, at the border between the stages, in the second, and at the end."""
     from prereg_kernels.training import loop
 
     original, calls = loop._step, []
@@ -188,6 +190,25 @@ def test_a_finished_run_has_nothing_left_to_do(unbroken: Path, cache_dir: Path) 
     assert result.checkpoint.name == "step-00000008"
 
 
+def test_starting_anew_forgets_the_run_before(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the new run dies before its first checkpoint."""
+    from prereg_kernels.training import loop
+
+    first = tiny_run(seed=1)
+    train(first, tmp_path, cache_dir=cache_dir, progress=False, tensorboard=False)
+
+    def crashing(*args: object) -> None:
+        raise RuntimeError("crash")
+
+    monkeypatch.setattr(loop, "_step", crashing)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(first, tmp_path, False, cache_dir=cache_dir, progress=False, tensorboard=False)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) is None and read_metrics(tmp_path) == []
+
+
 def test_another_config_does_not_resume(unbroken: Path, cache_dir: Path) -> None:
     config = tiny_run(pre=PRESettings(layer=1, weight=0.5))
     with pytest.raises(ValueError, match=r"pre\.weight: cannot resume .*2\.0.*asks for 0\.5"):
@@ -202,6 +223,14 @@ def test_a_checkpoint_is_a_plain_hugging_face_directory(unbroken: Path) -> None:
     saved = load_model(path).state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_each_stage_has_its_own_schedule(unbroken: Path) -> None:
+    lines = read_metrics(unbroken)
+    assert [line["stage"] for line in lines] == [0] * 3 + [1] * 5
+    expected = [cosine_with_warmup(i, 3, 1) for i in range(3)]
+    expected += [cosine_with_warmup(i, 5, 1) for i in range(5)]
+    assert [line["lr"] for line in lines] == pytest.approx([2e-3 * x for x in expected])
 
 
 def test_tensorboard_has_the_steps(unbroken: Path) -> None:

@@ -61,8 +61,7 @@ def test_bad_sizes_are_named(field: str, value: float) -> None:
 
 
 def test_attention_falls_back_to_sdpa() -> None:
-    assert attention_implementation("cpu", block_mask=False) == "sdpa"
-    assert attention_implementation("cuda", block_mask=True) == "sdpa"
+    assert attention_implementation("cpu", precision="bf16", block_mask=False) == "sdpa"
 
 
 def test_flash_attention_needs_package_gpu_and_a_plain_mask(
@@ -71,8 +70,9 @@ def test_flash_attention_needs_package_gpu_and_a_plain_mask(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     for capability, expected in (((9, 0), "flash_attention_2"), ((7, 5), "sdpa")):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, c=capability: c)
-        assert attention_implementation("cuda", block_mask=False) == expected
-        assert attention_implementation("cuda", block_mask=True) == "sdpa"
+        assert attention_implementation("cuda", precision="bf16", block_mask=False) == expected
+        assert attention_implementation("cuda", precision="bf16", block_mask=True) == "sdpa"
+        assert attention_implementation("cuda", precision="fp32", block_mask=False) == "sdpa"
 
 
 def test_schedule() -> None:

@@ -1,0 +1,315 @@
+"""Random problems for the loss, and the one rule by which its numbers are judged."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
+from prereg_kernels.reference import ACTIVATION_FUNCTIONS
+
+SLACK = 1e-6
+SIBLINGS, SIGNIFICANT = 32, 5.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors and options of one call of the loss; `needs` names what requires grad."""
+
+    hidden: Tensor
+    anchor: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+    needs: frozenset[str] | None = None  # None: everything
+
+    def sibling(self, seed: int) -> Problem:
+        """The same problem with every value changed by up to a tenth: other roundings."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def change(x: Tensor) -> Tensor:
+            factors = 0.9 + 0.2 * torch.rand(x.shape, generator=generator, dtype=torch.float64)
+            return x * factors.to(x.dtype)
+
+        biases = self.biases
+        if biases is not None:
+            biases = [None if b is None else change(b) for b in biases]
+        return replace(
+            self,
+            hidden=change(self.hidden),
+            anchor=change(self.anchor),
+            weights=[change(w) for w in self.weights],
+            biases=biases,
+        )
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Fresh leaf tensors, hidden, W0, b0 and so on, with the strides of the originals."""
+        named: dict[str, Tensor | None] = {"hidden": self.hidden}
+        named |= {f"W{layer}": weight for layer, weight in enumerate(self.weights)}
+        named |= {f"b{layer}": bias for layer, bias in enumerate(self.biases or [])}
+        leaves = {}
+        for name, x in named.items():
+            if x is not None:
+                leaf = x.detach() if dtype is None else x.detach().to(dtype)
+                leaves[name] = leaf.view_as(leaf).requires_grad_(
+                    self.needs is None or name in self.needs
+                )
+        return leaves
+
+    def arguments(
+        self, leaves: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
+        """(hidden, anchor, weights, biases) with the leaves in their places."""
+        weights = [leaves[f"W{layer}"] for layer in range(len(self.weights))]
+        biases = self.biases
+        if biases is not None:
+            biases = [leaves.get(f"b{layer}") for layer in range(len(biases))]
+        anchor = self.anchor if dtype is None else self.anchor.to(dtype)
+        return leaves["hidden"], anchor, weights, biases
+
+    def __repr__(self) -> str:
+        named = {"hidden": self.hidden, "anchor": self.anchor}
+        named |= {f"W{layer}": weight for layer, weight in enumerate(self.weights)}
+        named |= {f"b{layer}": bias for layer, bias in enumerate(self.biases or [])}
+        named |= self.options
+        parts = [f"{name}={_describe(value)}" for name, value in named.items()]
+        return f"Problem({', '.join(parts)}, autocast={self.autocast}, needs={self.needs})"
+
+    def with_options(self, **options: Any) -> Problem:
+        return replace(self, options=self.options | options)
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{dtype}{list(value.shape)} strides {list(value.stride())}"
+
+
+def make_problem(
+    leading: tuple[int, ...] = (2, 7),
+    widths: tuple[int, ...] = (12, 10, 9),
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    **options: Any,
+) -> Problem:
+    """A problem with a head of `len(widths) - 1` layers from widths[0] = D to widths[-1] = A.
+
+    The anchor is the head's prediction plus as much noise: a cosine near 0.7, as in training, where
+    neither the loss nor its gradient is the small difference of large numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden = draw(*leading, widths[0])
+    weights = [
+        draw(rows, columns) / math.sqrt(columns) for columns, rows in itertools.pairwise(widths)
+    ]
+    biases = [0.1 * draw(rows) for rows in widths[1:]] if bias else None
+    weight_dtype = weight_dtype or dtype
+    z = hidden
+    for layer, weight in enumerate(weights):
+        z = ACTIVATION_FUNCTIONS[options.get("activation", "gelu")](z) if layer else z
+        z = F.linear(z, weight, None if biases is None else biases[layer])
+    anchor = z + z.square().mean().sqrt() * draw(*z.shape)
+    return Problem(
+        hidden.to(dtype),
+        anchor.to(dtype),
+        [w.to(weight_dtype) for w in weights],
+        None if biases is None else [b.to(weight_dtype) for b in biases],
+        options,
+    )
+
+
+def upstream_of(loss: Tensor, factor: float) -> Tensor:
+    """The gradient of the loss: `factor`, times 1, 2, 3, 4, 1, ... where it is a vector."""
+    if loss.dim() == 0:
+        return torch.full_like(loss, factor)
+    return factor * (torch.arange(loss.numel(), dtype=loss.dtype) % 4 + 1)
+
+
+def run(
+    function: Callable[..., Tensor],
+    problem: Problem,
+    factor: float = 1.0,
+    dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """{"loss", "dhidden", "dW0", "db0", ...} of `function`; `dtype` converts the leaves first.
+
+    A `residual`, of the shape of hidden, is what another path adds to the gradient of hidden.
+    """
+    leaves = problem.leaves(dtype)
+    autocast = nullcontext()
+    if problem.autocast is not None and dtype is None:
+        autocast = torch.autocast("cpu", problem.autocast)
+    with autocast:
+        loss = function(*problem.arguments(leaves, dtype), **problem.options, **options)
+    tensors, gradients = [loss], [upstream_of(loss, factor)]
+    if residual is not None:
+        # the view makes the two gradients meet as they do in the middle of a network
+        tensors.append(leaves["hidden"].view_as(leaves["hidden"]))
+        gradients.append(residual.to(leaves["hidden"].dtype))
+    return _backward(loss, leaves, tensors, gradients)
+
+
+def run_tap(
+    problem: Problem, factor: float = 1.0, residual: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """As `run`, of the tap; the loss is the value after backward."""
+    leaves = problem.leaves()
+    autocast = nullcontext()
+    if problem.autocast is not None:
+        autocast = torch.autocast("cpu", problem.autocast)
+    with autocast:
+        tapped, loss = pre_tap(*problem.arguments(leaves), **problem.options, **options)
+    tensors, gradients = [loss], [upstream_of(loss, factor)]
+    if residual is not None:
+        tensors.append(tapped)
+        gradients.append(residual.to(tapped.dtype))
+    return _backward(loss, leaves, tensors, gradients)
+
+
+def _backward(
+    loss: Tensor, leaves: dict[str, Tensor], tensors: list[Tensor], gradients: list[Tensor]
+) -> dict[str, Tensor]:
+    pairs = [(x, g) for x, g in zip(tensors, gradients, strict=True) if x.requires_grad]
+    if pairs:
+        torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+    results = {"loss": loss.detach()}
+    for name, leaf in leaves.items():
+        assert (leaf.grad is not None) == leaf.requires_grad, f"gradient of {name}"
+        if leaf.grad is not None:
+            assert leaf.grad.dtype == leaf.dtype, f"dtype of the gradient of {name}"
+            results[f"d{name}"] = leaf.grad
+    return results
+
+
+def run_truth(
+    problem: Problem, factor: float = 1.0, residual: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The results of eager_pre_loss on float64 leaves."""
+    return run(eager_pre_loss, problem, factor, torch.float64, residual)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius error over the truth's finite values, infinite if the others differ.
+
+    Absolute where the truth is zero, up to float64's rounding.
+    """
+    value, truth = value.double(), truth.double()
+    finite = truth.isfinite()
+    same = torch.equal(value.isfinite(), finite) and torch.equal(
+        value[~finite].nan_to_num(), truth[~finite].nan_to_num()
+    )
+    if not same:
+        return math.inf
+    norm = torch.linalg.vector_norm(truth[finite]).item()
+    error = torch.linalg.vector_norm((value - truth)[finite]).item()
+    return error / norm if norm > 1e-12 else error
+
+
+def assert_as_good_as_eager(
+    fused: Callable[[Problem], dict[str, Tensor]],
+    problem: Problem,
+    factor: float = 1.0,
+    residual: Tensor | None = None,
+    strict: bool = False,
+) -> dict[str, Tensor]:
+    """THE rule: fused's error against truth is at most eager's error in the same dtype, plus 1e-6.
+
+    Truth is `eager_pre_loss` on float64 leaves, the error is `relative_error`, and the rule holds
+    for every result by itself: loss, dhidden, every dW and db.
+
+    An error is the sum of roundings, which fall well or badly. In a small tensor luck decides
+    between two equally precise results, so that the rule is one about expected errors: a single
+    comparison that holds is enough; one that does not is repeated on 32 siblings of the problem,
+    and the rule is broken if the mean excess is significantly (five standard errors) above 0.
+    `strict` allows no repetition; it suits sizes at which luck averages out.
+
+    Non-finite values match truth's in position and value; where eager overflows its dtype and
+    truth does not, eager's error is infinite.
+
+    Returns:
+        fused's results for `problem`.
+    """
+
+    def excess(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
+        truth = run_truth(problem, factor, residual)
+        eager, ours = run(eager_pre_loss, problem, factor, residual=residual), fused(problem)
+        assert ours.keys() == truth.keys()
+        errors = {}
+        for name, true in truth.items():
+            assert ours[name].shape == true.shape, f"{name}: shape {tuple(ours[name].shape)}"
+            bound = 1.0 * relative_error(eager[name], true) + SLACK
+            error = relative_error(ours[name], true)
+            errors[name] = error - bound if error > bound or bound < math.inf else -math.inf
+        return ours, errors
+
+    results, first = excess(problem)
+    if all(value <= 0 for value in first.values()):
+        return results
+    assert not strict, f"errors above eager's: {first}"
+    assert max(first.values()) < math.inf, f"non-finite values that truth does not have: {first}"
+    repeated = [excess(problem.sibling(seed))[1] for seed in range(SIBLINGS)]
+    for name in first:
+        values = torch.tensor([errors[name] for errors in repeated], dtype=torch.float64)
+        mean, deviation = values.mean().item(), values.std().item() / math.sqrt(SIBLINGS)
+        assert not mean > SIGNIFICANT * deviation, (
+            f"{name}: error above eager's by {mean:.2e} +- {deviation:.0e}; first {first[name]:.2e}"
+        )
+    return results
+
+
+def check(
+    problem: Problem,
+    function: Callable[..., Tensor] = fused_pre_loss,
+    factor: float = 1.0,
+    strict: bool = False,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Apply the rule to `function(problem, **options)`, and return its results."""
+    return assert_as_good_as_eager(
+        lambda problem: run(function, problem, factor, **options), problem, factor, strict=strict
+    )
+
+
+def check_tap(
+    problem: Problem,
+    factor: float = 1.0,
+    residual: Tensor | None = None,
+    strict: bool = False,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Apply the rule to the tap, and return its results."""
+    return assert_as_good_as_eager(
+        lambda problem: run_tap(problem, factor, residual, **options),
+        problem, factor, residual, strict,
+    )  # fmt: skip
+
+
+def residual_like(hidden: Tensor) -> Tensor:
+    """A gradient of hidden that comes from elsewhere."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(hidden.shape, generator=generator).to(hidden.dtype)
+
+
+def call_tensors(problem: Problem) -> list[Tensor]:
+    """Every tensor that a call could wrongly write into."""
+    tensors = [problem.hidden, problem.anchor, *problem.weights, *(problem.biases or [])]
+    return [x for x in (*tensors, *problem.options.values()) if isinstance(x, Tensor)]

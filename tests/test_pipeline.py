@@ -1,0 +1,103 @@
+"""The chunk heuristic as a pure function, and the loop over chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prereg_kernels import pipeline
+from prereg_kernels.inputs import Spec
+from prereg_kernels.pipeline import (
+    SCRATCH_BYTES,
+    Head,
+    Needs,
+    choose_chunk_rows,
+    losses_and_gradients,
+    losses_only,
+    power_of_two,
+)
+from prereg_kernels.rows import choose_rows
+from tests.helpers import make_problem, relative_error, run_truth
+
+WIDTHS = st.integers(1, 2**15)
+
+
+@given(st.integers(0, 2**33), WIDTHS, st.lists(st.tuples(WIDTHS, WIDTHS), max_size=3))
+def test_chunks_cover_all_rows_within_bounds(
+    count: int, columns: int, shapes: list[tuple[int, int]]
+) -> None:
+    for itemsize in (2, 4, 8):
+        rows = choose_chunk_rows(count, columns, shapes, itemsize)
+        assert 1 <= rows <= max(count, 1)
+        chunks = -(-count // rows)
+        assert chunks * rows - count < max(chunks, 1), "chunks of very different sizes"
+        scratch = rows * itemsize * (columns + sum(3 * out for out, _ in shapes))
+        assert rows <= 512 or scratch <= SCRATCH_BYTES
+        assert rows == count or count == 0 or rows > 256, "chunks too small for their dW traffic"
+
+
+@given(st.integers(1, 2**20), WIDTHS)
+def test_more_rows_never_need_more_scratch_than_the_budget(count: int, columns: int) -> None:
+    shapes = [(columns, columns)] * 2
+    few, many = (choose_chunk_rows(n, columns, shapes, 2) for n in (count, 16 * count))
+    most = max(512, SCRATCH_BYTES // (7 * columns * 2))
+    assert few <= most and many <= most
+
+
+def test_llava_shape() -> None:
+    rows = choose_chunk_rows(18432, 4096, [(4096, 4096)] * 2, 2)
+    assert 18432 / rows == 4
+    assert choose_chunk_rows(2048, 512, [(512, 512)] * 2, 4) == 2048
+
+
+@pytest.mark.parametrize("value", (0.0, 1e-8, 0.3, 0.5, 1.0, 7.0, -9.0))
+def test_power_of_two_is_next_above(value: float) -> None:
+    power = power_of_two(torch.tensor([value / 3, value])).item()
+    assert power == 2 ** round(torch.tensor(power).log2().item())
+    assert abs(value) < power <= max(2 * abs(value), 2.0 if value == 0 else 0)
+    assert power_of_two(torch.zeros(0)).item() == 1
+
+
+def call(chunk_rows: int, needs: Needs | None = None, residual: torch.Tensor | None = None):
+    problem = make_problem((30,), (8, 9, 7), dtype=torch.float64)
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float64)
+    index = torch.arange(29, -1, -2)
+    head = Head(problem.weights, problem.biases or [])
+    needs = needs or Needs(True, [True] * 2, [True] * 2)
+    rows = choose_rows("torch", torch.device("cpu"))
+    flat = pipeline.Problem(problem.hidden, problem.anchor, index, index, head)
+    coefficient = torch.full((15,), 1 / 15, dtype=torch.float64)
+    problem = problem.with_options(visual_index=index)
+    losses, gradients = losses_and_gradients(
+        flat, spec, rows, chunk_rows, coefficient, needs, residual
+    )
+    assert torch.equal(losses_only(flat, spec, rows, chunk_rows), losses)
+    return problem, losses, gradients
+
+
+@pytest.mark.parametrize("chunk_rows", (1, 4, 15, 100))
+def test_sums_over_chunks(chunk_rows: int) -> None:
+    problem, losses, gradients = call(chunk_rows)
+    truth = run_truth(problem)
+    assert relative_error(losses.mean(), truth["loss"]) < 1e-12
+    assert relative_error(gradients.hidden, truth["dhidden"]) < 1e-12
+    for layer in range(2):
+        assert relative_error(gradients.weights[layer], truth[f"dW{layer}"]) < 1e-12
+        assert relative_error(gradients.biases[layer], truth[f"db{layer}"]) < 1e-12
+
+
+def test_residual_is_added_and_left_alone() -> None:
+    residual = torch.randn(30, 8, dtype=torch.float64)
+    kept = residual.clone()
+    plain, added = call(4)[2].hidden, call(4, residual=residual)[2].hidden
+    assert relative_error(added, plain + kept) < 1e-15
+    assert torch.equal(residual, kept)
+
+
+def test_nothing_unneeded_is_computed() -> None:
+    gradients = call(4, Needs(False, [False, True], [False, False]))[2]
+    assert gradients.hidden is None and gradients.weights[0] is None
+    assert gradients.biases == [None, None]
+    assert torch.equal(gradients.weights[1], call(4)[2].weights[1])

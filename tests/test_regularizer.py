@@ -1,0 +1,338 @@
+"""apply_pre on a tiny LLaVA: gradients are those of the definition, values as documented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels import PReConfig, apply_pre, eager_pre_loss, remove_pre
+from tests.helpers import relative_error
+from tests.tiny import IMAGE_TOKEN, LAYERS, PATCHES, WIDTH, gradients, make_batch, tiny_llava
+
+BATCHES = {"images": (1, 1), "text only": (0, 0), "mixed": (1, 0), "two images": (2, 1)}
+NON_REENTRANT = {"use_reentrant": False}
+
+
+def anchor_of_pixels(inputs: Mapping[str, Any]) -> Tensor:
+    """(N, 8): eight numbers of each patch, in the order of the visual tokens."""
+    pixels = inputs["pixel_values"].unfold(2, 8, 8).unfold(3, 8, 8)
+    return pixels[:, 0].reshape(-1, 64)[:, ::8]
+
+
+def eager_term(
+    model: nn.Module, batch: Mapping[str, Any], heads: Mapping[int, Any], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(L_LM, L_PRe), by the model's own hidden states and the definition of the loss."""
+    anchor_function: Callable[..., Tensor] | None = options.pop("anchor", None)
+    output = model(**batch, output_hidden_states=True)
+    mask = batch["input_ids"] == IMAGE_TOKEN
+    states = output.hidden_states
+    anchor = states[0] if anchor_function is None else anchor_function(batch)
+    losses = [
+        eager_pre_loss(
+            states[layer], anchor, head.weights, head.biases, visual_mask=mask, **options
+        )
+        for layer, head in heads.items()
+    ]
+    return output.loss, torch.stack(losses).mean()
+
+
+def compare(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal up to the rounding of two float32 passes, where a gradient is more than rounding."""
+    assert ours.keys() == expected.keys()
+    assert sum(x.norm().item() > 1e-6 for x in expected.values()) > 20
+    for name, x in expected.items():
+        if x.norm() > 1e-6:
+            assert relative_error(ours[name], x) < 2e-4, name
+        else:
+            assert ours[name].norm() < 1e-5, name
+
+
+def both(
+    batch: Mapping[str, Any],
+    *,
+    checkpointing: bool = False,
+    autocast: bool = False,
+    upcast: torch.dtype | None = None,
+    **overrides: Any,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], tuple[float, float]]:
+    """Gradients with PRe attached, the reference's, the metrics, and the reference's values."""
+    model = tiny_llava()
+    pre = apply_pre(model, **overrides)
+    if checkpointing:
+        model.gradient_checkpointing_enable(NON_REENTRANT)
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    with context:
+        loss = model(**batch).loss
+    loss.backward()
+    ours, metrics = gradients(model), pre.metrics()
+    heads = pre.heads
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    remove_pre(model)
+    anchor = {"anchor": overrides["anchor"]} if "anchor" in overrides else {}
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        lm, term = eager_term(model, batch, heads, upcast=upcast, **anchor)
+    (lm + pre.config.weight * term).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    for layer, head in heads.items():
+        expected |= {f"pre_heads.{layer}.{name}": p.grad for name, p in head.named_parameters()}
+    return ours, expected, metrics, (lm.item(), term.item())
+
+
+@pytest.mark.parametrize("images", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("layers", (None, (1, 3), LAYERS))
+def test_gradients(images: tuple[int, ...], checkpointing: bool, layers: Any) -> None:
+    batch = make_batch(images)
+    if layers == LAYERS:  # the last hidden state of transformers is normalised: take the layer's
+        layers = LAYERS - 1
+    ours, expected, metrics, (lm, term) = both(batch, checkpointing=checkpointing, layers=layers)
+    compare(ours, expected)
+    assert metrics["lm_loss"] == pytest.approx(lm, rel=1e-5)
+    assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4, abs=1e-7)
+    assert metrics["visual_tokens"] == sum(images) * PATCHES
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_gradients_with_an_anchor_function(checkpointing: bool) -> None:
+    ours, expected, metrics, (_, term) = both(
+        make_batch((1, 2)), checkpointing=checkpointing, anchor=anchor_of_pixels, anchor_features=8
+    )
+    compare(ours, expected)
+    assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4)
+
+
+def test_gradients_under_autocast() -> None:
+    """On the mean of several batches, the rule of the loss: no worse than eager, against truth."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(6):
+        batch = make_batch((1, 2), seed=seed)
+        options = {"autocast": True, "weight": 5.0}
+        ours, eager, metrics, (_, term) = both(batch, **options)
+        truth = both(batch, upcast=torch.float64, **options)[1]
+        assert metrics["pre_loss"] == pytest.approx(term, rel=1e-5)
+        for name, x in truth.items():
+            pair = relative_error(ours[name], x), relative_error(eager[name], x)
+            errors.setdefault(name, []).append(pair)
+    for name, pairs in errors.items():
+        error, bound = torch.tensor(pairs, dtype=torch.float64).mean(dim=0).tolist()
+        assert error <= 1.0 * bound + 1e-6, name
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_two_forwards_then_two_backwards(checkpointing: bool) -> None:
+    model = tiny_llava()
+    apply_pre(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(NON_REENTRANT)
+    batches = make_batch(seed=1), make_batch((0, 1), seed=2)
+    for batch in batches:
+        model(**batch).loss.backward()
+    one_by_one = gradients(model)
+    model.zero_grad()
+    losses = [model(**batch).loss for batch in batches]
+    for loss in losses:
+        loss.backward()
+    compare(gradients(model), one_by_one)
+
+
+def test_reentrant_checkpointing_raises() -> None:
+    model = tiny_llava()
+    apply_pre(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    batch = make_batch()
+    with pytest.raises(RuntimeError, match="expected use_reentrant=False"):
+        model(**batch).loss.backward()
+
+
+def test_the_value_is_the_lm_loss() -> None:
+    model, batch = tiny_llava(), make_batch()
+    plain = model(**batch).loss.item()
+    pre = apply_pre(model)
+    loss = model(**batch).loss
+    assert loss.item() == plain
+    assert pre.loss.item() == 0
+    loss.backward()
+    assert pre.metrics()["lm_loss"] == plain
+    assert pre.metrics()["pre_loss"] != 0
+
+
+def test_value_in_forward_adds_the_term() -> None:
+    model, batch = tiny_llava(), make_batch()
+    lm = model(**batch).loss.item()
+    pre = apply_pre(model, value_in_forward=True, weight=2.0)
+    loss = model(**batch).loss
+    term = pre.metrics()["pre_loss"]
+    assert term != 0
+    assert loss.item() == pytest.approx(lm + 2 * term, rel=1e-6)
+    model(**batch, return_dict=False)[0].backward()
+    with_value = gradients(model)
+    remove_pre(model)
+    model.zero_grad()
+    apply_pre(model, weight=2.0)
+    model(**batch).loss.backward()
+    compare(gradients(model), with_value)
+
+
+def test_evaluation_is_untouched() -> None:
+    model, batch = tiny_llava().eval(), make_batch()
+    plain = model(**batch)
+    pre = apply_pre(model)
+    ours = model(**batch)
+    assert torch.equal(ours.loss, plain.loss) and torch.equal(ours.logits, plain.logits)
+    assert pre.metrics() == {}
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, plain.loss)
+
+
+def test_value_in_eval() -> None:
+    model, batch = tiny_llava().eval(), make_batch()
+    plain = model(**batch).loss
+    pre = apply_pre(model, value_in_eval=True)
+    loss = model(**batch).loss
+    assert torch.equal(loss, plain)
+    metrics = pre.metrics()
+    heads = pre.heads
+    remove_pre(model)
+    _, term = eager_term(model, batch, heads)
+    assert metrics["pre_loss"] == pytest.approx(term.item(), rel=1e-5)
+
+
+def test_metrics_of_several_layers() -> None:
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model, layers=(1, 3))
+    assert pre.metrics() == {}
+    model(**batch).loss.backward()
+    metrics = pre.metrics()
+    each = [metrics["pre_loss/layer_1"], metrics["pre_loss/layer_3"]]
+    assert metrics["pre_loss"] == pytest.approx(sum(each) / 2)
+    assert each[0] != each[1]
+
+
+def test_without_labels_the_term_is_on_the_handle() -> None:
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model)
+    del batch["labels"]
+    assert model(**batch).loss is None
+    pre.loss.backward()
+    heads = pre.heads
+    ours = heads[2].weight_0.grad.clone()
+    heads[2].zero_grad()
+    remove_pre(model)
+    model(**batch)
+    batch["labels"] = make_batch()["labels"]
+    (0.5 * eager_term(model, batch, heads)[1]).backward()
+    assert relative_error(ours, heads[2].weight_0.grad) < 2e-4
+
+
+def test_denominator_makes_micro_batches_add_up() -> None:
+    """One batch of eight equals four of two, with different numbers of visual tokens."""
+    images = (1, 2, 0, 1, 2, 2, 1, 0)
+    model = tiny_llava()
+    pre = apply_pre(model, weight=3.0)
+    whole = make_batch(images)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in pre.heads[2].parameters():
+        p.requires_grad_(True)
+    model.enable_input_require_grads()
+    model(**whole).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) == 4
+
+    model.zero_grad()
+    pre.denominator = sum(images) * PATCHES
+    first = 0
+    for start in range(0, 8, 2):
+        part = {k: v[start : start + 2] for k, v in whole.items() if k != "pixel_values"}
+        count = sum(images[start : start + 2])
+        part["pixel_values"] = whole["pixel_values"][first : first + count]
+        first += count
+        model(**part).loss.backward()
+    for name, gradient in expected.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 2e-4, name
+
+
+@pytest.mark.parametrize("with_denominator", (False, True))
+def test_num_items_in_batch_scales_the_term(with_denominator: bool) -> None:
+    """With the step's label count the LM loss is a share of the step's mean, and so is the term."""
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model)
+    model(**batch).loss.backward()
+    plain = pre.heads[2].weight_1.grad.clone()
+    model.zero_grad()
+    labels = (batch["labels"][:, 1:] != -100).sum()
+    pre.denominator = 2 * PATCHES if with_denominator else None
+    model(**batch, num_items_in_batch=4 * labels).loss.backward()
+    share = 1 if with_denominator else 4
+    assert relative_error(pre.heads[2].weight_1.grad * share, plain) < 1e-6
+
+
+def test_frozen_llm_still_trains_the_head_and_the_projector() -> None:
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model)
+    model.model.language_model.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    model(**batch).loss.backward()
+    assert min(p.grad.norm().item() for p in pre.heads[2].parameters()) > 0
+    projector = model.model.multi_modal_projector
+    with_pre = [p.grad.clone() for p in projector.parameters()]
+    remove_pre(model)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    differences = [
+        relative_error(g, p.grad) for g, p in zip(with_pre, projector.parameters(), strict=True)
+    ]
+    assert min(differences) > 1e-3
+
+
+def test_everything_frozen_but_the_head() -> None:
+    model, batch = tiny_llava().requires_grad_(False), make_batch()
+    pre = apply_pre(model)
+    model(**batch).loss.backward()
+    ours = pre.heads[2].weight_0.grad
+    assert ours.norm() > 0
+    assert all(p.grad is None for n, p in model.named_parameters() if "pre_heads" not in n)
+
+
+def test_config_is_honoured() -> None:
+    pre = apply_pre(
+        tiny_llava(), PReConfig(layers=1), head_features=7, depth=3, activation="relu", seed=4
+    )
+    assert list(pre.heads) == [1]
+    shapes = [tuple(w.shape) for w in pre.heads[1].weights]
+    assert shapes == [(7, WIDTH), (7, 7), (WIDTH, 7)]
+    assert pre.heads[1].activation == "relu"
+    again = apply_pre(tiny_llava(), layers=1, head_features=7, depth=3, activation="relu", seed=4)
+    assert torch.equal(pre.heads[1].weight_0, again.heads[1].weight_0)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    model = tiny_llava()
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    apply_pre(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_optimizer_step_lowers_the_loss() -> None:
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    values = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        values.append(pre.metrics()["pre_loss"])
+    assert values[-1] < values[0] - 0.3
