@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from prereg_kernels.training.experiment import TRANSFERS, VARIANTS, ExperimentConfig
 from prereg_kernels.training.measure import PROPERTIES
 from prereg_kernels.training.metrics import read_metrics
+from prereg_kernels.training.questions import COMMON_FAMILIES, questions
 from prereg_kernels.training.scenes import ATTRIBUTES, Scenes
 from prereg_kernels.training.summary import Result, Results
 
@@ -65,7 +67,7 @@ def probes(results: Results, layer: int) -> Figure:
         _over_depth(axis, results, lambda r, name=name: [100 * x for x in r["probe"][name]], layer)  # type: ignore[misc]
         axis.set_title(f"{name} ({'asked' if name == 'digit' else 'never asked'})")
     axes[0].set_ylabel("linear probe, test accuracy (%)")
-    axes[0].legend(fontsize=8, loc="lower left")
+    _legend(figure, axes[0])
     return figure
 
 
@@ -78,12 +80,10 @@ def structure(results: Results, layer: int) -> Figure:
             key = prefix + name
             _over_depth(axis, results, lambda r, key=key: r["structure"][key], layer)  # type: ignore[misc]
             axis.set_title(key)
-            if name == "contrast" and prefix:
-                axis.set_yscale("symlog", linthresh=10)
     for row in axes:
         row[0].set_ylabel("mean cosine similarity")
         row[3].set_ylabel("ratio")
-    axes[0][0].legend(fontsize=8)
+    _legend(figure, axes[0][0])
     return figure
 
 
@@ -102,7 +102,7 @@ def answers(results: Results) -> Figure:
     axis.set_ylabel("right answers (%)")
     axis.set_ylim(0, 105)
     axis.set_title("answers by greedy generation; dots: seeds; dotted: always the commonest answer")
-    axis.legend(fontsize=8, loc="lower left")
+    _legend(figure, axis)
     return figure
 
 
@@ -119,7 +119,7 @@ def transfer(results: Results) -> Figure:
     axis.set_ylabel(f"right {first['family']} answers (%)")
     axis.set_ylim(0, 105)
     axis.set_title(f"learning {first['family']} questions afterwards")
-    axis.legend(fontsize=8, loc="lower left")
+    _legend(figure, axis)
     return figure
 
 
@@ -139,31 +139,40 @@ def training(results: Results, out: Path) -> Figure:
                 axis.plot(steps[9:], smooth, color=COLOURS[variant], linewidth=1, label=label)
     axes[0].set(xlabel="step", ylabel="L_LM (nats per answer)", title="language-model loss")
     axes[1].set(xlabel="step", ylabel="L_PRe (negative cosine)", title="PRe loss")
-    for axis in axes:
-        if axis.lines:
-            axis.legend(fontsize=8)
+    _legend(figure, axes[0])
     return figure
 
 
 def scenes(config: ExperimentConfig, count: int = 6) -> Figure:
-    """Test scenes, their object masks, and what their digits are."""
-    figure, axes = plt.subplots(2, count, figsize=(2.3 * count, 5.6), constrained_layout=True)
+    """Test scenes, their object masks, a digit's attributes, and a question of each family."""
+    figure, axes = plt.subplots(2, count, figsize=(2.5 * count, 6.2), constrained_layout=True)
     test = Scenes("test", 0, config.run.scenes)
     for column in range(count):
         scene = test.scene(column)
         top, bottom = axes[0][column], axes[1][column]
         top.imshow(scene.image, cmap="gray", vmin=0, vmax=1)
-        colours = np.ma.masked_less(scene.mask, 0)
         bottom.imshow(scene.image, cmap="gray", vmin=0, vmax=1, alpha=0.35)
-        bottom.imshow(colours, cmap="tab10", vmin=0, vmax=9, alpha=0.8)
+        bottom.imshow(np.ma.masked_less(scene.mask, 0), cmap="tab10", vmin=0, vmax=9, alpha=0.8)
         first = scene.objects[0]
+        box = (first.left - 0.5, first.top - 0.5), first.size, first.size
+        top.add_patch(plt.Rectangle(*box, fill=False, edgecolor="#D55E00", linewidth=2.5))
         words = [values[getattr(first, name)] for name, values in ATTRIBUTES.items()]
-        top.set_title(f"first: {first.digit}, {', '.join(map(str, words[:2]))}\n"
-                      f"{', '.join(map(str, words[2:]))}", fontsize=8)  # fmt: skip
-        bottom.set_title("objects", fontsize=8)
+        top.set_title(f"{first.digit}: {', '.join(words[:2])},\n{', '.join(words[2:])}", fontsize=9)
+        rng = random.Random(column)
+        asked = [
+            questions(scene, {family: 1.0}, 1, rng, grid=config.run.scenes.grid)[0]
+            for family in COMMON_FAMILIES
+        ]
+        lines = [f"{' '.join(question.prompt)}? {question.answer}" for question in asked]
+        bottom.set_title("\n".join(lines), fontsize=8, loc="left")
         for axis in (top, bottom):
             axis.set_axis_off()
     return figure
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
 
 def _over_depth(

@@ -151,7 +151,7 @@ def _moves(effect: Effect) -> str:
     return {
         1: "becomes easier to read",
         -1: "becomes harder to read",
-        0: "does not clearly change",
+        0: "is not clearly harder to read",
     }[effect.direction]
 
 
