@@ -5,13 +5,13 @@ A process of its own for each measurement: the peak resident size never goes dow
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 
 import torch
 
 from benchmarks.implementations import Size, make_step
+from prereg_kernels.training.memory import peak_memory
 
 
 def peak_bytes(name: str, size: Size) -> int:
@@ -28,14 +28,9 @@ def main(name: str, tokens: str, width: str, dtype: str) -> None:
     kind = getattr(torch, dtype)
     make_step(name, Size(16, 16, kind))()
     step = make_step(name, Size(int(tokens), int(width), kind))
-    before = _peak()
+    before = peak_memory()
     step()
-    print(_peak() - before)
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(peak_memory() - before)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def main() -> None:
     print(
         f"\n{info['device']}, {info['threads']} threads, torch {info['torch']}, "
         f"commit {info['commit']}{' with changes' if info['changed_files'] else ''}; medians of "
-        "interleaved rounds, forward and backward; peak memory beyond the inputs, one thread"
+        "interleaved rounds, forward and backward; peak memory of a step\n"
+        "beyond the inputs (so with the gradients), one thread"
     )
 
 

@@ -21,7 +21,7 @@ from benchmarks.implementations import NAMES, SIZES, Size, make_step
 from benchmarks.memory import peak_bytes
 
 THREADS = 2
-SECONDS = 12.0  # of measurement for a size
+SECONDS = 9.0  # of measurement for a size
 ROUNDS = (7, 60)  # at least, at most
 
 

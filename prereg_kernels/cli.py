@@ -24,7 +24,8 @@ def main() -> None:
     from prereg_kernels.training.workers import Interrupted, UnitError
 
     try:
-        train(arguments, Console())
+        console = Console()
+        train(arguments, console if console.is_terminal else Console(width=120))
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
@@ -111,7 +112,7 @@ def _experiment(arguments: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"--workers: expected at least 1, got {workers}")
     open_experiment(settings, out, arguments.fresh)
 
-    torch.set_num_threads(workers)
+    torch.set_num_threads(1)  # at these widths a second thread costs more than it brings
     with console.status("the vision tower learns to see"):
         tower = trained_tower(run.model, run.scenes, run.tower, out / "cache")
     seen = ", ".join(f"{name} {share:.1%}" for name, share in tower.accuracy.items())

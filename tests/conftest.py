@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
-from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-settings.register_profile(
-    "repeatable",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("repeatable")
+
+if importlib.util.find_spec("hypothesis"):  # tests/gpu runs where only torch and pytest are
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("repeatable")

@@ -142,7 +142,7 @@ def test_opcheck_of_losses(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("residual", (False, True))
 def test_opcheck_of_gradients(name: str, residual: bool) -> None:
-    arguments = op_arguments(OPS[name], False)
+    arguments = op_arguments(OPS[name], True)
     hidden, _, select, weights, biases = arguments[:5]
     slots = hidden.shape[:-1].numel() if select is None else select.shape[0]
     extra = (

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_config, write_json
+from prereg_kernels.training.memory import peak_memory
 
 _WARMUP_STEPS, _MEMORY_STEPS = 3, 6
 
@@ -69,8 +68,7 @@ def _peak_memory(config: ExperimentConfig, out: Path, variant: str) -> int:
     stepper = _stepper(config, out, variant)
     for step in range(_MEMORY_STEPS):
         stepper(step)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()
 
 
 def _stepper(config: ExperimentConfig, out: Path, variant: str) -> Callable[[int], float]:

@@ -34,15 +34,19 @@ class TransferConfig:
     """The transfer test: a question family that training never asked.
 
     Attributes:
-        family: the new family; steps, lr: of the fine-tuning; questions_per_scene: in a sequence.
+        family: the new family.
+        frozen_steps: of fine-tuning with the lower half frozen, which learns slowly.
+        steps: of fine-tuning with everything trainable.
+        lr, warmup: of both. questions_per_scene: in a sequence.
         evaluation_scenes: test scenes that are asked about.
     """
 
     family: str = "tilt"
-    steps: int = 250
+    frozen_steps: int = 300
+    steps: int = 120
     lr: float = 4e-3
     warmup: int = 10
-    questions_per_scene: int = 6
+    questions_per_scene: int = 16
     evaluation_scenes: int = 512
 
 
@@ -68,11 +72,15 @@ class ExperimentConfig:
     cost_steps: int = 40
 
     def __post_init__(self) -> None:
-        for name in (
-            "seeds", "evaluation_scenes", "probe_train_scenes", "probe_test_scenes", "cost_steps"
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        for name, least in (
+            ("seeds", 1),
+            ("evaluation_scenes", 1),
+            ("probe_train_scenes", 1),
+            ("probe_test_scenes", 1),
+            ("cost_steps", 2),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)!r}")
         if not any(stage.pre for stage in self.run.stages):
             raise ValueError("run.stages: expected a stage with pre: true, got none")
 
@@ -119,7 +127,7 @@ def transfer_config(
     frozen = transfer == TRANSFERS[0]
     stage = StageConfig(
         name=f"transfer, {transfer}",
-        steps=settings.steps,
+        steps=settings.frozen_steps if frozen else settings.steps,
         lr=settings.lr,
         warmup=settings.warmup,
         trainable=("llm",) if frozen else ("projector", "llm"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,9 +240,10 @@ def load_model(path: str | Path, *, attention: str = "sdpa") -> LlavaForConditio
         CheckpointError: there is no such model.
     """
     try:
-        model: LlavaForConditionalGeneration = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
-        )
+        with _no_bars():
+            model: LlavaForConditionalGeneration = LlavaForConditionalGeneration.from_pretrained(
+                path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"could not load a model from {path}: {error}") from error
     return model
@@ -339,13 +340,22 @@ def _model_writer(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, pre: PRe | None
 ) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
-        bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()  # a bar for each file would tear this run's own
-        model.save_pretrained(directory)
-        if bars:
-            hf_logging.enable_progress_bar()
+        with _no_bars():
+            model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         if pre is not None:
             pre.save(directory / PRE_DIR)
 
     return write
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bars, one for each file: they would tear the run's own."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -162,8 +162,8 @@ def set_trainable(
 
     Args:
         modules: names from `MODULES`.
-        frozen_layers: so many of the first decoder layers stay frozen even if "llm" trains (its
-            embeddings, which a new question's words need, do train).
+        frozen_layers: so many of the first decoder layers, and the embeddings below them, stay
+            frozen even if "llm" trains.
 
     Raises:
         ValueError: an unknown module, or more frozen layers than there are.
@@ -182,5 +182,6 @@ def set_trainable(
     if "llm" in modules:
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
-        for layer in layers[:frozen_layers]:
-            layer.requires_grad_(False)
+        if frozen_layers:
+            model.get_input_embeddings().requires_grad_(False)
+            layers[:frozen_layers].requires_grad_(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,14 +61,14 @@ def write_report(
         _transfer(results),
         _cost(cost),
     ]
-    pre, threads = config.run.pre, torch.get_num_threads()
+    pre = config.run.pre
     facts = {
         "seeds": len(results.seeds),
         "steps": config.run.steps,
         "scenes a step": config.run.micro_batch * config.run.accumulation,
         "PRe": f"layer {layer} of {config.run.model.decoder_layers}, weight {pre.weight:g}",
         "took": f"{seconds / 60:.1f} min",
-        "machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "prereg_kernels": __version__,
     }
     for sentence in sentences:
