@@ -93,7 +93,7 @@ class StageConfig:
         steps: optimizer steps.
         lr: peak learning rate, reached after `warmup` steps, then a cosine down to 0.
         trainable: parts that train, of "tower", "projector", "llm".
-        frozen_layers: so many of the first decoder layers stay frozen, and the embeddings with them.
+        frozen_layers: so many of the first decoder layers, and the embeddings, stay frozen.
         pre: whether PRe is on (its settings are the run's).
     """
 
