@@ -30,6 +30,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(READY)  ## the benchmarks on this machine; prints a table, writes benchmarks/results/
+	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu_loss.json
 	$(BIN)/python benchmarks/table.py benchmarks/results/cpu_loss.json
 

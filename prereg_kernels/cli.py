@@ -11,17 +11,20 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-
 from prereg_kernels._version import __version__
 
 
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
     arguments = _parser().parse_args()
-    from prereg_kernels.training.checkpoint import CheckpointError
-    from prereg_kernels.training.loop import TrainingInterrupted
-    from prereg_kernels.training.workers import Interrupted, UnitError
+    try:
+        from rich.console import Console
+
+        from prereg_kernels.training.checkpoint import CheckpointError
+        from prereg_kernels.training.loop import TrainingInterrupted
+        from prereg_kernels.training.workers import Interrupted, UnitError
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; training needs: pip install 'prereg-kernels[train]'")
 
     try:
         console = Console()
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--preset", help="a paired experiment: scenes, or a YAML file of your own")
     source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
     train.add_argument("--out", type=Path, help="where everything goes; default: runs/<name>")
+    train.add_argument("--device", help="with --config: cpu, cuda, ...; default: cuda if there")
     train.add_argument("--fresh", action="store_true", help="do not resume what is there")
     group = train.add_argument_group("with --preset")
     group.add_argument("--seeds", type=int, help="number of paired seeds")
@@ -65,26 +69,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(arguments: argparse.Namespace, console: Console) -> None:
+def train(arguments: argparse.Namespace, console: Any) -> None:
     """The command `prereg train`."""
     if arguments.preset is not None:
+        if arguments.device is not None:
+            raise ValueError("--device: goes with --config; a preset runs on the CPU")
         _experiment(arguments, console)
         return
     for name in ("seeds", "steps", "weight", "workers"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name}: goes with --preset; with --config, set it in the file")
-    _single(arguments.config, arguments.out, arguments.fresh, console)
+    _single(arguments, console)
 
 
-def _single(path: Path, out: Path | None, fresh: bool, console: Console) -> None:
+def _single(arguments: argparse.Namespace, console: Any) -> None:
+    import torch
+
     from prereg_kernels.training.config import RunConfig, load_config
     from prereg_kernels.training.evaluation import evaluate
     from prereg_kernels.training.loop import train as train_run
     from prereg_kernels.training.scenes import Scenes
 
-    settings = load_config(path, RunConfig)
-    out = out or Path("runs") / path.stem
-    result = train_run(settings, out, resume=not fresh)
+    settings = load_config(arguments.config, RunConfig)
+    out = arguments.out or Path("runs") / arguments.config.stem
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} is not usable here: {error}") from None
+    result = train_run(settings, out, resume=not arguments.fresh, device=device)
     test = Scenes("test", settings.seed, settings.scenes)
     answers = evaluate(result.model, result.packer, test, list(settings.families))
     for family, accuracy in answers.accuracy.items():
@@ -94,7 +107,7 @@ def _single(path: Path, out: Path | None, fresh: bool, console: Console) -> None
     console.print(f"LM loss {answers.lm_loss:.3f} nats; model in {result.checkpoint}")
 
 
-def _experiment(arguments: argparse.Namespace, console: Console) -> None:
+def _experiment(arguments: argparse.Namespace, console: Any) -> None:
     import torch
 
     from prereg_kernels.training.cost import measure_cost

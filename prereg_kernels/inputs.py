@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 LOSSES = ("cosine", "mse", "smooth_l1")
@@ -81,6 +81,17 @@ def check_spec(
     return Spec(activation, loss, normalize, float(eps), compute_dtype, chunk_rows or 0, backend)
 
 
+def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
+    """Check the reduction, and that a denominator goes with "mean".
+
+    Raises:
+        ValueError: otherwise.
+    """
+    check_name("reduction", reduction, REDUCTIONS)
+    if denominator is not None and reduction != "mean":
+        raise ValueError(f"denominator: goes with reduction='mean', got reduction={reduction!r}")
+
+
 def check_name(argument: str, value: object, known: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of the `known` names."""
     if value not in known:
@@ -140,7 +151,7 @@ def check_inputs(
         check_anchor_rows(anchor, leading, tokens if select is not None else -1)
     weights = _check_weights(weights, hidden, anchor)
     present, bias_layers = _check_biases(biases, weights)
-    _check_denominator(denominator)
+    _check_denominator(denominator, hidden)
     return Inputs(
         weights,
         present,
@@ -172,25 +183,30 @@ def token_coefficients(
 ) -> Tensor:
     """(S,): what each slot's loss is multiplied by in the sum that is the reduced loss.
 
-    A weight sum of zero gives zeros, so that a batch without visual tokens adds exactly 0.
-    The dtype is float32, or float64 for float64 `like`. Nothing here waits for the device.
+    A weight sum of zero gives zeros, so that a batch without visual tokens adds exactly 0. Equal
+    coefficients are one expanded number: the tap holds them until backward. The dtype is float32,
+    or float64 for float64 `like`. Nothing here waits for the device.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    weight = inputs.token_weight
-    if inputs.select is not None and inputs.select.dtype == torch.bool:
-        mask = inputs.select.to(dtype)
-        weight = mask if weight is None else weight.to(dtype) * mask
-    if reduction == "mean" and denominator is None and weight is None:
-        return like.new_full((inputs.slots,), 1 / max(inputs.slots, 1), dtype=dtype)
+    select, weight = inputs.select, inputs.token_weight
+    mask = select if select is not None and select.dtype == torch.bool else None
+    if weight is not None:
+        weight = weight.to(dtype) if mask is None else weight.to(dtype) * mask
+    total: float | Tensor = 1.0
+    if reduction == "mean" and denominator is not None:
+        total = denominator.detach() if isinstance(denominator, Tensor) else denominator
+    elif reduction == "mean" and weight is None and mask is None:
+        total = max(inputs.slots, 1)
+    elif reduction == "mean":
+        total = (mask if weight is None else weight).sum()  # type: ignore[union-attr]
+        total = torch.where(total > 0, total, torch.ones_like(total))
     if weight is None:
-        weight = like.new_ones((), dtype=dtype).expand(inputs.slots)
-    weight = weight.to(dtype)
-    if reduction == "mean":
-        if denominator is None:
-            total = weight.sum()
-            denominator = torch.where(total > 0, total, torch.ones_like(total))
-        weight = weight / denominator
-    return weight
+        coefficient = (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
+    else:
+        coefficient = weight / total
+    if mask is not None and isinstance(denominator, Tensor):  # x/0 where nothing is visual
+        return torch.where(mask, coefficient, torch.zeros_like(coefficient))
+    return coefficient
 
 
 def _check_tensor(argument: str, value: Any, hidden: Tensor) -> None:
@@ -249,7 +265,7 @@ def _check_selection(mask: Any, index: Any, hidden: Tensor) -> Tensor | None:
 
 
 def _check_weights(weights: Any, hidden: Tensor, anchor: Tensor) -> list[Tensor]:
-    if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
+    if isinstance(weights, Tensor) or not isinstance(weights, (Sequence, nn.ParameterList)):
         raise TypeError(f"weights: expected a sequence of Tensors, got {type(weights).__name__}")
     columns = hidden.shape[-1]
     for layer, weight in enumerate(weights):
@@ -272,7 +288,7 @@ def _check_weights(weights: Any, hidden: Tensor, anchor: Tensor) -> list[Tensor]
 def _check_biases(biases: Any, weights: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     if biases is None:
         return [], []
-    if isinstance(biases, Tensor) or not isinstance(biases, Sequence):
+    if isinstance(biases, Tensor) or not isinstance(biases, (Sequence, nn.ParameterList)):
         raise TypeError(f"biases: expected None or a sequence, got {type(biases).__name__}")
     if len(biases) != len(weights):
         raise ValueError(
@@ -319,7 +335,7 @@ def _check_token_weight(
     return weight
 
 
-def _check_denominator(denominator: Any) -> None:
+def _check_denominator(denominator: Any, hidden: Tensor) -> None:
     if denominator is None:
         return
     if isinstance(denominator, Tensor):
@@ -327,6 +343,17 @@ def _check_denominator(denominator: Any) -> None:
             raise ValueError(
                 f"denominator: expected a number or a 0-dim Tensor, "
                 f"got shape {tuple(denominator.shape)}"
+            )
+        if denominator.is_complex() or denominator.dtype == torch.bool:
+            raise TypeError(f"denominator: expected a real number, got {denominator.dtype}")
+        if denominator.device not in (hidden.device, torch.device("cpu")):
+            raise ValueError(
+                f"denominator: is on {denominator.device}, but hidden is on {hidden.device}"
+            )
+        # 0 is what a step without visual tokens counts
+        if _values_readable(denominator) and not 0 <= float(denominator) < math.inf:
+            raise ValueError(
+                f"denominator: expected a positive finite number, got {float(denominator)}"
             )
         return
     if isinstance(denominator, bool) or not isinstance(denominator, (int, float)):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.inputs import (
-    REDUCTIONS,
     check_inputs,
     check_name,
+    check_reduction,
     check_spec,
     matmul_dtype,
     token_coefficients,
@@ -47,8 +47,9 @@ def fused_pre_loss(
     Args:
         hidden: (..., D), any strides: hidden states after a middle layer. float16, bfloat16,
             float32 or float64.
-        anchor: (..., A) with the same leading shape, or (N, A), a row per visual token. A
-            constant: no gradient flows into it. Any floating dtype.
+        anchor: (..., A) with the same leading shape, or (N, A), a row per visual token (where both
+            readings fit, the leading shape is meant). A constant: no gradient flows into it. Any
+            floating dtype.
         weights: the head's matrices in `nn.Linear` layout, the activation between them: () no head
             (then D == A), one a linear head, two the paper's (M, D) and (A, M), or more. They may
             have another dtype than `hidden` (float32 master weights).
@@ -56,7 +57,7 @@ def fused_pre_loss(
         visual_mask: bool, the leading shape: which positions are visual tokens.
         visual_index: int64 (N,), unique, into the flattened leading dimensions; instead of a mask,
             and free of the device synchronisation that a mask needs. Neither: every position.
-        token_weight: non-negative, the leading shape or (N,).
+        token_weight: non-negative, the leading shape or (N,); where both fit, the leading shape.
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
         loss: "cosine" (its negative, `F.cosine_similarity`'s value), "mse" or "smooth_l1" (beta 1),
             both averaged over the features.
@@ -67,9 +68,10 @@ def fused_pre_loss(
             count of the global batch under data parallelism or gradient accumulation. None: the
             sum of the token weights (N where there are none).
         eps: positive; norms are clamped from below by it, variances are increased by it.
-        recompute: False computes the gradients together with the loss (six matmuls; holds the
-            hidden gradient until backward). True computes them in backward (eight matmuls, holds
-            nothing). reduction="none" always does the latter.
+        recompute: False computes the gradients together with the loss (six matmuls; holds them
+            until backward, which multiplies them by the upstream factor: one more rounding in
+            bfloat16 and float16, unless it is a power of two). True computes them in backward
+            (eight matmuls, holds nothing). reduction="none" always does the latter.
         chunk_rows: rows a chunk; None leaves the choice to a heuristic.
         backend: "auto" or "torch".
 
@@ -81,7 +83,7 @@ def fused_pre_loss(
         TypeError, ValueError, IndexError: naming the argument, what came and what was expected.
             Values (weights, indices) are looked at on the CPU only.
     """
-    check_name("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction, denominator)
     check_name("backend", backend, BACKENDS)
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
@@ -93,7 +95,7 @@ def fused_pre_loss(
     if reduction == "none":
         losses = call_losses(hidden, anchor, inputs, spec)
         if inputs.token_weight is not None:
-            losses = losses * inputs.token_weight
+            losses = losses * inputs.token_weight.to(losses.dtype)
         return losses if visual_mask is None else losses[visual_mask.reshape(-1)]
 
     coefficient = token_coefficients(inputs, reduction, denominator, hidden)

@@ -101,9 +101,8 @@ def losses_and_gradients(
         coefficient = coefficient / unscale
     dh = None
     if needs.hidden:
-        dh = hidden.new_zeros(hidden.shape)
-        if residual is not None:
-            dh.copy_(residual)
+        dh = hidden.new_empty(hidden.shape)
+        dh = dh.zero_() if residual is None else dh.copy_(residual)
     head = head.to(spec.compute_dtype)
     lowest = _lowest_layer(needs)
 
@@ -213,7 +212,7 @@ class _WeightGradients:
             if parameter is None or not need:
                 return None
             if total is None:  # no visual tokens
-                return torch.zeros_like(parameter)
+                return parameter.new_zeros(parameter.shape)
             return (total if unscale is None else total * unscale).to(parameter.dtype)
 
         return (

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prereg_kernels.inputs import (
-    REDUCTIONS,
+    DTYPES,
     Spec,
     check_inputs,
-    check_name,
+    check_reduction,
     check_spec,
     matmul_dtype,
     token_coefficients,
@@ -57,7 +57,9 @@ def eager_pre_loss(
             tests measure against); None: the matmuls in the dtype of `hidden` or of autocast,
             the loss in float32 (float64 for float64 inputs).
     """
-    check_name("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction, denominator)
+    if upcast is not None and upcast not in DTYPES:
+        raise TypeError(f"upcast: expected None or a floating torch.dtype, got {upcast!r}")
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )
@@ -80,7 +82,8 @@ def eager_pre_loss(
         per_slot = token_coefficients(inputs, reduction, denominator, losses)
     if per_slot is not None:  # a mask's slots are all positions, an index's are the tokens
         masked = visual_mask is not None and inputs.select is not None
-        losses = losses * (per_slot[inputs.select] if masked else per_slot)
+        per_token = per_slot[inputs.select] if masked else per_slot
+        losses = losses * per_token.to(losses.dtype)
     return losses if reduction == "none" else losses.sum()
 
 

@@ -13,17 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family, find_family
+from prereg_kernels.files import write_whole
 from prereg_kernels.head import PReHead
 
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 _ATTRIBUTE = "_prereg"
+_HEADS_FILE, _CONFIG_FILE = "pre_heads.safetensors", "pre_config.json"
 
 
 def apply_pre(model: nn.Module, config: PReConfig | None = None, **overrides: Any) -> PRe:
@@ -68,15 +70,24 @@ def remove_pre(model: nn.Module) -> None:
 
 @dataclass
 class _Pass:
-    """What one forward pass of the model needs to remember."""
+    """What one forward pass of the model needs to remember; gone when it ends."""
 
     inputs: Mapping[str, Any]
     index: Tensor  # (N,) visual positions in the flattened batch
     training: bool
+    denominator: float | Tensor | None
     anchor: Tensor | None = None  # (batch, positions, A) or (N, A)
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
-    denominator: float | Tensor | None = None
-    lm_loss: Tensor | None = None
+    values: dict[int, Tensor] = field(default_factory=dict)  # where their values will be
+
+
+class _Record(NamedTuple):
+    """What `metrics` reads after a pass: a few numbers on the device, no graph, no batch."""
+
+    tokens: Tensor
+    denominator: float | Tensor | None
+    lm_loss: Tensor | None
+    values: dict[int, Tensor]  # written by backward
 
 
 class PRe:
@@ -88,8 +99,8 @@ class PRe:
         denominator: None, or the number of visual tokens (a number or 0-dim Tensor) of the whole
             optimizer step, over micro-batches and ranks: L_PRe of each call is then a sum over its
             tokens divided by this. A training loop that accumulates gradients sets it every step.
-        loss: the weighted term of the last training call, 0-dim; it is part of the model's loss
-            already where the model computed one, and to be added by hand where it got no labels.
+        loss: the weighted term of the last training call where the model got no labels and so
+            computed no loss to add it to: add it to yours. None otherwise.
     """
 
     def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
@@ -99,7 +110,7 @@ class PRe:
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
         self._pass: _Pass | None = None  # while the model's forward runs
-        self._last: _Pass | None = None
+        self._last: _Record | None = None
         self._visual_tokens = family.visual_token_ids(model)
         self._positional = tuple(inspect.signature(model.forward).parameters)
 
@@ -115,7 +126,7 @@ class PRe:
             family.language_model_of(model).register_forward_pre_hook(
                 self._see_embeddings, with_kwargs=True
             ),
-            model.register_forward_hook(self._end),
+            model.register_forward_hook(self._end, always_call=True),
         ]
         for number in numbers:
             hook = partial(self._tap, number)
@@ -123,26 +134,23 @@ class PRe:
         setattr(model, _ATTRIBUTE, self)
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the last call of the model; in training, read them after backward.
+        """Figures of the last training call; with `value_in_eval`, of an evaluating one too.
 
         Returns:
             "pre_loss": L_PRe, averaged over the visual tokens (and the layers; each layer has
-            "pre_loss/layer_16" too where there are several); "lm_loss", where the model computed
-            it; "visual_tokens". Under torch.distributed these are reduced over all ranks, so call
-            it on every rank. Without a call yet, or in evaluation without `value_in_eval`, there
-            is no "pre_loss".
+            "pre_loss/layer_16" too where there are several), once backward has computed it;
+            "lm_loss", where the model computed it; "visual_tokens". Under torch.distributed these
+            are reduced over all ranks, so call it on every rank. Empty before the first call.
         """
         last = self._last
         if last is None:
             return {}
-        device = last.index.device
-        count = torch.tensor(float(last.index.numel()), device=device)
-        columns = [count, torch.ones_like(count)]
+        columns = [last.tokens, torch.ones_like(last.tokens)]
         if last.lm_loss is not None:
-            columns.append(last.lm_loss.detach().float())
-        for value in last.losses.values():  # sums over tokens, so that ranks can be added up
-            tokens = count if last.denominator is None else last.denominator
-            columns.append(value.detach().float().to(device) * tokens)
+            columns.append(last.lm_loss.to(last.tokens))
+        for value in last.values.values():  # sums over tokens, so that ranks can be added up
+            divisor = last.tokens if last.denominator is None else last.denominator
+            columns.append(value.to(last.tokens) * divisor)
         totals = torch.stack(columns)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
@@ -152,10 +160,12 @@ class PRe:
         if last.lm_loss is not None:
             figures["lm_loss"] = rest.pop(0) / ranks
         per_layer = [total / max(tokens, 1.0) for total in rest]
+        if not all(value._version for value in last.values.values()):  # backward still to come
+            return figures
         if per_layer:
             figures["pre_loss"] = sum(per_layer) / len(per_layer)
         if len(per_layer) > 1:
-            named = zip(last.losses, per_layer, strict=True)
+            named = zip(last.values, per_layer, strict=True)
             figures |= {f"pre_loss/layer_{layer}": value for layer, value in named}
         return figures
 
@@ -170,22 +180,35 @@ class PRe:
         path.mkdir(parents=True, exist_ok=True)
         heads = {name: x.detach().contiguous() for name, x in self._state().items()}
         config = json.dumps(self.config.to_json(list(self.heads)), indent=2)
-        _write_whole(path / "pre_config.json", config.encode())
-        _write_whole(path / "pre_heads.safetensors", save(heads))
+        write_whole(path / _CONFIG_FILE, config)
+        write_whole(path / _HEADS_FILE, save(heads))
 
     def load(self, path: str | Path) -> None:
         """Read the heads that `save` wrote.
 
         Raises:
             FileNotFoundError: there are none at `path`.
-            ValueError: they do not fit: other layers or other shapes.
+            ValueError: they cannot be read, or do not fit: other layers, shapes or settings.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        file = Path(path) / "pre_heads.safetensors"
+        file = Path(path) / _HEADS_FILE
         if not file.is_file():
             raise FileNotFoundError(f"path: expected a directory with {file.name}, got {path}")
-        saved, own = load_file(file), self._state()
+        try:
+            saved = load_file(file)
+            config = json.loads((Path(path) / _CONFIG_FILE).read_bytes())
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {path} cannot be read: {error}") from None
+        mine = self.config.to_json(list(self.heads))
+        for name in ("layers", "depth", "activation", "loss", "normalize"):
+            if config.get(name) != mine[name]:
+                raise ValueError(
+                    f"path: the heads in {path} were trained with {name}={config.get(name)!r}, "
+                    f"expected {mine[name]!r}"
+                )
+        own = self._state()
         theirs = {name: tuple(x.shape) for name, x in saved.items()}
         ours = {name: tuple(x.shape) for name, x in own.items()}
         if theirs != ours:
@@ -227,10 +250,11 @@ class PRe:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         training = model.training and torch.is_grad_enabled()
-        self._pass = self.loss = None
+        self._pass = None
         if not training and not self.config.value_in_eval:
-            self._last = None
             return
+        if training:
+            self.loss = self._last = None
         inputs = dict(zip(self._positional, args, strict=False)) | kwargs
         input_ids = inputs.get("input_ids")
         if input_ids is None:
@@ -239,7 +263,9 @@ class PRe:
         for token in self._visual_tokens:
             visual |= input_ids == token
         index = visual.flatten().nonzero().squeeze(1)
-        self._pass = _Pass(inputs, index, training, denominator=self.denominator)
+        # with no visual tokens the term is 0, whatever it is divided by
+        denominator = self.denominator if index.numel() else None
+        self._pass = _Pass(inputs, index, training, denominator)
 
     def _see_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -270,7 +296,7 @@ class PRe:
         if current is None:
             # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
             # and nothing else; the first run has counted the loss.
-            if not (head.training and torch.is_grad_enabled()):
+            if not torch.is_grad_enabled():
                 return None
             nothing = hidden.new_zeros(0, dtype=torch.long)
             anchor = hidden.new_zeros(0, config.anchor_width(hidden.shape[-1]))
@@ -279,9 +305,11 @@ class PRe:
             raise RuntimeError("PRe: the language model was called without inputs_embeds")
         index, anchor = current.index.to(hidden.device), current.anchor.to(hidden.device)
         options = {"visual_index": index, "loss": config.loss, "normalize": config.normalize}
+        value = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        current.values[layer] = value
         if not current.training:
             with torch.no_grad():
-                current.losses[layer] = head(hidden, anchor, **options)
+                value.copy_(head(hidden, anchor, **options))
             return None
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -294,28 +322,36 @@ class PRe:
             anchor,
             denominator=current.denominator,
             compute_value=config.value_in_forward,
+            value_out=value,
             **options,
         )
+        if config.value_in_forward:
+            value.copy_(current.losses[layer].detach())
         return tapped
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         current, self._pass = self._pass, None
-        if current is None:
+        if current is None or output is None:  # the forward raised
             return None
-        self._last = current
+        tokens = torch.tensor(float(current.index.numel()), device=current.index.device)
         is_tuple = isinstance(output, tuple)
+        lm_loss = None
         if current.inputs.get("labels") is not None:
-            current.lm_loss = (output[0] if is_tuple else output.loss).detach()
+            lm_loss = output[0] if is_tuple else output.loss
+        if current.training or current.index.numel():  # generation goes on without visual tokens
+            detached = None if lm_loss is None else lm_loss.detach().clone()
+            self._last = _Record(tokens, current.denominator, detached, current.values)
         if not current.training:
             return None
-        device = current.index.device
-        term = torch.stack([value.to(device) for value in current.losses.values()]).mean()
-        self.loss = term = term * self.config.weight * self._label_share(current)
-        if current.lm_loss is None:
+        values = [value.to(tokens.device) for value in current.losses.values()]
+        term = torch.stack(values).mean() * self.config.weight * self._label_share(current)
+        if lm_loss is None:
+            self.loss = term
             return None
+        total = lm_loss + term.to(lm_loss.device)
         if is_tuple:
-            return (output[0] + term.to(output[0].device), *output[1:])
-        output.loss = output.loss + term.to(output.loss.device)
+            return (total, *output[1:])
+        output.loss = total
         return output
 
     def _label_share(self, current: _Pass) -> float | Tensor:
@@ -330,12 +366,3 @@ class PRe:
         if items is None or labels is None or current.denominator is not None:
             return 1.0
         return (labels[..., 1:] != -100).sum() / items
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -78,11 +78,7 @@ def pre_tap(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )
     spec = check_spec(activation, loss, normalize, eps, matmul_dtype(hidden), chunk_rows, backend)
-    if value_out is not None and (value_out.dim() != 0 or value_out.requires_grad):
-        raise ValueError(
-            f"value_out: expected a 0-dim Tensor that does not require grad, "
-            f"got shape {tuple(value_out.shape)}, requires_grad={value_out.requires_grad}"
-        )
+    _check_value_out(value_out, hidden)
     coefficient = token_coefficients(inputs, "mean", denominator, hidden)
     return _Tap.apply(
         hidden,
@@ -96,6 +92,24 @@ def pre_tap(
         *inputs.weights,
         *inputs.biases,
     )
+
+
+def _check_value_out(value_out: Any, hidden: Tensor) -> None:
+    if value_out is None:
+        return
+    if not isinstance(value_out, Tensor):
+        raise TypeError(f"value_out: expected a Tensor, got {type(value_out).__name__}")
+    if (
+        value_out.dim() != 0
+        or value_out.requires_grad
+        or not value_out.is_floating_point()
+        or value_out.device != hidden.device
+    ):
+        raise ValueError(
+            f"value_out: expected a 0-dim Tensor, floating, on {hidden.device}, that does not "
+            f"require grad; got {value_out.dtype}, shape {tuple(value_out.shape)}, on {value_out.device}, "
+            f"requires_grad={value_out.requires_grad}"
+        )
 
 
 class _Tap(torch.autograd.Function):
@@ -116,17 +130,22 @@ class _Tap(torch.autograd.Function):
         # The constants stay outside of the saved-tensor hooks: under activation checkpointing the
         # recomputed forward then only has to bring back `hidden`, whatever anchor it is shown.
         ctx.constants = anchor, select, coefficient
+        if not torch.compiler.is_compiling():
+            ctx.anchor_version = anchor._version
         ctx.save_for_backward(hidden, *parameters)
         if compute_value:
             inputs = _inputs(parameters, bias_layers, select, coefficient)
             value = (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
         else:
             value = coefficient.new_zeros(())
-        if value_out is None and not torch.compiler.is_compiling():
+        if value_out is None and not compute_value and not torch.compiler.is_compiling():
             value_out = value.detach()  # shares the memory of the scalar that the caller gets
         ctx.value_out = value_out
         ctx.set_materialize_grads(False)
-        return hidden.view_as(hidden), value
+        tapped = hidden.view_as(hidden)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(tapped)
+        return tapped, value
 
     @staticmethod
     def backward(
@@ -136,6 +155,11 @@ class _Tap(torch.autograd.Function):
             return (grad_hidden, *[None] * (len(ctx.needs_input_grad) - 1))
         hidden, *parameters = ctx.saved_tensors
         anchor, select, coefficient = ctx.constants
+        if not torch.compiler.is_compiling():
+            if anchor._version != ctx.anchor_version:
+                raise RuntimeError("anchor: was modified in place between forward and backward")
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.constants = None  # as autograd frees what it saved
         needs = ctx.needs_input_grad
         inputs = _inputs(parameters, ctx.bias_layers, select, coefficient)
         depth = len(inputs.weights)

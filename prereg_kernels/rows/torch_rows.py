@@ -92,17 +92,23 @@ def _losses_and_grad(z: Tensor, t: Tensor, spec: Spec, with_grad: bool) -> tuple
 
 
 def _cosine(z: Tensor, t: Tensor, eps: float, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """loss = -c and dz = -(t / nt - c z / nz) / nz, with nz = max(|z|, eps), c = z.t / (nz nt)."""
+    """loss = -c and dz = -(t / nt - c z / nz) / nz, with nz = max(|z|, eps), c = z.t / (nz nt).
+
+    With p = z / nz and q = t / nt, the bracket is (q - p) + (1 - c) p, and for |p| = 1
+    1 - c = (|q - p|^2 + 1 - |q|^2) / 2: nothing cancels near c = 1, where training spends its time.
+    """
     z_norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    t_norm = torch.linalg.vector_norm(t, dim=1, keepdim=True)
     nz = z_norm.clamp_min(eps)
-    p = z / nz
-    q = t / torch.linalg.vector_norm(t, dim=1, keepdim=True).clamp_min(eps)
-    c = (p * q).sum(dim=1, keepdim=True)
-    losses = -c.squeeze(1)
+    p, q = z / nz, t / t_norm.clamp_min(eps)
+    losses = -(p * q).sum(dim=1)
     if not with_grad:
         return losses, z.new_empty(0)
-    along = c.masked_fill(z_norm < eps, 0)  # where |z| < eps the norm is a constant
-    return losses, p.mul_(along).sub_(q).div_(nz)
+    q_short = (1 - q.square().sum(dim=1, keepdim=True)).masked_fill_(t_norm >= eps, 0)
+    q -= p
+    along = (q.square().sum(dim=1, keepdim=True) + q_short) / 2
+    along.masked_fill_(z_norm < eps, 1)  # where |z| < eps the norm is a constant
+    return losses, q.addcmul_(p, along).div_(-nz)
 
 
 def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

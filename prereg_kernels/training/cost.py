@@ -7,6 +7,7 @@ are taken in a process each, whose high-water mark knows no other model.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_config, write_json
+from prereg_kernels.files import write_whole
+from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_config
+from prereg_kernels.training.interrupts import sigint_ignored
 from prereg_kernels.training.memory import peak_memory
 
 _WARMUP_STEPS, _MEMORY_STEPS = 3, 6
@@ -40,17 +43,19 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
     cost = {
         "step_seconds": {name: statistics.median(values) for name, values in times.items()},
         "step_ratio": statistics.median(ratios),
-        "step_ratio_spread": statistics.stdev(ratios),
+        "step_ratio_error": statistics.stdev(ratios) / math.sqrt(len(ratios)),
         "steps": config.cost_steps,
         "peak_bytes": peaks,
     }
-    write_json(path, cost)
+    write_whole(path, json.dumps(cost, indent=1))
     return cost
 
 
 def _in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        with sigint_ignored():
+            future = pool.submit(function, *arguments)
+        return future.result()
 
 
 def _step_times(config: ExperimentConfig, out: Path) -> dict[str, list[float]]:
@@ -72,12 +77,14 @@ def _peak_memory(config: ExperimentConfig, out: Path, variant: str) -> int:
 
 
 def _stepper(config: ExperimentConfig, out: Path, variant: str) -> Callable[[int], float]:
-    """A function that does training step i of the last stage and returns its seconds."""
+    """A function that does training step i of the last stage with PRe, and returns its seconds."""
     import torch
 
     from prereg_kernels.training.loop import Stepper
 
     torch.set_num_threads(1)
     run = run_config(config, Unit(0, variant))
-    stepper = Stepper(replace(run, stages=run.stages[-1:]), out / "cache")
+    stages = zip(run.stages, config.run.stages, strict=True)  # the baseline's have no PRe
+    measured = [mine for mine, with_pre in stages if with_pre.pre][-1]
+    stepper = Stepper(replace(run, stages=(measured,)), out / "cache")
     return stepper.timed_step

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prereg_kernels.files import write_whole
 from prereg_kernels.training.config import RunConfig, StageConfig, to_dict
 from prereg_kernels.training.evaluation import evaluate
 from prereg_kernels.training.loop import train
 from prereg_kernels.training.measure import measure
-from prereg_kernels.training.questions import COMMON_FAMILIES
+from prereg_kernels.training.questions import COMMON_FAMILIES, check_families
 from prereg_kernels.training.scenes import Scenes
 
 VARIANTS = ("baseline", "pre", "other_scene")
@@ -48,6 +49,12 @@ class TransferConfig:
     warmup: int = 10
     questions_per_scene: int = 16
     evaluation_scenes: int = 512
+
+    def __post_init__(self) -> None:
+        check_families({self.family: 1.0})
+        for name in ("frozen_steps", "steps", "questions_per_scene", "evaluation_scenes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def run_unit(
             name: _transfer(config, unit, name, trained.checkpoint, directory, report)
             for name in TRANSFERS
         }
-    write_json(directory / RESULT_FILE, result)
+    write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
     return result
 
 
@@ -194,7 +201,7 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
     Raises:
         ValueError: what is there was made with other settings.
     """
-    if fresh:
+    if fresh and (out / "experiment.json").exists():
         for unit_directory in out.glob("seed-*"):
             shutil.rmtree(unit_directory)
         (out / "cost.json").unlink(missing_ok=True)
@@ -210,7 +217,7 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
                 "--out, or --fresh"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, to_dict(config))
+    write_whole(path, json.dumps(to_dict(config), indent=1))
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
@@ -245,10 +252,3 @@ def _transfer(
         "majority": found.majority[family],
         "lm_loss": found.lm_loss,
     }
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    temporary.replace(path)

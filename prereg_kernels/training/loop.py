@@ -162,6 +162,8 @@ def train(
                 if stopping:
                     raise TrainingInterrupted(step, path)
             first = last
+        if stop_requested():  # during the last checkpoint
+            raise TrainingInterrupted(step, path)
     if pre is not None:
         pre.detach()
     model.set_attn_implementation("sdpa")  # who goes on may do so in fp32, unlike flash-attention
@@ -175,7 +177,7 @@ def train(
 
 
 class Stepper:
-    """The first stage's training step by itself, on the CPU, to measure what it costs.
+    """A single stage's training step by itself, on the CPU, to measure what it costs.
 
     Args:
         config: the run.

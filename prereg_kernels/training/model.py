@@ -134,7 +134,7 @@ def build_model(
     return model
 
 
-def visual_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
     """(B * P, D) visual features as they enter the LLM: tower and projector, image by image."""
     return torch.cat(list(model.model.get_image_features(pixel_values=pixel_values).pooler_output))
 
@@ -146,7 +146,7 @@ def other_scene_anchor(model: LlavaForConditionalGeneration) -> Callable[[Batch]
     """
 
     def anchor(batch: Batch) -> Tensor:
-        return visual_features(model, batch["pixel_values"].roll(1, dims=0))
+        return image_features(model, batch["pixel_values"].roll(1, dims=0))
 
     return anchor
 

@@ -185,7 +185,7 @@ def _cost(cost: dict[str, Any]) -> Table:
             f"{1e3 * seconds['baseline']:.1f}",
             f"{1e3 * seconds['pre']:.1f}",
             f"{100 * (cost['step_ratio'] - 1):+.1f}% "
-            f"(spread over {cost['steps']} pairs of steps {100 * cost['step_ratio_spread']:.1f}%)",
+            f"± {100 * cost['step_ratio_error']:.1f}% (standard error, {cost['steps']} pairs)",
         ],
         [
             "peak memory of the process (MiB)",

@@ -102,6 +102,7 @@ def headline(results: Results, layer: int) -> list[str]:
         layer: the regularised one.
     """
     last = results.layers - 1
+    single = "One seed: the differences below have no interval, and decide nothing."
     loss = Effect.of(
         results.values("baseline", unasked(0)), results.values("baseline", unasked(layer))
     )
@@ -118,17 +119,19 @@ def headline(results: Results, layer: int) -> list[str]:
             ("is better", "is worse", "makes no clear difference"),
         ),
     ]
-    family = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]["family"]
+    first = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]
+    family, chance = first["family"], first["majority"]
     for transfer in TRANSFERS:
         effect = results.effect(lambda r, name=transfer: r["transfer"][name]["accuracy"])  # type: ignore[misc]
         sentences.append(
             _sentence(
-                f"Learning {family} questions afterwards with {transfer}, the PRe model",
+                f"Learning {family} questions afterwards with {transfer} (always the commonest "
+                f"answer: {100 * chance:.1f}%), the PRe model",
                 effect,
                 ("is better", "is worse", "is not clearly different"),
             )
         )
-    return sentences
+    return [single, *sentences] if len(results.seeds) == 1 else sentences
 
 
 def _control_sentence(results: Results, layer: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_unit, units
+from prereg_kernels.training.interrupts import sigint_ignored
 from prereg_kernels.training.loop import TrainingInterrupted
 from prereg_kernels.training.metrics import METRICS_FILE
+
+_INTERRUPTED = 130  # exit code of a worker that a signal stopped
 
 
 class UnitError(RuntimeError):
@@ -43,7 +48,7 @@ def run_units(config: ExperimentConfig, out: Path, workers: int, console: Consol
     for unit in todo:
         work.put(unit)
     workers = min(workers, len(todo))
-    with _one_thread_each():
+    with _one_thread_each(), sigint_ignored():  # the parent decides, and sends SIGTERM
         processes = [
             context.Process(target=_worker, args=(config, out, work, news), daemon=True)
             for _ in range(workers)
@@ -81,9 +86,11 @@ def _follow(news: Any, processes: Sequence[BaseProcess], count: int, console: Co
                 for task, directory in shown.values():
                     step, losses = _last_step(directory)
                     progress.update(task, completed=step, losses=losses)
-                dead = [p for p in processes if p.exitcode not in (None, 0)]
-                if dead:
-                    raise UnitError(f"a worker died with exit code {dead[0].exitcode}") from None
+                codes = [process.exitcode for process in processes]
+                if any(codes) or None not in codes:  # one failed, or all have left work undone
+                    raise UnitError(
+                        f"a worker stopped early (exit codes {codes}); run again to resume"
+                    ) from None
                 continue
             if worker in shown:
                 progress.remove_task(shown.pop(worker)[0])
@@ -118,7 +125,6 @@ def _worker(config: ExperimentConfig, out: Path, work: Any, news: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
     me = os.getpid()
     while (unit := work.get()) is not None:
         try:
@@ -126,11 +132,12 @@ def _worker(config: ExperimentConfig, out: Path, work: Any, news: Any) -> None:
                 config, unit, out, lambda *phase, unit=unit: news.put(("phase", me, unit, *phase))
             )
         except TrainingInterrupted:
-            return
+            sys.exit(_INTERRUPTED)
         except Exception as error:
             log = unit.directory(out) / "error.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text(traceback.format_exc(), encoding="utf-8")
             news.put(("failed", me, unit, f"{type(error).__name__}: {error} (see {log})"))
             return
         news.put(("done", me, unit, summary(unit, result)))

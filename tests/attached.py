@@ -1,0 +1,107 @@
+"""A model with PRe attached beside the same term by the model's own activations and eager code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
+from tests.helpers import relative_error
+from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
+
+NON_REENTRANT = {"use_reentrant": False}
+
+
+def anchor_of_pixels(inputs: Mapping[str, Any]) -> Tensor:
+    """(N, 8): eight numbers of each patch, in the order of the visual tokens."""
+    pixels = inputs["pixel_values"].unfold(2, 8, 8).unfold(3, 8, 8)
+    return pixels[:, 0].reshape(-1, 64)[:, ::8]
+
+
+@contextmanager
+def seen(model: Any) -> Iterator[dict[int, Tensor]]:
+    """Fills in {layer: its output}, before any later norm; 0 is the language model's input."""
+    states: dict[int, Tensor] = {}
+
+    def see_embeddings(module: nn.Module, args: Any, kwargs: Any) -> None:
+        states[0] = kwargs["inputs_embeds"]
+
+    def see_output(number: int) -> Callable[..., None]:
+        return lambda module, args, output: states.__setitem__(number, output)
+
+    language_model = model.model.language_model
+    handles = [language_model.register_forward_pre_hook(see_embeddings, with_kwargs=True)]
+    handles += [
+        layer.register_forward_hook(see_output(number))
+        for number, layer in enumerate(language_model.layers, 1)
+    ]
+    yield states
+    for handle in handles:
+        handle.remove()
+
+
+def eager_term(
+    model: nn.Module, batch: Mapping[str, Any], heads: Mapping[int, Any], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(L_LM, L_PRe), by the outputs of the model's layers and the definition of the loss."""
+    anchor_function: Callable[..., Tensor] | None = options.pop("anchor", None)
+    with seen(model) as states:
+        output = model(**batch)
+    mask = batch["input_ids"] == IMAGE_TOKEN
+    anchor = states[0] if anchor_function is None else anchor_function(batch)
+    losses = [
+        eager_pre_loss(
+            states[layer], anchor, head.weights, head.biases, visual_mask=mask,
+            activation=head.activation, **options,
+        )
+        for layer, head in heads.items()
+    ]  # fmt: skip
+    return output.loss, torch.stack(losses).mean()
+
+
+def compare(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal up to the rounding of two float32 passes, where a gradient is more than rounding."""
+    assert ours.keys() == expected.keys()
+    assert sum(x.norm().item() > 1e-6 for x in expected.values()) > 20
+    for name, x in expected.items():
+        if x.norm() > 1e-6:
+            assert relative_error(ours[name], x) < 2e-4, name
+        else:
+            assert ours[name].norm() < 1e-5, name
+
+
+def both(
+    batch: Mapping[str, Any],
+    *,
+    checkpointing: bool = False,
+    autocast: bool = False,
+    upcast: torch.dtype | None = None,
+    **overrides: Any,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], tuple[float, float]]:
+    """Gradients with PRe attached, the reference's, the metrics, and the reference's values."""
+    model = tiny_llava()
+    pre = apply_pre(model, **overrides)
+    if checkpointing:
+        model.gradient_checkpointing_enable(NON_REENTRANT)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        loss = model(**batch).loss
+    loss.backward()
+    ours, metrics = gradients(model), pre.metrics()
+    heads = pre.heads
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    remove_pre(model)
+    options = {k: v for k, v in overrides.items() if k in ("anchor", "loss", "normalize")}
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        lm, term = eager_term(model, batch, heads, upcast=upcast, **options)
+    (lm + pre.config.weight * term).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    for layer, head in heads.items():
+        expected |= {f"pre_heads.{layer}.{name}": p.grad for name, p in head.named_parameters()}
+    return ours, expected, metrics, (lm.item(), term.item())
