@@ -193,13 +193,13 @@ class PRe:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        file = Path(path) / _HEADS_FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"path: expected a directory with {file.name}, got {path}")
+        for file in (Path(path) / _HEADS_FILE, Path(path) / _CONFIG_FILE):
+            if not file.is_file():
+                raise FileNotFoundError(f"path: expected a directory with {file.name}, got {path}")
         try:
-            saved = load_file(file)
-            config = json.loads((Path(path) / _CONFIG_FILE).read_bytes())
-        except (SafetensorError, json.JSONDecodeError) as error:
+            saved = load_file(Path(path) / _HEADS_FILE)
+            config = dict(json.loads((Path(path) / _CONFIG_FILE).read_bytes()))
+        except (SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} cannot be read: {error}") from None
         mine = self.config.to_json(list(self.heads))
         for name in ("layers", "depth", "activation", "loss", "normalize"):
@@ -212,7 +212,7 @@ class PRe:
         theirs = {name: tuple(x.shape) for name, x in saved.items()}
         ours = {name: tuple(x.shape) for name, x in own.items()}
         if theirs != ours:
-            raise ValueError(f"path: heads do not fit: expected {ours}, got {theirs} in {file}")
+            raise ValueError(f"path: heads do not fit: expected {ours}, got {theirs} in {path}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])

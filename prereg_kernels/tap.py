@@ -105,10 +105,10 @@ def _check_value_out(value_out: Any, hidden: Tensor) -> None:
         or not value_out.is_floating_point()
         or value_out.device != hidden.device
     ):
+        came = f"{value_out.dtype}, shape {tuple(value_out.shape)}, on {value_out.device}"
         raise ValueError(
             f"value_out: expected a 0-dim Tensor, floating, on {hidden.device}, that does not "
-            f"require grad; got {value_out.dtype}, shape {tuple(value_out.shape)}, on {value_out.device}, "
-            f"requires_grad={value_out.requires_grad}"
+            f"require grad; got {came}, requires_grad={value_out.requires_grad}"
         )
 
 

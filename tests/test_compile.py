@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +105,15 @@ def test_other_batch_sizes_do_not_break() -> None:
         assert torch.equal(run(compiled, problem)["dW0"], run(fused_pre_loss, problem)["dW0"])
 
 
+def with_strides(problem: Problem) -> Problem:
+    """Weights that are not contiguous, and hidden states neither."""
+    return replace(
+        problem,
+        hidden=problem.hidden.transpose(0, 1).contiguous().transpose(0, 1),
+        weights=[weight.T.contiguous().T for weight in problem.weights],
+    )
+
+
 OPS = {
     "paper": make_problem((3, 5)),
     "no head": make_problem((3, 5), (6,)),
@@ -112,6 +122,10 @@ OPS = {
     "mask": make_problem((3, 5), **options_of("visual_mask")),
     "index": make_problem((3, 5), **options_of("visual_index")),
     "nothing": make_problem((3, 5), visual_index=torch.zeros(0, dtype=torch.int64)),
+    "strides": with_strides(make_problem((3, 5))),
+    "strides, nothing": with_strides(
+        make_problem((3, 5), visual_index=torch.zeros(0, dtype=torch.int64))
+    ),
     "float16": make_problem((3, 5), dtype=torch.float16),
     "master weights": make_problem((3, 5), dtype=torch.bfloat16, weight_dtype=torch.float32),
 }

@@ -236,6 +236,26 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"denominator": torch.ones(1)},
         ValueError, r"denominator: expected a number or a 0-dim Tensor, got shape \(1,\)",
     ),
+    "denominator negative Tensor": (
+        {"denominator": torch.tensor(-2)},
+        ValueError, "denominator: expected a .*finite number, got -2",
+    ),
+    "denominator NaN Tensor": (
+        {"denominator": torch.tensor(float("nan"))},
+        ValueError, "denominator: expected a .*finite number, got nan",
+    ),
+    "denominator infinite Tensor": (
+        {"denominator": torch.tensor(float("inf"))},
+        ValueError, "denominator: expected a .*finite number, got inf",
+    ),
+    "denominator bool Tensor": (
+        {"denominator": torch.tensor(True)},
+        TypeError, r"denominator: expected a real number, got torch\.bool",
+    ),
+    "denominator device": (
+        {"denominator": torch.tensor(3.0, device="meta")},
+        ValueError, "denominator: is on meta, but hidden is on cpu",
+    ),
     "eps zero": ({"eps": 0.0}, ValueError, "eps: expected a positive finite number, got 0.0"),
     "eps NaN": ({"eps": float("nan")}, ValueError, "eps: expected a positive .* got nan"),
     "eps string": ({"eps": "small"}, TypeError, "eps: expected a positive number, got str"),
@@ -291,6 +311,22 @@ def test_bad_reduction(function: Callable[..., Any]) -> None:
         ValueError, match="reduction: expected one of mean, sum, none; got 'average'"
     ):
         function(**arguments(), reduction="average")
+
+
+@pytest.mark.parametrize("function", (fused_pre_loss, eager_pre_loss))
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("denominator", (3, torch.tensor(3.0)), ids=("number", "Tensor"))
+def test_a_denominator_without_a_mean(
+    function: Callable[..., Any], reduction: str, denominator: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"denominator: .*'mean', got reduction='{reduction}'"):
+        function(**arguments(), reduction=reduction, denominator=denominator)
+
+
+@pytest.mark.parametrize("upcast", ("float64", torch.int64, torch.bool, float), ids=str)
+def test_bad_upcast(upcast: Any) -> None:
+    with pytest.raises(TypeError, match=r"upcast: expected None or .* got"):
+        eager_pre_loss(**arguments(), upcast=upcast)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels import pipeline
+from prereg_kernels import fused_pre_loss, pipeline
 from prereg_kernels.rows import torch_rows
-from tests.helpers import check, check_tap, make_problem, residual_like
+from tests.helpers import (
+    Problem,
+    assert_as_good_as_eager,
+    check,
+    check_tap,
+    make_problem,
+    residual_like,
+    run,
+)
 
 activation_backward = torch_rows.activation_backward
 token_losses_and_grad = torch_rows.token_losses_and_grad
@@ -116,3 +124,19 @@ def test_the_rule_notices_a_lost_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline._WeightGradients, "finish", lambda self, _: finish(self, None))
     with pytest.raises(AssertionError, match=r"d[Wb].: error"):
         check_tap(half)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_rule_notices_rare_non_finite_values(value: float, dtype: torch.dtype) -> None:
+    """Even where the problem itself has none, and only a sibling does."""
+    given = make_problem((12,), (10, 8, 9), dtype=dtype)
+
+    def rarely(problem: Problem) -> dict[str, Tensor]:
+        results = run(fused_pre_loss, problem)
+        if problem is not given:
+            results["dW0"][0, 0] = value
+        return results
+
+    with pytest.raises(AssertionError, match="dW0: error infinite"):
+        assert_as_good_as_eager(rarely, given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-import prereg_kernels.regularizer as regularizer
 from prereg_kernels import apply_pre, remove_pre
 from tests.tiny import LAYERS, WIDTH, make_batch, tiny_llava
 
@@ -100,15 +100,55 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert config["weight"] == 0.5 and config["seed"] == 1 and config["anchor"] == "pre_llm"
 
 
-@pytest.mark.parametrize("other", ({"layers": 1}, {"head_features": 5}, {"depth": 1}))
-def test_load_refuses_what_does_not_fit(tmp_path: Path, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "other, message",
+    (
+        ({"layers": 1}, r"layers=\[2\], expected \[1\]"),
+        ({"depth": 1}, "depth=2, expected 1"),
+        ({"activation": "relu"}, "activation='gelu', expected 'relu'"),
+        ({"loss": "mse"}, "loss='cosine', expected 'mse'"),
+        ({"head_features": 5}, r"heads do not fit: expected .*\(5, 24\).* got .*2\.weight_0"),
+    ),
+)
+def test_load_refuses_what_does_not_fit(
+    tmp_path: Path, other: dict[str, Any], message: str
+) -> None:
     apply_pre(tiny_llava()).save(tmp_path)
     pre = apply_pre(tiny_llava(), **other)
     before = [p.clone() for p in pre.heads[next(iter(pre.heads))].parameters()]
-    with pytest.raises(ValueError, match=r"path: heads do not fit: expected .* got .*2\.weight_0"):
+    with pytest.raises(ValueError, match=f"path: .*{message}"):
         pre.load(tmp_path)
     after = pre.heads[next(iter(pre.heads))].parameters()
     assert all(map(torch.equal, before, after))
+
+
+def test_load_names_the_normalization(tmp_path: Path) -> None:
+    apply_pre(tiny_llava(), loss="mse", normalize="layer").save(tmp_path)
+    with pytest.raises(ValueError, match=r"path: .*normalize='layer', expected 'l2'"):
+        apply_pre(tiny_llava(), loss="mse", normalize="l2").load(tmp_path)
+
+
+def test_load_cares_for_nothing_but_the_heads(tmp_path: Path) -> None:
+    apply_pre(tiny_llava(), weight=0.25, seed=1, value_in_forward=True).save(tmp_path)
+    pre = apply_pre(tiny_llava(), weight=2.0, seed=2)
+    saved = apply_pre(tiny_llava(), seed=1)
+    pre.load(tmp_path)
+    assert torch.equal(pre.heads[2].weight_0, saved.heads[2].weight_0)
+
+
+@pytest.mark.parametrize("file", ("pre_heads.safetensors", "pre_config.json"))
+@pytest.mark.parametrize("damage", ("empty", "half", "garbage"))
+def test_load_of_a_damaged_file(tmp_path: Path, file: str, damage: str) -> None:
+    pre = apply_pre(tiny_llava())
+    pre.save(tmp_path)
+    before = [p.clone() for p in pre.heads[2].parameters()]
+    whole = (tmp_path / file).read_bytes()
+    half = whole[: len(whole) // 2]
+    content = {"empty": b"", "half": half, "garbage": b"\xff\x00garbage" * 9}[damage]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"path: .*{re.escape(str(tmp_path))}"):
+        pre.load(tmp_path)
+    assert all(map(torch.equal, before, pre.heads[2].parameters()))
 
 
 def test_load_without_a_file(tmp_path: Path) -> None:
@@ -211,10 +251,3 @@ def test_a_failed_forward_leaves_the_model_usable() -> None:
     model.zero_grad()
     model(**batch).loss.backward()
     assert pre.metrics() == expected
-
-
-def test_write_whole_replaces(tmp_path: Path) -> None:
-    for content in (b"one", b"other"):
-        regularizer._write_whole(tmp_path / "file", content)
-        assert (tmp_path / "file").read_bytes() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,11 +63,75 @@ def test_value_out() -> None:
     assert out.item() == value_of(problem).item()
 
 
-@pytest.mark.parametrize("bad", (torch.zeros(1), torch.zeros((), requires_grad=True)))
-def test_value_out_is_checked(bad: Tensor) -> None:
+@pytest.mark.parametrize(
+    "bad, exception, message",
+    (
+        (torch.zeros(1), ValueError, r"0-dim .* shape \(1,\)"),
+        (torch.zeros((), requires_grad=True), ValueError, "requires_grad=True"),
+        (torch.zeros((), dtype=torch.int64), ValueError, r"floating.* got torch\.int64"),
+        (torch.zeros((), dtype=torch.complex64), ValueError, r"floating.* got torch\.complex64"),
+        (torch.zeros((), device="meta"), ValueError, "on cpu.* on meta"),
+        (0.0, TypeError, "a Tensor, got float"),
+    ),
+)
+def test_value_out_is_checked(bad: Any, exception: type[Exception], message: str) -> None:
     problem = make_problem((3,))
-    with pytest.raises(ValueError, match="value_out: expected a 0-dim Tensor"):
+    with pytest.raises(exception, match=f"value_out: expected .*{message}"):
         pre_tap(*problem.arguments(problem.leaves()), value_out=bad)
+
+
+@pytest.mark.parametrize("compute_value", (False, True))
+def test_backward_again_and_again(compute_value: bool) -> None:
+    """With a weight that is multiplied in, and trained where the value is known."""
+    problem = make_problem((9,))
+    leaves = problem.leaves()
+    tapped, value = pre_tap(*problem.arguments(leaves), compute_value=compute_value)
+    w = torch.tensor(0.7, requires_grad=compute_value)
+    total = w * value + 0.3 * tapped.square().sum()
+    inputs = [*leaves.values(), w] if compute_value else list(leaves.values())
+    runs = [torch.autograd.grad(total, inputs, retain_graph=again) for again in (True, True, False)]
+    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
+
+    leaves = problem.leaves()
+    loss = eager_pre_loss(*problem.arguments(leaves))
+    total = 0.7 * loss + 0.3 * leaves["hidden"].square().sum()
+    expected = [*torch.autograd.grad(total, list(leaves.values())), loss.detach()]
+    for ours, x in zip(runs[0], expected, strict=False):
+        assert relative_error(ours, x) < 2e-6
+    assert relative_error(value.detach(), loss.detach()) < 2e-6
+
+
+def test_backward_through_a_freed_graph_raises() -> None:
+    problem = make_problem((9,))
+    leaves = problem.leaves()
+    value = pre_tap(*problem.arguments(leaves))[1]
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+def test_an_anchor_that_changes_before_backward() -> None:
+    problem = make_problem((9,))
+    anchor = problem.anchor.clone()
+    leaves = problem.leaves()
+    hidden, _, *head = problem.arguments(leaves)
+    value = pre_tap(hidden, anchor, *head)[1]
+    anchor.mul_(2)
+    with pytest.raises(RuntimeError, match="anchor: was modified in place"):
+        value.backward()
+    assert all(leaf.grad is None for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("compute_value", (False, True))
+def test_hidden_without_grad_stays_without(compute_value: bool) -> None:
+    """A frozen model below the tap: the layers above need not run backward for it."""
+    problem = make_problem((9,))
+    everything = run_tap(problem, compute_value=compute_value)
+    leaves = replace(problem, needs=frozenset(("W0", "b0", "W1", "b1"))).leaves()
+    tapped, value = pre_tap(*problem.arguments(leaves), compute_value=compute_value)
+    assert not tapped.requires_grad and value.requires_grad
+    value.backward()
+    assert all(torch.equal(leaves[x].grad, everything[f"d{x}"]) for x in ("W0", "b0", "W1", "b1"))
 
 
 def test_unused_scalar_adds_nothing() -> None:

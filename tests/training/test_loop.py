@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,34 +98,68 @@ def test_one_by_eight_is_four_by_two(with_pre: bool) -> None:
         torch.testing.assert_close(grads[name], grads_split[name], rtol=1e-5, atol=1e-9)
 
 
+# Forks runs from one process, as importing takes longer than a run, and kills each at a random
+# moment after its first step; one that ends before that is complete, and a new one begins.
+KILLER = """
+import os, random, signal, sys, time
+import torch; torch.set_num_threads(1)
+from prereg_kernels.training import loop
+from prereg_kernels.training.config import RunConfig, load_config
+
+config, runs, cache_dir, seed, wanted = sys.argv[1:]
+moments = random.Random(int(seed))
+step = loop._step
+
+def child(out, started):
+    def slow(*args):
+        os.write(started, b".")
+        time.sleep(0.04)
+        return step(*args)
+    loop._step = slow
+    loop.train(load_config(config, RunConfig), out, cache_dir=cache_dir, progress=False,
+               tensorboard=False)
+
+kills = run = 0
+while kills < int(wanted):
+    started, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            child(os.path.join(runs, str(run)), write_end)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    if os.read(started, 1):
+        time.sleep(moments.uniform(0, 0.4))
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    os.close(started)
+    if os.WIFSIGNALED(status):
+        kills += 1
+    elif status:
+        sys.exit(f"run {run} failed after {kills} kills")
+    else:
+        run += 1
+"""
+
+
 def test_killed_and_resumed_is_bitwise_unbroken(
     unbroken: Path, tmp_path: Path, cache_dir: Path
 ) -> None:
-    config, out = tmp_path / "run.yaml", tmp_path / "out"
+    """Killed anywhere: in a step, between two, in the middle of a checkpoint, and again."""
+    config, runs = tmp_path / "run.yaml", tmp_path / "runs"
     save_config(tiny_run(), config)
-    script = (
-        "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from prereg_kernels.training import loop\n"
-        "from prereg_kernels.training.config import RunConfig, load_config\n"
-        "step = loop._step\n"
-        "def slow(*args): time.sleep(0.1); return step(*args)\n"
-        "loop._step = slow\n"
-        "loop.train(load_config(sys.argv[1], RunConfig), sys.argv[2], cache_dir=sys.argv[3],"
-        " progress=False, tensorboard=False)\n"
-    )
-    command = [sys.executable, "-c", script, str(config), str(out), str(cache_dir)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-    # Kill it in the second stage, wherever it is: in a step or in the middle of a checkpoint.
-    deadline = time.monotonic() + 60
-    while not (out / "checkpoints" / "step-00000004").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.13)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "checkpoints" / "step-00000008").exists()
-    train(tiny_run(), out, cache_dir=cache_dir, progress=False, tensorboard=False)
-    _assert_same_run(unbroken, out)
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed of the kills: {seed}")  # pytest shows it where this fails
+    command = [sys.executable, "-c", KILLER, str(config), str(runs), str(cache_dir), str(seed), "5"]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, timeout=120)
+    broken = sorted(runs.iterdir())
+    assert broken
+    for out in broken:
+        train(tiny_run(), out, cache_dir=cache_dir, progress=False, tensorboard=False)
+        _assert_same_run(unbroken, out)
 
 
 @pytest.mark.parametrize("after_step", [2, 3, 5, 8])
