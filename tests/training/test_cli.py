@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_experiment_writes_its_report(experiment: tuple[Path, str]) -> None:
         assert (out / "plots" / f"{name}.png").stat().st_size > 5000
     assert page.count("data:image/png;base64,") == 6
     assert (out / "seed-0" / "pre" / "tensorboard").is_dir()
-    assert "http" not in page.lower()
+    assert "://" not in re.sub(r"base64,[^\"]+", "", page)  # it needs no network
 
 
 def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
