@@ -34,28 +34,27 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
     path = out / "cost.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    times = _in_a_fresh_process(_step_times, config, out)
-    peaks = {
-        variant: _in_a_fresh_process(_peak_memory, config, out, variant)
-        for variant in ("baseline", "pre")
-    }
+    times = _in_fresh_processes(_step_times, [(config, out)])[0]
+    variants = ("baseline", "pre")
+    peaks = _in_fresh_processes(_peak_memory, [(config, out, variant) for variant in variants])
     ratios = [with_pre / without for without, with_pre in zip(*times.values(), strict=True)]
     cost = {
         "step_seconds": {name: statistics.median(values) for name, values in times.items()},
         "step_ratio": statistics.median(ratios),
         "step_ratio_error": statistics.stdev(ratios) / math.sqrt(len(ratios)),
         "steps": config.cost_steps,
-        "peak_bytes": peaks,
+        "peak_bytes": dict(zip(variants, peaks, strict=True)),
     }
     write_whole(path, json.dumps(cost, indent=1))
     return cost
 
 
-def _in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+def _in_fresh_processes(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """The results of the calls, each in a process of its own, at the same time."""
+    with ProcessPoolExecutor(len(calls), multiprocessing.get_context("spawn")) as pool:
         with sigint_ignored():
-            future = pool.submit(function, *arguments)
-        return future.result()
+            futures = [pool.submit(function, *call) for call in calls]
+        return [future.result() for future in futures]
 
 
 def _step_times(config: ExperimentConfig, out: Path) -> dict[str, list[float]]:
