@@ -25,12 +25,14 @@ SEEDS = 3
 
 def settings() -> dict[str, Any]:
     """{name: RunConfig with PRe}: each differs from the demo's in what its name says."""
-    from prereg_kernels.training.config import load_config
+    from prereg_kernels.training.config import TowerConfig, load_config
     from prereg_kernels.training.experiment import ExperimentConfig
 
     preset = files("prereg_kernels.training") / "presets" / "scenes.yaml"
     demo = load_config(Path(str(preset)), ExperimentConfig).run
-    last = demo.stages[-1]
+    # longer than the demo's own: 400 steps, and a tower of 1000
+    last = replace(demo.stages[-1], steps=380)
+    demo = replace(demo, stages=(*demo.stages[:-1], last), tower=TowerConfig())
 
     def stages(**changes: Any) -> dict[str, Any]:
         return {"stages": (*demo.stages[:-1], replace(last, **changes))}

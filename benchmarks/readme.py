@@ -1,0 +1,105 @@
+"""Write README's and docs' figures from benchmarks/results/, between their markers.
+
+    python benchmarks/readme.py --keep-demo runs/scenes     # first: keep a demo's summary
+
+Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from table import format_table, rows_of
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def keep_demo(directory: Path, commit: str) -> None:
+    """Copy a demo's summary into results/, with the commit it was made at and the machine."""
+    summary = json.loads((directory / "summary.json").read_text())
+    stamp = {"commit": commit, "processor": platform.processor() or platform.machine()}
+    text = json.dumps({"stamp": stamp, **summary}, indent=1)
+    (RESULTS / "demo.json").write_text(text + "\n")
+
+
+def demo_section() -> str:
+    """The demo's sentences and its main rows."""
+    demo = json.loads((RESULTS / "demo.json").read_text())
+    tables = {table["title"]: table for table in demo["tables"]}
+    probes = tables["Linear probes at the visual tokens (%)"]
+    answers = tables["Answers (%)"]
+    [transfer] = [table for title, table in tables.items() if title.startswith("Transfer")]
+    wanted = ("digit", "mean of the unasked")
+    kept = [row for row in probes["rows"] if any(name in row[0] for name in wanted)]
+    rows = [[f"probe, {row[0]}", *row[1:]] for row in kept]
+    rows += [[f"answers, {row[0]}", *row[1:]] for row in answers["rows"] if row[0] == "mean"]
+    rows += [[f"new questions, {row[0]}", row[1], row[2], "", row[3]] for row in transfer["rows"]]
+    facts, stamp = demo["facts"], demo["stamp"]
+    lines = [f"- {sentence}" for sentence in demo["headline"]]
+    lines += ["", "| % | baseline | PRe | control | PRe − baseline |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    cost = tables["Cost on this machine, one thread"]["rows"]
+    lines += [
+        "",
+        f"{facts['seeds']} paired seeds, {facts['steps']} steps; after ± the deviation over seeds, "
+        "for differences half the 95% t interval, * where it excludes 0. "
+        + " ".join(f"{row[0]}: {row[1]} without, {row[2]} with PRe ({row[3]})." for row in cost)
+        + f" Commit {stamp['commit']}, {facts['machine']}; the experiment took {facts['took']}.",
+    ]
+    return "\n".join(lines)
+
+
+def cpu_section() -> str:
+    """The CPU benchmark as a table."""
+    run: dict[str, Any] = json.loads((RESULTS / "cpu_loss.json").read_text())
+    benchmarks = run["benchmarks"]
+    info = benchmarks[0]["extra_info"]
+    return (
+        format_table(rows_of(benchmarks), markdown=True)
+        + f"\n\nForward and backward, medians of interleaved rounds on {info['device']}, "
+        f"{info['threads']} threads, torch {info['torch']}, commit {info['commit']}; peak memory "
+        "of a step beyond the inputs, one thread. The floor is the six matmuls alone."
+    )
+
+
+def sweep_section() -> str:
+    """The answers sweep as a table."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "answers_sweep.py"), "--table"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def fill(path: Path, marker: str, content: str) -> None:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`."""
+    pattern = re.compile(rf"<!-- {marker} -->.*?<!-- /{marker} -->", re.DOTALL)
+    text = path.read_text()
+    if not pattern.search(text):
+        raise ValueError(f"{path}: no <!-- {marker} --> ... <!-- /{marker} -->")
+    block = f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->"
+    path.write_text(pattern.sub(lambda _: block, text))
+
+
+def main() -> None:
+    """Fill every marker."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep-demo", type=Path, metavar="DIR")
+    parser.add_argument("--commit", help="of that demo; default: this checkout's")
+    options = parser.parse_args()
+    if options.keep_demo:
+        describe = ["git", "describe", "--always", "--dirty"]
+        found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
+        keep_demo(options.keep_demo, options.commit or found.stdout.strip())
+    fill(ROOT / "README.md", "demo", demo_section())
+    fill(ROOT / "README.md", "cpu-table", cpu_section())
+    fill(ROOT / "docs" / "demo.md", "sweep", sweep_section())
+
+
+if __name__ == "__main__":
+    main()
