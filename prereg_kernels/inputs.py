@@ -195,11 +195,12 @@ def token_coefficients(
     total: float | Tensor = 1.0
     if reduction == "mean" and denominator is not None:
         total = denominator.detach() if isinstance(denominator, Tensor) else denominator
-    elif reduction == "mean" and weight is None and mask is None:
-        total = max(inputs.slots, 1)
     elif reduction == "mean":
-        total = (mask if weight is None else weight).sum()  # type: ignore[union-attr]
-        total = torch.where(total > 0, total, torch.ones_like(total))
+        counted = mask if weight is None else weight
+        total = max(inputs.slots, 1)
+        if counted is not None:
+            total = counted.sum()
+            total = torch.where(total > 0, total, torch.ones_like(total))
     if weight is None:
         coefficient = (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
     else:

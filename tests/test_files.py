@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,10 @@ def test_write_whole_replaces(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fill_disk: Callable[[], None]
 ) -> None:
     write_whole(tmp_path / "file", "old")
-    write = Path.write_bytes
-
-    def write_half(self: Path, content: bytes) -> int:
-        write(self, content[: len(content) // 2])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    fill_disk()
     with pytest.raises(OSError, match="No space left"):
         write_whole(tmp_path / "file", "something new")
     assert (tmp_path / "file").read_text() == "old"

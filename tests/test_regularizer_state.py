@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,20 +158,13 @@ def test_load_without_a_file(tmp_path: Path) -> None:
 
 
 def test_interrupted_save_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fill_disk: Callable[[], None]
 ) -> None:
     apply_pre(tiny_llava(), seed=1).save(tmp_path)
     old = (tmp_path / "pre_heads.safetensors").read_bytes()
-    write = Path.write_bytes
-
-    def write_half(self: Path, content: bytes) -> int:
-        write(self, content[: len(content) // 2])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    fill_disk()
     with pytest.raises(OSError, match="No space left"):
         apply_pre(tiny_llava(), seed=2).save(tmp_path)
-    monkeypatch.undo()
     assert (tmp_path / "pre_heads.safetensors").read_bytes() == old
     assert len(list(tmp_path.iterdir())) == 2
     assert json.loads((tmp_path / "pre_config.json").read_text())["seed"] == 1

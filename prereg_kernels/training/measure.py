@@ -46,7 +46,8 @@ def layer_features(
     """Run the model on the images of the first `count` scenes; it sees no question."""
     image_id = packer.tokenizer.convert_tokens_to_ids(IMAGE)
     chunks: list[list[Tensor]] = []
-    owners, labels = [], {name: [] for name in PROPERTIES}  # type: ignore[var-annotated]
+    owners: list[Tensor] = []
+    labels: dict[str, list[Tensor]] = {name: [] for name in PROPERTIES}
     for first in range(0, count, batch):
         part = scenes.batch(range(first, min(first + batch, count)))
         ids = torch.full((len(part), packer.image_tokens), image_id, device=model.device)

@@ -21,7 +21,7 @@ from prereg_kernels.training.measure import PROPERTIES
 from prereg_kernels.training.metrics import read_metrics
 from prereg_kernels.training.questions import COMMON_FAMILIES, questions
 from prereg_kernels.training.scenes import ATTRIBUTES, Scenes
-from prereg_kernels.training.summary import Result, Results
+from prereg_kernels.training.summary import Result, Results, at
 
 LABELS = {"baseline": "baseline", "pre": "PRe", "other_scene": "control: another scene's target"}
 # Okabe and Ito's colours, told apart with every kind of colour vision
@@ -64,7 +64,7 @@ def probes(results: Results, layer: int) -> Figure:
     """Probe accuracy over depth, a panel for each property."""
     figure, axes = plt.subplots(1, len(PROPERTIES), figsize=(15, 3.1), constrained_layout=True)
     for axis, name in zip(axes, PROPERTIES, strict=True):
-        _over_depth(axis, results, lambda r, name=name: [100 * x for x in r["probe"][name]], layer)  # type: ignore[misc]
+        _over_depth(axis, results, at("probe", name), layer, scale=100)
         axis.set_title(f"{name} ({'asked' if name == 'digit' else 'never asked'})")
     axes[0].set_ylabel("linear probe, test accuracy (%)")
     _legend(figure, axes[0])
@@ -78,7 +78,7 @@ def structure(results: Results, layer: int) -> Figure:
     for row, prefix in zip(axes, ("", "centred "), strict=True):
         for axis, name in zip(row, names, strict=True):
             key = prefix + name
-            _over_depth(axis, results, lambda r, key=key: r["structure"][key], layer)  # type: ignore[misc]
+            _over_depth(axis, results, at("structure", key), layer)
             axis.set_title(key)
     for row in axes:
         row[0].set_ylabel("mean cosine similarity")
@@ -176,11 +176,15 @@ def _legend(figure: Figure, axis: Axes) -> None:
 
 
 def _over_depth(
-    axis: Axes, results: Results, get: Callable[[Result], list[float]], layer: int
+    axis: Axes,
+    results: Results,
+    get: Callable[[Result], list[float]],
+    layer: int,
+    scale: float = 1,
 ) -> None:
     axis.axvline(layer, color="black", alpha=0.15, linewidth=6)
     for variant in VARIANTS:
-        lines = np.array([get(result) for result in results.by_variant[variant]])
+        lines = scale * np.array([get(result) for result in results.by_variant[variant]])
         mean, depth = lines.mean(axis=0), range(lines.shape[1])
         axis.plot(
             depth, mean, color=COLOURS[variant], marker=MARKERS[variant], markersize=4,

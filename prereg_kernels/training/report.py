@@ -27,7 +27,7 @@ from prereg_kernels.training.experiment import (
 )
 from prereg_kernels.training.measure import PROPERTIES
 from prereg_kernels.training.plots import plot_all
-from prereg_kernels.training.summary import Effect, Result, Results, Spread, headline, unasked
+from prereg_kernels.training.summary import Effect, Result, Results, Spread, at, headline, unasked
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,10 @@ def write_report(
 
 
 def _answers(results: Results) -> Table:
-    rows = [
-        _percent_row(family, results, lambda r, f=family: r["accuracy"][f])  # type: ignore[misc]
-        for family in results.families
-    ]
-    rows.append(_percent_row("mean", results, lambda r: r["mean_accuracy"]))
-    loss = results.effect(lambda r: r["lm_loss"])
-    control = Spread.of(results.values("other_scene", lambda r: r["lm_loss"]))
+    rows = [_percent_row(family, results, at("accuracy", family)) for family in results.families]
+    rows.append(_percent_row("mean", results, at("mean_accuracy")))
+    loss = results.effect(at("lm_loss"))
+    control = Spread.of(results.values("other_scene", at("lm_loss")))
     values = (loss.before, loss.after, control)
     texts = [f"{x.mean:.3f}{_pm(x.deviation, '.3f')}" for x in values]
     rows.append(["LM loss (nats)", *texts, _difference(loss, 1, ".3f")])
@@ -123,8 +120,7 @@ def _probes(results: Results, layer: int) -> Table:
     for depth in dict.fromkeys((0, layer, results.layers - 1)):
         for name in PROPERTIES:
             label = f"layer {depth}: {name}" + (" (asked)" if name == "digit" else "")
-            get = lambda r, n=name, d=depth: r["probe"][n][d]  # noqa: E731
-            rows.append(_percent_row(label, results, get))
+            rows.append(_percent_row(label, results, at("probe", name, depth)))
         rows.append(_percent_row(f"layer {depth}: mean of the unasked", results, unasked(depth)))
     columns = ("", "baseline", "PRe", "control", "PRe − baseline")
     return Table("Linear probes at the visual tokens (%)", columns, rows)
@@ -140,13 +136,13 @@ def _structure(results: Results, layer: int) -> Table:
                     _row(
                         f"layer {depth}: {key}",
                         results,
-                        lambda r, k=key, d=depth: r["structure"][k][d],  # type: ignore[misc]
+                        at("structure", key, depth),
                         1,
                         ".3f",
                     )
                 )
         for key in ("cosine to input", "norm"):
-            get = lambda r, k=key, d=depth: r["states"][k][d]  # noqa: E731
+            get = at("states", key, depth)
             rows.append(_row(f"layer {depth}: {key}", results, get, 1, ".3f"))
     columns = ("", "baseline", "PRe", "control", "PRe − baseline")
     return Table("Patch structure", columns, rows)
@@ -155,11 +151,10 @@ def _structure(results: Results, layer: int) -> Table:
 def _transfer(results: Results) -> Table:
     rows = []
     for name in TRANSFERS:
-        effect = results.effect(lambda r, n=name: r["transfer"][n]["accuracy"])  # type: ignore[misc]
+        effect = results.effect(at("transfer", name, "accuracy"))
         per_seed = [
             ", ".join(
-                f"{100 * v:.1f}"
-                for v in results.values(variant, lambda r, n=name: r["transfer"][n]["accuracy"])  # type: ignore[misc]
+                f"{100 * v:.1f}" for v in results.values(variant, at("transfer", name, "accuracy"))
             )
             for variant in ("baseline", "pre")
         ]

@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from prereg_kernels.training.experiment import TRANSFERS
@@ -90,6 +92,11 @@ class Results:
         return len(self.by_variant["baseline"][0]["probe"]["digit"])
 
 
+def at(*keys: str | int) -> Callable[[Result], Any]:
+    """What stands in a result under these keys, one inside the other."""
+    return lambda result: reduce(getitem, keys, result)  # type: ignore[arg-type]
+
+
 def unasked(layer: int) -> Callable[[Result], float]:
     """The mean probe accuracy of the attributes that no question asks for, at a layer."""
     return lambda r: statistics.fmean(r["probe"][name][layer] for name in PROPERTIES[1:])
@@ -115,14 +122,14 @@ def headline(results: Results, layer: int) -> list[str]:
         _control_sentence(results, layer),
         _sentence(
             "On answers to the common questions, PRe",
-            results.effect(lambda r: r["mean_accuracy"]),
+            results.effect(at("mean_accuracy")),
             ("is better", "is worse", "makes no clear difference"),
         ),
     ]
     first = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]
     family, chance = first["family"], first["majority"]
     for transfer in TRANSFERS:
-        effect = results.effect(lambda r, name=transfer: r["transfer"][name]["accuracy"])  # type: ignore[misc]
+        effect = results.effect(at("transfer", transfer, "accuracy"))
         sentences.append(
             _sentence(
                 f"Learning {family} questions afterwards with {transfer} (always the commonest "
