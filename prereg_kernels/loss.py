@@ -73,7 +73,8 @@ def fused_pre_loss(
             bfloat16 and float16, unless it is a power of two). True computes them in backward
             (eight matmuls, holds nothing). reduction="none" always does the latter.
         chunk_rows: rows a chunk; None leaves the choice to a heuristic.
-        backend: "auto" or "torch".
+        backend: "auto" (the fastest one that runs on the device), "triton" (GPUs), "cpp" (CPUs) or
+            "torch".
 
     Returns:
         The loss, float32 (float64 for float64 `hidden`), 0-dim, or (N,) for reduction="none".

@@ -13,15 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels.heuristics import choose_chunk_rows, chunk_budget, operand_dtype
 from prereg_kernels.inputs import Inputs, Spec, check_anchor_rows
-from prereg_kernels.pipeline import (
-    Head,
-    Needs,
-    Problem,
-    choose_chunk_rows,
-    losses_and_gradients,
-    losses_only,
-)
+from prereg_kernels.pipeline import Head, Needs, Problem, losses_and_gradients, losses_only
 from prereg_kernels.rows import choose_rows
 
 
@@ -71,6 +65,7 @@ def pre_losses(
 ) -> Tensor:
     """The op behind `call_losses`."""
     spec = Spec(activation, loss, normalize, eps, compute_dtype, chunk_rows, backend)
+    spec = spec._replace(compute_dtype=operand_dtype(compute_dtype, hidden.device))
     with torch.autocast(hidden.device.type, enabled=False):
         problem = _flatten(hidden, anchor, select, weights, biases, bias_layers)
         rows = choose_rows(backend, hidden.device)
@@ -101,6 +96,7 @@ def pre_gradients(
 ) -> list[Tensor]:
     """The op behind `call_gradients`."""
     spec = Spec(activation, loss, normalize, eps, compute_dtype, chunk_rows, backend)
+    spec = spec._replace(compute_dtype=operand_dtype(compute_dtype, hidden.device))
     need_of = dict(zip(bias_layers, need_biases, strict=True))
     needs = Needs(need_hidden, need_weights, [need_of.get(i, False) for i in range(len(weights))])
     with torch.autocast(hidden.device.type, enabled=False):
@@ -272,8 +268,9 @@ def _chunk_rows(problem: Problem, spec: Spec) -> int:
     if spec.chunk_rows:
         return spec.chunk_rows
     shapes = [(w.shape[0], w.shape[1]) for w in problem.head.weights]
+    budget = chunk_budget(problem.hidden.device, spec.compute_dtype)
     columns, itemsize = problem.hidden.shape[1], spec.compute_dtype.itemsize
-    return choose_chunk_rows(problem.tokens, columns, shapes, itemsize)
+    return choose_chunk_rows(problem.tokens, columns, shapes, itemsize, budget)
 
 
 def _is_mask(select: Tensor | None) -> bool:

@@ -7,7 +7,8 @@ For the paper's head, per chunk of visual tokens (shapes: h (n, D), g (n, M), z 
     dW2 += dz^T g      db2 += sum dz   dg = dz W2      du = dg * act'(u)         2 matmuls
     dW1 += du^T h      db1 += sum du   dh = du W1                                2 matmuls
 
-Heads of any depth follow the same lines; without a head z is h. Nothing of a chunk outlives it.
+Heads of any depth follow the same lines; without a head z is h. Nothing of a chunk outlives it, and
+gradients are written over what they replace: dz over z, du over g, dh over h.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.inputs import Spec
-from prereg_kernels.rows import Rows
-
-SCRATCH_BYTES = 256 * 2**20
+from prereg_kernels.rows.base import Rows
 
 
 class Head(NamedTuple):
@@ -29,6 +28,13 @@ class Head(NamedTuple):
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor | None]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        return self.weights[layer], self.biases[layer]
+
+    def width(self, layer: int) -> int:
+        """Features of this layer's output."""
+        return self.weights[layer].shape[0]
 
     def to(self, dtype: torch.dtype) -> Head:
         biases = [None if b is None else b.to(dtype) for b in self.biases]
@@ -66,15 +72,22 @@ class Gradients(NamedTuple):
 
 def losses_only(problem: Problem, spec: Spec, rows: Rows, chunk_rows: int) -> Tensor:
     """(N,) losses. Two matmuls, nothing kept."""
-    hidden, anchor, index, anchor_index, head = problem
-    head = head.to(spec.compute_dtype)
-    losses = hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
+    head = problem.head.to(spec.compute_dtype)
+    last = len(head.weights) - 1
+    losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
+    scratch = _Scratch(problem, spec, chunk_rows)
     for chunk in _chunks(problem.tokens, chunk_rows):
-        z = rows.gather_rows(hidden, index, chunk, spec.compute_dtype)
-        for layer in range(len(head.weights)):
-            z = _linear(rows.activate(z, spec.activation) if layer else z, head, layer)
-        t = rows.gather_rows(anchor, anchor_index, chunk, anchor.dtype)
-        losses[chunk] = rows.token_losses(z, t, spec)
+        x, _ = scratch.hidden_rows(rows, chunk)
+        t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
+        for layer in range(last):
+            u = scratch(f"u{layer}", chunk, head.width(layer))
+            rows.linear_activate(x, *head.layer(layer), spec.activation, u, u)
+            x = u
+        if last < 0:
+            rows.token_losses(x, None, t, t_index, spec, losses[chunk])
+        else:
+            z = scratch("z", chunk, problem.anchor.shape[1])
+            rows.linear_losses(x, *head.layer(last), t, t_index, spec, z, losses[chunk])
     return losses
 
 
@@ -91,72 +104,98 @@ def losses_and_gradients(
 
     The gradient of the hidden states is added to `residual` (T, D), if given, in a new tensor.
     """
-    hidden, anchor, index, anchor_index, head = problem
-    depth = len(head.weights)
-    losses = hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
-    sums = _WeightGradients(head, needs, spec, single=problem.tokens <= chunk_rows)
+    last = len(problem.head.weights) - 1
+    losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
+    sums = _WeightGradients(problem.head, needs, spec, single=problem.tokens <= chunk_rows)
     unscale = None
     if spec.compute_dtype == torch.float16:  # 1/N would push dz into float16's subnormals
         unscale = power_of_two(coefficient)
         coefficient = coefficient / unscale
-    dh = None
-    if needs.hidden:
-        dh = hidden.new_empty(hidden.shape)
-        dh = dh.zero_() if residual is None else dh.copy_(residual)
-    head = head.to(spec.compute_dtype)
+    dh = _hidden_gradient(problem, residual) if needs.hidden else None
+    head = problem.head.to(spec.compute_dtype)
     lowest = _lowest_layer(needs)
+    scratch = _Scratch(problem, spec, chunk_rows)
 
     for chunk in _chunks(problem.tokens, chunk_rows):
-        h = rows.gather_rows(hidden, index, chunk, spec.compute_dtype)
-        t = rows.gather_rows(anchor, anchor_index, chunk, anchor.dtype)
-        inputs, pre_activations, z = [h], [h], h
-        for layer in range(depth):
-            z = _linear(inputs[layer], head, layer)
-            if layer < depth - 1:
-                pre_activations.append(z)
-                inputs.append(rows.activate(z, spec.activation))
+        h, own = scratch.hidden_rows(rows, chunk)
+        t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
+        inputs, pre_activations = [h], [h]
+        for layer in range(last):
+            u, g = (scratch(f"{x}{layer}", chunk, head.width(layer)) for x in "ug")
+            rows.linear_activate(inputs[-1], *head.layer(layer), spec.activation, u, g)
+            pre_activations.append(u)
+            inputs.append(g)
 
-        d = z if depth else torch.empty_like(h)  # h may be a view of the caller's hidden states
-        losses[chunk] = rows.token_losses_and_grad(z, t, coefficient[chunk], spec, d)
+        d = scratch("z", chunk, problem.anchor.shape[1])
+        loss, scale = losses[chunk], coefficient[chunk]
+        if last < 0:
+            rows.token_losses_and_grad(h, None, t, t_index, scale, spec, loss, d, None)
+        else:
+            rows.linear_losses_and_grad(
+                inputs[-1], *head.layer(last), t, t_index, scale, spec, loss, d, sums.bias(last)
+            )
 
-        for layer in range(depth - 1, lowest - 1, -1):
-            sums.add(layer, d, inputs.pop(), rows)
-            if layer > lowest or (layer == 0 and dh is not None):
-                d = d @ head.weights[layer]
-            if layer > lowest:
-                d = rows.activation_backward(d, pre_activations.pop(), spec.activation)
+        for layer in range(last, lowest - 1, -1):
+            x, u = inputs.pop(), pre_activations.pop()
+            sums.add(layer, d, x)
+            if layer > lowest:  # du is written over g, which nobody needs any more
+                weight, bias = head.weights[layer], head.biases[layer - 1]
+                rows.linear_backward_activation(
+                    d, weight, u, bias, spec.activation, x, sums.bias(layer - 1)
+                )
+                d = x
         if dh is not None:
-            rows.scatter_rows(dh, index, chunk, d if unscale is None else d.float() * unscale)
+            into, index = _rows_of(dh, problem.hidden_index, chunk)
+            add = residual is not None
+            if last < 0:
+                rows.scatter_rows(d, into, index, unscale, add)
+            else:
+                direct = not own and unscale is None and dh.dtype == d.dtype
+                out = None if direct else h if own else torch.empty_like(h)
+                rows.linear_backward_scatter(d, head.weights[0], into, index, unscale, add, out)
 
     return losses, Gradients(dh, *sums.finish(unscale))
 
 
-def choose_chunk_rows(
-    count: int, columns: int, head_shapes: Sequence[tuple[int, int]], itemsize: int
-) -> int:
-    """How many rows a chunk has: as many as the scratch budget allows, evenly spread.
+class _Scratch:
+    """The buffers of a chunk, allocated once: `scratch(name, chunk, columns)` is (n, columns)."""
 
-    Args:
-        count: visual tokens N; columns: features D; head_shapes: (out, in) of each matrix;
-        itemsize: bytes of an element of the compute dtype.
+    def __init__(self, problem: Problem, spec: Spec, chunk_rows: int) -> None:
+        self.problem, self.dtype = problem, spec.compute_dtype
+        self.rows = min(chunk_rows, problem.tokens)
+        self.buffers: dict[str, Tensor] = {}
 
-    The scratch of a row is h, t, and per layer its output, activation and gradient. Each chunk
-    also reads and writes the weight gradients, so a chunk keeps at least 512 rows: below that,
-    this traffic would no longer be small beside the matmuls.
-    """
-    widths = columns + sum(3 * shape[0] for shape in head_shapes)
-    most = max(512, SCRATCH_BYTES // (widths * itemsize))
-    chunks = -(-count // most)
-    return max(1, -(-count // max(1, chunks)))
+    def __call__(self, name: str, chunk: slice, columns: int) -> Tensor:
+        if name not in self.buffers:
+            shape = (self.rows, columns)
+            self.buffers[name] = self.problem.hidden.new_empty(shape, dtype=self.dtype)
+        return self.buffers[name][: chunk.stop - chunk.start]
+
+    def hidden_rows(self, rows: Rows, chunk: slice) -> tuple[Tensor, bool]:
+        """The chunk's hidden states, and whether they are scratch, or the caller's own."""
+        source, index = _rows_of(self.problem.hidden, self.problem.hidden_index, chunk)
+        if index is None and source.dtype == self.dtype and source.stride(1) == 1:
+            return source, False
+        h = self("h", chunk, source.shape[1])
+        rows.gather_rows(source, index, h)
+        return h, True
+
+
+def _rows_of(x: Tensor, index: Tensor | None, chunk: slice) -> tuple[Tensor, Tensor | None]:
+    """The chunk's rows of x (T, C): x itself with an index (n,), or a view without one."""
+    return (x[chunk], None) if index is None else (x, index[chunk])
+
+
+def _hidden_gradient(problem: Problem, residual: Tensor | None) -> Tensor:
+    """The tensor for dh: every row's value but for the visual tokens' share."""
+    dh = problem.hidden.new_empty(problem.hidden.shape)
+    if residual is not None:
+        return dh.copy_(residual)
+    return dh if problem.hidden_index is None else dh.zero_()
 
 
 def _chunks(count: int, chunk_rows: int) -> list[slice]:
     return [slice(start, min(start + chunk_rows, count)) for start in range(0, count, chunk_rows)]
-
-
-def _linear(x: Tensor, head: Head, layer: int) -> Tensor:
-    bias, weight = head.biases[layer], head.weights[layer]
-    return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
 
 def _lowest_layer(needs: Needs) -> int:
@@ -184,26 +223,33 @@ class _WeightGradients:
         # One product is rounded once, as in eager autograd. In float16 it could overflow.
         self.single = single and spec.compute_dtype != torch.float16
         self.weights: list[Tensor | None] = [None] * len(head.weights)
-        self.biases: list[Tensor | None] = [None] * len(head.biases)
+        self.biases = [
+            b.new_zeros(b.shape, dtype=self.dtype) if b is not None and need else None
+            for b, need in zip(head.biases, needs.biases, strict=True)
+        ]
 
-    def add(self, layer: int, d: Tensor, x: Tensor, rows: Rows) -> None:
-        """dW += d^T x and db += sum d, for d (n, out) and x (n, in)."""
+    def bias(self, layer: int) -> Tensor | None:
+        """Where the column sums of this layer's gradient go, if anywhere."""
+        return self.biases[layer]
+
+    def add(self, layer: int, d: Tensor, x: Tensor) -> None:
+        """dW += d^T x, for d (n, out) and x (n, in)."""
         if self.needs.weights[layer]:
-            self.weights[layer] = self._add_product(self.weights[layer], d.T, x)
-        if self.needs.biases[layer]:
-            if (db := self.biases[layer]) is None:
-                db = self.biases[layer] = d.new_zeros(d.shape[1], dtype=self.dtype)
-            rows.add_column_sums(db, d)
+            wide = self.head.weights[layer].dtype == self.dtype
+            self.weights[layer] = self._add_product(self.weights[layer], d.T, x, wide)
 
-    def _add_product(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        if self.single or (total is None and a.dtype == self.dtype):
-            return a @ b
-        if total is None:
-            total = a.new_zeros(a.shape[0], b.shape[1], dtype=self.dtype)
-        if a.device.type == "cuda" and a.dtype != self.dtype:
+    def _add_product(self, total: Tensor | None, a: Tensor, b: Tensor, wide: bool) -> Tensor:
+        if a.dtype == self.dtype:
+            return a @ b if total is None else total.addmm_(a, b)
+        if a.device.type == "cuda" and (wide or not self.single):
+            if total is None:
+                return torch.mm(a, b, out_dtype=self.dtype)
             return torch.addmm(total, a, b, out_dtype=self.dtype, out=total)
+        if self.single:
+            return a @ b
         # On the CPU no low-precision product has a float32 result, and rounding each would add up
-        return total.addmm_(a.to(self.dtype), b.to(self.dtype))
+        a, b = a.to(self.dtype), b.to(self.dtype)
+        return a @ b if total is None else total.addmm_(a, b)
 
     def finish(self, unscale: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The sums, in each parameter's own dtype."""

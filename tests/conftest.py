@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, and the same generated examples on every run."""
+"""Settings of every test: one thread, the same generated examples on every run, the backend."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from prereg_kernels import heuristics, rows
 
 torch.set_num_threads(1)
 
@@ -22,6 +24,25 @@ if importlib.util.find_spec("hypothesis"):  # tests/gpu runs where only torch an
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", help="what backend='auto' is in these tests: torch, cpp, triton")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    backend = config.getoption("--backend")
+    if backend is None:
+        return
+    if reason := rows.unavailable(backend, "cpu"):
+        raise pytest.UsageError(f"--backend {backend}: {reason}")
+    rows.FASTEST_FIRST = (backend,)
+
+
+@pytest.fixture(params=("native", "emulated"))
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test as on a CPU with arithmetic of low precision, and as on one without."""
+    monkeypatch.setattr(heuristics, "_native_on_cpu", lambda _: request.param == "native")
 
 
 @pytest.fixture

@@ -272,7 +272,8 @@ FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "chunk_rows bool": ({"chunk_rows": True}, TypeError, "chunk_rows: .* got bool"),
     "backend": (
-        {"backend": "cuda"}, ValueError, "backend: expected one of auto, torch; got 'cuda'",
+        {"backend": "cuda"},
+        ValueError, "backend: expected one of auto, torch, cpp, triton; got 'cuda'",
     ),
 }  # fmt: skip
 

@@ -40,6 +40,7 @@ def run_schedule(schedule: str, problem, factor: float = 1.0, **options) -> dict
     return run(fused_pre_loss, problem, factor, recompute=schedule == "recompute", **options)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss, normalize", (("cosine", "none"), ("mse", "none"), ("mse", "layer")))
@@ -56,6 +57,7 @@ def test_rule_without_luck(
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss, normalize", (("cosine", "none"), ("mse", "none"), ("mse", "layer")))
@@ -79,6 +81,7 @@ def test_rule_near_the_anchor(schedule: str, dtype: torch.dtype, loss: str, norm
     )
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stored_gradients_are_one_rounding_from_eager(dtype: torch.dtype) -> None:
     """The documented limit of the schedule that stores its gradients, and of that one alone."""
@@ -275,6 +278,7 @@ def test_zero_and_short_rows(loss: str, normalize: str, eps: float) -> None:
         assert relative_error(results["dhidden"][0], expected) < 1e-6
 
 
+@pytest.mark.usefixtures("products")
 def test_float16_does_not_underflow() -> None:
     """1/N of many tokens is subnormal in float16; the sums over the tokens are not."""
     problem = make_problem((4096,), (8, 8, 8), dtype=torch.float16, loss="mse", denominator=3e5)
@@ -287,6 +291,7 @@ def test_float16_does_not_underflow() -> None:
             assert error < 0.5 * relative_error(eager[name], truth[name]), (schedule, name)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk_rows", (1, 7, 50, 64))
 def test_chunk_size_does_not_matter(dtype: torch.dtype, chunk_rows: int) -> None:

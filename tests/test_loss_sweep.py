@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prereg_kernels import heuristics
 from prereg_kernels.inputs import ACTIVATIONS, LOSSES, NORMALIZATIONS
 from tests.helpers import Problem, check, check_tap, make_problem, residual_like
 
@@ -125,10 +127,17 @@ def problems(draw: st.DrawFn) -> Problem:
     chunk_rows=st.one_of(st.none(), st.integers(1, 20)),
     power=st.sampled_from((1.0, 0.5, -4.0)),
     factor=st.sampled_from((1.0, 0.37, -3.1)),
+    native=st.booleans(),
 )
 def test_every_schedule_is_as_good_as_eager(
-    problem: Problem, chunk_rows: int | None, power: float, factor: float
+    problem: Problem, chunk_rows: int | None, power: float, factor: float, native: bool
 ) -> None:
+    """On a CPU with arithmetic of low precision as on one without."""
+    with mock.patch.object(heuristics, "_native_on_cpu", lambda _: native):
+        check_schedules(problem, chunk_rows, power, factor)
+
+
+def check_schedules(problem: Problem, chunk_rows: int | None, power: float, factor: float) -> None:
     # Gradients stored by the forward pass are in their final dtype: powers of two scale exactly
     stored = power if low_precision(problem) else factor
     if torch.float16 in (problem.hidden.dtype, *(w.dtype for w in problem.weights)):

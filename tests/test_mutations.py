@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels import fused_pre_loss, pipeline
+from prereg_kernels import fused_pre_loss, heuristics, pipeline
 from prereg_kernels.rows import torch_rows
+from prereg_kernels.rows.torch_rows import TorchRows
 from tests.helpers import (
     Problem,
     assert_as_good_as_eager,
@@ -21,27 +22,33 @@ from tests.helpers import (
     run,
 )
 
-activation_backward = torch_rows.activation_backward
-token_losses_and_grad = torch_rows.token_losses_and_grad
-add_column_sums = torch_rows.add_column_sums
-scatter_rows = torch_rows.scatter_rows
+activation_backward = TorchRows.activation_backward
+token_losses_and_grad = TorchRows.token_losses_and_grad
+scatter_rows = TorchRows.scatter_rows
 standardize = torch_rows._standardize
 cosine = torch_rows._cosine
 
 
-def on_dz(change: Callable[..., None]) -> Callable[..., Tensor]:
+def on_dz(change: Callable[..., None]) -> Callable[..., None]:
     """token_losses_and_grad, after which `change` spoils dz."""
 
-    def mutant(z: Tensor, t: Tensor, coefficient: Tensor, spec: Any, dz: Tensor) -> Tensor:
+    def mutant(
+        self: TorchRows, z: Tensor, bias: Any, anchor: Tensor, index: Any,
+        coefficient: Tensor, spec: Any, losses: Tensor, dz: Tensor, sums: Any,
+    ) -> None:  # fmt: skip
         kept = z.clone()
-        losses = token_losses_and_grad(z, t, coefficient, spec, dz)
-        change(dz, kept, t, coefficient, losses)
-        return losses
+        token_losses_and_grad(self, z, bias, anchor, index, coefficient, spec, losses, dz, sums)
+        change(dz, kept, coefficient, losses)
 
     return mutant
 
 
-def drop_second_term(dz: Tensor, z: Tensor, t: Tensor, coefficient: Tensor, c: Tensor) -> None:
+def without_sums(primitive: Callable[..., None]) -> Callable[..., None]:
+    """The primitive, which leaves out the bias gradients: its last argument."""
+    return lambda *arguments: primitive(*arguments[:-1], None)
+
+
+def drop_second_term(dz: Tensor, z: Tensor, coefficient: Tensor, c: Tensor) -> None:
     """Leave -t / (nt nz) of dz = -(t / nt - c z / nz) / nz; the loss is -c."""
     norm = z.norm(dim=1, keepdim=True)
     dz += z * (coefficient * c).unsqueeze(1) / norm**2
@@ -58,7 +65,7 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
     "c z / nz missing": ("token_losses_and_grad", on_dz(drop_second_term), COSINE),
     "1/N twice": (
         "token_losses_and_grad",
-        on_dz(lambda dz, z, t, coefficient, _: dz.mul_(coefficient.unsqueeze(1))),
+        on_dz(lambda dz, z, coefficient, _: dz.mul_(coefficient.unsqueeze(1))),
         COSINE,
     ),
     "dz too large by 1e-5": (
@@ -69,24 +76,35 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
         on_dz(lambda dz, *_: dz.neg_()),
         {"loss": "mse", "normalize": "l2"},
     ),
-    "act' missing": ("activation_backward", lambda dg, u, activation: dg, COSINE),
+    "act' missing": ("activation_backward", lambda *_: None, COSINE),
     "wrong act'": (
-        "activation_backward", lambda dg, u, activation: activation_backward(dg, u, "silu"), COSINE,
-    ),
-    "wrong act": ("activate", lambda u, activation: torch.nn.functional.silu(u), COSINE),
-    "db missing": ("add_column_sums", lambda into, values: None, COSINE),
-    "db of half the rows": (
-        "add_column_sums", lambda into, values: add_column_sums(into, values[::2]), COSINE,
-    ),
-    "dh not scattered": ("scatter_rows", lambda into, index, rows, values: None, COSINE),
-    "dh at wrong rows": (
-        "scatter_rows",
-        lambda into, index, rows, values: scatter_rows(into, index, rows, values.flip(0)),
+        "activation_backward",
+        lambda self, dg, u, bias, activation, sums: activation_backward(
+            self, dg, u, bias, "silu", sums
+        ),
         COSINE,
     ),
+    "wrong act": (
+        "activate", lambda self, u, bias, activation, g: torch.ops.aten.silu.out(u, out=g), COSINE,
+    ),
+    "db1 missing": ("activation_backward", without_sums(activation_backward), COSINE),
+    "db2 missing": ("token_losses_and_grad", without_sums(token_losses_and_grad), COSINE),
+    "dh not scattered": ("scatter_rows", lambda *_: None, COSINE),
+    "dh at wrong rows": (
+        "scatter_rows",
+        lambda self, values, *others: scatter_rows(self, values.flip(0), *others),
+        COSINE,
+    ),
+    "residual lost": (
+        "scatter_rows",
+        lambda self, *others: scatter_rows(self, *others[:-1], False),
+        COSINE,
+    ),
+}  # fmt: skip
+FUNCTIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
     "mean not removed": ("_standardize", drop_mean, {"loss": "mse", "normalize": "layer"}),
     "eps ignored": ("_cosine", lambda z, t, eps, grad: cosine(z, t, 1e-30, grad), COSINE),
-}  # fmt: skip
+}
 
 
 def problem(options: dict[str, str]) -> Any:
@@ -94,30 +112,45 @@ def problem(options: dict[str, str]) -> Any:
     return make_problem((12,), (10, 8, 9), visual_index=index, eps=4.0, **options)
 
 
+def check_both(given: Problem) -> None:
+    """The rule for the loss and the tap, in chunks, with another gradient to add."""
+    check(given, chunk_rows=4, backend="torch")
+    residual = residual_like(given.hidden)
+    check_tap(given, residual=residual, chunk_rows=4, backend="torch")
+
+
 @pytest.mark.parametrize("options", ({**COSINE}, {"loss": "mse", "normalize": "layer"}))
 def test_without_a_mutation_the_rule_holds(options: dict[str, str]) -> None:
-    check_tap(problem(options), residual=residual_like(problem(options).hidden), chunk_rows=4)
+    check_both(problem(options))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_rule_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target, mutant, options = MUTATIONS[name]
+    monkeypatch.setattr(TorchRows, target, mutant)
+    with pytest.raises(AssertionError, match="error"):
+        check_both(problem(options))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_rule_notices_in_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, mutant, options = FUNCTIONS[name]
     monkeypatch.setattr(torch_rows, target, mutant)
-    for call in (check, check_tap):
-        with pytest.raises(AssertionError, match="error"):
-            call(problem(options), chunk_rows=4)
+    with pytest.raises(AssertionError, match="error"):
+        check_both(problem(options))
 
 
 def test_the_rule_notices_a_dropped_layer_norm_term(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient's own mean, dp.mean(), which no primitive holds alone."""
     wrong = on_dz(lambda dz, *_: dz.add_(dz.abs().mean(dim=1, keepdim=True)))
-    monkeypatch.setattr(torch_rows, "token_losses_and_grad", wrong)
+    monkeypatch.setattr(TorchRows, "token_losses_and_grad", wrong)
     with pytest.raises(AssertionError, match="error"):
-        check(problem({"loss": "mse", "normalize": "layer"}))
+        check_both(problem({"loss": "mse", "normalize": "layer"}))
 
 
 def test_the_rule_notices_a_lost_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16 the gradients are computed at another scale, which has to be undone."""
+    monkeypatch.setattr(heuristics, "_native_on_cpu", lambda _: True)
     half = make_problem((12,), (10, 8, 9), dtype=torch.float16)
     check_tap(half)
     finish = pipeline._WeightGradients.finish

@@ -19,6 +19,7 @@ def value_of(problem) -> Tensor:
         return fused_pre_loss(*problem.arguments(problem.leaves()), **problem.options)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("with_residual", (False, True))
 @pytest.mark.parametrize("factor", (1.0, 0.5, -2.7))

@@ -7,53 +7,94 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prereg_kernels.inputs import Spec
+from prereg_kernels.rows.base import Rows
 
 _aten = torch.ops.aten
 
 
-def gather_rows(source: Tensor, index: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor:
-    chunk = source[rows] if index is None else source.index_select(0, index[rows])
-    return chunk.to(dtype)
+class TorchRows(Rows):
+    name = "torch"
+    bias_in_matmul = True
+
+    def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
+        out.copy_(_select(source, index))
+
+    def activate(self, u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None:
+        assert bias is None
+        if activation == "silu":
+            _aten.silu.out(u, out=g)
+        elif activation == "relu":
+            torch.clamp_min(u, 0, out=g)
+        else:
+            _aten.gelu.out(u, approximate="tanh" if activation == "gelu_tanh" else "none", out=g)
+
+    def activation_backward(
+        self, dg: Tensor, u: Tensor, bias: Tensor | None, activation: str, sums: Tensor | None
+    ) -> None:
+        assert bias is None
+        if activation == "silu":
+            _aten.silu_backward.grad_input(dg, u, grad_input=dg)
+        elif activation == "relu":
+            _aten.threshold_backward.grad_input(dg, u, 0, grad_input=dg)
+        else:
+            approximate = "tanh" if activation == "gelu_tanh" else "none"
+            _aten.gelu_backward.grad_input(dg, u, approximate=approximate, grad_input=dg)
+        _add_column_sums(sums, dg)
+
+    def token_losses(
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        index: Tensor | None,
+        spec: Spec,
+        losses: Tensor,
+    ) -> None:
+        assert bias is None
+        losses.copy_(_losses_and_grad(z, _select(anchor, index), spec, with_grad=False)[0])
+
+    def token_losses_and_grad(
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        index: Tensor | None,
+        coefficient: Tensor,
+        spec: Spec,
+        losses: Tensor,
+        dz: Tensor,
+        sums: Tensor | None,
+    ) -> None:
+        assert bias is None
+        values, grad = _losses_and_grad(z, _select(anchor, index), spec, with_grad=True)
+        losses.copy_(values)
+        dz.copy_(grad.mul_(coefficient.unsqueeze(1)))
+        _add_column_sums(sums, dz)
+
+    def scatter_rows(
+        self,
+        values: Tensor,
+        into: Tensor,
+        index: Tensor | None,
+        scale: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        values = (values if scale is None else values.to(scale.dtype) * scale).to(into.dtype)
+        if index is None:
+            into.add_(values) if accumulate else into.copy_(values)
+        elif accumulate:
+            into.index_add_(0, index, values)
+        else:
+            into.index_copy_(0, index, values)
 
 
-def activate(u: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(u)
-    if activation == "relu":
-        return F.relu(u)
-    return F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
+def _select(source: Tensor, index: Tensor | None) -> Tensor:
+    return source if index is None else source.index_select(0, index)
 
 
-def activation_backward(dg: Tensor, u: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return _aten.silu_backward.grad_input(dg, u, grad_input=dg)
-    if activation == "relu":
-        return _aten.threshold_backward.grad_input(dg, u, 0, grad_input=dg)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return _aten.gelu_backward.grad_input(dg, u, approximate=approximate, grad_input=dg)
-
-
-def token_losses(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
-    return _losses_and_grad(z, t, spec, with_grad=False)[0]
-
-
-def token_losses_and_grad(
-    z: Tensor, t: Tensor, coefficient: Tensor, spec: Spec, dz: Tensor
-) -> Tensor:
-    losses, grad = _losses_and_grad(z, t, spec, with_grad=True)
-    dz.copy_(grad.mul_(coefficient.unsqueeze(1)))
-    return losses
-
-
-def scatter_rows(into: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:
-    if index is None:
-        into[rows] += values
-    else:
-        into.index_add_(0, index[rows], values.to(into.dtype))
-
-
-def add_column_sums(into: Tensor, values: Tensor) -> None:
-    into += values.sum(dim=0, dtype=into.dtype)
+def _add_column_sums(sums: Tensor | None, values: Tensor) -> None:
+    if sums is not None:
+        sums += values.sum(dim=0, dtype=sums.dtype)
 
 
 def _losses_and_grad(z: Tensor, t: Tensor, spec: Spec, with_grad: bool) -> tuple[Tensor, Tensor]:

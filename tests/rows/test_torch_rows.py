@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.inputs import ACTIVATIONS, Spec
-from prereg_kernels.rows import choose_rows, torch_rows
+from prereg_kernels.rows.torch_rows import TorchRows
 from tests.helpers import relative_error
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = list(BOUND)
+ROWS = TorchRows()
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -42,34 +43,31 @@ def losses_of(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
     return (gap**2 if spec.loss == "mse" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).mean(1)
 
 
-def test_choose_rows() -> None:
-    assert choose_rows("auto", torch.device("cpu")) is torch_rows
-    assert choose_rows("torch", torch.device("cpu")) is torch_rows
-    with pytest.raises(ValueError, match="backend: expected one of auto, torch; got 'cuda'"):
-        choose_rows("cuda", torch.device("cpu"))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("indexed", (False, True))
 def test_gather_rows(dtype: torch.dtype, indexed: bool) -> None:
     source = draw(10, 4)
-    index = torch.tensor([9, 0, 4, 3, 7]) if indexed else None
-    chosen = [0, 4, 3] if indexed else [1, 2, 3]
-    gathered = torch_rows.gather_rows(source, index, slice(1, 4), dtype)
-    assert gathered.dtype == dtype
-    assert torch.equal(gathered, source[chosen].to(dtype))
+    index = torch.tensor([9, 0, 4]) if indexed else None
+    out = torch.full((3, 4), math.nan, dtype=dtype)
+    ROWS.gather_rows(source if indexed else source[1:4], index, out)
+    assert torch.equal(out, source[[9, 0, 4] if indexed else [1, 2, 3]].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("indexed", (False, True))
-def test_scatter_rows(dtype: torch.dtype, indexed: bool) -> None:
-    into, values = draw(10, 4, dtype=dtype), draw(3, 4, seed=1)
-    before = into.clone()
-    index = torch.tensor([9, 0, 4, 3, 7]) if indexed else None
-    chosen = [0, 4, 3] if indexed else [1, 2, 3]
-    torch_rows.scatter_rows(into, index, slice(1, 4), values.to(dtype))
-    expected = before.double()
-    expected[chosen] += values.to(dtype).double()
+@pytest.mark.parametrize("accumulate", (False, True))
+@pytest.mark.parametrize("scale", (None, 0.25))
+def test_scatter_rows(
+    dtype: torch.dtype, indexed: bool, accumulate: bool, scale: float | None
+) -> None:
+    into, values = draw(10, 4, dtype=dtype), draw(3, 4, seed=1).to(dtype)
+    expected = into.double()
+    chosen = [9, 0, 4] if indexed else [1, 2, 3]
+    added = values.double() * (scale or 1)
+    expected[chosen] = expected[chosen] * accumulate + added
+    index = torch.tensor(chosen) if indexed else None
+    factor = None if scale is None else torch.tensor(scale)
+    ROWS.scatter_rows(values, into if indexed else into[1:4], index, factor, accumulate)
     assert torch.equal(into, expected.to(dtype))
 
 
@@ -80,11 +78,16 @@ def test_activations(dtype: torch.dtype, activation: str) -> None:
     exact = u.double().clone().requires_grad_()
     g = act(exact, activation)
     (du,) = torch.autograd.grad(g, exact, dg.double())
-    kept = u.clone()
-    assert relative_error(torch_rows.activate(u, activation), g.detach()) < BOUND[dtype]
-    written = torch_rows.activation_backward(dg, u, activation)
+    kept, out = u.clone(), torch.full_like(u, math.nan)
+    ROWS.activate(u, None, activation, out)
+    assert relative_error(out, g.detach()) < BOUND[dtype] and torch.equal(u, kept)
+    sums = draw(33, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=2)
+    expected_sums = sums.double() + du.sum(0)
+    ROWS.activation_backward(dg, u, None, activation, sums)
     assert relative_error(dg, du) < BOUND[dtype], "dg is overwritten"
-    assert torch.equal(written, dg) and torch.equal(u, kept)
+    assert relative_error(sums, expected_sums) < BOUND[dtype]
+    ROWS.activate(u, None, activation, u)
+    assert torch.equal(u, out), "g may be u"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,30 +100,27 @@ def test_token_losses(
 ) -> None:
     spec = Spec("gelu", loss, "none" if loss == "cosine" else normalize, eps, dtype)
     scale = torch.tensor([[0.1], [1.0], [0.3], [2.0], [0.5]], dtype=dtype)  # around eps = 3
-    z, t = 2 * draw(5, 9, dtype=dtype) * scale, 2 * draw(5, 9, dtype=dtype, seed=1)
+    z, anchor = 2 * draw(5, 9, dtype=dtype) * scale, 2 * draw(8, 9, dtype=dtype, seed=1)
+    index = torch.tensor([7, 1, 2, 6, 4])
     coefficient = draw(5, seed=2).to(spec.stat_dtype)
     exact = z.double().clone().requires_grad_()
-    expected = losses_of(exact, t.double(), spec)
+    expected = losses_of(exact, anchor[index].double(), spec)
     (gradient,) = torch.autograd.grad(expected, exact, coefficient.double())
     expected = expected.detach()
 
-    kept_z, kept_t = z.clone(), t.clone()
+    kept_z, kept_anchor = z.clone(), anchor.clone()
     bound = BOUND[torch.float64 if dtype == torch.float64 else torch.float32]
-    losses = torch_rows.token_losses(z, t, spec)
-    assert losses.dtype == spec.stat_dtype
+    losses, again = (torch.full((5,), math.nan, dtype=spec.stat_dtype) for _ in range(2))
+    ROWS.token_losses(z, None, anchor, index, spec, losses)
     assert relative_error(losses, expected) < bound
     assert torch.equal(z, kept_z)
     dz = z if in_place else torch.empty_like(z)
-    again = torch_rows.token_losses_and_grad(z, t, coefficient, spec, dz)
+    sums = draw(9, seed=3).to(spec.stat_dtype)
+    expected_sums = sums.double() + gradient.sum(0)
+    ROWS.token_losses_and_grad(z, None, anchor, index, coefficient, spec, again, dz, sums)
     assert torch.equal(again, losses)
     assert relative_error(dz, gradient) < BOUND[dtype]
-    assert torch.equal(t, kept_t) and (in_place or torch.equal(z, kept_z))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_add_column_sums(dtype: torch.dtype) -> None:
-    values = draw(300, 5, dtype=dtype)
-    into = draw(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=1)
-    expected = into.double() + values.double().sum(0)
-    torch_rows.add_column_sums(into, values)
-    assert relative_error(into, expected) < 1e-6
+    assert relative_error(sums, expected_sums) < BOUND[dtype]
+    assert torch.equal(anchor, kept_anchor) and (in_place or torch.equal(z, kept_z))
+    ROWS.token_losses(kept_z, None, anchor[index], None, spec, again)
+    assert torch.equal(again, losses), "without an index, the rows are the anchor's own"

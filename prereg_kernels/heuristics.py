@@ -1,0 +1,91 @@
+"""What the pipeline decides from shapes and dtypes alone: the rows of a chunk, the matmuls' dtype.
+
+Each chunk reads and writes the weight gradients once more, in float32: 8 bytes an element, against
+the 2 n flops an element of each of a layer's three matmuls. So a chunk needs enough rows to hide
+this traffic, and not more than the scratch budget allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class ChunkBudget:
+    """Bounds on the rows of a chunk."""
+
+    scratch_bytes: int
+    least_rows: int  # with this many, accumulation takes less than 5% of the chunk's matmuls
+    multiple: int  # of the matmul's tile, so that only the last chunk has a ragged edge
+
+
+# 790 TFLOP/s of bf16 and 4.3 TB/s (an H200): 4,900 rows for 5%
+GPU = ChunkBudget(256 * 2**20, 4864, 128)
+# 75 GFLOP/s of float32 a core and 10 GB/s: 200 rows; 512 keep the matmul itself efficient
+CPU = ChunkBudget(64 * 2**20, 512, 16)
+# Products of low precision have no float32 result there: one chunk is rounded once, as in eager
+# PyTorch, and several have to be computed in float32
+CPU_LOW_PRECISION = ChunkBudget(256 * 2**20, 512, 16)
+
+
+def chunk_budget(device: torch.device, dtype: torch.dtype) -> ChunkBudget:
+    """The budget for matmul operands of this dtype."""
+    if device.type == "cpu":
+        return CPU_LOW_PRECISION if dtype.itemsize == 2 else CPU
+    return GPU
+
+
+def choose_chunk_rows(
+    count: int,
+    columns: int,
+    head_shapes: Sequence[tuple[int, int]],
+    itemsize: int,
+    budget: ChunkBudget,
+) -> int:
+    """How many rows a chunk has: as many as the scratch budget allows, evenly spread.
+
+    Args:
+        count: visual tokens N; columns: features D; head_shapes: (out, in) of each matrix;
+        itemsize: bytes of an element of the matmuls' dtype.
+    """
+    row_bytes = itemsize * scratch_columns(columns, head_shapes)
+    most = max(budget.least_rows, budget.scratch_bytes // row_bytes)
+    chunks = max(1, -(-count // most))
+    rows = -(-count // chunks)
+    if chunks > 1:
+        rows = -(-rows // budget.multiple) * budget.multiple
+    return max(1, rows)
+
+
+def scratch_columns(columns: int, head_shapes: Sequence[tuple[int, int]]) -> int:
+    """Elements of scratch a row: h, u and g of every layer but the last, and z.
+
+    Gradients are written over what they replace: dz over z, dg and du over g, dh over h.
+    """
+    outs = [out for out, _ in head_shapes]
+    return columns + 2 * sum(outs[:-1]) + (outs[-1] if outs else columns)
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which the matmuls run: float32 where a CPU has no arithmetic of `dtype`.
+
+    There, products of low precision are emulated: on a CPU with AVX2, 7 to 500 times slower than
+    those of float32. The latter are also more precise.
+    """
+    emulated = device.type == "cpu" and dtype.itemsize == 2 and not _native_on_cpu(dtype)
+    return torch.float32 if emulated else dtype
+
+
+@cache
+def _native_on_cpu(dtype: torch.dtype) -> bool:
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    # x86: true with any AVX-512, but only these two have products of bfloat16
+    x86 = torch.cpu._is_avx2_supported()
+    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
