@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
+from prereg_kernels.heuristics import operand_dtype
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,14 @@ class Size:
         return f"N={self.tokens} D={self.width} {str(self.dtype).removeprefix('torch.')}"
 
 
-SIZES = tuple(
-    Size(tokens, width, dtype)
-    for dtype in (torch.float32, torch.bfloat16)
-    for tokens, width in ((2048, 512), (4096, 1024))
-)
-NAMES = ("floor", "eager", "compiled eager", "fused", "fused, recompute", "tap")
+NAMES = ("floor", "eager", "compiled eager", "Liger's scheme", "fused", "fused, recompute", "tap")
+LIGER_ROWS = 1024
 Step = Callable[[], None]
+
+
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU only emulates products of this dtype, which takes up to 500 times longer."""
+    return operand_dtype(dtype, torch.device("cpu")) != dtype
 
 
 def make_tensors(size: Size) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -52,7 +54,9 @@ def make_step(name: str, size: Size) -> Step:
     leaves = [hidden, *weights, *biases]
 
     if name == "floor":
-        return _floor(hidden.detach(), anchor, weights[0].detach(), weights[1].detach())
+        return _floor(size, hidden, anchor, *weights)
+    if name == "Liger's scheme":
+        return _liger(hidden, anchor, weights, biases)
 
     def loss_of() -> Tensor:
         arguments = (hidden, anchor, weights, biases)
@@ -74,8 +78,13 @@ def make_step(name: str, size: Size) -> Step:
     return step
 
 
-def _floor(h: Tensor, t: Tensor, w1: Tensor, w2: Tensor) -> Step:
-    """The six matmuls alone; h and t stand for the activations of their shapes."""
+def _floor(size: Size, *tensors: Tensor) -> Step:
+    """The six matmuls alone, in the dtype that this CPU is fast in.
+
+    h and t stand for the activations of their shapes.
+    """
+    dtype = operand_dtype(size.dtype, torch.device("cpu"))
+    h, t, w1, w2 = (x.detach().to(dtype) for x in tensors)
 
     def step() -> None:
         _ = h @ w1.T  # u
@@ -84,5 +93,32 @@ def _floor(h: Tensor, t: Tensor, w1: Tensor, w2: Tensor) -> Step:
         _ = t @ w2  # dg
         _ = t.T @ h  # dW1
         _ = t @ w1  # dh
+
+    return step
+
+
+def _liger(hidden: Tensor, anchor: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Step:
+    """The scheme of Liger's fused linear losses: in forward, autograd over compiled chunks."""
+    parameters = [*weights, *biases]
+
+    def loss_of(h: Tensor, t: Tensor, *parameters: Tensor) -> Tensor:
+        return eager_pre_loss(h, t, parameters[:2], parameters[2:], denominator=len(hidden))
+
+    differentiate = torch.compile(
+        torch.func.grad_and_value(loss_of, argnums=(0, *range(2, 2 + len(parameters))))
+    )
+
+    def step() -> None:
+        dh = torch.empty_like(hidden)
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in parameters]
+        total = torch.zeros(())
+        for start in range(0, len(hidden), LIGER_ROWS):
+            rows = slice(start, start + LIGER_ROWS)
+            gradients, loss = differentiate(hidden[rows].detach(), anchor[rows], *parameters)
+            dh[rows] = gradients[0]
+            for into, gradient in zip(sums, gradients[1:], strict=True):
+                into += gradient
+            total += loss
+        _ = [into.to(x.dtype) for into, x in zip(sums, parameters, strict=True)]
 
     return step

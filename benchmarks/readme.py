@@ -14,9 +14,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from table import format_table, rows_of
+from table import describe, format_table, memory_rows, time_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,15 +57,14 @@ def demo_section() -> str:
 
 
 def cpu_section() -> str:
-    """The CPU benchmark as a table."""
-    run: dict[str, Any] = json.loads((RESULTS / "cpu_loss.json").read_text())
-    benchmarks = run["benchmarks"]
-    info = benchmarks[0]["extra_info"]
-    return (
-        format_table(rows_of(benchmarks), markdown=True)
-        + f"\n\nForward and backward, medians of interleaved rounds on {info['device']}, "
-        f"{info['threads']} threads, torch {info['torch']}, commit {info['commit']}; peak memory "
-        "of a step beyond the inputs, one thread. The floor is the six matmuls alone."
+    """The CPU benchmark's tables."""
+    benchmarks = json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]
+    return "\n\n".join(
+        (
+            format_table(time_rows(benchmarks), markdown=True),
+            format_table(memory_rows(benchmarks), markdown=True),
+            describe(benchmarks),
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Print the table of a benchmark run: `python benchmarks/table.py FILE.json [--markdown]`."""
+"""Print the tables of a CPU benchmark run: `python benchmarks/table.py FILE.json [--markdown]`."""
 
 from __future__ import annotations
 
@@ -7,48 +7,72 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("size", "implementation", "median", "time / floor", "peak memory")
+Row = tuple[str, ...]
 
 
-def rows_of(benchmarks: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """One row for each measurement, in the order of the run."""
-    rows = []
-    for benchmark in benchmarks:
+def time_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
+    """A header, the floor in ms, then time / floor: an implementation a row, a size a column."""
+    timed = [b for b in benchmarks if "ratio_to_floor" in b["extra_info"]]
+    cells = {}
+    for benchmark in timed:
         info = benchmark["extra_info"]
-        peak = info.get("peak_bytes")
-        rows.append(
-            (
-                info["size"],
-                info["implementation"],
-                f"{1e3 * benchmark['stats']['median']:.1f} ms",
-                f"{info['ratio_to_floor']:.2f}",
-                "" if peak is None else f"{peak / 2**20:.1f} MiB",
-            )
-        )
+        ratio = f"{info['ratio_to_floor']:.2f}"
+        if info["implementation"] == "floor":
+            ratio = f"{1e3 * benchmark['stats']['median']:.0f} ms"
+        cells[info["implementation"], info["size"]] = ratio
+    sizes = list(dict.fromkeys(size for _, size in cells))
+    names = list(dict.fromkeys(name for name, _ in cells))
+    rows: list[Row] = [("time / floor", *(size.split(" ", 1)[1] for size in sizes))]
+    return rows + [(name, *(cells.get((name, size), "-") for size in sizes)) for name in names]
+
+
+def memory_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
+    """A header, then each implementation's peak memory and how many times less than eager's."""
+    peaks = {
+        b["extra_info"]["implementation"]: b["extra_info"]["peak_bytes"]
+        for b in benchmarks
+        if "peak_bytes" in b["extra_info"]
+    }
+    rows: list[Row] = [("peak memory", "MiB", "eager / this")]
+    for name, peak in peaks.items():
+        rows.append((name, f"{peak / 2**20:.0f}", f"{peaks['eager'] / peak:.1f}"))
     return rows
 
 
-def format_table(rows: list[tuple[str, ...]], markdown: bool) -> str:
-    """The rows under their header; a size is named once."""
-    lines = [COLUMNS]
-    for previous, row in zip([None, *rows], rows, strict=False):
-        same = previous is not None and previous[0] == row[0]
-        lines.append(("" if same else row[0], *row[1:]))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+def format_table(rows: list[Row], markdown: bool) -> str:
+    """The rows under the first of them, aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
-    def format_line(line: tuple[str, ...]) -> str:
+    def format_line(line: Row) -> str:
         cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.rjust(width) if i else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         return f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip()
 
-    if markdown:
-        rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-        head = [format_line(COLUMNS), f"| {' | '.join(rule)} |"]
-    else:
-        head = [format_line(COLUMNS), "  ".join("-" * width for width in widths)]
-    return "\n".join([*head, *(format_line(line) for line in lines[1:])])
+    rule = tuple("-" * (width - 1) + ":" if i and markdown else "-" * width
+                 for i, width in enumerate(widths))  # fmt: skip
+    return "\n".join(map(format_line, [rows[0], rule, *rows[1:]]))
+
+
+def describe(benchmarks: list[dict[str, Any]]) -> str:
+    """One sentence on what was measured, where."""
+    info = benchmarks[0]["extra_info"]
+    changed = " with changes" if info["changed_files"] else ""
+    sizes = {b["extra_info"]["size"].split(" ")[0] for b in benchmarks if "peak_bytes" not in
+             b["extra_info"]}  # fmt: skip
+    emulated = any(b["extra_info"].get("emulated") for b in benchmarks)
+    note = (
+        " This CPU has no bfloat16 arithmetic, and PyTorch's emulation takes minutes at the larger "
+        "sizes (-): the floor is that of float32, in which these rows run their matmuls."
+    )
+    return (
+        f"Forward and backward, {', '.join(sorted(sizes))}, medians of interleaved rounds; the "
+        "floor is the six matmuls alone. Peak memory of a step beyond its inputs and the gradient "
+        f"of hidden, one thread. {info['device']}, {info['capability']}, {info['threads']} "
+        f"threads, torch {info['torch']}, commit {info['commit']}{changed}."
+        + (note if emulated else "")
+    )
 
 
 def main() -> None:
@@ -59,14 +83,9 @@ def main() -> None:
     benchmarks = json.loads(options.file.read_text())["benchmarks"]
     if not benchmarks:
         parser.error(f"{options.file} holds no benchmarks")
-    info = benchmarks[0]["extra_info"]
-    print(format_table(rows_of(benchmarks), options.markdown))
-    print(
-        f"\n{info['device']}, {info['threads']} threads, torch {info['torch']}, "
-        f"commit {info['commit']}{' with changes' if info['changed_files'] else ''}; medians of "
-        "interleaved rounds, forward and backward; peak memory of a step\n"
-        "beyond the inputs (so with the gradients), one thread"
-    )
+    for rows in (time_rows(benchmarks), memory_rows(benchmarks)):
+        print(format_table(rows, options.markdown), end="\n\n")
+    print(describe(benchmarks))
 
 
 if __name__ == "__main__":

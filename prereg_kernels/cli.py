@@ -1,4 +1,4 @@
-"""The command line: `prereg train`."""
+"""The command line: `prereg train`, `prereg doctor`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from prereg_kernels._version import __version__
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
     arguments = _parser().parse_args()
+    if arguments.command == "doctor":
+        from prereg_kernels.doctor import doctor
+
+        doctor(arguments.json)
+        return
     try:
         from rich.console import Console
 
@@ -66,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
     group.add_argument("--workers", type=int, help="processes, a thread each; default: one a core")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, and what runs here",
+        description="Versions, CPU, GPU and backends: what runs here, and why the rest does not.",
+    )
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
 
 

@@ -13,6 +13,8 @@ from functools import cache
 
 import torch
 
+from prereg_kernels.products import has_wide_products
+
 
 @dataclass(frozen=True)
 class ChunkBudget:
@@ -27,16 +29,16 @@ class ChunkBudget:
 GPU = ChunkBudget(256 * 2**20, 4864, 128)
 # 75 GFLOP/s of float32 a core and 10 GB/s: 200 rows; 512 keep the matmul itself efficient
 CPU = ChunkBudget(64 * 2**20, 512, 16)
-# Products of low precision have no float32 result there: one chunk is rounded once, as in eager
-# PyTorch, and several have to be computed in float32
-CPU_LOW_PRECISION = ChunkBudget(256 * 2**20, 512, 16)
+# Where a product of low precision has no float32 result, one chunk is rounded once, as in eager
+# PyTorch, but the weight gradients of several have to be computed in float32
+NARROW = ChunkBudget(1024 * 2**20, 4864, 128)
 
 
 def chunk_budget(device: torch.device, dtype: torch.dtype) -> ChunkBudget:
     """The budget for matmul operands of this dtype."""
-    if device.type == "cpu":
-        return CPU_LOW_PRECISION if dtype.itemsize == 2 else CPU
-    return GPU
+    if dtype.itemsize == 2 and not has_wide_products(device):
+        return NARROW
+    return CPU if device.type == "cpu" else GPU
 
 
 def choose_chunk_rows(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.inputs import Spec
+from prereg_kernels.products import add_product
 from prereg_kernels.rows.base import Rows
 
 
@@ -235,21 +236,9 @@ class _WeightGradients:
     def add(self, layer: int, d: Tensor, x: Tensor) -> None:
         """dW += d^T x, for d (n, out) and x (n, in)."""
         if self.needs.weights[layer]:
-            wide = self.head.weights[layer].dtype == self.dtype
-            self.weights[layer] = self._add_product(self.weights[layer], d.T, x, wide)
-
-    def _add_product(self, total: Tensor | None, a: Tensor, b: Tensor, wide: bool) -> Tensor:
-        if a.dtype == self.dtype:
-            return a @ b if total is None else total.addmm_(a, b)
-        if a.device.type == "cuda" and (wide or not self.single):
-            if total is None:
-                return torch.mm(a, b, out_dtype=self.dtype)
-            return torch.addmm(total, a, b, out_dtype=self.dtype, out=total)
-        if self.single:
-            return a @ b
-        # On the CPU no low-precision product has a float32 result, and rounding each would add up
-        a, b = a.to(self.dtype), b.to(self.dtype)
-        return a @ b if total is None else total.addmm_(a, b)
+            keep = self.single and self.head.weights[layer].dtype != self.dtype
+            wide = None if keep else self.dtype
+            self.weights[layer] = add_product(self.weights[layer], d.T, x, wide)
 
     def finish(self, unscale: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The sums, in each parameter's own dtype."""

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prereg_kernels import heuristics
 from prereg_kernels.heuristics import (
     CPU,
-    CPU_LOW_PRECISION,
     GPU,
+    NARROW,
     ChunkBudget,
     choose_chunk_rows,
     chunk_budget,
@@ -20,7 +20,7 @@ from prereg_kernels.heuristics import (
 )
 
 WIDTHS = st.integers(1, 2**15)
-BUDGETS = st.sampled_from((CPU, CPU_LOW_PRECISION, GPU))
+BUDGETS = st.sampled_from((CPU, NARROW, GPU))
 
 
 @given(st.integers(0, 2**33), WIDTHS, st.lists(st.tuples(WIDTHS, WIDTHS), max_size=3), BUDGETS)
@@ -63,7 +63,7 @@ def test_scratch_columns() -> None:
         (4096, 4096, 2, GPU, 1),
         (2048, 512, 4, CPU, 1),
         (65536, 512, 4, CPU, 8),
-        (8192, 2048, 2, CPU_LOW_PRECISION, 1),
+        (8192, 2048, 2, NARROW, 1),
     ),
 )
 def test_known_shapes(
@@ -73,11 +73,14 @@ def test_known_shapes(
     assert -(-count // rows) == chunks
 
 
-def test_budget_of_a_device() -> None:
+def test_budget_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     assert chunk_budget(cpu, torch.float32) is CPU
-    assert chunk_budget(cpu, torch.bfloat16) is CPU_LOW_PRECISION
+    assert chunk_budget(cpu, torch.bfloat16) is NARROW
     assert chunk_budget(gpu, torch.bfloat16) is GPU
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert chunk_budget(gpu, torch.bfloat16) is NARROW
+    assert chunk_budget(gpu, torch.float32) is GPU
 
 
 @pytest.mark.parametrize("native", (False, True))
