@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -13,53 +12,156 @@ from torch import nn
 class Family:
     """The few facts that PRe needs about a family of multimodal models.
 
+    For a model outside of the table, spell them out and pass them to `apply_pre(model, family=)`.
+    Paths are names of registered submodules, dotted, from the model that `apply_pre` gets. As
+    those of transformers do, it needs a `config` and `get_input_embeddings`.
+
     Attributes:
         name: as people call it.
         model_types: the `config.model_type` values that belong to it.
         language_model: path of the module whose forward gets the merged `inputs_embeds`.
-        layers: path of the decoder layers, an `nn.ModuleList`.
+        layers: path of the decoder layers, an `nn.ModuleList`. A layer returns its hidden states,
+            or a tuple that begins with them.
         visual_tokens: names of the config attributes that hold visual token ids.
     """
 
     name: str
-    model_types: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
     language_model: str = "model.language_model"
     layers: str = "model.language_model.layers"
     visual_tokens: tuple[str, ...] = ("image_token_id",)
 
+    def __post_init__(self) -> None:
+        for field in ("language_model", "layers"):
+            path = getattr(self, field)
+            if not isinstance(path, str):
+                raise TypeError(f"{field}: expected the path of a submodule, got {path!r}")
+        names = self.visual_tokens
+        if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
+            raise TypeError(
+                f"visual_tokens: expected a tuple of names of config attributes, got {names!r}"
+            )
+
     def language_model_of(self, model: nn.Module) -> nn.Module:
-        """The module whose forward gets the merged embeddings."""
-        return _follow(model, self.language_model)
+        """The module whose forward gets the merged embeddings.
+
+        Raises:
+            ValueError: there is none at that path.
+        """
+        return self._follow(model, "language_model")
 
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder layers."""
-        return _follow(model, self.layers)
+        """The decoder layers.
+
+        Raises:
+            ValueError: there are none at that path.
+        """
+        layers = self._follow(model, "layers")
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise ValueError(
+                f"family.layers: expected an nn.ModuleList of decoder layers at {self.layers!r}, "
+                f"got {type(layers).__name__} with {_names(layers)}"
+            )
+        return layers
 
     def visual_token_ids(self, model: nn.Module) -> tuple[int, ...]:
-        """The ids that mark visual positions in `input_ids`."""
-        config: Any = model.config
-        return tuple(getattr(config, name) for name in self.visual_tokens)
+        """The ids that mark visual positions in `input_ids`.
+
+        Raises:
+            ValueError: the model's config lacks one.
+        """
+        config: Any = getattr(model, "config", None)
+        ids = []
+        for name in self.visual_tokens:
+            token = getattr(config, name, None)
+            if isinstance(token, bool) or not isinstance(token, int):
+                came = repr(token) if hasattr(config, name) else "no such attribute"
+                raise ValueError(
+                    f"family.visual_tokens: expected the id of a visual token at "
+                    f"model.config.{name}, got {came} in {type(config).__name__}"
+                )
+            ids.append(token)
+        return tuple(ids)
+
+    def _follow(self, model: nn.Module, field: str) -> Any:
+        path = getattr(self, field)
+        module: Any = model
+        for depth, name in enumerate(path.split(".")):
+            # Not getattr: a wrapper may pass on the names of what it wraps.
+            inner = module._modules.get(name)
+            if inner is None:
+                here = ".".join(["model", *path.split(".")[:depth]])
+                raise ValueError(
+                    f"family.{field}: there is no {path!r} in {type(model).__name__}: {here}, a "
+                    f"{type(module).__name__}, has no submodule {name!r}; it has {_names(module)}"
+                )
+            module = inner
+        return module
 
 
-FAMILIES = (Family("LLaVA", ("llava",)),)
+_IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
+
+# Where a family has no token for video, frames are images to it.
+FAMILIES = (
+    Family("LLaVA", ("llava",)),
+    Family("LLaVA-NeXT", ("llava_next",)),
+    Family("LLaVA-OneVision", ("llava_onevision",), visual_tokens=_IMAGE_AND_VIDEO),
+    Family("Qwen2-VL", ("qwen2_vl",), visual_tokens=_IMAGE_AND_VIDEO),
+    Family("Qwen2.5-VL", ("qwen2_5_vl",), visual_tokens=_IMAGE_AND_VIDEO),
+    Family("Qwen3-VL", ("qwen3_vl",), visual_tokens=_IMAGE_AND_VIDEO),
+    Family("InternVL", ("internvl",)),
+    Family(
+        "SmolVLM and Idefics3",
+        ("smolvlm", "idefics3"),
+        language_model="model.text_model",
+        layers="model.text_model.layers",
+    ),
+    Family("Gemma 3", ("gemma3",)),
+    Family("PaliGemma", ("paligemma",)),
+)
 
 
 def find_family(model: nn.Module) -> Family:
     """The family of a Hugging Face model.
 
     Raises:
-        ValueError: the model belongs to no supported family; the message lists those that do.
+        ValueError: the model belongs to no supported family, or wraps one that does; the message
+            says what to do.
     """
+    family = _match(model)
+    if family is not None:
+        return family
+    name = type(model).__name__
+    for path, inner in model.named_modules():
+        if _match(inner) is not None:
+            inside = type(inner).__name__
+            raise ValueError(
+                f"model: expected the {inside} itself, got a {name} around it; call "
+                f"apply_pre(model.{path}), and do so before DistributedDataParallel, FSDP or "
+                f"torch.compile wrap it: they look at its parameters and hooks only once"
+            )
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for family in FAMILIES:
-        if model_type in family.model_types and hasattr(model, "lm_head"):
-            return family
     supported = "; ".join(f"{f.name} (model_type {', '.join(f.model_types)})" for f in FAMILIES)
     raise ValueError(
-        f"model: {type(model).__name__} (model_type {model_type!r}) is not supported; expected a "
-        f"conditional-generation model of one of these families: {supported}"
+        f"model: {name} (model_type {model_type!r}) is not supported; expected a "
+        f"conditional-generation model of one of these families: {supported}. For another one, say "
+        "where things are: from prereg_kernels.families import Family; apply_pre(model, "
+        'family=Family("MyVLM", language_model="model.language_model", '
+        'layers="model.language_model.layers", visual_tokens=("image_token_id",)))'
     )
 
 
-def _follow(module: nn.Module, path: str) -> Any:
-    return reduce(getattr, path.split("."), module)
+def _match(model: nn.Module) -> Family | None:
+    """By the model's own submodules: a wrapper passes on attributes of what it wraps."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if "lm_head" in model._modules:
+        for family in FAMILIES:
+            if model_type in family.model_types:
+                return family
+    return None
+
+
+def _names(module: nn.Module) -> str:
+    names = list(module._modules)
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return shown or "no submodules"

@@ -28,7 +28,13 @@ _ATTRIBUTE = "_prereg"
 _HEADS_FILE, _CONFIG_FILE = "pre_heads.safetensors", "pre_config.json"
 
 
-def apply_pre(model: nn.Module, config: PReConfig | None = None, **overrides: Any) -> PRe:
+def apply_pre(
+    model: nn.Module,
+    config: PReConfig | None = None,
+    *,
+    family: Family | None = None,
+    **overrides: Any,
+) -> PRe:
     """Attach PRe: `model(**batch).loss` then carries the gradient of `L_LM + weight * L_PRe`.
 
     The heads become parameters of the model: call this before building the optimizer. In training
@@ -38,22 +44,26 @@ def apply_pre(model: nn.Module, config: PReConfig | None = None, **overrides: An
     Args:
         model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`.
         config: settings; None: the paper's. overrides: single fields of it.
+        family: where the model keeps its parts; None: as `prereg_kernels.families` has it.
 
     Returns:
         The handle: heads, metrics, save and load.
 
     Raises:
-        ValueError: unsupported model, PRe attached already, a layer that does not exist.
+        ValueError: unsupported or wrapped model, a family that does not fit it, PRe attached
+            already, a layer that does not exist.
         TypeError: an unknown setting.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if config is not None and not isinstance(config, PReConfig):
         raise TypeError(f"config: expected a PReConfig or None, got {type(config).__name__}")
+    if family is not None and not isinstance(family, Family):
+        raise TypeError(f"family: expected a Family or None, got {type(family).__name__}")
     if hasattr(model, _ATTRIBUTE):
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
     config = (config or PReConfig()).replace(**overrides)
-    return PRe(model, config, find_family(model))
+    return PRe(model, config, family or find_family(model))
 
 
 def remove_pre(model: nn.Module) -> None:
@@ -104,7 +114,7 @@ class PRe:
     """
 
     def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
-        layers = family.layers_of(model)
+        layers, language_model = family.layers_of(model), family.language_model_of(model)
         numbers = config.resolve_layers(len(layers))
         self.model, self.config, self.family = model, config, family
         self.denominator: float | Tensor | None = None
@@ -112,7 +122,8 @@ class PRe:
         self._pass: _Pass | None = None  # while the model's forward runs
         self._last: _Record | None = None
         self._visual_tokens = family.visual_token_ids(model)
-        self._positional = tuple(inspect.signature(model.forward).parameters)
+        self._arguments = tuple(inspect.signature(model.forward).parameters)
+        self._decoder_arguments = tuple(inspect.signature(language_model.forward).parameters)
 
         self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
         model.add_module(HEADS, nn.ModuleDict({str(n): head for n, head in self.heads.items()}))
@@ -123,13 +134,11 @@ class PRe:
 
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            family.language_model_of(model).register_forward_pre_hook(
-                self._see_embeddings, with_kwargs=True
-            ),
+            language_model.register_forward_pre_hook(self._see_embeddings, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
         for number in numbers:
-            hook = partial(self._tap, number)
+            hook = partial(self._see_layer, number)
             self._handles.append(layers[number - 1].register_forward_hook(hook))
         setattr(model, _ATTRIBUTE, self)
 
@@ -255,7 +264,7 @@ class PRe:
             return
         if training:
             self.loss = self._last = None
-        inputs = dict(zip(self._positional, args, strict=False)) | kwargs
+        inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
@@ -280,7 +289,9 @@ class PRe:
                 current.anchor = self._check_anchor(anchor(current.inputs), current)
             self._pass = current
         else:
-            current.anchor = kwargs["inputs_embeds"].detach()
+            inputs = dict(zip(self._decoder_arguments, args, strict=False)) | kwargs
+            if inputs.get("inputs_embeds") is not None:
+                current.anchor = inputs["inputs_embeds"].detach()
 
     def _check_anchor(self, anchor: Any, current: _Pass) -> Tensor:
         expected = (current.index.numel(), self.config.anchor_features)
@@ -289,9 +300,13 @@ class PRe:
             raise ValueError(f"anchor: expected a Tensor of shape {expected}, got {came}")
         return anchor
 
-    def _tap(
-        self, layer: int, module: nn.Module, args: tuple[Any, ...], hidden: Tensor
-    ) -> Tensor | None:
+    def _see_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return self._tap(layer, output)
+        tapped = self._tap(layer, output[0])
+        return None if tapped is None else (tapped, *output[1:])
+
+    def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
         head, current, config = self.heads[layer], self._pass, self.config
         if current is None:
             # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
@@ -302,7 +317,10 @@ class PRe:
             anchor = hidden.new_zeros(0, config.anchor_width(hidden.shape[-1]))
             return head.tap(hidden, anchor, visual_index=nothing)[0]
         if current.anchor is None:
-            raise RuntimeError("PRe: the language model was called without inputs_embeds")
+            raise RuntimeError(
+                f"PRe: layer {layer} runs, but the language model, "
+                f"{self.family.language_model!r}, has not been called with inputs_embeds"
+            )
         index, anchor = current.index.to(hidden.device), current.anchor.to(hidden.device)
         options = {"visual_index": index, "loss": config.loss, "normalize": config.normalize}
         value = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,12 +29,16 @@ def seen(model: Any) -> Iterator[dict[int, Tensor]]:
     states: dict[int, Tensor] = {}
 
     def see_embeddings(module: nn.Module, args: Any, kwargs: Any) -> None:
-        states[0] = kwargs["inputs_embeds"]
+        inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        states[0] = inputs["inputs_embeds"]
 
     def see_output(number: int) -> Callable[..., None]:
-        return lambda module, args, output: states.__setitem__(number, output)
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            states[number] = output[0] if isinstance(output, tuple) else output
 
-    language_model = model.model.language_model
+        return see
+
+    language_model = model.get_decoder()
     handles = [language_model.register_forward_pre_hook(see_embeddings, with_kwargs=True)]
     handles += [
         layer.register_forward_hook(see_output(number))
@@ -45,13 +50,17 @@ def seen(model: Any) -> Iterator[dict[int, Tensor]]:
 
 
 def eager_term(
-    model: nn.Module, batch: Mapping[str, Any], heads: Mapping[int, Any], **options: Any
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    heads: Mapping[int, Any],
+    mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(L_LM, L_PRe), by the outputs of the model's layers and the definition of the loss."""
     anchor_function: Callable[..., Tensor] | None = options.pop("anchor", None)
     with seen(model) as states:
         output = model(**batch)
-    mask = batch["input_ids"] == IMAGE_TOKEN
+    mask = batch["input_ids"] == IMAGE_TOKEN if mask is None else mask
     anchor = states[0] if anchor_function is None else anchor_function(batch)
     losses = [
         eager_pre_loss(
@@ -77,13 +86,18 @@ def compare(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 def both(
     batch: Mapping[str, Any],
     *,
+    make: Callable[[], Any] = tiny_llava,
+    mask: Tensor | None = None,
     checkpointing: bool = False,
     autocast: bool = False,
     upcast: torch.dtype | None = None,
     **overrides: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], tuple[float, float]]:
-    """Gradients with PRe attached, the reference's, the metrics, and the reference's values."""
-    model = tiny_llava()
+    """Gradients with PRe attached, the reference's, the metrics, and the reference's values.
+
+    `mask`: the visual positions, where they are not those of `IMAGE_TOKEN`.
+    """
+    model = make()
     pre = apply_pre(model, **overrides)
     if checkpointing:
         model.gradient_checkpointing_enable(NON_REENTRANT)
@@ -98,7 +112,7 @@ def both(
     remove_pre(model)
     options = {k: v for k, v in overrides.items() if k in ("anchor", "loss", "normalize")}
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        lm, term = eager_term(model, batch, heads, upcast=upcast, **options)
+        lm, term = eager_term(model, batch, heads, mask, upcast=upcast, **options)
     (lm + pre.config.weight * term).backward()
     expected = gradients(model)
     model.zero_grad()

@@ -283,7 +283,7 @@ def assert_as_good_as_eager(
     few = [first, *map(sibling, range(FEW))]
     suspects = [name for name in first if _mean_excess(few, name)[0] > 0]
     if suspects:
-        _assert_not_above(few[1:] + [sibling(seed) for seed in range(FEW, SIBLINGS)], suspects)
+        assert_not_above(few[1:] + [sibling(seed) for seed in range(FEW, SIBLINGS)], suspects)
     return results
 
 
@@ -292,10 +292,11 @@ def assert_as_good_on_average(
 ) -> None:
     """The rule for the mean over several problems: no excess above five standard errors."""
     several = [excesses(fused, problem, factor)[1] for problem in problems]
-    _assert_not_above(several, several[0])
+    assert_not_above(several, several[0])
 
 
-def _assert_not_above(several: list[dict[str, float]], names: Iterable[str]) -> None:
+def assert_not_above(several: list[dict[str, float]], names: Iterable[str]) -> None:
+    """No excess over eager's error that is significant in the mean of several problems."""
     for name in names:
         mean, deviation = _mean_excess(several, name)
         message = f"{name}: error above eager's by {mean:.2e} +- {deviation:.0e}"

@@ -148,7 +148,8 @@ def _cosine(z: Tensor, t: Tensor, eps: float, with_grad: bool) -> tuple[Tensor, 
     q_short = (1 - q.square().sum(dim=1, keepdim=True)).masked_fill_(t_norm >= eps, 0)
     q -= p
     along = (q.square().sum(dim=1, keepdim=True) + q_short) / 2
-    along.masked_fill_(z_norm < eps, 1)  # where |z| < eps the norm is a constant
+    # where |z| < eps the norm is a constant; where c is 0, as of a zero target, 1 - c is exact
+    along.masked_fill_((z_norm < eps) | (losses == 0).unsqueeze(1), 1)
     return losses, q.addcmul_(p, along).div_(-nz)
 
 
