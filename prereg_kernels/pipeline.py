@@ -109,7 +109,8 @@ def losses_and_gradients(
     losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
     sums = _WeightGradients(problem.head, needs, spec, single=problem.tokens <= chunk_rows)
     unscale = None
-    if spec.compute_dtype == torch.float16:  # 1/N would push dz into float16's subnormals
+    # 1/N would push dz, as an operand of the head's matmuls, into float16's subnormals
+    if spec.compute_dtype == torch.float16 and last >= 0:
         unscale = power_of_two(coefficient)
         coefficient = coefficient / unscale
     dh = _hidden_gradient(problem, residual) if needs.hidden else None

@@ -292,6 +292,16 @@ def test_float16_does_not_underflow() -> None:
 
 
 @pytest.mark.usefixtures("products")
+def test_float16_gradients_without_a_head_are_rounded_once() -> None:
+    """Subnormal, and no operands of a matmul: scaled and scaled back, they are rounded twice."""
+    problems = [make_problem((257,), (160,), seed=seed, dtype=torch.float16) for seed in range(8)]
+    for schedule in ("recompute", "tap"):
+        assert_as_good_on_average(
+            lambda problem, schedule=schedule: run_schedule(schedule, problem), problems
+        )
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk_rows", (1, 7, 50, 64))
 def test_chunk_size_does_not_matter(dtype: torch.dtype, chunk_rows: int) -> None:
