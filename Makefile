@@ -3,16 +3,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest and the newest supported Triton: the kernels are compiled ahead of time with both, and
+# interpreted with the newest.
+TRITON_OLDEST := 3.4.0
+TRITON_NEWEST := 3.9.0
+TRITON := .triton
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test lint sanitize bench gpu-check gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
 
 # Build tools first: the package is built against the torch that it will run with.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
@@ -21,25 +26,72 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
 	$(BIN)/prereg train --preset scenes
 
-test: $(READY)  ## the tests
+# Where the C++ rows are built, everything that can depend on a backend runs on plain PyTorch too.
+test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready  ## the tests
 	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --backend torch --ignore tests/triton_aot
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
+	    $(BIN)/python -m pytest -n 2 tests/rows/test_triton_*.py
+
+# Beside the environment, not in it: on CPUs the package has to work without Triton.
+$(TRITON)/%/.ready: constraints.txt | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$*
+	touch $@
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The sanitizers' runtimes have to be there before Python. Leaks are Python's own, at its exit.
+SANITIZED := build/sanitize
+sanitize: $(READY)  ## the tests of the compiled code under the address and UB sanitizers
+	rm -rf $(SANITIZED)
+	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1' \
+	    LDFLAGS='-fsanitize=address,undefined' \
+	    $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	cp -r tests pyproject.toml $(SANITIZED)/lib
+	cd $(SANITIZED)/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	    $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -rs tests/rows/test_cpp_rows.py
+
 bench: $(READY)  ## the benchmarks on this machine; prints a table, writes benchmarks/results/
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu_loss.json
-	$(BIN)/python benchmarks/table.py benchmarks/results/cpu_loss.json
+	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/table.py benchmarks/results/cpu.json
 
 # On a GPU machine the system python has torch and triton already: no virtual environment there.
-gpu-check:  ## the GPU tests; says so where there is no GPU
-	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then \
-	    PYTHONPATH=. $(PYTHON) -m pytest tests/gpu; \
+# The benchmark runs whatever the tests say; the last line says which of the two failed.
+HAS_GPU = command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
+gpu-check gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where there is no GPU
+	@if $(HAS_GPU); then \
+	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; tests=passed; benchmark=passed; \
+	    workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6"); \
+	    timeout --signal INT --kill-after 10 170 $(PYTHON) -m pytest tests/gpu $$workers \
+	        --durations 10 --junitxml $$out/gpu_tests.xml || tests=FAILED; \
+	    timeout --kill-after 10 290 $(PYTHON) -m benchmarks.gpu --out $$out/gpu.json \
+	        || benchmark=FAILED; \
+	    echo "gpu-check: tests $$tests, benchmark $$benchmark"; \
+	    test $$tests$$benchmark = passedpassed; \
 	else echo "gpu-check: no GPU on this machine, nothing was run"; fi
 
+# Of our kernels alone: their names end in _kernel. The first run compiles them.
+gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, where there is a GPU
+	@if ! ($(HAS_GPU)); then echo "gpu-sanitize: no GPU on this machine, nothing was run"; \
+	elif ! command -v compute-sanitizer >/dev/null 2>&1; then \
+	    echo "gpu-sanitize: no compute-sanitizer on this machine, nothing was run"; \
+	else \
+	    $(PYTHON) tests/gpu/sanitize_case.py || exit 1; code=0; \
+	    for tool in memcheck racecheck; do \
+	        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 300 compute-sanitizer --tool $$tool \
+	            --kernel-name kns=_kernel --error-exitcode 1 \
+	            $(PYTHON) tests/gpu/sanitize_case.py || code=1; \
+	    done; \
+	    exit $$code; \
+	fi
+
 clean:  ## remove the environment, build products and caches (not runs/)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""PRe in a loop with Accelerate: gradient accumulation and ranks, exactly.
+
+On several GPUs: accelerate launch accelerate_loop.py (without `cpu=True`).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from tiny import Collator, make_model, make_processor, make_samples
+from torch.utils.data import DataLoader
+
+from prereg_kernels import apply_pre
+
+ACCUMULATE = 2
+
+
+def main() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = make_model().train()
+    pre = apply_pre(model)  # before the optimizer, and before `prepare` wraps the model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    collate = Collator(make_processor())
+    loader = DataLoader(make_samples(64), batch_size=4, shuffle=True, collate_fn=collate)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    values: list[float] = []
+    for _ in range(3):
+        batches = iter(loader)
+        while step := list(islice(batches, ACCUMULATE)):
+            # What a rank's sums are divided by, over the micro-batches; the ranks are averaged.
+            tokens = sum(pre.visual_mask(batch["input_ids"]).sum() for batch in step)
+            labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
+            pre.denominator = accelerator.reduce(tokens, "mean")
+            labels = accelerator.reduce(labels, "mean")
+            for number, batch in enumerate(step, 1):
+                last = number == len(step)
+                with nullcontext() if last else accelerator.no_sync(model):
+                    accelerator.backward(model(**batch, num_items_in_batch=labels).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(pre.metrics()["pre_loss"])  # of the last micro-batch, of all ranks
+    accelerator.print(f"pre_loss {values[0]:.3f} -> {values[-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels, one file each. Importing any but `config` imports triton."""

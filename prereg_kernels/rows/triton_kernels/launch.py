@@ -1,0 +1,56 @@
+"""How kernels are launched, and what several of them need."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+) -> None:
+    """Launch on the device of the first argument, a tensor, and on its current stream.
+
+    Triton itself takes the current device. Products are not fused into sums, whatever this Triton's
+    default is: so every one rounds as the interpreter does, and dz is exactly 0 where z = t.
+    """
+    with on_device_of(args[0]):
+        kernel[grid](
+            *args, **constants, num_warps=num_warps, enable_fp_fusion=False, **assertions()
+        )
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def assertions() -> dict[str, bool]:
+    """Options that compile `tl.device_assert` in, without triton's checks of its own arithmetic.
+
+    On NVIDIA an assertion takes a compare and up to 3 registers a row. On AMD it would need a
+    service on the host, so that there an index out of range is undefined.
+    """
+    return {"debug": torch.version.hip is None, "sanitize_overflow": False}
+
+
+def stat_dtype(*tensors: Tensor) -> Any:
+    """In which elementwise work is done: float64 if any of the tensors is, else float32."""
+    return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32
+
+
+def index_stride(index: Tensor | None) -> int:
+    return 0 if index is None else index.stride(0)
+
+
+@triton.jit
+def rows_at(index_ptr, stride_index, offs_m, mask_m, count):
+    """index[offs_m], int64, or offs_m without an index; asserts that it is in [0, count)."""
+    rows = offs_m
+    if index_ptr is not None:
+        rows = tl.load(index_ptr + offs_m * stride_index, mask=mask_m, other=0)
+        tl.device_assert((rows >= 0) & (rows < count), "visual_index out of range")
+    return rows

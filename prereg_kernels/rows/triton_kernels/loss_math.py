@@ -1,0 +1,88 @@
+"""The losses between a prediction and a target, and their gradient, an element at a time.
+
+With p and q the normalised prediction and target, and C columns:
+
+    p = (z - shift) * scale      none: z      l2: z / max(|z|, eps)      layer: (z - mean) / std
+    cosine: loss = -sum p q                 dp = p - q
+    mse: loss = mean (p - q)^2              dp = 2 (p - q) / C
+    smooth_l1: loss = mean huber(p - q)     dp = clamp(p - q, -1, 1) / C
+
+    dz = scale * (dp - mean - p along)      none: mean = along = 0, scale = 1
+                                            l2: mean = 0, along = sum p dp
+                                            layer: mean = mean dp, along = mean p dp
+
+The cosine is normalised as l2. Its gradient with respect to p is -q; but p is taken out again by
+the projection, so that p - q serves as well, and nothing cancels near p = q, where training spends
+its time. Where |z| < eps the norm is a constant: nothing is projected, and of p - q only -q may be
+left (along = 1).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale_of_norm(norm, EPS: tl.constexpr):
+    """1 / max(norm, eps). A NaN stays one."""
+    return 1 / tl.where(norm < EPS, EPS, norm)
+
+
+@triton.jit
+def scale_of_deviation(squares, COLUMNS: tl.constexpr, EPS: tl.constexpr):
+    """1 / sqrt(variance + eps)."""
+    return 1 / tl.sqrt(squares / COLUMNS + EPS)
+
+
+@triton.jit
+def loss_terms(p, q, LOSS: tl.constexpr):
+    """What `loss_of_sum` wants the sum of."""
+    d = p - q
+    if LOSS == "cosine":
+        terms = -p * q
+    elif LOSS == "mse":
+        terms = d * d
+    else:
+        size = tl.abs(d)
+        terms = tl.where(size < 1, 0.5 * d * d, size - 0.5)
+    return terms
+
+
+@triton.jit
+def loss_of_sum(total, COLUMNS: tl.constexpr, LOSS: tl.constexpr):
+    if LOSS != "cosine":
+        total = total / COLUMNS
+    return total
+
+
+@triton.jit
+def loss_slope(p, q, COLUMNS: tl.constexpr, LOSS: tl.constexpr):
+    """dp."""
+    d = p - q
+    if LOSS == "mse":
+        d = d * (2 / COLUMNS)
+    elif LOSS == "smooth_l1":
+        d = tl.where(d > 1, 1.0, tl.where(d < -1, -1.0, d)) * (1 / COLUMNS)
+    return d
+
+
+@triton.jit
+def projection(
+    dp_sum, p_dp_sum, short, COLUMNS: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr
+):
+    """(mean, along) of the sums of dp and of p dp over a row."""
+    mean, along = dp_sum / COLUMNS, p_dp_sum / COLUMNS
+    if NORMALIZE == "l2":
+        along = tl.where(short, 1.0 if LOSS == "cosine" else 0.0, p_dp_sum)
+    return mean, along
+
+
+@triton.jit
+def project(p, dp, mean, along, scale, NORMALIZE: tl.constexpr):
+    """dz."""
+    if NORMALIZE == "none":
+        dz = dp
+    elif NORMALIZE == "l2":
+        dz = (dp - p * along) * scale
+    else:
+        dz = (dp - mean - p * along) * scale
+    return dz

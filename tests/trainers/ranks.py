@@ -1,0 +1,158 @@
+"""What two processes do together, one of them without an image; the tests read what they leave."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+from prereg_kernels import apply_pre
+from prereg_kernels.trainer import PreTrainer
+from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
+from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer, step_gradients
+
+RANKS = 2
+
+
+def rows_of(rank: int) -> list[Any]:
+    """As Trainer deals them, in batches of two."""
+    return [row for number, row in enumerate(make_rows()) if number // 2 % RANKS == rank]
+
+
+def trainer_gradients(rank: int, out: Path, cls: type[Trainer], **arguments: Any) -> Any:
+    """Of a step of two micro-batches of two rows on each rank."""
+    model = tiny_llava()
+    model.accepts_loss_kwargs = arguments.pop("accepts_loss_kwargs", True)
+    apply_pre(model, weight=WEIGHT)
+    (step,) = step_gradients(
+        model, out, 2, 2, cls=cls, ddp_find_unused_parameters=True, **arguments
+    )  # fmt: skip
+    return step
+
+
+def figures(rank: int, out: Path) -> Any:
+    """What each rank logs of two steps of a micro-batch each."""
+    model = tiny_llava()
+    apply_pre(model, layers=(1, 3))
+    trainer = make_trainer(
+        model, out, per_device_train_batch_size=2, logging_steps=2, learning_rate=0.0
+    )
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+def resumed(rank: int, out: Path) -> Any:
+    """The weights after an uninterrupted run, and after one that goes on from its checkpoint."""
+    states = []
+    for seed, checkpoint in ((0, None), (5, str(out / "saved" / "checkpoint-2"))):
+        model = tiny_llava(seed)
+        apply_pre(model, seed=seed)
+        trainer = make_trainer(
+            model, out / "saved", per_device_train_batch_size=2, max_steps=4,
+            save_strategy="steps", save_steps=2, train_sampling_strategy="random",
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        states.append({name: x.clone() for name, x in model.state_dict().items()})
+    return states
+
+
+def ddp_loop(rank: int, out: Path) -> Any:
+    """DDP without a trainer: gradients are averaged, so the denominator is a rank's share."""
+    model = tiny_llava()
+    pre = apply_pre(model, weight=WEIGHT)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    batch = collate(rows_of(rank))
+    pre.denominator = global_count(batch["input_ids"] == IMAGE_TOKEN) / RANKS
+    labels = global_count(batch["labels"][:, 1:] != -100) / RANKS
+    wrapped(**batch, num_items_in_batch=labels).loss.backward()
+    return gradients(model)
+
+
+def fsdp_loop(rank: int, out: Path) -> Any:
+    """FSDP2 on the decoder layers and the rest; the rank without images trains what it uses."""
+    model = tiny_llava()
+    freeze_vision(model)
+    pre = apply_pre(model, weight=WEIGHT)
+    for layer in model.model.language_model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    batch = collate(rows_of(rank))
+    pre.denominator = global_count(batch["input_ids"] == IMAGE_TOKEN) / RANKS
+    labels = global_count(batch["labels"][:, 1:] != -100) / RANKS
+    model(**batch, num_items_in_batch=labels).loss.backward()
+    sharded = all(isinstance(p, DTensor) for p in pre.heads[2].parameters())
+    grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    return sharded, grads, pre.metrics()
+
+
+def freeze_vision(model: Any) -> None:
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+
+
+def global_count(mask: Tensor) -> Tensor:
+    count = mask.sum().float()
+    dist.all_reduce(count)
+    return count
+
+
+CASES: dict[str, Callable[[int, Path], Any]] = {
+    "trainer": lambda rank, out: trainer_gradients(rank, out, PreTrainer),
+    "trainer, labels of each rank": lambda rank, out: trainer_gradients(
+        rank, out, PreTrainer, average_tokens_across_devices=False
+    ),
+    "trainer, divided": lambda rank, out: trainer_gradients(
+        rank, out, PreTrainer, accepts_loss_kwargs=False
+    ),
+    "trainer, checkpointing": lambda rank, out: trainer_gradients(
+        rank, out, PreTrainer, gradient_checkpointing=True
+    ),
+    "trainer, label smoothing": lambda rank, out: trainer_gradients(
+        rank, out, PreTrainer, label_smoothing_factor=0.1
+    ),
+    "plain trainer": lambda rank, out: trainer_gradients(rank, out, Trainer),
+    "figures": figures,
+    "resumed": resumed,
+    "ddp loop": ddp_loop,
+    "fsdp loop": fsdp_loop,
+}
+
+
+def work(rank: int, port: int, out: Path) -> None:
+    """Go through the cases, and write what each returns."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    # Where Trainer reads a rank's optimizer state to, and torch knows "cpu" alone.
+    torch.serialization.register_package(
+        1, lambda _: None, lambda storage, where: storage if where == "cpu:0" else None
+    )
+    dist.init_process_group("gloo")
+    for name, case in CASES.items():
+        torch.save(case(rank, out / name), out / f"{name} {rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(out: Path) -> None:
+    """All cases on two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, out), nprocs=RANKS)
+
+
+def vision(name: str) -> bool:
+    """Whether a parameter is one that `freeze_vision` freezes."""
+    return "vision_tower" in name or "multi_modal_projector" in name

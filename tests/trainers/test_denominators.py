@@ -1,0 +1,172 @@
+"""PreTrainer's gradient is that of the whole step, however it is cut into micro-batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from prereg_kernels import apply_pre, remove_pre
+from tests.attached import compare
+from tests.tiny import tiny_llava
+from tests.trainers.rows import (
+    WEIGHT,
+    Row,
+    eager_gradients,
+    make_rows,
+    make_trainer,
+    step_gradients,
+)
+
+
+def cut(size: int) -> list[list[Row]]:
+    rows = make_rows()
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def steps_of(out: Path, size: int, count: int, **arguments: Any) -> Any:
+    """Each step's gradients, and the heads."""
+    model = tiny_llava()
+    model.accepts_loss_kwargs = arguments.pop("accepts_loss_kwargs", True)
+    pre = apply_pre(model, weight=WEIGHT, layers=arguments.pop("layers", None))
+    steps = step_gradients(model, out, size, count, **arguments)
+    assert pre.denominator is None
+    remove_pre(model)
+    return steps, pre.heads
+
+
+@pytest.mark.parametrize("size, count", ((8, 1), (2, 4), (1, 8)))
+@pytest.mark.parametrize("average_tokens", (False, True))
+def test_gradients_of_a_step(tmp_path: Path, size: int, count: int, average_tokens: bool) -> None:
+    (ours,), heads = steps_of(tmp_path, size, count, average_tokens_across_devices=average_tokens)
+    compare(ours, eager_gradients(heads, make_rows()))
+
+
+def test_gradients_of_several_layers(tmp_path: Path) -> None:
+    (ours,), heads = steps_of(tmp_path, 2, 4, layers=(1, 3))
+    compare(ours, eager_gradients(heads, make_rows()))
+
+
+@pytest.mark.parametrize("size, count", ((8, 1), (2, 4)))
+def test_gradients_where_trainer_divides_by_the_micro_batches(
+    tmp_path: Path, size: int, count: int
+) -> None:
+    """As it does for Qwen2.5-VL; the LM loss is then a mean of means, L_PRe is what it was."""
+    (ours,), heads = steps_of(tmp_path, size, count, accepts_loss_kwargs=False)
+    compare(ours, eager_gradients(heads, make_rows(), groups=cut(size)))
+
+
+@pytest.mark.parametrize("accepts_loss_kwargs", (False, True))
+def test_the_last_step_has_fewer_micro_batches(tmp_path: Path, accepts_loss_kwargs: bool) -> None:
+    steps, heads = steps_of(tmp_path, 2, 3, accepts_loss_kwargs=accepts_loss_kwargs)
+    pieces = cut(2)
+    assert len(steps) == 2
+    for ours, batches in zip(steps, (pieces[:3], pieces[3:]), strict=True):
+        rows = [row for batch in batches for row in batch]
+        groups = None if accepts_loss_kwargs else batches
+        compare(ours, eager_gradients(heads, rows, groups=groups))
+
+
+def cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The model's own loss, from its logits."""
+    loss = torch.nn.functional.cross_entropy(
+        outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    return loss / num_items_in_batch
+
+
+@pytest.mark.parametrize("accepts_loss_kwargs", (False, True))
+def test_a_loss_function_of_the_users(tmp_path: Path, accepts_loss_kwargs: bool) -> None:
+    """It gets the labels, the model does not."""
+    (ours,), heads = steps_of(
+        tmp_path, 2, 4, accepts_loss_kwargs=accepts_loss_kwargs, compute_loss_func=cross_entropy
+    )
+    compare(ours, eager_gradients(heads, make_rows()))
+
+
+def test_label_smoothing(tmp_path: Path) -> None:
+    """The heads' gradient is L_PRe's alone, and the same as without."""
+    (smooth,), heads = steps_of(tmp_path, 2, 4, label_smoothing_factor=0.1)
+    expected = eager_gradients(heads, make_rows())
+    names = [name for name in expected if "pre_heads" in name]
+    for name in names:
+        assert torch.linalg.norm(smooth[name] - expected[name]) < 1e-5 * expected[name].norm()
+    assert len(names) == 4
+
+
+def test_a_step_without_visual_tokens(tmp_path: Path) -> None:
+    model = tiny_llava()
+    pre = apply_pre(model)
+    rows = make_rows((0, 0, 0, 0))
+    trainer = make_trainer(model, tmp_path, rows=rows, per_device_train_batch_size=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["pre_loss"] for log in logs] == [0.0, 0.0]
+    assert all(p.grad is None or not p.grad.any() for p in pre.heads[2].parameters())
+
+
+def test_evaluation_has_no_term(tmp_path: Path) -> None:
+    model = tiny_llava()
+    rows = make_rows()
+    plain = make_trainer(model, tmp_path, cls=Trainer, eval_dataset=rows).evaluate()["eval_loss"]
+    apply_pre(model)
+    trainer = make_trainer(model, tmp_path, rows=rows[:2], eval_dataset=rows, learning_rate=0.0)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == plain
+
+
+def test_a_model_without_pre(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model: .* plain Llava.*call prereg_kernels\.apply_pre"):
+        make_trainer(tiny_llava(), tmp_path)
+
+
+def test_frozen_heads(tmp_path: Path) -> None:
+    model = tiny_llava()
+    pre = apply_pre(model)
+    trainer = make_trainer(model, tmp_path)
+    pre.heads[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"pre\.heads: expected heads that train, got frozen"):
+        trainer.train()
+
+
+def test_a_batch_without_input_ids(tmp_path: Path) -> None:
+    model = tiny_llava()
+    apply_pre(model)
+    trainer = make_trainer(model, tmp_path)
+    with pytest.raises(ValueError, match="batch: PRe finds the visual tokens by its input_ids"):
+        trainer.get_batch_samples(iter([{"ids": torch.zeros(1, 1)}]), 1, torch.device("cpu"))
+
+
+def test_several_gpus_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llava()
+    apply_pre(model)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="expected a process per GPU, got 2 GPUs"):
+        make_trainer(model, tmp_path)
+
+
+def test_a_loss_that_misses_the_model(tmp_path: Path) -> None:
+    model = tiny_llava()
+    apply_pre(model)
+    trainer = make_trainer(model, tmp_path)
+    other = tiny_llava()
+    with pytest.raises(RuntimeError, match="made no training forward pass through the model"):
+        trainer.training_step(other, trainer.data_collator(make_rows()[:2]))
+
+
+def test_model_init(tmp_path: Path) -> None:
+    """Trainer makes the model anew when it trains."""
+
+    def make_model() -> Any:
+        model = tiny_llava()
+        apply_pre(model)
+        return model
+
+    trainer = make_trainer(None, tmp_path, model_init=make_model)
+    first = trainer.pre
+    trainer.train()
+    assert trainer.pre is not first and trainer.pre.model is trainer.model

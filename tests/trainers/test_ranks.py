@@ -1,0 +1,99 @@
+"""On two ranks, one of them without an image: gradients and figures of the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prereg_kernels import apply_pre, remove_pre
+from tests.attached import compare, eager_term
+from tests.tiny import PATCHES, tiny_llava
+from tests.trainers import ranks
+from tests.trainers.rows import IMAGES, collate, eager_gradients, make_rows
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    ranks.run(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def heads() -> Any:
+    model = tiny_llava()
+    pre = apply_pre(model)
+    remove_pre(model)
+    return pre.heads
+
+
+def read(out: Path, case: str) -> list[Any]:
+    return [torch.load(out / f"{case} {rank}.pt") for rank in range(ranks.RANKS)]
+
+
+def test_one_rank_has_no_image() -> None:
+    assert ["pixel_values" in collate(ranks.rows_of(rank)) for rank in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("case", ("trainer", "trainer, checkpointing", "ddp loop"))
+def test_gradients_are_those_of_the_whole_batch(out: Path, heads: Any, case: str) -> None:
+    for ours in read(out, case):
+        compare(ours, eager_gradients(heads, make_rows()))
+
+
+def test_gradients_where_each_rank_counts_its_labels(out: Path, heads: Any) -> None:
+    groups = [ranks.rows_of(rank) for rank in range(ranks.RANKS)]
+    for ours in read(out, "trainer, labels of each rank"):
+        compare(ours, eager_gradients(heads, make_rows(), groups=groups))
+
+
+def test_gradients_where_trainer_divides_by_the_micro_batches(out: Path, heads: Any) -> None:
+    rows = make_rows()
+    groups = [rows[start : start + 2] for start in range(0, 8, 2)]
+    for ours in read(out, "trainer, divided"):
+        compare(ours, eager_gradients(heads, rows, groups=groups))
+
+
+def test_gradients_of_the_heads_with_label_smoothing(out: Path, heads: Any) -> None:
+    expected = eager_gradients(heads, make_rows())
+    for ours in read(out, "trainer, label smoothing"):
+        for name in (name for name in expected if "pre_heads" in name):
+            assert torch.linalg.norm(ours[name] - expected[name]) < 1e-5 * expected[name].norm()
+
+
+def test_gradients_of_the_plain_trainer_are_of_the_right_size(out: Path, heads: Any) -> None:
+    """Off by the difference of shares, not by a factor of ranks or micro-batches."""
+    expected = eager_gradients(heads, make_rows())
+    for ours in read(out, "plain trainer"):
+        for name in (name for name in expected if "pre_heads" in name):
+            assert 0.4 < ours[name].norm() / expected[name].norm() < 1.6
+
+
+def test_gradients_under_fully_shard(out: Path, heads: Any) -> None:
+    expected = eager_gradients(heads, make_rows())
+    expected = {name: x for name, x in expected.items() if not ranks.vision(name)}
+    for sharded, ours, metrics in read(out, "fsdp loop"):
+        assert sharded
+        compare(ours, expected)
+        assert metrics["visual_tokens"] == sum(IMAGES) * PATCHES
+
+
+def test_figures_are_reduced(out: Path) -> None:
+    model, rows = tiny_llava(), make_rows()
+    pre = apply_pre(model, layers=(1, 3))
+    remove_pre(model)
+    with torch.no_grad():
+        halves = [eager_term(model, collate(rows[i : i + 4]), pre.heads)[0] for i in (0, 4)]
+        _, term = eager_term(model, collate(rows), pre.heads)
+    logs = read(out, "figures")
+    assert logs[0].items() >= {n: x for n, x in logs[1].items() if "loss" in n}.items()
+    assert logs[0]["lm_loss"] == pytest.approx(sum(halves).item() / 2, rel=1e-5)
+    assert logs[0]["pre_loss"] == pytest.approx(term.item(), rel=1e-5)
+
+
+def test_resumed_training_is_uninterrupted_training(out: Path) -> None:
+    for whole, again in read(out, "resumed"):
+        assert all(torch.equal(again[name], x) for name, x in whole.items())

@@ -1,0 +1,135 @@
+"""PreTrainerMixin over TRL's SFTTrainer, which computes its own loss from its own outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels.trainer import PreTrainerMixin
+from tests.attached import compare
+from tests.tiny import tiny_llava
+from tests.trainers.rows import WEIGHT, Gradients, collate, eager_gradients, make_rows
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+
+class PreSFTTrainer(PreTrainerMixin, trl.SFTTrainer):
+    """SFTTrainer with PRe."""
+
+
+def pick(numbers: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+    """The batch of the rows of these numbers."""
+    rows = make_rows()
+    return collate([rows[entry["number"]] for entry in numbers])
+
+
+def make_sft(model: Any, out: Path, **arguments: Any) -> Any:
+    """On the rows, in order, in two micro-batches of four."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(40)}, "0"))
+    callbacks = arguments.pop("callbacks", None)
+    defaults: dict[str, Any] = {
+        "output_dir": str(out), "use_cpu": True, "bf16": False, "report_to": [],
+        "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "num_train_epochs": 1,
+        "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "max_length": None,
+        "dataloader_pin_memory": False, "remove_unused_columns": False,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "dataset_kwargs": {"skip_prepare_dataset": True}, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return PreSFTTrainer(
+        model,
+        trl.SFTConfig(**(defaults | arguments)),
+        data_collator=pick,
+        train_dataset=datasets.Dataset.from_dict({"number": list(range(8))}),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="0", eos_token="1"
+        ),
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
+@pytest.mark.parametrize("accepts_loss_kwargs", (False, True))
+def test_gradients_of_a_step(
+    tmp_path: Path, label_smoothing: float, accepts_loss_kwargs: bool
+) -> None:
+    model = tiny_llava()
+    model.accepts_loss_kwargs = accepts_loss_kwargs
+    pre = apply_pre(model, weight=WEIGHT)
+    keeper = Gradients()
+    trainer = make_sft(
+        model, tmp_path, learning_rate=0.0, optim="sgd", callbacks=[keeper],
+        label_smoothing_factor=label_smoothing,
+    )  # fmt: skip
+    trainer.train()
+    (ours,) = keeper.steps
+    remove_pre(model)
+    rows = make_rows()
+    groups = None if accepts_loss_kwargs else [rows[:4], rows[4:]]
+    expected = eager_gradients(pre.heads, rows, groups=groups)
+    if label_smoothing:  # then L_LM is another; the heads have no part in it
+        expected = {name: expected[name] for name in expected if "pre_heads" in name}
+        for name, x in expected.items():
+            assert torch.linalg.norm(ours[name] - x) < 1e-5 * x.norm()
+    else:
+        compare(ours, expected)
+    log = trainer.state.log_history[0]
+    assert log["lm_loss"] == pytest.approx(log["loss"])
+    assert log["pre_loss"] != 0 and "mean_token_accuracy" in log
+
+
+def test_resumed_training_is_uninterrupted_training(tmp_path: Path) -> None:
+    states = []
+    for seed, checkpoint in ((0, None), (5, str(tmp_path / "checkpoint-2"))):
+        model = tiny_llava(seed)
+        apply_pre(model, seed=seed)
+        trainer = make_sft(
+            model, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        states.append({name: x.clone() for name, x in model.state_dict().items()})
+    assert all(torch.equal(states[1][name], x) for name, x in states[0].items())
+
+
+def test_lora(tmp_path: Path) -> None:
+    """PEFT freezes the heads; thawed, they train, are saved beside the adapter, and come back."""
+    peft = pytest.importorskip("peft")
+    states = []
+    for seed, checkpoint in ((0, None), (5, str(tmp_path / "checkpoint-2"))):
+        model = tiny_llava()
+        pre = apply_pre(model, seed=seed)
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        lora = peft.get_peft_model(model, config)
+        for head in pre.heads.values():
+            head.requires_grad_(True)
+        trainer = make_sft(
+            lora, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2
+        )
+        before = pre.heads[2].weight_0.clone()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert not torch.equal(pre.heads[2].weight_0, before)
+        states.append({name: x.clone() for name, x in lora.state_dict().items()})
+    files = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert "adapter_model.safetensors" in files and "pre" in files
+    assert all(torch.equal(states[1][name], x) for name, x in states[0].items())
+
+
+def test_lora_with_frozen_heads(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_llava()
+    pre = apply_pre(model)
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for head in pre.heads.values():
+        head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"pre\.heads: expected heads that train"):
+        make_sft(lora, tmp_path).train()

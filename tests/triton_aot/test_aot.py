@@ -1,0 +1,94 @@
+"""Every shipped kernel compiles for the GPUs it is meant for, on the oldest and the newest Triton.
+
+Needs no GPU, but these Tritons, each in a folder of its own:
+
+    pip install --no-deps --target .triton/3.4.0 triton==3.4.0
+
+below the repository, or below PREREG_TRITON. PREREG_AOT=all compiles every case, which takes a
+quarter of an hour; otherwise a few stand for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.triton_aot.compile import TARGETS
+from tests.triton_aot.inspection import narrow_strides
+
+REPOSITORY = Path(__file__).parents[2]
+TRITONS = Path(os.environ.get("PREREG_TRITON", REPOSITORY / ".triton"))
+VERSIONS = ("3.4.0", "3.9.0")
+EVERYTHING = os.environ.get("PREREG_AOT") == "all"
+# Of a program, in bytes
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# With hundreds of kernels a few have a value or two on the stack: ptxas prefers that to fewer
+# programs on a multiprocessor
+STACK = 8 if EVERYTHING else 0
+# Loads of an index, of a coefficient and of a bias may be narrow
+NARROW = 8
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles_well(version: str, target: str) -> None:
+    kernels = compile_with(version, target)
+    assert kernels
+    problems = [problem for kernel in kernels for problem in problems_of(kernel, target)]
+    assert not problems, "\n".join(problems)
+
+
+def test_narrow_strides() -> None:
+    ttir = """tt.func public @k(%stride_z: i32, %stride_t: i64, %stride_dz: i32) {
+    %0 = arith.extsi %stride_z : i32 to i64 loc(#loc1)
+    %1 = arith.muli %row, %0 : i64 loc(#loc2)
+    %2 = arith.muli %row, %stride_t : i64 loc("stride_z"(#loc3))
+    %3 = arith.muli %row32, %stride_dz : i32 loc(#loc4)
+    %4 = tt.splat %stride_dz : i32 -> tensor<4xi32> loc(#loc5)"""
+    assert narrow_strides(ttir) == [
+        "%3 = arith.muli %row32, %stride_dz : i32",
+        "%4 = tt.splat %stride_dz : i32 -> tensor<4xi32>",
+    ]
+
+
+def compile_with(version: str, target: str) -> list[dict[str, Any]]:
+    """What `compile.py` prints, run with this Triton."""
+    folder = TRITONS / version
+    if not (folder / "triton").is_dir():
+        pytest.skip(f"no Triton {version} in {folder}")
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.triton_aot.compile", "--target", target]
+    command += ["--all"] * EVERYTHING
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout)
+
+
+def problems_of(kernel: dict[str, Any], target: str) -> list[str]:
+    """What is wrong with a compiled kernel, a line each."""
+    found = []
+    if kernel["stack"] > STACK:
+        found.append(f"{kernel['stack']} bytes of stack")
+    if kernel["shared"] > SHARED[target]:
+        found.append(f"{kernel['shared']} bytes of shared memory")
+    if kernel["narrow_strides"]:
+        found.append(f"offsets of 32 bits: {kernel['narrow_strides']}")
+    if kernel["expects"]["wide"] and not kernel["wide_loads"]:
+        found.append("no load of 16 bytes")
+    if kernel["expects"]["wide"] and kernel["narrow_loads"] > NARROW:
+        found.append(f"{kernel['narrow_loads']} loads of less than 16 bytes")
+    if kernel["expects"]["tensor_cores"] and not kernel["tensor_cores"]:
+        found.append("no tensor cores")
+    if target == "gfx942" and kernel["num_warps"] > 16:
+        found.append(f"{kernel['num_warps']} warps of 64 threads")
+    name = f"{kernel['case']}: {kernel['kernel']} ({kernel['registers']} registers)"
+    return [f"{name}: {problem}" for problem in found]
