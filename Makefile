@@ -48,7 +48,7 @@ lint: $(READY)  ## ruff and mypy
 SANITIZED := build/sanitize
 sanitize: $(READY)  ## the tests of the compiled code under the address and UB sanitizers
 	rm -rf $(SANITIZED)
-	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1' \
+	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O0' \
 	    LDFLAGS='-fsanitize=address,undefined' \
 	    $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	cp -r tests pyproject.toml $(SANITIZED)/lib

@@ -58,8 +58,7 @@ def cases(rows: Rows, count: int, columns: int, dtype: torch.dtype) -> Iterator[
     out, scale = torch.empty_like(a), torch.tensor(0.5)
     losses, sums = torch.empty(count), torch.zeros(columns)
     coefficient = torch.ones(()).expand(count)
-    if rows.bias_in_matmul:
-        bias = None
+    bias = rows.bias_left(bias, dtype)
 
     yield Case("gather_rows", "gather_rows", lambda: rows.gather_rows(a, index, out))
     for act in ("gelu", "gelu_tanh", "silu", "relu"):

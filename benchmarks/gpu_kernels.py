@@ -61,7 +61,7 @@ def row_kernels(rows: Rows, b: Buffers) -> list[Kernel]:
     """Every primitive, as the pipeline calls it."""
     s, n = b.case.dtype.itemsize, b.n
     d, m, a = b.case.widths[0], b.case.widths[1], b.case.widths[-1]
-    b1, b2 = (None, None) if rows.bias_in_matmul else (b.b1, b.b2)
+    b1, b2 = (rows.bias_left(bias, b.case.dtype) for bias in (b.b1, b.b2))
     dg = b.u.roll(1, 0)
     spec, act = b.spec, b.spec.activation
     return [

@@ -27,8 +27,9 @@ class ChunkBudget:
 
 # 790 TFLOP/s of bf16 and 4.3 TB/s (an H200): 4,900 rows for 5%
 GPU = ChunkBudget(256 * 2**20, 4864, 128)
-# 75 GFLOP/s of float32 a core and 10 GB/s: 200 rows; 512 keep the matmul itself efficient
-CPU = ChunkBudget(64 * 2**20, 512, 16)
+# 75 GFLOP/s of float32 a core and 10 GB/s: 200 rows for 5%; the matmul itself wants 512, and the
+# passes over a chunk want it in the last-level cache. Measured: docs/performance.md
+CPU = ChunkBudget(32 * 2**20, 512, 16)
 # Where a product of low precision has no float32 result, one chunk is rounded once, as in eager
 # PyTorch, but the weight gradients of several have to be computed in float32
 NARROW = ChunkBudget(1024 * 2**20, 4864, 128)

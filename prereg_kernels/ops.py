@@ -126,6 +126,21 @@ def store_value(out: Tensor, value: Tensor) -> None:
     out.copy_(value)
 
 
+@torch.library.custom_op("prereg::scale_rounding_once", mutates_args=())
+def scale_rounding_once(x: Tensor, scale: Tensor, backend: str) -> Tensor:
+    """x * scale in the dtype of x for a 0-dim scale, in one pass over 16-bit numbers."""
+    out = torch.empty_like(x)
+    if x.numel():
+        rows, into = (y.view(-1, x.shape[-1]) for y in (x, out))
+        choose_rows(backend, x.device).scatter_rows(rows, into, None, scale, False)
+    return out
+
+
+@scale_rounding_once.register_fake
+def _(x: Tensor, scale: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 @store_value.register_fake
 def _(out: Tensor, value: Tensor) -> None:
     return None
@@ -182,6 +197,7 @@ def _losses_backward(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
 
 def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     hidden, _, _, weights, biases, *_, need_hidden, need_weights, need_biases = inputs
+    ctx.backend = inputs[12]
     ctx.needs = [need_hidden, *need_weights, *need_biases]
     ctx.depth = len(weights)
     ctx.set_materialize_grads(False)
@@ -196,7 +212,7 @@ def _gradients_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]
     if scale is None:  # the total was not used
         return _as_inputs(ctx, [False] * count, gradients, inputs)
     with torch.no_grad():
-        scaled = [scale_by(x, scale) for x in gradients]
+        scaled = [scale_by(x, scale, ctx.backend) for x in gradients]
     return _as_inputs(ctx, ctx.needs, scaled, inputs)
 
 
@@ -204,11 +220,13 @@ pre_losses.register_autograd(_losses_backward, setup_context=_losses_context)
 pre_gradients.register_autograd(_gradients_backward, setup_context=_gradients_context)
 
 
-def scale_by(x: Tensor, scale: Tensor) -> Tensor:
+def scale_by(x: Tensor, scale: Tensor, backend: str) -> Tensor:
     """x * scale for a 0-dim scale, in a new tensor, the product rounded once to the dtype of x."""
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype.itemsize > 2:
+        return x * scale
+    if torch.compiler.is_compiling():  # which makes one pass of it
         return (x.to(scale.dtype) * scale).to(x.dtype)
-    return x * scale
+    return scale_rounding_once(x, scale, backend)
 
 
 def forbid_double_backward(gradients: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

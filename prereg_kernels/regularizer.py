@@ -109,8 +109,11 @@ class PRe:
         denominator: None, or the number of visual tokens (a number or 0-dim Tensor) of the whole
             optimizer step, over micro-batches and ranks: L_PRe of each call is then a sum over its
             tokens divided by this. A training loop that accumulates gradients sets it every step.
-        loss: the weighted term of the last training call where the model got no labels and so
-            computed no loss to add it to: add it to yours. None otherwise.
+        loss: the weighted term of the last training call where it was not added to the model's
+            loss: the model got no labels and so computed none, or `add_to_loss` is False. Add it
+            to your loss. None otherwise.
+        add_to_loss: False: leave the model's loss alone, for loops that compute their own from
+            other outputs.
     """
 
     def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
@@ -119,6 +122,7 @@ class PRe:
         self.model, self.config, self.family = model, config, family
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
+        self.add_to_loss = True
         self._pass: _Pass | None = None  # while the model's forward runs
         self._last: _Record | None = None
         self._visual_tokens = family.visual_token_ids(model)
@@ -178,16 +182,42 @@ class PRe:
             figures |= {f"pre_loss/layer_{layer}": value for layer, value in named}
         return figures
 
-    def save(self, path: str | Path) -> None:
+    def totals(self) -> Tensor | None:
+        """Sums over the visual tokens of the last training call, without a sync or a collective.
+
+        Returns:
+            (1 + layers,), float32, on the device: the number of visual tokens, and for each layer
+            the sum over them of the token's loss. None until backward has computed them.
+        """
+        last = self._last
+        if last is None or not all(value._version for value in last.values.values()):
+            return None
+        divisor = last.tokens if last.denominator is None else last.denominator
+        sums = [value.to(last.tokens) * divisor for value in last.values.values()]
+        return torch.stack([last.tokens, *sums])
+
+    def visual_mask(self, input_ids: Tensor) -> Tensor:
+        """Where the visual tokens are: bool, the shape of `input_ids`."""
+        visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in self._visual_tokens:
+            visual |= input_ids == token
+        return visual
+
+    def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
         """Write the heads (safetensors) and the config (JSON) into the directory `path`.
 
         Each file appears whole or not at all.
+
+        Args:
+            heads: what to write in place of the model's own parameters, where those are sharded:
+                {name inside of `model.pre_heads`: whole parameter}.
         """
         from safetensors.torch import save
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        heads = {name: x.detach().contiguous() for name, x in self._state().items()}
+        state = self._state() if heads is None else heads
+        heads = {name: x.detach().contiguous() for name, x in state.items()}
         config = json.dumps(self.config.to_json(list(self.heads)), indent=2)
         write_whole(path / _CONFIG_FILE, config)
         write_whole(path / _HEADS_FILE, save(heads))
@@ -268,10 +298,7 @@ class PRe:
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
-        visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in self._visual_tokens:
-            visual |= input_ids == token
-        index = visual.flatten().nonzero().squeeze(1)
+        index = self.visual_mask(input_ids).flatten().nonzero().squeeze(1)
         # with no visual tokens the term is 0, whatever it is divided by
         denominator = self.denominator if index.numel() else None
         self._pass = _Pass(inputs, index, training, denominator)
@@ -335,10 +362,13 @@ class PRe:
                 "checkpointing does with use_reentrant=True; expected use_reentrant=False "
                 "(gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
+        denominator = current.denominator
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(hidden.device)
         tapped, current.losses[layer] = head.tap(
             hidden,
             anchor,
-            denominator=current.denominator,
+            denominator=denominator,
             compute_value=config.value_in_forward,
             value_out=value,
             **options,
@@ -363,7 +393,7 @@ class PRe:
             return None
         values = [value.to(tokens.device) for value in current.losses.values()]
         term = torch.stack(values).mean() * self.config.weight * self._label_share(current)
-        if lm_loss is None:
+        if lm_loss is None or not self.add_to_loss:
             self.loss = term
             return None
         total = lm_loss + term.to(lm_loss.device)

@@ -9,7 +9,7 @@ A plain `transformers.Trainer` trains a model with PRe attached, too, with three
   it is the same. PreTrainer counts the visual tokens of the step, over micro-batches and ranks.
 - Checkpoints. They hold a plain model, without the heads: a plain Trainer that resumes trains new
   heads with the old ones' optimizer state. And of most multimodal models Trainer (5.17) restores no
-  weight at all (huggingface/transformers issue 43701); PreTrainer does.
+  weight at all, and says so in a warning about missing keys; PreTrainer restores them.
 - Losses that Trainer computes itself from the logits, with `label_smoothing_factor` or
   `compute_loss_func`, do not hold the term: the heads do not train. TRL's SFTTrainer computes its
   own loss always.

@@ -27,7 +27,7 @@ if importlib.util.find_spec("hypothesis"):  # tests/gpu runs where only torch an
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", help="what backend='auto' is in these tests: torch, cpp, triton")
+    parser.addoption("--backend", choices=("torch", "cpp"), help="what backend='auto' is here")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,6 +18,7 @@ from prereg_kernels.reference import ACTIVATION_FUNCTIONS
 
 SLACK = 1e-6
 FEW, SIBLINGS, SIGNIFICANT = 3, 32, 5.0
+LARGE = 1000
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,8 @@ def assert_as_good_as_eager(
     between two equally precise results, so that the rule is one about expected errors: it looks at
     the problem and three siblings of it, and is content if the mean excess over eager's error is
     not above 0. Where it is, 32 siblings decide: the rule is broken if the mean excess is
-    significantly (five standard errors) above 0. `strict` looks at the problem alone, and allows
-    no excess; it suits sizes at which luck averages out.
+    significantly (five standard errors) above 0. `strict` allows no excess in the problem itself,
+    where luck averages out: in results of a thousand numbers and more.
 
     Non-finite values match truth's in position and value, in every comparison; where eager
     overflows its dtype and truth does not, eager's error is infinite and nothing is compared.
@@ -274,8 +275,8 @@ def assert_as_good_as_eager(
     """
     results, first = excesses(fused, problem, factor, residual)
     if strict:
-        assert max(first.values()) <= 0, f"errors above eager's: {first}"
-        return results
+        large = {name: above for name, above in first.items() if results[name].numel() >= LARGE}
+        assert max(large.values()) <= 0, f"errors above eager's: {large}"
 
     def sibling(seed: int) -> dict[str, float]:
         return excesses(fused, problem.sibling(seed), factor, residual)[1]
@@ -323,8 +324,9 @@ def assert_one_rounding_from_eager(
     """
     results, above = excesses(fused, problem, factor)
     for name, value in above.items():
-        rounding = 0.0 if name == "loss" else torch.finfo(results[name].dtype).eps / 4
-        assert value <= rounding, f"{name}: error above eager's by {value:.2e}"
+        if name != "loss":  # a single number, which is not stored
+            rounding = torch.finfo(results[name].dtype).eps / 4
+            assert value <= rounding, f"{name}: error above eager's by {value:.2e}"
     return results
 
 

@@ -19,12 +19,13 @@ class Rows(ABC):
     """A backend: six primitives, and stages of a matmul and a primitive, which it may fuse.
 
     Elementwise work is done in float32 (float64 for float64). A bias is added by the primitive
-    that reads the matmul's result, before anything is rounded; biases, z and dz, u, g and dg have
-    rows of unit stride. Column sums are summed in the dtype of `sums`, in a fixed order.
+    that reads the matmul's result; in 16 bits by the matmul itself, as in eager PyTorch, so that
+    their sum is rounded once: an error above eager's would show in the gradients. Biases, z and
+    dz, u, g and dg have rows of unit stride. Column sums are summed in the dtype of `sums`, in a
+    fixed order.
     """
 
     name: str
-    bias_in_matmul = False  # or the matmul adds it, and the primitives get None
 
     @abstractmethod
     def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
@@ -82,8 +83,8 @@ class Rows(ABC):
         """into[index] = values * scale, or += where `accumulate`; indices are unique."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out = x W^T, plus the bias where `bias_in_matmul`."""
-        if bias is not None and self.bias_in_matmul:
+        """out = x W^T, plus the bias unless `bias_left` says otherwise."""
+        if bias is not None and self.bias_left(bias, x.dtype) is None:
             torch.addmm(bias, x, weight.T, out=out)
         else:
             torch.mm(x, weight.T, out=out)
@@ -91,9 +92,12 @@ class Rows(ABC):
     def linear_activate(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, u: Tensor, g: Tensor
     ) -> None:
-        """u = x W^T, g = act(u + bias). u is for `linear_backward_activation`, unless it is g."""
+        """u = x W^T with the bias or without, g = act(x W^T + bias); u may be g.
+
+        u is for `linear_backward_activation`.
+        """
         self.linear(x, weight, bias, u)
-        self.activate(u, self._left(bias), activation, g)
+        self.activate(u, self.bias_left(bias, x.dtype), activation, g)
 
     def linear_losses(
         self,
@@ -108,7 +112,7 @@ class Rows(ABC):
     ) -> None:
         """losses of x W^T + bias; z (n, A) is scratch."""
         self.linear(x, weight, bias, z)
-        self.token_losses(z, self._left(bias), anchor, index, spec, losses)
+        self.token_losses(z, self.bias_left(bias, x.dtype), anchor, index, spec, losses)
 
     def linear_losses_and_grad(
         self,
@@ -125,9 +129,8 @@ class Rows(ABC):
     ) -> None:
         """losses and dz of z = x W^T + bias."""
         self.linear(x, weight, bias, dz)
-        self.token_losses_and_grad(
-            dz, self._left(bias), anchor, index, coefficient, spec, losses, dz, sums
-        )
+        left = self.bias_left(bias, x.dtype)
+        self.token_losses_and_grad(dz, left, anchor, index, coefficient, spec, losses, dz, sums)
 
     def linear_backward_activation(
         self,
@@ -139,9 +142,9 @@ class Rows(ABC):
         du: Tensor,
         sums: Tensor | None,
     ) -> None:
-        """du = (d W) * act'(u + bias); sums += its column sums."""
+        """du = (d W) * act'(...) for the u of `linear_activate`; sums += its column sums."""
         torch.mm(d, weight, out=du)
-        self.activation_backward(du, u, self._left(bias), activation, sums)
+        self.activation_backward(du, u, self.bias_left(bias, d.dtype), activation, sums)
 
     def linear_backward_scatter(
         self,
@@ -162,6 +165,6 @@ class Rows(ABC):
         else:
             torch.mm(d, weight, out=into)
 
-    def _left(self, bias: Tensor | None) -> Tensor | None:
-        """The bias that `linear` has left to the next primitive."""
-        return None if self.bias_in_matmul else bias
+    def bias_left(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The bias that `linear`, with operands of this dtype, leaves to the next primitive."""
+        return None if dtype.itemsize == 2 else bias

@@ -14,7 +14,9 @@ _aten = torch.ops.aten
 
 class TorchRows(Rows):
     name = "torch"
-    bias_in_matmul = True
+
+    def bias_left(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None
 
     def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
         out.copy_(_select(source, index))

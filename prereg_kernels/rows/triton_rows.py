@@ -52,7 +52,6 @@ class TritonRows(Rows):
     """
 
     name = "triton"
-    bias_in_matmul = False
 
     def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
         from prereg_kernels.rows.triton_kernels.gather import gather_rows

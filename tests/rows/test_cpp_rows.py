@@ -261,7 +261,7 @@ def test_only_one_openmp_runtime_is_loaded(rows: CppRows) -> None:
 
 
 def test_unknown_variant() -> None:
-    with pytest.raises(ValueError, match=r"variant: expected one of .*base; got 'sse'"):
+    with pytest.raises(ValueError, match=r"variant: expected one of .*; got 'sse'"):
         CppRows("sse")
 
 

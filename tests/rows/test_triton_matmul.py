@@ -132,8 +132,8 @@ def activate(
     x, w, b = operands(shape, dtype, True, bias)
     u, g = (guarded(shape[0], shape[2], dtype=dtype) for _ in "ug")
     rows.linear_activate(x, w, b, activation, u, g)
-    true = x.double() @ w.double().T
-    return u, g, true, ACTIVATION_FUNCTIONS[activation](plus(true, b))
+    true = plus(x.double() @ w.double().T, b)
+    return u, g, true, ACTIVATION_FUNCTIONS[activation](true)
 
 
 @needs_triton
@@ -234,7 +234,7 @@ def backward(
     u, du = draw(shape[0], shape[2], dtype=dtype, seed=5), guarded(shape[0], shape[2], dtype=dtype)
     sums = torch.ones(shape[2], device=DEVICE)
     rows.linear_backward_activation(d, w, u, b, activation, du, sums)
-    true = (d.double() @ w.double()) * slope(plus(u.double(), b), activation)
+    true = (d.double() @ w.double()) * slope(u.double(), activation)
     return du, sums, true, 1 + true.sum(dim=0)
 
 
@@ -259,7 +259,7 @@ class TestLinearBackwardActivation:
         d, w, b = operands((33, 16, 40), torch.bfloat16, False, True)
         u, du = draw(33, 40, dtype=torch.bfloat16, seed=5), guarded(33, 40, dtype=torch.bfloat16)
         ROWS.linear_backward_activation(d, w, u, b, "relu", du, None)
-        assert_rounded(du, (d.double() @ w.double()) * slope(plus(u.double(), b), "relu"))
+        assert_rounded(du, (d.double() @ w.double()) * slope(u.double(), "relu"))
 
 
 @needs_triton

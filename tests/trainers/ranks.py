@@ -22,6 +22,7 @@ from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
 from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer, step_gradients
 
 RANKS = 2
+BOTH = (1, 2, 1, 0, 2, 0, 3, 1)  # images, of which each rank has some
 
 
 def rows_of(rank: int) -> list[Any]:
@@ -108,6 +109,9 @@ def global_count(mask: Tensor) -> Tensor:
 
 CASES: dict[str, Callable[[int, Path], Any]] = {
     "trainer": lambda rank, out: trainer_gradients(rank, out, PreTrainer),
+    "trainer, images on both": lambda rank, out: trainer_gradients(
+        rank, out, PreTrainer, rows=make_rows(BOTH)
+    ),
     "trainer, labels of each rank": lambda rank, out: trainer_gradients(
         rank, out, PreTrainer, average_tokens_across_devices=False
     ),

@@ -44,6 +44,12 @@ def test_gradients_are_those_of_the_whole_batch(out: Path, heads: Any, case: str
         compare(ours, eager_gradients(heads, make_rows()))
 
 
+def test_gradients_with_images_on_both_ranks(out: Path, heads: Any) -> None:
+    """More on one than on the other."""
+    for ours in read(out, "trainer, images on both"):
+        compare(ours, eager_gradients(heads, make_rows(ranks.BOTH)))
+
+
 def test_gradients_where_each_rank_counts_its_labels(out: Path, heads: Any) -> None:
     groups = [ranks.rows_of(rank) for rank in range(ranks.RANKS)]
     for ours in read(out, "trainer, labels of each rank"):

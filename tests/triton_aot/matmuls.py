@@ -117,8 +117,8 @@ def _backward_activation(dtype: torch.dtype, activation: str) -> Launch:
         from prereg_kernels.rows.triton_kernels.matmul_launch import linear_backward_activation
 
         linear_backward_activation(
-            _chunk(dtype), _weight(dtype), _chunk(dtype), meta(WIDTH, dtype=dtype), activation,
-            _chunk(dtype), meta(WIDTH), config, MULTIPROCESSORS,
+            _chunk(dtype), _weight(dtype), _chunk(dtype), activation, _chunk(dtype),
+            meta(WIDTH), config, MULTIPROCESSORS,
         )  # fmt: skip
 
     return launch

@@ -25,11 +25,9 @@ ALIGNMENT = 16  # bytes, of a descriptor's base and rows
 class FusedStages(Rows):
     """Overrides the stages that can be fused; put it before a backend among the bases of a class.
 
-    What is not fused, by the plan, the GPU or the tensors, is the backend's. The backend's `linear`
-    leaves the bias to the primitives, so that fused and plain stages mix.
+    What is not fused, by the plan, the GPU or the tensors, is the backend's. Fused stages have
+    16-bit operands, and as in the backend's stages the bias is in u: the two mix.
     """
-
-    bias_in_matmul = False
 
     def __init__(self, plan: FusionPlan | None = None, config: MatmulConfig | None = None) -> None:
         """plan: None, the one for the GPU; config: of every fused matmul, None the heuristic's."""
@@ -84,7 +82,7 @@ class FusedStages(Rows):
         from prereg_kernels.rows.triton_kernels.matmul_launch import linear_backward_activation
 
         sms = _gpu(d.device)[1]
-        linear_backward_activation(d, weight, u, bias, activation, du, sums, config, sms)
+        linear_backward_activation(d, weight, u, activation, du, sums, config, sms)
 
     def linear_backward_scatter(
         self,

@@ -17,7 +17,6 @@ def linear_backward_activation_kernel(
     d_desc,
     w_desc,
     u_desc,
-    bias_ptr,
     du_desc,
     partials_ptr,
     M,
@@ -31,10 +30,10 @@ def linear_backward_activation_kernel(
     PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """du = (d W) * act'(u + bias), and its column sums, a row block at a time.
+    """du = (d W) * act'(u), and its column sums, a row block at a time.
 
-    d (M, K), W (K, N), bias (N,) or None, u and du (M, N) in blocks of [BLOCK_M, BLOCK_N // PARTS];
-    partials (row blocks, N), float32, or None.
+    d (M, K), W (K, N), u and du (M, N) in blocks of [BLOCK_M, BLOCK_N // PARTS]; partials (row
+    blocks, N), float32, or None.
 
     Grid: (programs,), any number of them.
     """
@@ -50,9 +49,6 @@ def linear_backward_activation_kernel(
             start = column + part * (BLOCK_N // PARTS)
             offs_n = start + tl.arange(0, BLOCK_N // PARTS)
             u = u_desc.load([row, start]).to(tl.float32)  # [BLOCK_M, BLOCK_N // PARTS]
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0)  # [BLOCK_N // PARTS]
-                u += bias.to(tl.float32)[None, :]
             du = activation_gradient(parts[part], u, ACTIVATION)
             du_desc.store([row, start], du.to(du_desc.dtype))
             if partials_ptr is not None:

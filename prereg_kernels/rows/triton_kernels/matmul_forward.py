@@ -32,7 +32,7 @@ def linear_activate_kernel(
     PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """u = x W^T if STORE_U, and g = act(x W^T + bias).
+    """u = x W^T + bias, stored if STORE_U, and g = act(u).
 
     x (M, K), W (N, K), bias (N,) or None, u and g (M, N) in blocks of [BLOCK_M, BLOCK_N // PARTS].
 
@@ -49,12 +49,12 @@ def linear_activate_kernel(
         for part in tl.static_range(PARTS):
             start = column + part * (BLOCK_N // PARTS)
             u = parts[part]  # [BLOCK_M, BLOCK_N // PARTS]
-            if STORE_U:
-                u_desc.store([row, start], u.to(u_desc.dtype))
             if bias_ptr is not None:
                 offs_n = start + tl.arange(0, BLOCK_N // PARTS)
                 bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0)  # [BLOCK_N // PARTS]
                 u += bias.to(tl.float32)[None, :]
+            if STORE_U:
+                u_desc.store([row, start], u.to(u_desc.dtype))
             g_desc.store([row, start], activated(u, ACTIVATION).to(g_desc.dtype))
 
 

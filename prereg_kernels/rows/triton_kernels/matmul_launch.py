@@ -35,7 +35,7 @@ def linear_activate(
     config: MatmulConfig,
     multiprocessors: int,
 ) -> None:
-    """u = x W^T, g = act(u + bias); g alone where u is g."""
+    """u = x W^T + bias, g = act(u); g alone where u is g."""
     _launch(
         linear_activate_kernel, config, multiprocessors, x, g.shape[1],
         _left(x, config), _right(weight, True, config), bias, _part(u, config), _part(g, config),
@@ -76,21 +76,20 @@ def linear_backward_activation(
     d: Tensor,
     weight: Tensor,
     u: Tensor,
-    bias: Tensor | None,
     activation: str,
     du: Tensor,
     sums: Tensor | None,
     config: MatmulConfig,
     multiprocessors: int,
 ) -> None:
-    """du = (d W) * act'(u + bias); sums += its column sums."""
+    """du = (d W) * act'(u); sums += its column sums."""
     rows, columns = du.shape
     partials = None
     if sums is not None:
         partials = sums.new_empty(blocks.cdiv(rows, config.block_m), columns)
     _launch(
         linear_backward_activation_kernel, config, multiprocessors, d, columns,
-        _left(d, config), _right(weight, False, config), _part(u, config), bias, _part(du, config),
+        _left(d, config), _right(weight, False, config), _part(u, config), _part(du, config),
         partials, rows, columns, d.shape[1], ACTIVATION=activation,
     )  # fmt: skip
     if sums is not None and partials is not None:
