@@ -124,7 +124,9 @@ PREREG_ROW C row_loss(
     a = sum_of(dps) / static_cast<C>(columns);
     b = sum_of(along) / static_cast<C>(columns);
   } else if (loss == Loss::cosine) {
-    b = of.z.clamped ? C(1) : sum_of(along);  // -q is all that is left where the norm is constant
+    // -q is all that is left where the norm is constant. Where c is 0, 1 - c is exact: a zero target
+    // has a zero gradient
+    b = of.z.clamped || value == C(0) ? C(1) : sum_of(along);
   } else if (spec.normalize == Normalize::l2) {
     b = of.z.clamped ? C(0) : sum_of(along);
   }

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from tests.rows.primitives import (
     check_losses,
     check_scatter,
 )
-from tests.rows.test_torch_rows import BOUND, DTYPES, act, draw
+from tests.rows.test_torch_rows import BOUND, DTYPES, act, check_zero_target, draw
 
 if reason := unavailable("cpu"):
     pytest.skip(reason, allow_module_level=True)
@@ -255,9 +257,19 @@ def test_wrong_arguments_raise(rows: CppRows, message: str) -> None:
 
 
 def test_only_one_openmp_runtime_is_loaded(rows: CppRows) -> None:
-    maps = Path("/proc/self/maps").read_text().split()
+    # In a process of its own: scikit-learn, in others of these tests, brings another
+    code = (
+        "import pathlib; from prereg_kernels.rows.cpp_rows import CppRows; "
+        f"CppRows({rows.variant!r}); print(pathlib.Path('/proc/self/maps').read_text())"
+    )
+    command = [sys.executable, "-c", code]
+    maps = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     runtimes = {Path(path).resolve() for path in maps if "libgomp" in path or "libiomp" in path}
     assert len(runtimes) <= 1
+
+
+def test_zero_target(rows: CppRows) -> None:
+    check_zero_target(rows)
 
 
 def test_unknown_variant() -> None:

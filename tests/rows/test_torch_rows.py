@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.inputs import ACTIVATIONS, Spec
+from prereg_kernels.rows.base import Rows
 from prereg_kernels.rows.torch_rows import TorchRows
 from tests.helpers import relative_error
 
@@ -41,6 +42,20 @@ def losses_of(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
         return -(z * t).sum(1)
     gap = (z - t).abs()
     return (gap**2 if spec.loss == "mse" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).mean(1)
+
+
+def check_zero_target(rows: Rows, device: str | torch.device = "cpu") -> None:
+    """Of a target of zeros the cosine and its gradient are exactly 0: Adam would scale noise up."""
+    z, t = draw(40, 100).to(device), torch.zeros(40, 100, device=device)
+    losses, dz = (torch.full(size, math.nan, device=device) for size in ((40,), (40, 100)))
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
+    ones = torch.ones(40, device=device)
+    rows.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+    assert losses.count_nonzero() == 0 and dz.count_nonzero() == 0
+
+
+def test_zero_target() -> None:
+    check_zero_target(ROWS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,6 +20,7 @@ from prereg_kernels.rows.torch_rows import TorchRows
 from prereg_kernels.rows.triton_kernels import config
 from prereg_kernels.rows.triton_rows import TritonRows, interpreting, unavailable
 from tests.helpers import relative_error
+from tests.rows.test_torch_rows import check_zero_target
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
 if reason := unavailable(DEVICE.type):
@@ -283,6 +284,12 @@ def test_no_cancellation_near_the_anchor(in_blocks: bool) -> None:
         assert relative_error(dz, gradient) < 1e-3
         ROWS.token_losses_and_grad(t, None, t, None, ones, spec, losses, dz, None)
         assert torch.equal(dz, torch.zeros_like(dz)), "z = t"
+
+
+@pytest.mark.parametrize("in_blocks", (False, True))
+def test_zero_target(in_blocks: bool) -> None:
+    with registers(16 if in_blocks else 65536):
+        check_zero_target(ROWS, DEVICE)
 
 
 @pytest.mark.parametrize(("loss", "normalize"), KINDS)

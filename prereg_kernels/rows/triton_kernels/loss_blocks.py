@@ -117,11 +117,12 @@ def loss_blocks_kernel(
                 dp = loss_slope(p, q, COLUMNS, LOSS)
                 dp_sum += dp
                 p_dp_sum += p * dp
-        tl.store(losses_ptr + row, loss_of_sum(tl.sum(terms), COLUMNS, LOSS))
+        total = tl.sum(terms)
+        tl.store(losses_ptr + row, loss_of_sum(total, COLUMNS, LOSS))
 
         if dz_ptr is not None:
             mean, along = projection(
-                tl.sum(dp_sum), tl.sum(p_dp_sum), short, COLUMNS, LOSS, NORMALIZE
+                total, tl.sum(dp_sum), tl.sum(p_dp_sum), short, COLUMNS, LOSS, NORMALIZE
             )
             coefficient = tl.load(coefficient_ptr + row * stride_coefficient).to(STAT)
             for start in range(0, COLUMNS, BLOCK_N):

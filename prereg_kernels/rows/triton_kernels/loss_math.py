@@ -14,7 +14,8 @@ With p and q the normalised prediction and target, and C columns:
 The cosine is normalised as l2. Its gradient with respect to p is -q; but p is taken out again by
 the projection, so that p - q serves as well, and nothing cancels near p = q, where training spends
 its time. Where |z| < eps the norm is a constant: nothing is projected, and of p - q only -q may be
-left (along = 1).
+left (along = 1). Where the cosine is 0, along is 1 as well: exactly, so that a zero target has a
+zero gradient.
 """
 
 import triton
@@ -67,12 +68,20 @@ def loss_slope(p, q, COLUMNS: tl.constexpr, LOSS: tl.constexpr):
 
 @triton.jit
 def projection(
-    dp_sum, p_dp_sum, short, COLUMNS: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr
+    total,
+    dp_sum,
+    p_dp_sum,
+    short,
+    COLUMNS: tl.constexpr,
+    LOSS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
-    """(mean, along) of the sums of dp and of p dp over a row."""
+    """(mean, along) of the sums of `loss_terms`, of dp and of p dp over a row."""
     mean, along = dp_sum / COLUMNS, p_dp_sum / COLUMNS
-    if NORMALIZE == "l2":
-        along = tl.where(short, 1.0 if LOSS == "cosine" else 0.0, p_dp_sum)
+    if LOSS == "cosine":
+        along = tl.where(short | (total == 0), 1.0, p_dp_sum)
+    elif NORMALIZE == "l2":
+        along = tl.where(short, 0.0, p_dp_sum)
     return mean, along
 
 

@@ -75,14 +75,15 @@ def loss_row_kernel(
             scale = scale_of_deviation(tl.sum(p * p), COLUMNS, EPS)
             t_scale = scale_of_deviation(tl.sum(q * q), COLUMNS, EPS)
             p, q = p * scale, q * t_scale
-        tl.store(losses_ptr + row, loss_of_sum(tl.sum(loss_terms(p, q, LOSS)), COLUMNS, LOSS))
+        total = tl.sum(loss_terms(p, q, LOSS))
+        tl.store(losses_ptr + row, loss_of_sum(total, COLUMNS, LOSS))
 
         if dz_ptr is not None:
             dp = loss_slope(p, q, COLUMNS, LOSS)
             mean, along = 0.0, 0.0
             if NORMALIZE != "none":
                 mean, along = projection(
-                    tl.sum(dp), tl.sum(p * dp), short, COLUMNS, LOSS, NORMALIZE
+                    total, tl.sum(dp), tl.sum(p * dp), short, COLUMNS, LOSS, NORMALIZE
                 )
             coefficient = tl.load(coefficient_ptr + row * stride_coefficient).to(STAT)
             dz = project(p, dp, mean, along, scale, NORMALIZE) * coefficient
