@@ -118,12 +118,6 @@ void with_activation(Activation activation, const Function& function) {
   }
 }
 
-template <typename C, typename T, typename P>
-Lanes<C> load_biased(const T* from, const C* bias, int64_t i, P part) {
-  const Lanes<C> x = load<C>(from + i, part);
-  return bias == nullptr ? x : x + load<C>(bias + i, part);
-}
-
 template <typename A, typename T>
 PREREG_ROW void forward_row(const T* u, const compute_t<T>* bias, int64_t columns, T* g) {
   using C = compute_t<T>;

@@ -10,8 +10,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-// For functions that loop over a row: everything in them is inlined, so that constants and sums stay
-// in registers. By itself GCC would call a step's larger parts.
+// For functions that loop over a row: everything in them is inlined, so that constants and sums
+// stay in registers. By itself GCC would call a step's larger parts.
 #define PREREG_ROW __attribute__((flatten))
 #define PREREG_RARE __attribute__((noinline))
 
@@ -168,11 +168,27 @@ PREREG_RARE void store(T* to, const Lanes<C>& value, Part part) {
   }
 }
 
+// x plus the bias, if there is one. Not a choice between two Lanes: GCC would copy the chosen one
+// through memory, in halves of vectors, and wait for them.
+template <typename C, typename T, typename P>
+inline Lanes<C> load_biased(const T* from, const C* bias, int64_t i, P part) {
+  Lanes<C> x = load<C>(from + i, part);
+  if (bias != nullptr) {
+    const Lanes<C> more = load<C>(bias + i, part);
+    x.a = x.a + more.a;
+    x.b = x.b + more.b;
+  }
+  return x;
+}
+
 template <typename C>
 inline C sum_of(const Lanes<C>& lanes) {
-  alignas(64) C sums[Lanes<C>::size()];
-  lanes.write(sums);
-  for (int half = Lanes<C>::size() / 2; half > 0; half /= 2) {
+  constexpr int size = Vectorized<C>::size();
+  alignas(64) C sums[size];
+  (lanes.a + lanes.b).store(sums);
+#pragma GCC unroll 4
+  for (int half = size / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) {
       sums[i] += sums[i + half];
     }

@@ -124,8 +124,8 @@ PREREG_ROW C row_loss(
     a = sum_of(dps) / static_cast<C>(columns);
     b = sum_of(along) / static_cast<C>(columns);
   } else if (loss == Loss::cosine) {
-    // -q is all that is left where the norm is constant. Where c is 0, 1 - c is exact: a zero target
-    // has a zero gradient
+    // -q is all that is left where the norm is constant. Where c is 0, 1 - c is exact: a zero
+    // target has a zero gradient
     b = of.z.clamped || value == C(0) ? C(1) : sum_of(along);
   } else if (spec.normalize == Normalize::l2) {
     b = of.z.clamped ? C(0) : sum_of(along);
@@ -146,8 +146,7 @@ PREREG_ROW C row_loss(
 template <typename C, typename T>
 PREREG_ROW void convert_row(const T* from, const C* bias, int64_t columns, C* to) {
   for_lanes<C>(columns, [&](int64_t i, auto part) {
-    const Lanes<C> x = load<C>(from + i, part);
-    store<C>(to + i, bias == nullptr ? x : x + load<C>(bias + i, part), part);
+    store<C>(to + i, load_biased<C>(from, bias, i, part), part);
   });
 }
 
