@@ -26,10 +26,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
 	$(BIN)/prereg train --preset scenes
 
-# Where the C++ rows are built, everything that can depend on a backend runs on plain PyTorch too.
+# Where the C++ rows are built, the tests of the loss and of apply_pre run on plain PyTorch too.
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready  ## the tests
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --backend torch --ignore tests/triton_aot
+	$(BIN)/python -m pytest -n 2 --backend torch tests/test_*.py
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/rows/test_triton_*.py
 

@@ -22,8 +22,8 @@ from benchmarks.memory import peak_bytes
 
 THREADS = 2
 SECONDS = 9.0  # of measurement for a size
-ROUNDS = (7, 60)  # at least, at most
-SLOW_ROUNDS = 2  # of those that run on emulated products
+ROUNDS = (5, 60)  # at least, at most
+SLOW_ROUNDS = 1  # of those that run on emulated products
 SIZES = tuple(
     Size(8192, width, dtype)
     for dtype in (torch.float32, torch.bfloat16)

@@ -72,6 +72,8 @@ def candidates(stage: str, capability: tuple[int, int] | None) -> tuple[MatmulCo
         return ()
     if stage == "losses":
         return (WIDE, SINGLE) if capability[0] == 9 else (SINGLE,)
+    if stage == "activate":  # two results a tile: wide ones spill
+        return (TWIN,)
     return (WIDE, TWIN)
 
 
