@@ -502,16 +502,16 @@ class TestConfigurations:
         assert TWIN.tiles(128, 256) == 2
 
     def test_wide_tiles_where_they_fill_the_gpu(self) -> None:
-        for stage in ("losses", "backward_activation", "backward_scatter"):
+        for stage in ("losses", "activate", "backward_scatter"):
             assert choose_config(stage, 18432, 4096, 2, (9, 0), 132) == WIDE
 
-    def test_activate_spills_in_wide_tiles(self) -> None:
-        assert choose_config("activate", 18432, 4096, 2, (9, 0), 132) == TWIN
+    def test_backward_activation_spills_in_wide_tiles(self) -> None:
+        assert choose_config("backward_activation", 18432, 4096, 2, (9, 0), 132) == TWIN
 
     def test_narrow_tiles_where_wide_ones_leave_it_idle(self) -> None:
         # 132 multiprocessors: 128 narrow tiles, or 64 wide ones
         assert choose_config("losses", 2048, 1024, 2, (9, 0), 132) == SINGLE
-        assert choose_config("backward_scatter", 4096, 1152, 2, (9, 0), 144) == TWIN
+        assert choose_config("activate", 4096, 1152, 2, (9, 0), 144) == TWIN
 
     def test_losses_spill_in_wide_tiles_on_blackwell(self) -> None:
         assert choose_config("losses", 18432, 4096, 2, (10, 0), 148) == SINGLE

@@ -72,7 +72,7 @@ def candidates(stage: str, capability: tuple[int, int] | None) -> tuple[MatmulCo
         return ()
     if stage == "losses":
         return (WIDE, SINGLE) if capability[0] == 9 else (SINGLE,)
-    if stage == "activate":  # two results a tile: wide ones spill
+    if stage == "backward_activation":  # it reads a tile of u too: wide ones spill
         return (TWIN,)
     return (WIDE, TWIN)
 
