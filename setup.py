@@ -56,13 +56,13 @@ class Compiler:
             raise BuildError(message) from error
         self.torch = torch.__version__
         self.name = run([*command, "--version"]).splitlines()[0]
+        self.openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
         self.compile_command = [
             *command, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas",
-            *(["-fopenmp"] if torch.backends.openmp.is_available() else []),
+            *self.openmp,
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(flag for path in include_paths() for flag in ("-isystem", path)),
         ]  # fmt: skip
-        # No -fopenmp: the OpenMP runtime has to be torch's own, which comes with libtorch_cpu
         self.link_command = [
             *command, "-shared", *shlex.split(os.environ.get("LDFLAGS", "")),
             *(f"-L{path}" for path in library_paths()),
@@ -74,7 +74,11 @@ class Compiler:
         run([*self.compile_command, *flags, "-c", source, "-o", str(target)])
 
     def link(self, objects: list[Path], target: Path) -> None:
-        run([*self.link_command, *map(str, objects), "-lc10", "-ltorch_cpu", "-o", str(target)])
+        command = [*self.link_command, *map(str, objects), "-lc10", "-ltorch_cpu", "-o", str(target)]
+        # A missing symbol has to show here, not first on a machine of that variant
+        run([*command, *self.openmp, "-Wl,-z,defs"])
+        # No -fopenmp: the OpenMP runtime has to be torch's own, which comes with libtorch_cpu
+        run(command)
 
 
 def run(command: list[str]) -> str:
@@ -90,7 +94,8 @@ def run(command: list[str]) -> str:
         raise BuildError(f"{command[0]}: {error}") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"{command[0]} exited {done.returncode}"]
-        raise BuildError(next((line for line in lines if "error" in line), lines[-1]))
+        told = (line for line in lines if "error" in line or "undefined" in line)
+        raise BuildError(next(told, lines[-1]))
     return done.stdout
 
 

@@ -27,12 +27,12 @@ import torch
 from benchmarks import gpu_shapes
 from benchmarks.gpu_cases import Session, measure_ceilings, run_case, run_launches
 from benchmarks.gpu_kernels import Buffers, time_row_kernels
-from benchmarks.gpu_machine import describe_machine
 from benchmarks.gpu_peers import AUTOTUNED, COMPILED, EAGER, LIGER_PACKAGE, Variant, our_variants
 from benchmarks.gpu_report import bars, short_table, write_json
 from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_stages import time_stages, triton_kinds
 from benchmarks.gpu_timing import Effort, make_clock
+from benchmarks.machine import describe_machine
 from prereg_kernels.rows import choose_rows
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_liger import liger_package_loss, liger_scheme
 from benchmarks.gpu_shapes import Case, Tensors
+from benchmarks.liger import liger_package_loss, liger_scheme
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
 
 Loss = Callable[..., Tensor]

@@ -75,7 +75,7 @@ def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Rows], str | None]
 
     Nothing but the stage apart where it cannot be fused.
     """
-    from prereg_kernels.rows.triton_kernels.fused import FusedTritonRows
+    from prereg_kernels.rows.fused_triton_rows import FusedTritonRows
     from prereg_kernels.rows.triton_kernels.matmul_config import (
         EVERYTHING,
         FusionPlan,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.liger import liger_scheme
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
 from prereg_kernels.heuristics import operand_dtype
 
@@ -24,8 +26,16 @@ class Size:
         return f"N={self.tokens} D={self.width} {str(self.dtype).removeprefix('torch.')}"
 
 
-NAMES = ("floor", "eager", "compiled eager", "Liger's scheme", "fused", "fused, recompute", "tap")
-LIGER_ROWS = 1024
+# What makes each loss; it may compile with the first call
+LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "eager": lambda: eager_pre_loss,
+    "compiled eager": lambda: torch.compile(eager_pre_loss, fullgraph=True),
+    "Liger's scheme": liger_scheme,
+    "fused": lambda: fused_pre_loss,
+    "fused, recompute": lambda: partial(fused_pre_loss, recompute=True),
+    "tap": lambda: lambda *arguments: pre_tap(*arguments)[1],
+}
+NAMES = ("floor", *LOSSES)
 Step = Callable[[], None]
 
 
@@ -51,27 +61,12 @@ def make_tensors(size: Size) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]
 def make_step(name: str, size: Size) -> Step:
     """The step of one implementation; its first call compiles where there is something to."""
     hidden, anchor, weights, biases = make_tensors(size)
-    leaves = [hidden, *weights, *biases]
-
     if name == "floor":
         return _floor(size, hidden, anchor, *weights)
-    if name == "Liger's scheme":
-        return _liger(hidden, anchor, weights, biases)
-
-    def loss_of() -> Tensor:
-        arguments = (hidden, anchor, weights, biases)
-        if name == "eager":
-            return eager_pre_loss(*arguments)
-        if name == "compiled eager":
-            return compiled(*arguments)
-        if name == "tap":
-            return pre_tap(*arguments)[1]
-        return fused_pre_loss(*arguments, recompute=name == "fused, recompute")
-
-    compiled = torch.compile(eager_pre_loss, fullgraph=True) if name == "compiled eager" else None
+    loss, leaves = LOSSES[name](), [hidden, *weights, *biases]
 
     def step() -> None:
-        loss_of().backward()
+        loss(hidden, anchor, weights, biases).backward()
         for leaf in leaves:
             leaf.grad = None
 
@@ -93,32 +88,5 @@ def _floor(size: Size, *tensors: Tensor) -> Step:
         _ = t @ w2  # dg
         _ = t.T @ h  # dW1
         _ = t @ w1  # dh
-
-    return step
-
-
-def _liger(hidden: Tensor, anchor: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Step:
-    """The scheme of Liger's fused linear losses: in forward, autograd over compiled chunks."""
-    parameters = [*weights, *biases]
-
-    def loss_of(h: Tensor, t: Tensor, *parameters: Tensor) -> Tensor:
-        return eager_pre_loss(h, t, parameters[:2], parameters[2:], denominator=len(hidden))
-
-    differentiate = torch.compile(
-        torch.func.grad_and_value(loss_of, argnums=(0, *range(2, 2 + len(parameters))))
-    )
-
-    def step() -> None:
-        dh = torch.empty_like(hidden)
-        sums = [torch.zeros_like(x, dtype=torch.float32) for x in parameters]
-        total = torch.zeros(())
-        for start in range(0, len(hidden), LIGER_ROWS):
-            rows = slice(start, start + LIGER_ROWS)
-            gradients, loss = differentiate(hidden[rows].detach(), anchor[rows], *parameters)
-            dh[rows] = gradients[0]
-            for into, gradient in zip(sums, gradients[1:], strict=True):
-                into += gradient
-            total += loss
-        _ = [into.to(x.dtype) for into, x in zip(sums, parameters, strict=True)]
 
     return step

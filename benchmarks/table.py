@@ -58,7 +58,7 @@ def format_table(rows: list[Row], markdown: bool) -> str:
 def describe(benchmarks: list[dict[str, Any]]) -> str:
     """One sentence on what was measured, where."""
     info = benchmarks[0]["extra_info"]
-    changed = " with changes" if info["changed_files"] else ""
+    changed = " with changes" if info["dirty"] else ""
     sizes = {b["extra_info"]["size"].split(" ")[0] for b in benchmarks if "peak_bytes" not in
              b["extra_info"]}  # fmt: skip
     emulated = any(b["extra_info"].get("emulated") for b in benchmarks)

@@ -6,9 +6,7 @@ down slows all of them. pytest-benchmark then gets the measured times one by one
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.implementations import NAMES, Size, is_emulated, make_step
+from benchmarks.machine import describe_machine
 from benchmarks.memory import peak_bytes
 
 THREADS = 2
@@ -83,18 +82,8 @@ REPLAY = Replay()
 
 @cache
 def machine() -> dict[str, Any]:
-    def output(*command: str) -> str:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        return run.stdout.strip()
-
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return {
-        "commit": output("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "changed_files": len(output("git", "status", "--short", "prereg_kernels").splitlines()),
-        "device": names[0] if names else platform.processor(),
+    return describe_machine(torch.device("cpu"), None) | {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
         "threads": THREADS,
     }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>

@@ -16,19 +16,21 @@ import torch
 from prereg_kernels._version import __version__
 from prereg_kernels.heuristics import operand_dtype
 from prereg_kernels.rows import BACKENDS, choose_rows, unavailable
+from prereg_kernels.rows.cpp_rows import describe
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
 Report = dict[str, dict[str, Any]]
 
 
 def examine() -> Report:
-    """Facts by section: versions, cpu, gpu, backends. JSON-ready; nothing here raises."""
+    """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing here raises."""
     return {
         "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
         "gpu": _gpu(),
         "backends": _backends(),
+        "cpp rows": describe(),
     }
 
 
@@ -54,10 +56,6 @@ def _backends() -> dict[str, Any]:
         where = "cpu" if name == "cpp" else device
         reason = unavailable(name, where)
         facts[name] = "runs" if reason is None else f"does not run here: {reason}"
-    if unavailable("cpp", "cpu") is None:
-        from prereg_kernels.rows import cpp_rows
-
-        facts["cpp"] = {"runs": True} | cpp_rows.describe()
     return facts
 
 
@@ -68,7 +66,7 @@ def _cpu() -> dict[str, Any]:
         if operand_dtype(dtype, torch.device("cpu")) != dtype
     ]
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
@@ -97,7 +95,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model, as the system names it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -122,5 +121,7 @@ def _compiler() -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(part)}" for key, part in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        value = [f"{key} ({part})" for key, part in value.items()]
+    if isinstance(value, list):
+        value = ", ".join(value) or None
+    return "none" if value is None else str(value)

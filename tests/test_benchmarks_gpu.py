@@ -15,7 +15,6 @@ from benchmarks import gpu
 from benchmarks.gpu_cases import Session, run_case
 from benchmarks.gpu_check import WrongResultError, as_problem, check_slice, full_truth
 from benchmarks.gpu_kernels import Buffers
-from benchmarks.gpu_machine import describe_source
 from benchmarks.gpu_peers import EAGER, Floor, Variant, Work, our_variants
 from benchmarks.gpu_report import (
     add_ratios,
@@ -37,6 +36,7 @@ from benchmarks.gpu_timing import (
     interleave,
     time_limit,
 )
+from benchmarks.machine import describe_source
 from prereg_kernels import eager_pre_loss
 from prereg_kernels.rows.base import Rows
 from prereg_kernels.rows.torch_rows import TorchRows

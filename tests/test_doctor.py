@@ -32,7 +32,7 @@ def test_one_screen() -> None:
 def test_json_says_the_same() -> None:
     report = json.loads(run("--json").stdout)
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(report) == {"versions", "cpu", "gpu", "backends"}
+    assert set(report) == {"versions", "cpu", "gpu", "backends", "cpp rows"}
     assert list(report["backends"]) == ["auto", "torch", "cpp", "triton"]
     assert report["backends"]["torch"] == "runs"
 
@@ -62,6 +62,14 @@ def test_without_a_compiler_or_an_optional_package(monkeypatch: pytest.MonkeyPat
     assert report["versions"]["a-package-that-nobody-has"] == "not installed"
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert "does not run" in doctor.examine()["cpu"]["compiler"]
+
+
+def test_variants_that_were_not_built_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"variant": "avx2", "built": ["base", "avx2"], "not built": {"avx512": "no such flag"}}
+    monkeypatch.setattr(doctor, "describe", lambda: facts)
+    lines = [line.split(maxsplit=1) for line in doctor.show(doctor.examine()).splitlines()]
+    assert ["variant", "avx2"] in lines and ["built", "base, avx2"] in lines
+    assert any(line[-1].endswith("avx512 (no such flag)") for line in lines)
 
 
 def test_cpu_without_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def _choose(backend: str, device_type: str) -> Rows:
 
         return CppRows()
     if backend == "triton":
-        from prereg_kernels.rows.triton_kernels.fused import FusedTritonRows
+        from prereg_kernels.rows.fused_triton_rows import FusedTritonRows
 
         return FusedTritonRows()
     from prereg_kernels.rows.torch_rows import TorchRows

@@ -28,14 +28,12 @@ def unavailable(device_type: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """The variant in use, those built and not, and what built them."""
+    """The variant in use, those built, why others were not, and what built them."""
     build = _read_build()
-    variant, reason = _choose_variant()
     return {
-        "variant": variant,
-        "unavailable": reason,
-        "variants": build.get("variants", []),
-        "failed": build.get("failed", {}),
+        "variant": _choose_variant()[0],
+        "built": build.get("variants", []),
+        "not built": build.get("failed", {}),
         "compiler": build.get("compiler"),
         "torch": build.get("torch"),
     }
@@ -138,7 +136,7 @@ def _choose_variant() -> tuple[str | None, str | None]:
     try:
         _load(runnable[0])
     except OSError as error:
-        return None, f"its library does not load: {str(error).splitlines()[0]}"
+        return None, f"its library does not load: {error.__cause__ or error}"
     return runnable[0], None
 
 

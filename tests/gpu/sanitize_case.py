@@ -9,7 +9,7 @@ import torch
 
 from prereg_kernels import fused_pre_loss, ops
 from prereg_kernels.rows import choose_rows
-from prereg_kernels.rows.triton_kernels.fused import FusedTritonRows
+from prereg_kernels.rows.fused_triton_rows import FusedTritonRows
 from prereg_kernels.rows.triton_kernels.matmul_config import EVERYTHING
 from tests.gpu.support import HALVES, gpu_problem
 from tests.helpers import residual_like, run, run_tap

@@ -15,7 +15,7 @@ from prereg_kernels.rows.base import Rows
 from tests.gpu.support import HALVES, assert_same, gpu_problem, needs_gpu
 from tests.helpers import check, check_tap, residual_like, run
 
-fused = pytest.importorskip("prereg_kernels.rows.triton_kernels.fused")
+fused = pytest.importorskip("prereg_kernels.rows.fused_triton_rows")
 matmul_config = pytest.importorskip("prereg_kernels.rows.triton_kernels.matmul_config")
 
 pytestmark = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from prereg_kernels import rows
-from prereg_kernels.rows import FASTEST_FIRST, choose_rows, unavailable
+from prereg_kernels.rows import FASTEST_FIRST, choose_rows, cpp_rows, unavailable
 
 CPU = torch.device("cpu")
 
@@ -17,6 +19,14 @@ def test_auto_is_the_first_that_runs() -> None:
     assert running[-1] == "torch"
     for name in running:
         assert choose_rows(name, CPU).name == name
+
+
+def test_cpp_is_built_where_there_is_a_compiler() -> None:
+    """Otherwise a mistake in csrc/ would only make everything slower, and these tests pass."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler on this machine")
+    assert unavailable("cpp", "cpu") is None
+    assert cpp_rows.describe()["not built"] == {}
 
 
 def test_unknown_backend() -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from prereg_kernels import heuristics, ops
 from prereg_kernels.inputs import ACTIVATIONS, Spec
 from prereg_kernels.reference import ACTIVATION_FUNCTIONS
-from prereg_kernels.rows.triton_kernels import fused
-from prereg_kernels.rows.triton_kernels.fused import FusedStages, FusedTritonRows
+from prereg_kernels.rows import fused_triton_rows as fused
+from prereg_kernels.rows.fused_triton_rows import FusedStages, FusedTritonRows
 from prereg_kernels.rows.triton_kernels.matmul_config import (
     EVERYTHING,
     SINGLE,

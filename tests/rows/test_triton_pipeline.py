@@ -16,11 +16,10 @@ from tests.helpers import check, check_tap, make_problem, residual_like, run
 
 if not interpreting():
     pytest.skip("tests/gpu does this on GPUs", allow_module_level=True)
-if reason := unavailable("cpu"):
-    pytest.skip(reason, allow_module_level=True)
 
 from tests.rows.interpreter import repair
 
+assert unavailable("cpu") is None, unavailable("cpu")
 repair()
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OTHERS: tuple[dict[str, Any], ...] = (

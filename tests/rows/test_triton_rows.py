@@ -20,18 +20,17 @@ from prereg_kernels.rows.torch_rows import TorchRows
 from prereg_kernels.rows.triton_kernels import config
 from prereg_kernels.rows.triton_rows import TritonRows, interpreting, unavailable
 from tests.helpers import relative_error
-from tests.rows.test_torch_rows import check_zero_target
+from tests.rows.test_torch_rows import BOUND, DTYPES, act, check_zero_target, losses_of
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
-if reason := unavailable(DEVICE.type):
-    pytest.skip(reason, allow_module_level=True)
-if interpreting():
+if interpreting():  # asked for: that it cannot be is a failure
+    assert unavailable("cpu") is None, unavailable("cpu")
     from tests.rows.interpreter import repair
 
     repair()
+elif reason := unavailable(DEVICE.type):
+    pytest.skip(reason, allow_module_level=True)
 
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-DTYPES = list(BOUND)
 # Hidden states in float64 are never computed with in 16 bits
 CONVERSIONS = [
     (source, out)
@@ -148,16 +147,6 @@ def _check_scatter(
         assert ((into.double() - exact).abs() <= allowed).all()
 
 
-def act(u: Tensor, name: str) -> Tensor:
-    if name == "relu":
-        return u * (u > 0)
-    if name == "silu":
-        return u / (1 + torch.exp(-u))
-    if name == "gelu":
-        return u * 0.5 * (1 + torch.erf(u / math.sqrt(2)))
-    return u * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-
-
 @each_dtype
 @each_shape
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -189,18 +178,6 @@ def test_activations(shape: tuple[int, int], dtype: torch.dtype, activation: str
         assert torch.equal(without, dg)
         assert relative_error(dg, du) < BOUND[dtype]
         assert relative_error(sums, expected) < BOUND[stat]
-
-
-def losses_of(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
-    if spec.normalize == "l2" or spec.loss == "cosine":
-        z, t = (x / x.square().sum(1, keepdim=True).sqrt().clamp_min(spec.eps) for x in (z, t))
-    if spec.normalize == "layer":
-        z, t = (x - x.mean(1, keepdim=True) for x in (z, t))
-        z, t = (x / (x.square().mean(1, keepdim=True) + spec.eps).sqrt() for x in (z, t))
-    if spec.loss == "cosine":
-        return -(z * t).sum(1)
-    gap = (z - t).abs()
-    return (gap**2 if spec.loss == "mse" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).mean(1)
 
 
 @contextmanager

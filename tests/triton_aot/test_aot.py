@@ -38,7 +38,7 @@ NARROW = 8
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_compiles_well(version: str, target: str) -> None:
-    kernels = compile_with(version, target)
+    kernels = compile_with(version, "compile", target)
     assert kernels
     problems = [problem for kernel in kernels for problem in problems_of(kernel, target)]
     assert not problems, "\n".join(problems)
@@ -57,15 +57,15 @@ def test_narrow_strides() -> None:
     ]
 
 
-def compile_with(version: str, target: str) -> list[dict[str, Any]]:
-    """What `compile.py` prints, run with this Triton."""
+def compile_with(version: str, module: str, target: str) -> list[dict[str, Any]]:
+    """What `compile.py`, or `matmuls.py`, prints, run with this Triton."""
     folder = TRITONS / version
     if not (folder / "triton").is_dir():
         pytest.skip(f"no Triton {version} in {folder}")
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.triton_aot.compile", "--target", target]
-    command += ["--all"] * EVERYTHING
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.triton_aot.{module}"]
+    command += ["--target", target, *["--all"] * EVERYTHING]
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
@@ -74,14 +74,8 @@ def compile_with(version: str, target: str) -> list[dict[str, Any]]:
 
 
 def problems_of(kernel: dict[str, Any], target: str) -> list[str]:
-    """What is wrong with a compiled kernel, a line each."""
-    found = []
-    if kernel["stack"] > STACK:
-        found.append(f"{kernel['stack']} bytes of stack")
-    if kernel["shared"] > SHARED[target]:
-        found.append(f"{kernel['shared']} bytes of shared memory")
-    if kernel["narrow_strides"]:
-        found.append(f"offsets of 32 bits: {kernel['narrow_strides']}")
+    """What is wrong with a compiled row kernel, a line each."""
+    found = problems_of_any(kernel, target)
     if kernel["expects"]["wide"] and not kernel["wide_loads"]:
         found.append("no load of 16 bytes")
     if kernel["expects"]["wide"] and kernel["narrow_loads"] > NARROW:
@@ -92,3 +86,15 @@ def problems_of(kernel: dict[str, Any], target: str) -> list[str]:
         found.append(f"{kernel['num_warps']} warps of 64 threads")
     name = f"{kernel['case']}: {kernel['kernel']} ({kernel['registers']} registers)"
     return [f"{name}: {problem}" for problem in found]
+
+
+def problems_of_any(kernel: dict[str, Any], target: str) -> list[str]:
+    """What no kernel may do."""
+    found = []
+    if kernel["stack"] > STACK:
+        found.append(f"{kernel['stack']} bytes of stack")
+    if kernel["shared"] > SHARED[target]:
+        found.append(f"{kernel['shared']} bytes of shared memory")
+    if kernel["narrow_strides"]:
+        found.append(f"offsets of 32 bits: {kernel['narrow_strides']}")
+    return found

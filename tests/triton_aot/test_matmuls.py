@@ -5,15 +5,11 @@ Needs what `test_aot.py` needs.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.triton_aot.test_aot import EVERYTHING, REPOSITORY, SHARED, STACK, TRITONS, VERSIONS
+from tests.triton_aot.test_aot import VERSIONS, compile_with, problems_of_any
 
 TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
@@ -21,7 +17,7 @@ TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 @pytest.mark.parametrize("target", TENSOR_CORES)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_compiles_well(version: str, target: str) -> None:
-    kernels = compile_with(version, target)
+    kernels = compile_with(version, "matmuls", target)
     assert {kernel["stage"] for kernel in kernels} == {
         "activate", "losses", "backward_activation", "backward_scatter",
     }  # fmt: skip
@@ -29,31 +25,9 @@ def test_compiles_well(version: str, target: str) -> None:
     assert not problems, "\n".join(problems)
 
 
-def compile_with(version: str, target: str) -> list[dict[str, Any]]:
-    """What `matmuls.py` prints, run with this Triton."""
-    folder = TRITONS / version
-    if not (folder / "triton").is_dir():
-        pytest.skip(f"no Triton {version} in {folder}")
-    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.triton_aot.matmuls", "--target", target]
-    command += ["--all"] * EVERYTHING
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout)
-
-
 def problems_of(kernel: dict[str, Any], target: str) -> list[str]:
-    """What is wrong with a compiled kernel, a line each."""
-    found = []
-    if kernel["stack"] > STACK:
-        found.append(f"{kernel['stack']} bytes of stack")
-    if kernel["shared"] > SHARED[target]:
-        found.append(f"{kernel['shared']} bytes of shared memory")
-    if kernel["narrow_strides"]:
-        found.append(f"offsets of 32 bits: {kernel['narrow_strides']}")
+    """What is wrong with a compiled matmul, a line each."""
+    found = problems_of_any(kernel, target)
     if kernel["tensor_cores"] != [TENSOR_CORES[target]]:
         found.append(f"tensor cores by {kernel['tensor_cores']}")
     if not kernel["bulk_loads"]:

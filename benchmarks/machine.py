@@ -1,4 +1,4 @@
-"""What a GPU result needs to be understood later: the machine, the software, the source."""
+"""What a result needs to be understood later: the machine, the software, the source."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from prereg_kernels.doctor import cpu_name
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -18,7 +20,7 @@ def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]
     """Names and versions; the commit as given, from PREREG_COMMIT, or from git."""
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": platform.processor() or platform.machine(),
+        "device": cpu_name(),
         "driver": None,
         "torch": torch.__version__,
         "triton": _version_of("triton"),

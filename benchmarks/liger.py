@@ -81,10 +81,11 @@ def liger_scheme() -> Callable[..., Tensor]:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
         *,
-        visual_index: Tensor,
+        visual_index: Tensor | None = None,
     ) -> Tensor:
-        dtype = matmul_dtype(hidden)
-        h, t = hidden.index_select(0, visual_index), anchor.index_select(0, visual_index)
+        dtype, h, t = matmul_dtype(hidden), hidden, anchor
+        if visual_index is not None:
+            h, t = h.index_select(0, visual_index), t.index_select(0, visual_index)
         # cast once, not once a chunk
         head = [x.to(dtype) for x in (*weights, *biases)]
         return _Chunked.apply(accumulate, len(weights), h.to(dtype), t, *head)
