@@ -74,7 +74,8 @@ class Compiler:
         run([*self.compile_command, *flags, "-c", source, "-o", str(target)])
 
     def link(self, objects: list[Path], target: Path) -> None:
-        command = [*self.link_command, *map(str, objects), "-lc10", "-ltorch_cpu", "-o", str(target)]
+        libraries = ["-lc10", "-ltorch_cpu"]
+        command = [*self.link_command, *map(str, objects), *libraries, "-o", str(target)]
         # A missing symbol has to show here, not first on a machine of that variant
         run([*command, *self.openmp, "-Wl,-z,defs"])
         # No -fopenmp: the OpenMP runtime has to be torch's own, which comes with libtorch_cpu
