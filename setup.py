@@ -28,10 +28,14 @@ BUILD = "_rows_build.json"  # read by prereg_kernels/rows/cpp_rows.py
 # The flags of torch's own kernels for the same instruction sets
 VARIANTS = {"base": "-O2 -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT"}
 if platform.machine() in ("x86_64", "AMD64"):
+    avx512 = (
+        "-O2 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c "
+        "-DCPU_CAPABILITY=AVX512 -DCPU_CAPABILITY_AVX512"
+    )
     VARIANTS |= {
         "avx2": "-O2 -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2",
-        "avx512": "-O2 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c "
-        "-DCPU_CAPABILITY=AVX512 -DCPU_CAPABILITY_AVX512",
+        "avx512": avx512,
+        "avx512_bf16": f"{avx512} -mavx512bf16",  # ours: converts to bfloat16 in one instruction
     }
 
 

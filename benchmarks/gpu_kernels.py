@@ -14,6 +14,7 @@ from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_timing import Clock, Effort, Measured, Step, warm_and_interleave
 from prereg_kernels.heuristics import choose_chunk_rows, chunk_budget
 from prereg_kernels.inputs import Spec
+from prereg_kernels.products import has_wide_products
 from prereg_kernels.rows.base import Rows
 
 
@@ -37,7 +38,7 @@ class Buffers:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
         shapes = [(o, i) for i, o in zip(case.widths, case.widths[1:], strict=False)]
-        budget = chunk_budget(device, case.dtype)
+        budget = chunk_budget(device, case.dtype, has_wide_products(device))
         self.n = n = choose_chunk_rows(
             case.tokens, case.widths[0], shapes, case.dtype.itemsize, budget
         )

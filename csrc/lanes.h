@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include <ATen/cpu/vec/functional.h>
@@ -149,6 +150,12 @@ template <typename C, typename T>
 inline void store(T* to, const Lanes<C>& value, Whole = {}) {
   if constexpr (std::is_same_v<C, T>) {
     value.write(to);
+#ifdef __AVX512BF16__
+  } else if constexpr (std::is_same_v<C, float> && std::is_same_v<T, c10::BFloat16>) {
+    // One instruction in place of some twenty
+    const __m512bh packed = _mm512_cvtne2ps_pbh(value.b, value.a);
+    std::memcpy(to, &packed, sizeof(packed));
+#endif
   } else if constexpr (std::is_same_v<C, float> && sizeof(T) == 2) {
     at::vec::convert_from_float<T>(value.a, value.b).store(to);
   } else {

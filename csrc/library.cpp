@@ -278,6 +278,36 @@ void scatter_rows_op(
   scatter_rows(from, to, data_of(rows), factor, accumulate);
 }
 
+// A matrix as BLAS takes it: rows of unit stride that do not overlap. Others are copied.
+Tensor blas_matrix(const char* name, const Tensor& x) {
+  checked_input(name, x);
+  const bool apart = x.size(0) > 1 && x.stride(0) >= x.size(1);
+  return apart || x.is_contiguous() ? x : x.contiguous();
+}
+
+void wide_product_op(
+    const Tensor& given_d, const Tensor& given_x, const Tensor& total, bool accumulate) {
+  const Tensor d = blas_matrix("d", given_d), x = blas_matrix("x", given_x);
+  const Input from = input(d), with = input(x);
+  check_dtype("d", d, at::kBFloat16);
+  check_dtype("x", x, at::kBFloat16);
+  check_shape("x", x, from.rows, with.columns);
+  checked_output("total", total);
+  check_dtype("total", total, at::kFloat);
+  check_shape("total", total, from.columns, with.columns);
+  TORCH_CHECK_VALUE(
+      total.is_contiguous(), "total: expected a contiguous matrix, got strides ", total.strides());
+  for (const int64_t value :
+       {from.rows, from.columns, with.columns, from.row_stride, with.row_stride}) {
+    TORCH_CHECK_VALUE(
+        value <= std::numeric_limits<int>::max(), "d, x: expected sizes and strides below 2^31, got ",
+        d.sizes(), " and ", x.sizes(), " with strides ", d.strides(), " and ", x.strides());
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      has_wide_product(), "wide_product: this torch comes without MKL's gemm_bf16bf16f32");
+  wide_product(from, with, accumulate, total.mutable_data_ptr<float>());
+}
+
 }  // namespace
 }  // namespace prereg
 
@@ -300,6 +330,8 @@ PREREG_LIBRARY(PREREG_NAMESPACE, m) {
   m.def(
       "scatter_rows(Tensor values, Tensor(a!) into, Tensor? index, Tensor? scale, "
       "bool accumulate) -> ()");
+  m.def("wide_product(Tensor d, Tensor x, Tensor(a!) total, bool accumulate) -> ()");
+  m.def("has_wide_product() -> bool", &prereg::has_wide_product);
 }
 
 PREREG_IMPL(PREREG_NAMESPACE, CPU, m) {
@@ -309,4 +341,5 @@ PREREG_IMPL(PREREG_NAMESPACE, CPU, m) {
   m.impl("token_losses", TORCH_FN(prereg::token_losses_op));
   m.impl("token_losses_and_grad", TORCH_FN(prereg::token_losses_and_grad_op));
   m.impl("scatter_rows", TORCH_FN(prereg::scatter_rows_op));
+  m.impl("wide_product", TORCH_FN(prereg::wide_product_op));
 }

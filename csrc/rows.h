@@ -50,4 +50,9 @@ void token_losses(
     const Input& z, const void* bias, const Input& anchor, const int64_t* index,
     const LossSpec& spec, void* losses, Coefficient coefficient, const Output* dz, void* sums);
 
+// total (M, K), float, contiguous, = d^T x, or += where `accumulate`, for d (n, M) and x (n, K) of
+// bfloat16 whose sizes and strides are ints; null where torch comes without such a product.
+bool has_wide_product();
+void wide_product(const Input& d, const Input& x, bool accumulate, float* total);
+
 }  // namespace prereg

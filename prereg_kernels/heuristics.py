@@ -13,8 +13,6 @@ from functools import cache
 
 import torch
 
-from prereg_kernels.products import has_wide_products
-
 
 @dataclass(frozen=True)
 class ChunkBudget:
@@ -30,16 +28,24 @@ GPU = ChunkBudget(256 * 2**20, 4864, 128)
 # 75 GFLOP/s of float32 a core and 10 GB/s: 200 rows for 5%; the matmul itself wants 512, and the
 # passes over a chunk want it in the last-level cache. Measured: docs/performance.md
 CPU = ChunkBudget(32 * 2**20, 512, 16)
+# 1.5 TFLOP/s of bfloat16 on two cores with tile registers
+TILES = ChunkBudget(16 * 2**20, 2048, 16)
 # Where a product of low precision has no float32 result, one chunk is rounded once, as in eager
 # PyTorch, but the weight gradients of several have to be computed in float32
 NARROW = ChunkBudget(1024 * 2**20, 4864, 128)
 
 
-def chunk_budget(device: torch.device, dtype: torch.dtype) -> ChunkBudget:
-    """The budget for matmul operands of this dtype."""
-    if dtype.itemsize == 2 and not has_wide_products(device):
+def chunk_budget(device: torch.device, dtype: torch.dtype, wide: bool) -> ChunkBudget:
+    """The budget for matmul operands of this dtype.
+
+    Args:
+        wide: whether products of 16-bit operands are summed in float32.
+    """
+    if dtype.itemsize == 2 and not wide:
         return NARROW
-    return CPU if device.type == "cpu" else GPU
+    if device.type != "cpu":
+        return GPU
+    return TILES if dtype.itemsize == 2 else CPU
 
 
 def choose_chunk_rows(

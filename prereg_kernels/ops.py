@@ -17,6 +17,7 @@ from prereg_kernels.heuristics import choose_chunk_rows, chunk_budget, operand_d
 from prereg_kernels.inputs import Inputs, Spec, check_anchor_rows
 from prereg_kernels.pipeline import Head, Needs, Problem, losses_and_gradients, losses_only
 from prereg_kernels.rows import choose_rows
+from prereg_kernels.rows.base import Rows
 
 
 def call_losses(hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
@@ -69,7 +70,7 @@ def pre_losses(
     with torch.autocast(hidden.device.type, enabled=False):
         problem = _flatten(hidden, anchor, select, weights, biases, bias_layers)
         rows = choose_rows(backend, hidden.device)
-        losses = losses_only(problem, spec, rows, _chunk_rows(problem, spec))
+        losses = losses_only(problem, spec, rows, _chunk_rows(problem, spec, rows))
         return _to_slots(losses, select, problem.hidden_index)
 
 
@@ -101,11 +102,12 @@ def pre_gradients(
     needs = Needs(need_hidden, need_weights, [need_of.get(i, False) for i in range(len(weights))])
     with torch.autocast(hidden.device.type, enabled=False):
         problem = _flatten(hidden, anchor, select, weights, biases, bias_layers)
+        rows = choose_rows(backend, hidden.device)
         losses, (dh, dws, dbs) = losses_and_gradients(
             problem,
             spec,
-            choose_rows(backend, hidden.device),
-            _chunk_rows(problem, spec),
+            rows,
+            _chunk_rows(problem, spec, rows),
             coefficient[problem.hidden_index] if _is_mask(select) else coefficient,
             needs,
             None if residual is None else residual.reshape(-1, hidden.shape[-1]),
@@ -282,11 +284,12 @@ def _flatten(
     )
 
 
-def _chunk_rows(problem: Problem, spec: Spec) -> int:
+def _chunk_rows(problem: Problem, spec: Spec, rows: Rows) -> int:
     if spec.chunk_rows:
         return spec.chunk_rows
     shapes = [(w.shape[0], w.shape[1]) for w in problem.head.weights]
-    budget = chunk_budget(problem.hidden.device, spec.compute_dtype)
+    device, dtype = problem.hidden.device, spec.compute_dtype
+    budget = chunk_budget(device, dtype, rows.has_wide_products(device, dtype))
     columns, itemsize = problem.hidden.shape[1], spec.compute_dtype.itemsize
     return choose_chunk_rows(problem.tokens, columns, shapes, itemsize, budget)
 

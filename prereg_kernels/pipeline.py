@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.inputs import Spec
-from prereg_kernels.products import add_product
 from prereg_kernels.rows.base import Rows
 
 
@@ -107,7 +106,8 @@ def losses_and_gradients(
     """
     last = len(problem.head.weights) - 1
     losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
-    sums = _WeightGradients(problem.head, needs, spec, single=problem.tokens <= chunk_rows)
+    single = problem.tokens <= chunk_rows
+    sums = _WeightGradients(problem.head, needs, spec, rows, single)
     unscale = None
     # 1/N would push dz, as an operand of the head's matmuls, into float16's subnormals
     if spec.compute_dtype == torch.float16 and last >= 0:
@@ -220,8 +220,8 @@ def power_of_two(coefficient: Tensor) -> Tensor:
 class _WeightGradients:
     """dW and db of every layer, summed over the chunks in `stat_dtype`."""
 
-    def __init__(self, head: Head, needs: Needs, spec: Spec, single: bool) -> None:
-        self.head, self.needs, self.dtype = head, needs, spec.stat_dtype
+    def __init__(self, head: Head, needs: Needs, spec: Spec, rows: Rows, single: bool) -> None:
+        self.head, self.needs, self.rows, self.dtype = head, needs, rows, spec.stat_dtype
         # One product is rounded once, as in eager autograd. In float16 it could overflow.
         self.single = single and spec.compute_dtype != torch.float16
         self.weights: list[Tensor | None] = [None] * len(head.weights)
@@ -239,7 +239,7 @@ class _WeightGradients:
         if self.needs.weights[layer]:
             keep = self.single and self.head.weights[layer].dtype != self.dtype
             wide = None if keep else self.dtype
-            self.weights[layer] = add_product(self.weights[layer], d.T, x, wide)
+            self.weights[layer] = self.rows.add_product(self.weights[layer], d.T, x, wide)
 
     def finish(self, unscale: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The sums, in each parameter's own dtype."""

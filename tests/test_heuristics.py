@@ -12,6 +12,7 @@ from prereg_kernels.heuristics import (
     CPU,
     GPU,
     NARROW,
+    TILES,
     ChunkBudget,
     choose_chunk_rows,
     chunk_budget,
@@ -20,7 +21,7 @@ from prereg_kernels.heuristics import (
 )
 
 WIDTHS = st.integers(1, 2**15)
-BUDGETS = st.sampled_from((CPU, NARROW, GPU))
+BUDGETS = st.sampled_from((CPU, NARROW, TILES, GPU))
 
 
 @given(st.integers(0, 2**33), WIDTHS, st.lists(st.tuples(WIDTHS, WIDTHS), max_size=3), BUDGETS)
@@ -65,6 +66,9 @@ def test_scratch_columns() -> None:
         (65536, 512, 4, CPU, 16),
         (8192, 2048, 4, CPU, 8),
         (8192, 2048, 2, NARROW, 1),
+        (8192, 512, 2, TILES, 2),
+        (8192, 1024, 2, TILES, 4),
+        (8192, 2048, 2, TILES, 4),
     ),
 )
 def test_known_shapes(
@@ -74,14 +78,18 @@ def test_known_shapes(
     assert -(-count // rows) == chunks
 
 
-def test_budget_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_of_a_device() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
-    assert chunk_budget(cpu, torch.float32) is CPU
-    assert chunk_budget(cpu, torch.bfloat16) is NARROW
-    assert chunk_budget(gpu, torch.bfloat16) is GPU
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert chunk_budget(gpu, torch.bfloat16) is NARROW
-    assert chunk_budget(gpu, torch.float32) is GPU
+    for device, dtype, wide, budget in (
+        (cpu, torch.float32, False, CPU),
+        (cpu, torch.float32, True, CPU),
+        (cpu, torch.bfloat16, False, NARROW),
+        (cpu, torch.bfloat16, True, TILES),
+        (gpu, torch.bfloat16, True, GPU),
+        (gpu, torch.bfloat16, False, NARROW),
+        (gpu, torch.float32, False, GPU),
+    ):
+        assert chunk_budget(device, dtype, wide) is budget
 
 
 @pytest.mark.parametrize("native", (False, True))

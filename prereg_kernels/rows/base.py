@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.inputs import Spec
+from prereg_kernels.products import add_product, has_wide_products
 
 
 class Rows(ABC):
@@ -164,6 +165,16 @@ class Rows(ABC):
             into.addmm_(d, weight)
         else:
             torch.mm(d, weight, out=into)
+
+    def add_product(
+        self, total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype | None
+    ) -> Tensor:
+        """total + a b, the sum of a weight gradient over chunks: see `products.add_product`."""
+        return add_product(total, a, b, wide)
+
+    def has_wide_products(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `add_product` sums products of 16-bit operands in float32 without a copy."""
+        return has_wide_products(device)
 
     def bias_left(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The bias that `linear`, with operands of this dtype, leaves to the next primitive."""

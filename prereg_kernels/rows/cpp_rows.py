@@ -42,11 +42,13 @@ def describe() -> dict[str, Any]:
 def runnable_variants() -> list[str]:
     """The variants that are built and that this CPU can run, the fastest first."""
     runnable = RUNNABLE.get(torch.backends.cpu.get_cpu_capability(), ("base",))
+    if "avx512" in runnable and torch.cpu._is_avx512_bf16_supported():
+        runnable = ("avx512_bf16", *runnable)
     return [variant for variant in runnable if variant in _read_build().get("variants", [])]
 
 
 class CppRows(Rows):
-    """Args: variant: "avx512", "avx2" or "base"; None: the fastest that this CPU can run.
+    """Args: variant: as `runnable_variants` names them; None: the fastest that this CPU can run.
 
     Raises:
         ValueError: it does not run here, and why.
@@ -114,6 +116,20 @@ class CppRows(Rows):
         accumulate: bool,
     ) -> None:
         self._ops.scatter_rows(values, into, index, scale, accumulate)
+
+    def add_product(
+        self, total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype | None
+    ) -> Tensor:
+        if wide != torch.float32 or not self.has_wide_products(a.device, a.dtype):
+            return super().add_product(total, a, b, wide)
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=wide) if total is None else total
+        self._ops.wide_product(a.T, b, out, total is not None)
+        return out
+
+    def has_wide_products(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """MKL has such products of bfloat16. They are only known to be fast with tile registers."""
+        tiles = bool(torch.cpu._is_amx_tile_supported())
+        return tiles and dtype == torch.bfloat16 and bool(self._ops.has_wide_product())
 
 
 @cache

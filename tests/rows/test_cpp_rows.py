@@ -23,6 +23,7 @@ from tests.rows.primitives import (
     LAYOUTS,
     SHAPES,
     Kind,
+    Placed,
     check_activation,
     check_gather,
     check_losses,
@@ -95,6 +96,28 @@ def test_activations_far_from_zero(rows: CppRows, activation: str) -> None:
     near = {"rtol": 1e-5, "atol": 1e-9}  # the formula in float64 cancels to 1e-15 |u| of the tail
     torch.testing.assert_close(g.double(), expected.detach(), **near)
     torch.testing.assert_close(du.double(), slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_every_16_bit_number(
+    rows: CppRows, dtype: torch.dtype, activation: str
+) -> None:
+    """Rounded once: half a unit in the last place, and 1/200 of one for the formulas."""
+    u = torch.arange(2**16).to(torch.int16).view(dtype)
+    u = u[u.abs() < 1000].unsqueeze(0)  # NaN is not
+    exact = u.double().requires_grad_()
+    expected = act(exact, activation)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    slope = slope.nan_to_num(0)  # where the formula's derivative is 0 * infinity
+    g, du = torch.empty_like(u), torch.ones_like(u)
+    rows.activate(u, None, activation, g)
+    rows.activation_backward(du, u, None, activation, None)
+    rounding = torch.finfo(dtype).eps * (1 / 2 + 1 / 200)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bound = {"rtol": rounding, "atol": max(2e-7, smallest)}  # gelu's tail ends at -5
+    torch.testing.assert_close(g.double(), expected.detach(), **bound)
+    torch.testing.assert_close(du.double(), slope, rtol=rounding, atol=1e-6)
 
 
 @each_dtype
@@ -209,7 +232,48 @@ def test_variants_agree(dtype: torch.dtype) -> None:
             assert relative_error(a, b) < BOUND[dtype]
 
 
+@pytest.fixture
+def tiles(rows: CppRows, monkeypatch: pytest.MonkeyPatch) -> CppRows:
+    """As on a CPU with tile registers; elsewhere the product is slower, and as exact."""
+    if not rows._ops.has_wide_product():
+        pytest.skip("this torch comes without MKL's product of bfloat16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return rows
+
+
+@pytest.mark.parametrize("shape", ((0, 5, 3), (1, 1, 1), (1, 7, 33), (31, 33, 7), (300, 65, 130)))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_products(tiles: CppRows, shape: tuple[int, int, int], layout: str) -> None:
+    n, m, k = shape
+    d, x = (Placed(draw(n, c, dtype=torch.bfloat16, seed=c), layout).view for c in (m, k))
+    exact = d.double().T @ x.double()
+    total = tiles.add_product(None, d.T, x, torch.float32)
+    assert total.dtype == torch.float32 and total.shape == (m, k)
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-5)
+    start = total.clone()
+    assert tiles.add_product(total, d.T, x, torch.float32) is total
+    torch.testing.assert_close(total.double(), start.double() + exact, rtol=1e-5, atol=1e-5)
+
+
+def test_wide_products_of_one_row_again_and_again(tiles: CppRows) -> None:
+    """As of a hidden state that is expanded, rows that lie on each other; and a row of a column."""
+    d, x = draw(5, 4, dtype=torch.bfloat16), draw(1, 3, dtype=torch.bfloat16, seed=1).expand(5, 3)
+    column = draw(3, 1, dtype=torch.bfloat16, seed=2)
+    for a, b in ((d, x), (d[:1], column.T)):
+        total = tiles.add_product(None, a.T, b, torch.float32)
+        torch.testing.assert_close(total.double(), a.double().T @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_where_products_are_wide(tiles: CppRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert tiles.has_wide_products(cpu, torch.bfloat16)
+    assert not tiles.has_wide_products(cpu, torch.float16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not tiles.has_wide_products(cpu, torch.bfloat16)
+
+
 M = torch.zeros(4, 6)
+B = M.bfloat16()
 WRONG_INDEX = torch.tensor([0, 1, 2, 4])
 WRONG_CALLS = {
     "out: expected unit column stride": ("gather_rows", M, None, torch.zeros(6, 4).T),
@@ -246,6 +310,15 @@ WRONG_CALLS = {
         ("scatter_rows", M, M, None, torch.ones(1), False),
     r"into: expected 4 rows, as there is no index, got 3":
         ("scatter_rows", M, M[:3], None, None, False),
+    "d: expected unit column stride": ("wide_product", B.T, B, torch.zeros(6, 6), False),
+    "d: expected BFloat16, got Float": ("wide_product", M, B, torch.zeros(6, 6), False),
+    r"x: expected shape \[4, 6\], got \[3, 6\]":
+        ("wide_product", B, B[:3], torch.zeros(6, 6), False),
+    r"total: expected shape \[6, 6\], got \[4, 6\]": ("wide_product", B, B, M, False),
+    "total: expected Float, got BFloat16":
+        ("wide_product", B, B, torch.zeros(6, 6).bfloat16(), False),
+    "total: expected a contiguous matrix":
+        ("wide_product", B, B, torch.zeros(6, 8)[:, :6], False),
 }  # fmt: skip
 
 
