@@ -13,7 +13,7 @@ from tiny import Collator, make_model, make_processor, make_samples
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prereg_kernels import apply_pre
-from prereg_kernels.regularizer import PRe
+from prereg_kernels.handle import PRe
 
 
 class Figures(TrainerCallback):

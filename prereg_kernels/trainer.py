@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from prereg_kernels.regularizer import _ATTRIBUTE, HEADS, PRe
+from prereg_kernels.handle import HEADS, PRe, find_pre
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -39,21 +39,6 @@ PRE_DIR = "pre"
 """Where a checkpoint keeps the heads."""
 
 logger = logging.get_logger(__name__)
-
-
-def find_pre(model: nn.Module) -> PRe:
-    """The handle of the PRe that is attached to a model, or to one inside of a wrapper (DDP, PEFT).
-
-    Raises:
-        ValueError: none is.
-    """
-    for module in model.modules():
-        if _ATTRIBUTE in vars(module):
-            return vars(module)[_ATTRIBUTE]
-    raise ValueError(
-        f"model: expected one with PRe attached, got a plain {type(model).__name__}; "
-        "call prereg_kernels.apply_pre(model) before you make the trainer"
-    )
 
 
 class PreTrainerMixin(_Base):

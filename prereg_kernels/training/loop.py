@@ -18,7 +18,8 @@ import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from prereg_kernels.regularizer import PRe, apply_pre
+from prereg_kernels.handle import PRe
+from prereg_kernels.regularizer import apply_pre
 from prereg_kernels.training.checkpoint import (
     Checkpoint,
     CheckpointError,
