@@ -14,35 +14,52 @@ from torch import Tensor
 from prereg_kernels.inputs import check_name, check_spec
 
 Anchor = Callable[[Mapping[str, Any]], Tensor]
+ANCHORS = ("pre_llm", "pre_projector")
+LEVELS = ("patch", "global")
 
 
 @dataclass(frozen=True)
 class PReConfig:
     """How PRe is attached; the defaults are those of the paper (arXiv 2603.20808).
 
+    docs/anchors.md says more about `anchor`, `level` and `token_fraction`.
+
     Attributes:
         layers: which hidden states to regularise, an int or several, counted as the paper does:
             16 is the output of the 16th decoder layer. None: the middle one.
+        share_head: True: one head for all of the layers. False: one for each.
         weight: lambda in `L = L_LM + lambda * L_PRe`, at least 0. Several layers share it: L_PRe
             is their mean.
-        anchor: "pre_llm", the visual features as they enter the LLM, or a function that gets the
-            keyword arguments of the model's forward and returns (N, A), a row for each visual
-            token in the order of `input_ids`; it runs without grad.
-        anchor_features: A; needed with an anchor function, else the LLM's width.
+        anchor: "pre_llm", the visual features as they enter the LLM; "pre_projector", as they
+            leave the vision encoder, for families with a visual token for each of the encoder's
+            rows; or a function that gets the keyword arguments of the model's forward and returns
+            (N, A), floating, on the batch's device: a row for each visual token in the order of
+            `input_ids`, or, with level="global", for each image. It runs without grad. Its numbers
+            are checked to be finite in the first pass only.
+        anchor_features: A; needed with an anchor function, else found on the model.
+        level: "patch", each visual token predicts its own anchor; or "global", the mean over each
+            image's visual tokens predicts the mean of their anchors: a row for each image, and
+            L_PRe is their mean.
+        token_fraction: in (0, 1]: the part of the visual tokens, drawn anew in every training
+            pass, whose gradient is computed. Its expectation is that of all of them.
         head_features: M, the width inside the head. None: the LLM's width.
         depth: matrices in the head. activation: between them.
         loss, normalize: as for `fused_pre_loss`.
         value_in_forward: also compute the value of L_PRe in the training forward, and add it to
             the loss's value, at two more matmuls a step. By default the value of the loss is L_LM
             and only its gradient is that of the sum; `metrics()` has L_PRe after backward.
-        value_in_eval: compute L_PRe for `metrics()` in evaluation too.
-        seed: of the heads' initialisation, so that it leaves the global generator alone.
+        value_in_eval: compute L_PRe for `metrics()` in evaluation too, of all visual tokens.
+        seed: of the heads' initialisation, so that it leaves the global generator alone, and of
+            `token_fraction`'s draws. At least 0.
     """
 
     layers: int | Sequence[int] | None = None
+    share_head: bool = False
     weight: float = 0.5
     anchor: str | Anchor = "pre_llm"
     anchor_features: int | None = None
+    level: str = "patch"
+    token_fraction: float = 1.0
     head_features: int | None = None
     depth: int = 2
     activation: str = "gelu"
@@ -53,22 +70,40 @@ class PReConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
-        if not number or not (self.weight >= 0 and math.isfinite(self.weight)):
+        if not _is_number(self.weight) or not 0 <= self.weight < math.inf:
             raise ValueError(f"weight: expected a non-negative finite number, got {self.weight!r}")
+        if not isinstance(self.share_head, bool):
+            raise TypeError(f"share_head: expected True or False, got {self.share_head!r}")
         check_spec(self.activation, self.loss, self.normalize, 1.0, torch.float32)
-        for name, least in (("depth", 0), ("head_features", 1), ("anchor_features", 1)):
+        for name, least, optional in (
+            ("depth", 0, False),
+            ("seed", 0, False),
+            ("head_features", 1, True),
+            ("anchor_features", 1, True),
+        ):
             value = getattr(self, name)
-            if value is None and name != "depth":
+            if value is None and optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         if not callable(self.anchor):
-            check_name("anchor", self.anchor, ("pre_llm", "a function"))
-        if callable(self.anchor) != (self.anchor_features is not None):
+            check_name("anchor", self.anchor, (*ANCHORS, "a function"))
+        if callable(self.anchor) and self.anchor_features is None:
+            raise ValueError("anchor_features: an anchor function needs its width A, got None")
+        if self.anchor == "pre_llm" and self.anchor_features is not None:
             raise ValueError(
-                "anchor_features: expected the width A with an anchor function, None without; "
+                "anchor_features: expected None with anchor='pre_llm', whose width is the LLM's, "
                 f"got {self.anchor_features!r}"
+            )
+        check_name("level", self.level, LEVELS)
+        if not _is_number(self.token_fraction) or not 0 < self.token_fraction <= 1:
+            raise ValueError(
+                f"token_fraction: expected a number in (0, 1], got {self.token_fraction!r}"
+            )
+        if self.token_fraction < 1 and self.level == "global":
+            raise ValueError(
+                "token_fraction: expected 1 with level='global', where the rows are means over "
+                f"whole images, got {self.token_fraction!r}"
             )
 
     def replace(self, **overrides: Any) -> PReConfig:
@@ -77,10 +112,7 @@ class PReConfig:
         Raises:
             TypeError: an unknown field.
         """
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in overrides:
-            if name not in known:
-                raise TypeError(f"{name}: not a setting of PRe; expected one of {', '.join(known)}")
+        self._check_names(overrides)
         return dataclasses.replace(self, **overrides)
 
     def resolve_layers(self, count: int) -> tuple[int, ...]:
@@ -110,6 +142,54 @@ class PReConfig:
         anchor = "function" if callable(self.anchor) else self.anchor
         return fields | {"anchor": anchor, "layers": list(layers)}
 
-    def anchor_width(self, llm_width: int) -> int:
-        """A, for an LLM of that width."""
-        return llm_width if self.anchor_features is None else self.anchor_features
+    @classmethod
+    def from_json(
+        cls, saved: Mapping[str, Any], overrides: Mapping[str, Any], count: int
+    ) -> PReConfig:
+        """The settings that `to_json` wrote.
+
+        Args:
+            overrides: settings that have to be the same; an anchor function, which was not written.
+            count: the layers of the decoder.
+
+        Raises:
+            ValueError: an override contradicts what was written, an anchor function is missing, or
+                a field is of another version.
+            TypeError: an override is no setting.
+        """
+        cls._check_names(overrides)
+        fields = dict(saved)
+        strange = set(fields) - {field.name for field in dataclasses.fields(cls)}
+        if strange:
+            raise ValueError(
+                f"from_pretrained: expected settings of this version of PRe, got {sorted(strange)}"
+            )
+        for name, value in overrides.items():
+            if name == "anchor" and callable(value):
+                value = "function"
+            elif name == "layers":
+                value = list(cls(layers=value).resolve_layers(count))
+            if name in fields and value != fields[name]:
+                raise ValueError(
+                    f"{name}: expected {fields[name]!r}, as in the run that wrote the heads, got "
+                    f"{value!r}"
+                )
+        if fields.get("anchor") == "function":
+            if "anchor" not in overrides:
+                raise ValueError(
+                    "anchor: the heads were trained with a function, which is not written to "
+                    "files; expected that function, got none"
+                )
+            fields["anchor"] = overrides["anchor"]
+        return cls(**fields | {"layers": tuple(fields["layers"])})
+
+    @classmethod
+    def _check_names(cls, overrides: Mapping[str, Any]) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in known:
+                raise TypeError(f"{name}: not a setting of PRe; expected one of {', '.join(known)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

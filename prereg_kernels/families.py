@@ -23,6 +23,14 @@ class Family:
         layers: path of the decoder layers, an `nn.ModuleList`. A layer returns its hidden states,
             or a tuple that begins with them.
         visual_tokens: names of the config attributes that hold visual token ids.
+        projector: path of the module that takes the vision encoder's rows, one for each visual
+            token in the order of `input_ids`, as its first argument: the source of the anchor
+            "pre_projector". None: there is no such module,
+        regroups: and this is why; it follows the family's name in an error.
+        images: how `level="global"` tells images apart, "runs" or "equal" (see
+            `prereg_kernels.images`). None: a batch does not say.
+        counted_by: names of those arguments of the model's forward that have an entry for each
+            image or video.
     """
 
     name: str
@@ -30,17 +38,28 @@ class Family:
     language_model: str = "model.language_model"
     layers: str = "model.language_model.layers"
     visual_tokens: tuple[str, ...] = ("image_token_id",)
+    projector: str | None = None
+    regroups: str = "was given no projector"
+    images: str | None = "runs"
+    counted_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("language_model", "layers"):
+        for field in ("language_model", "layers", "projector"):
             path = getattr(self, field)
-            if not isinstance(path, str):
+            if not isinstance(path, str) and not (field == "projector" and path is None):
                 raise TypeError(f"{field}: expected the path of a submodule, got {path!r}")
-        names = self.visual_tokens
-        if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
-            raise TypeError(
-                f"visual_tokens: expected a tuple of names of config attributes, got {names!r}"
-            )
+        for field, what in (
+            ("visual_tokens", "config attributes"),
+            ("counted_by", "arguments"),
+        ):
+            names = getattr(self, field)
+            are_names = isinstance(names, tuple) and all(isinstance(n, str) for n in names)
+            if not are_names or (field == "visual_tokens" and not names):
+                raise TypeError(f"{field}: expected a tuple of names of {what}, got {names!r}")
+        if self.images not in ("runs", "equal", None):
+            raise ValueError(f"images: expected 'runs', 'equal' or None, got {self.images!r}")
+        if self.images == "equal" and not self.counted_by:
+            raise ValueError("counted_by: images='equal' needs the arguments that count them")
 
     def language_model_of(self, model: nn.Module) -> nn.Module:
         """The module whose forward gets the merged embeddings.
@@ -63,6 +82,19 @@ class Family:
                 f"got {type(layers).__name__} with {_names(layers)}"
             )
         return layers
+
+    def projector_of(self, model: nn.Module) -> nn.Module:
+        """The module whose input is the anchor "pre_projector".
+
+        Raises:
+            ValueError: there is none at that path, or the family has none.
+        """
+        if self.projector is None:
+            raise ValueError(
+                "anchor: 'pre_projector' needs a row of the vision encoder for each visual token, "
+                f"but {self.name} {self.regroups}; expected 'pre_llm' or a function"
+            )
+        return self._follow(model, "projector")
 
     def visual_token_ids(self, model: nn.Module) -> tuple[int, ...]:
         """The ids that mark visual positions in `input_ids`.
@@ -100,24 +132,67 @@ class Family:
 
 
 _IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
+_PROJECTOR = "model.multi_modal_projector"
+_MERGES = "merges 2 x 2 patches into a token"
+_SHUFFLES = "shuffles several patches into a token"
+_TILES = "puts the patches of tiles together again, crops them and adds newlines"
 
 # Where a family has no token for video, frames are images to it.
 FAMILIES = (
-    Family("LLaVA", ("llava",)),
-    Family("LLaVA-NeXT", ("llava_next",)),
-    Family("LLaVA-OneVision", ("llava_onevision",), visual_tokens=_IMAGE_AND_VIDEO),
-    Family("Qwen2-VL", ("qwen2_vl",), visual_tokens=_IMAGE_AND_VIDEO),
-    Family("Qwen2.5-VL", ("qwen2_5_vl",), visual_tokens=_IMAGE_AND_VIDEO),
-    Family("Qwen3-VL", ("qwen3_vl",), visual_tokens=_IMAGE_AND_VIDEO),
-    Family("InternVL", ("internvl",)),
+    Family(
+        "LLaVA",
+        ("llava",),
+        projector=_PROJECTOR,
+        images="equal",
+        counted_by=("pixel_values",),
+    ),
+    Family("LLaVA-NeXT", ("llava_next",), regroups=_TILES, counted_by=("image_sizes",)),
+    Family(
+        "LLaVA-OneVision",
+        ("llava_onevision",),
+        visual_tokens=_IMAGE_AND_VIDEO,
+        regroups=_TILES,
+        counted_by=("image_sizes", "pixel_values_videos"),
+    ),
+    Family(
+        "Qwen2-VL",
+        ("qwen2_vl",),
+        visual_tokens=_IMAGE_AND_VIDEO,
+        regroups=_MERGES,
+        counted_by=("image_grid_thw", "video_grid_thw"),
+    ),
+    Family(
+        "Qwen2.5-VL",
+        ("qwen2_5_vl",),
+        visual_tokens=_IMAGE_AND_VIDEO,
+        regroups=_MERGES,
+        counted_by=("image_grid_thw", "video_grid_thw"),
+    ),
+    # A video is several runs of tokens: nothing has an entry for each.
+    Family("Qwen3-VL", ("qwen3_vl",), visual_tokens=_IMAGE_AND_VIDEO, regroups=_MERGES),
+    Family("InternVL", ("internvl",), regroups=_SHUFFLES),
+    # An image is several runs of tokens, one for each of its tiles, and a batch counts only tiles.
     Family(
         "SmolVLM and Idefics3",
         ("smolvlm", "idefics3"),
         language_model="model.text_model",
         layers="model.text_model.layers",
+        regroups=_SHUFFLES,
+        images=None,
     ),
-    Family("Gemma 3", ("gemma3",)),
-    Family("PaliGemma", ("paligemma",)),
+    Family(
+        "Gemma 3",
+        ("gemma3",),
+        regroups="averages several patches into a token",
+        counted_by=("pixel_values",),
+    ),
+    Family(
+        "PaliGemma",
+        ("paligemma",),
+        projector=_PROJECTOR,
+        images="equal",
+        counted_by=("pixel_values",),
+    ),
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,105 +12,141 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prereg_kernels import distributed
+from prereg_kernels.anchors import anchor_width
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family
 from prereg_kernels.head import PReHead
-from prereg_kernels.storage import read_heads, write_heads
+from prereg_kernels.images import check_images, count_images
+from prereg_kernels.storage import PRE_DIR, Saved, check_fit, load_heads, save_heads
 
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
+# Attributes that the model gets of its own while PRe is attached.
+_SHADOWED = ("_keys_to_ignore_on_save", "save_pretrained")
 
 
-def find_pre(model: nn.Module) -> PRe:
-    """The handle of the PRe that is attached to a model, or to one inside of a wrapper (DDP, PEFT).
-
-    Raises:
-        ValueError: none is.
-    """
+def get_pre(model: nn.Module) -> PRe | None:
+    """The PRe that is attached to a model, or to one inside of a wrapper (DDP, PEFT); or None."""
     for module in model.modules():
         if ATTRIBUTE in vars(module):
             return vars(module)[ATTRIBUTE]
-    raise ValueError(
-        f"model: expected one with PRe attached, got a plain {type(model).__name__}; "
-        "call prereg_kernels.apply_pre(model) before you make the trainer"
-    )
+    return None
+
+
+def find_pre(model: nn.Module) -> PRe:
+    """As `get_pre`.
+
+    Raises:
+        ValueError: none is attached.
+    """
+    pre = get_pre(model)
+    if pre is None:
+        raise ValueError(
+            f"model: expected one with PRe attached, got a plain {type(model).__name__}; "
+            "call prereg_kernels.apply_pre(model), before you make the optimizer or trainer"
+        )
+    return pre
 
 
 class Record(NamedTuple):
     """What `metrics` reads after a pass: a few numbers on the device, no graph, no batch."""
 
-    tokens: Tensor
+    tokens: Tensor  # visual tokens
+    rows: Tensor  # what L_PRe is the mean over: these, or their images
     denominator: float | Tensor | None
     lm_loss: Tensor | None
     values: dict[int, Tensor]  # written by backward
+
+    def sums(self) -> list[Tensor]:
+        """0-dim, for each layer: the sum of the loss over the rows."""
+        divisor = self.rows if self.denominator is None else self.denominator
+        return [value.to(self.rows) * divisor for value in self.values.values()]
+
+    def is_complete(self) -> bool:
+        """Whether backward has written the values."""
+        return all(value._version for value in self.values.values())
 
 
 class PRe:
     """PRe on a model: made by `apply_pre`.
 
     Attributes:
-        heads: {layer: PReHead}.
-        config: the settings.
-        denominator: None, or the number of visual tokens (a number or 0-dim Tensor) of the whole
-            optimizer step, over micro-batches and ranks: L_PRe of each call is then a sum over its
-            tokens divided by this. A training loop that accumulates gradients sets it every step.
+        heads: {layer: PReHead}; with `share_head`, the same one for every layer.
+        config: the settings. anchor_features: A.
+        denominator: None, or what `count` gives (a number or 0-dim Tensor) for the whole optimizer
+            step, summed over micro-batches and ranks: L_PRe of each call is then a sum over its
+            visual tokens (or images) divided by this. A training loop that accumulates gradients
+            sets it every step.
         loss: the weighted term of the last training call where it was not added to the model's
             loss: the model got no labels and so computed none, or `add_to_loss` is False. Add it
             to your loss. None otherwise.
         add_to_loss: False: leave the model's loss alone, for loops that compute their own from
             other outputs.
+        passes: training calls so far, by which `token_fraction` draws; saved with the heads.
     """
 
     def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
         layers = family.layers_of(model)
         family.language_model_of(model)  # before anything is registered: it may not be there
         numbers = config.resolve_layers(len(layers))
+        if config.level == "global":
+            check_images(family)
         self.model, self.config, self.family = model, config, family
+        self.anchor_features = anchor_width(config, family, model)
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
         self.add_to_loss = True
+        self.passes = 0
         self.last: Record | None = None
+        self.hooks: list[RemovableHandle] = []
         self._visual_tokens = family.visual_token_ids(model)
 
-        self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
-        model.add_module(HEADS, nn.ModuleDict({str(n): head for n, head in self.heads.items()}))
-        # `save_pretrained` then writes a plain model; the heads have their own file
-        names = {f"{HEADS}.{name}" for name in getattr(model, HEADS).state_dict()}
-        self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
-        model._keys_to_ignore_on_save = {*(self._ignored_before or ()), *names}
-
-        self.hooks: list[RemovableHandle] = []
+        if config.share_head:
+            shared = self._make_head(layers[numbers[0] - 1])
+            self.heads, names = dict.fromkeys(numbers, shared), {"shared": shared}
+        else:
+            self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
+            names = {str(number): head for number, head in self.heads.items()}
+        model.add_module(HEADS, nn.ModuleDict(names))
+        self._before = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
+        # `save_pretrained` then writes a plain model, and the heads to a file of their own
+        ignored = {f"{HEADS}.{name}" for name in self._state()}
+        before = getattr(model, "_keys_to_ignore_on_save", None) or ()
+        model._keys_to_ignore_on_save = {*before, *ignored}
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = self._save_pretrained
         setattr(model, ATTRIBUTE, self)
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last training call; with `value_in_eval`, of an evaluating one too.
 
         Returns:
-            "pre_loss": L_PRe, averaged over the visual tokens (and the layers; each layer has
-            "pre_loss/layer_16" too where there are several), once backward has computed it;
-            "lm_loss", where the model computed it; "visual_tokens". Under torch.distributed these
-            are reduced over all ranks, so call it on every rank. Empty before the first call.
+            "pre_loss": L_PRe, averaged over the visual tokens, or images (and the layers; each
+            layer has "pre_loss/layer_16" too where there are several), once backward has computed
+            it, with `token_fraction` as estimated from those drawn; "lm_loss", where the model
+            computed it; "visual_tokens"; "images" with level="global". Under torch.distributed
+            these are reduced over all ranks, so call it on every rank. Empty before the first call.
         """
         last = self.last
         if last is None:
             return {}
-        columns = [last.tokens, torch.ones_like(last.tokens)]
+        columns = [last.tokens, last.rows, torch.ones_like(last.tokens)]
         if last.lm_loss is not None:
             columns.append(last.lm_loss.to(last.tokens))
-        for value in last.values.values():  # sums over tokens, so that ranks can be added up
-            divisor = last.tokens if last.denominator is None else last.denominator
-            columns.append(value.to(last.tokens) * divisor)
-        totals = torch.stack(columns)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        totals = torch.stack(columns + last.sums())  # sums, so that ranks can be added up
+        if distributed.is_running():
             torch.distributed.all_reduce(totals)
-        tokens, ranks, *rest = totals.tolist()
+        tokens, rows, ranks, *rest = totals.tolist()
 
         figures = {"visual_tokens": tokens}
+        if self.config.level == "global":
+            figures["images"] = rows
         if last.lm_loss is not None:
             figures["lm_loss"] = rest.pop(0) / ranks
-        per_layer = [total / max(tokens, 1.0) for total in rest]
-        if not all(value._version for value in last.values.values()):  # backward still to come
+        if not last.is_complete():
             return figures
+        per_layer = [total / max(rows, 1.0) for total in rest]
         if per_layer:
             figures["pre_loss"] = sum(per_layer) / len(per_layer)
         if len(per_layer) > 1:
@@ -117,18 +155,30 @@ class PRe:
         return figures
 
     def totals(self) -> Tensor | None:
-        """Sums over the visual tokens of the last training call, without a sync or a collective.
+        """Sums over the rows of the last training call, without a sync or a collective.
 
         Returns:
-            (1 + layers,), float32, on the device: the number of visual tokens, and for each layer
-            the sum over them of the token's loss. None until backward has computed them.
+            (1 + layers,), float32, on the device: the number of rows, which are visual tokens or,
+            with level="global", images; and for each layer the sum over them of the row's loss.
+            None until backward has computed them.
         """
         last = self.last
-        if last is None or not all(value._version for value in last.values.values()):
-            return None
-        divisor = last.tokens if last.denominator is None else last.denominator
-        sums = [value.to(last.tokens) * divisor for value in last.values.values()]
-        return torch.stack([last.tokens, *sums])
+        return torch.stack([last.rows, *last.sums()]) if last and last.is_complete() else None
+
+    def count(self, batch: Mapping[str, Any]) -> Tensor:
+        """0-dim, int64: the rows that L_PRe of a batch is the mean over, without a sync.
+
+        These are its visual tokens, whatever `token_fraction` is, or with level="global" its
+        images. What a step divides by is the sum over its micro-batches and ranks.
+
+        Args:
+            batch: the keyword arguments of the model's forward.
+        """
+        ids = batch["input_ids"]
+        visual = self.visual_mask(ids)
+        if self.config.level == "global":
+            return count_images(self.family, batch, ids, visual)
+        return visual.sum()
 
     def visual_mask(self, input_ids: Tensor) -> Tensor:
         """Where the visual tokens are: bool, the shape of `input_ids`."""
@@ -137,31 +187,45 @@ class PRe:
             visual |= input_ids == token
         return visual
 
-    def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
-        """Write the heads (safetensors) and the config (JSON) into the directory `path`.
+    def check_heads_train(self) -> None:
+        """Raise ValueError if a head is frozen."""
+        for layer, head in self.heads.items():
+            parameters = list(head.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                raise ValueError(
+                    f"pre.heads: expected heads that train, got a frozen one at layer {layer} "
+                    "(PEFT freezes all that it did not make); call requires_grad_(True) on each of "
+                    "pre.heads.values(), before you make the optimizer"
+                )
 
-        Each file appears whole or not at all.
+    def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
+        """Write the heads and the settings into the directory `path`, into one file.
+
+        It appears whole or not at all. Where the heads are sharded (DTensor), all ranks have to
+        call this, and rank 0 writes.
 
         Args:
-            heads: what to write in place of the model's own parameters, where those are sharded:
+            heads: what to write in place of the model's own parameters:
                 {name inside of `model.pre_heads`: whole parameter}.
         """
-        state = self._state() if heads is None else heads
-        write_heads(Path(path), state, self.config.to_json(list(self.heads)))
+        own = self._state()
+        whole = {n: distributed.whole(x) for n, x in (own if heads is None else heads).items()}
+        sharded = heads is None and any(map(distributed.is_sharded, own.values()))
+        if not sharded or distributed.rank() == 0:
+            save_heads(Path(path), Saved(whole, self._json(), self.passes))
 
     def load(self, path: str | Path) -> None:
-        """Read the heads that `save` wrote.
+        """Read the heads that `save` wrote to the directory `path`, or to `path/pre`.
 
         Raises:
-            FileNotFoundError: there are none at `path`.
+            FileNotFoundError: there are none.
             ValueError: they cannot be read, or do not fit: other layers, shapes or settings.
         """
-        own = self._state()
-        shapes = {name: tuple(x.shape) for name, x in own.items()}
-        saved = read_heads(Path(path), shapes, self.config.to_json(list(self.heads)))
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
+        saved, own = load_heads(path), self._state()
+        check_fit(saved, self._json(), own, path)
+        self.passes = saved.passes
+        for name, parameter in own.items():
+            distributed.fill(parameter, saved.heads[name])
 
     def detach(self) -> None:
         """See `remove_pre`."""
@@ -169,10 +233,36 @@ class PRe:
             hook.remove()
         delattr(self.model, HEADS)
         delattr(self.model, ATTRIBUTE)
-        if self._ignored_before is None:
-            del self.model._keys_to_ignore_on_save
-        else:
-            self.model._keys_to_ignore_on_save = self._ignored_before
+        for name in _SHADOWED:
+            if name in self._before:
+                setattr(self.model, name, self._before[name])
+            elif name in vars(self.model):
+                delattr(self.model, name)
+
+    def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `save_pretrained`, and then PRe's file in `pre/`.
+
+        A `state_dict` without heads leaves them out.
+        """
+        original = self._before.get("save_pretrained")
+        if original is None:
+            original = partial(type(self.model).save_pretrained, self.model)
+        bound = inspect.signature(original).bind(save_directory, *args, **kwargs)
+        bound.apply_defaults()
+        options = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        state = options.get("state_dict")
+        heads = None if state is None else heads_of(state)  # before they are taken out of it
+        result = original(save_directory, *args, **kwargs)
+        if heads != {}:
+            heads = {n: distributed.whole(x) for n, x in (heads or self._state()).items()}
+            if options.get("is_main_process", True) and distributed.rank() == 0:
+                self.save(Path(save_directory) / PRE_DIR, heads)
+                if options.get("push_to_hub"):
+                    _upload(Path(save_directory) / PRE_DIR, options)
+        return result
+
+    def _json(self) -> dict[str, Any]:
+        return self.config.to_json(list(self.heads))
 
     def _state(self) -> dict[str, Tensor]:
         return dict(getattr(self.model, HEADS).named_parameters())
@@ -185,9 +275,30 @@ class PRe:
             torch.manual_seed(config.seed)
             head = PReHead(
                 width,
-                config.anchor_width(width),
+                self.anchor_features,
                 config.head_features,
                 depth=config.depth,
                 activation=config.activation,
             )
         return head.to(like.device, like.dtype if like.is_floating_point() else None)
+
+
+def heads_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The heads in a state dict of the model, or of one around it: {name inside: parameter}."""
+    marked = ((name.partition(f"{HEADS}."), x) for name, x in state_dict.items())
+    return {inside: x for (_, mark, inside), x in marked if mark}
+
+
+def _upload(folder: Path, options: Mapping[str, Any]) -> None:
+    """To where `save_pretrained(push_to_hub=True)` has put the model, in a commit of its own."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.get("token"))
+    name = options.get("repo_id") or folder.parent.resolve().name
+    api.upload_folder(
+        repo_id=api.create_repo(name, exist_ok=True).repo_id,
+        folder_path=folder,
+        path_in_repo=folder.name,
+        commit_message=options.get("commit_message") or "Upload PRe's heads",
+        create_pr=options.get("create_pr", False),
+    )

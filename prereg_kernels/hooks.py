@@ -1,8 +1,9 @@
 """The hooks of a forward pass of a model with PRe attached.
 
-Four hooks: the model's call begins a forward pass and notes the visual tokens; the language model's
-call shows the anchor, its input embeddings; each regularised decoder layer's output goes through
-the tap; the model's result gets the term added to its loss.
+The model's call begins a forward pass and notes the visual tokens; the projector's call shows what
+the vision encoder made of them, where that is the anchor; the language model's call shows its input
+embeddings, where they are; each regularised decoder layer's output goes through the tap; the
+model's result gets the term added to its loss.
 """
 
 from __future__ import annotations
@@ -16,21 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels import distributed
+from prereg_kernels.anchors import function_rows, projector_rows
 from prereg_kernels.handle import PRe, Record
+from prereg_kernels.images import Images, find_images
+from prereg_kernels.pooling import pool_images
+from prereg_kernels.sampling import choose_tokens
 
 
 def attach_hooks(pre: PRe) -> None:
     """Put the hooks on `pre.model`; `pre.detach` removes them."""
-    model, language_model = pre.model, pre.family.language_model_of(pre.model)
-    layers, hooks = pre.family.layers_of(model), _Hooks(pre)
+    model, family, hooks = pre.model, pre.family, _Hooks(pre)
+    language_model, layers = family.language_model_of(model), family.layers_of(model)
     pre.hooks += [
         model.register_forward_pre_hook(hooks.begin, with_kwargs=True),
         language_model.register_forward_pre_hook(hooks.see_embeddings, with_kwargs=True),
         model.register_forward_hook(hooks.end, always_call=True),
     ]
+    if pre.config.anchor == "pre_projector":
+        projector = family.projector_of(model)
+        hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
+        pre.hooks.append(hook)
     for number in pre.heads:
-        hook = partial(hooks.see_layer, number)
-        pre.hooks.append(layers[number - 1].register_forward_hook(hook))
+        see = partial(hooks.see_layer, number)
+        pre.hooks.append(layers[number - 1].register_forward_hook(see))
 
 
 @dataclass
@@ -38,12 +48,22 @@ class _Pass:
     """What one forward pass of the model needs to remember; gone when it ends."""
 
     inputs: Mapping[str, Any]
-    index: Tensor  # (N,) visual positions in the flattened batch
     training: bool
     denominator: float | Tensor | None
-    anchor: Tensor | None = None  # (batch, positions, A) or (N, A)
+    index: Tensor  # (N,) visual positions in the flattened batch
+    chosen: Tensor | None = None  # (K,) of them, by which L_PRe is estimated; None: all
+    images: Images | None = None  # with level="global"
+    encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
+    # (batch, positions, A), or a row for each of those that L_PRe reads
+    anchor: Tensor | None = None
+    pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
     values: dict[int, Tensor] = field(default_factory=dict)  # where their values will be
+
+    @property
+    def rows(self) -> int:
+        """What L_PRe is the mean over."""
+        return self.index.numel() if self.images is None else self.images.count
 
 
 class _Hooks:
@@ -55,69 +75,135 @@ class _Hooks:
         self._pass: _Pass | None = None  # while the model's forward runs
         self._arguments = tuple(inspect.signature(pre.model.forward).parameters)
         self._decoder_arguments = tuple(inspect.signature(language_model.forward).parameters)
+        self._saw_finite_anchor = False
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pre, config = self._pre, self._pre.config
         training = model.training and torch.is_grad_enabled()
         self._pass = None
-        if not training and not self._pre.config.value_in_eval:
+        if not training and not config.value_in_eval:
             return
         if training:
-            self._pre.loss = self._pre.last = None
+            pre.check_heads_train()
+            pre.loss = pre.last = None
         inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
-        index = self._pre.visual_mask(input_ids).flatten().nonzero().squeeze(1)
+        index = pre.visual_mask(input_ids).flatten().nonzero().squeeze(1)
         # with no visual tokens the term is 0, whatever it is divided by
-        denominator = self._pre.denominator if index.numel() else None
-        self._pass = _Pass(inputs, index, training, denominator)
+        denominator = pre.denominator if index.numel() else None
+        current = _Pass(inputs, training, denominator, index)
+        if config.level == "global":
+            current.images = find_images(pre.family, inputs, input_ids, index)
+        if training:
+            if config.token_fraction < 1:
+                current.chosen = self._choose(index)
+            pre.passes += 1
+        self._pass = current
+
+    def _choose(self, index: Tensor) -> Tensor:
+        pre = self._pre
+        # Ranks that share a batch, as under tensor parallelism, draw the same.
+        copies = getattr(pre.model, "tp_size", None) or 1
+        address = (pre.config.seed, distributed.rank() // copies, pre.passes)
+        return choose_tokens(index.numel(), pre.config.token_fraction, address, index.device)
+
+    def see_projector(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._pass is not None:
+            self._pass.encoded.append((args or tuple(kwargs.values()))[0].detach())
 
     def see_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         current = self._pass
-        if current is None:
+        inputs = dict(zip(self._decoder_arguments, args, strict=False)) | kwargs
+        embeddings = inputs.get("inputs_embeds")
+        if current is None or embeddings is None:
             return
-        anchor = self._pre.config.anchor
-        if callable(anchor):
-            self._pass = None  # the function may call parts of the model
-            with torch.no_grad():
-                current.anchor = self._check_anchor(anchor(current.inputs), current)
-            self._pass = current
-        else:
-            inputs = dict(zip(self._decoder_arguments, args, strict=False)) | kwargs
-            if inputs.get("inputs_embeds") is not None:
-                current.anchor = inputs["inputs_embeds"].detach()
+        with torch.no_grad():
+            current.anchor = self._anchor(current, embeddings.detach())
 
-    def _check_anchor(self, anchor: Any, current: _Pass) -> Tensor:
-        expected = (current.index.numel(), self._pre.config.anchor_features)
-        if not isinstance(anchor, Tensor) or tuple(anchor.shape) != expected:
-            came = tuple(anchor.shape) if isinstance(anchor, Tensor) else type(anchor).__name__
-            raise ValueError(f"anchor: expected a Tensor of shape {expected}, got {came}")
-        return anchor
+    def _anchor(self, current: _Pass, embeddings: Tensor) -> Tensor:
+        """For each row that L_PRe reads, or, for what entered the LLM, of the whole batch."""
+        pre, source, images = self._pre, self._pre.config.anchor, current.images
+        tokens, width = current.index.numel(), pre.anchor_features
+        count = None if images is None else images.count
+        if source == "pre_llm":
+            if images is None:
+                return embeddings
+            return pool_images(embeddings, images.of_token, images.count, index=current.index)
+        if callable(source):
+            self._pass = None  # the function may call parts of the model
+            rows = function_rows(
+                source(current.inputs), tokens, count, width,
+                current.index.device, finite=not self._saw_finite_anchor,
+            )  # fmt: skip
+            self._pass, self._saw_finite_anchor = current, True
+        else:
+            rows = projector_rows(current.encoded, tokens, width, pre.family, embeddings)
+            current.encoded.clear()
+        if images is not None:
+            is_pooled = rows.shape[0] == images.count
+            return rows if is_pooled else pool_images(rows, images.of_token, images.count)
+        return rows if current.chosen is None else rows[current.chosen.to(rows.device)]
 
     def see_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, tuple):
-            return self._tap(layer, output)
-        tapped = self._tap(layer, output[0])
-        return None if tapped is None else (tapped, *output[1:])
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self._pre.config.level == "global":
+            return self._pool(layer, hidden)
+        tapped = self._tap(layer, hidden)
+        if tapped is None or not isinstance(output, tuple):
+            return tapped
+        return (tapped, *output[1:])
+
+    def _pool(self, layer: int, hidden: Tensor) -> None:
+        """Keep the images' means for `end`: small, and outside of what is checkpointed."""
+        current = self._pass
+        if current is None:  # a checkpointed layer that backward runs again: nothing is saved in it
+            return
+        self._check(layer, current)
+        assert current.images is not None
+        of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
+        with torch.set_grad_enabled(current.training):
+            current.pooled[layer] = pool_images(hidden, of_token, current.images.count, index=index)
 
     def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
-        head, current, config = self._pre.heads[layer], self._pass, self._pre.config
+        head, current = self._pre.heads[layer], self._pass
         if current is None:
             # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
             # and nothing else; the first run has counted the loss.
             if not torch.is_grad_enabled():
                 return None
             nothing = hidden.new_zeros(0, dtype=torch.long)
-            anchor = hidden.new_zeros(0, config.anchor_width(hidden.shape[-1]))
+            anchor = hidden.new_zeros(0, self._pre.anchor_features)
             return head.tap(hidden, anchor, visual_index=nothing)[0]
+        self._check(layer, current)
+        index = current.index if current.chosen is None else current.index[current.chosen]
+        return self._loss(layer, current, hidden, index.to(hidden.device))
+
+    def _check(self, layer: int, current: _Pass) -> None:
         if current.anchor is None:
             raise RuntimeError(
                 f"PRe: layer {layer} runs, but the language model, "
                 f"{self._pre.family.language_model!r}, has not been called with inputs_embeds"
             )
-        index, anchor = current.index.to(hidden.device), current.anchor.to(hidden.device)
+        if current.training and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"PRe: layer {layer} runs without grad in a training step, as gradient "
+                "checkpointing does with use_reentrant=True; expected use_reentrant=False "
+                "(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+
+    def _loss(
+        self, layer: int, current: _Pass, hidden: Tensor, index: Tensor | None
+    ) -> Tensor | None:
+        """The layer's loss, into `current`; in training, returns the tapped `hidden`."""
+        head, config = self._pre.heads[layer], self._pre.config
+        assert current.anchor is not None
+        anchor = current.anchor.to(hidden.device)
         options = {"visual_index": index, "loss": config.loss, "normalize": config.normalize}
         value = torch.zeros((), dtype=torch.float32, device=hidden.device)
         current.values[layer] = value
@@ -125,15 +211,12 @@ class _Hooks:
             with torch.no_grad():
                 value.copy_(head(hidden, anchor, **options))
             return None
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"PRe: layer {layer} runs without grad in a training step, as gradient "
-                "checkpointing does with use_reentrant=True; expected use_reentrant=False "
-                "(gradient_checkpointing_kwargs={'use_reentrant': False})"
-            )
         denominator = current.denominator
         if isinstance(denominator, Tensor):
             denominator = denominator.to(hidden.device)
+        if denominator is not None and current.chosen is not None:
+            # the sum over the chosen, each in place of so many (prereg_kernels.sampling)
+            denominator = denominator * (current.chosen.numel() / current.index.numel())
         tapped, current.losses[layer] = head.tap(
             hidden,
             anchor,
@@ -147,23 +230,26 @@ class _Hooks:
         return tapped
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        current, self._pass = self._pass, None
+        pre, current, self._pass = self._pre, self._pass, None
         if current is None or output is None:  # the forward raised
             return None
+        for layer, pooled in current.pooled.items():
+            self._loss(layer, current, pooled, None)
         tokens = torch.tensor(float(current.index.numel()), device=current.index.device)
+        rows = torch.full_like(tokens, current.rows)
         is_tuple = isinstance(output, tuple)
         lm_loss = None
         if current.inputs.get("labels") is not None:
             lm_loss = output[0] if is_tuple else output.loss
         if current.training or current.index.numel():  # generation goes on without visual tokens
             detached = None if lm_loss is None else lm_loss.detach().clone()
-            self._pre.last = Record(tokens, current.denominator, detached, current.values)
+            pre.last = Record(tokens, rows, current.denominator, detached, current.values)
         if not current.training:
             return None
         values = [value.to(tokens.device) for value in current.losses.values()]
-        term = torch.stack(values).mean() * self._pre.config.weight * self._label_share(current)
-        if lm_loss is None or not self._pre.add_to_loss:
-            self._pre.loss = term
+        term = torch.stack(values).mean() * pre.config.weight * self._label_share(current)
+        if lm_loss is None or not pre.add_to_loss:
+            pre.loss = term
             return None
         total = lm_loss + term.to(lm_loss.device)
         if is_tuple:

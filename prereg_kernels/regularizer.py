@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family, find_family
-from prereg_kernels.handle import ATTRIBUTE, PRe
+from prereg_kernels.handle import PRe, get_pre
 from prereg_kernels.hooks import attach_hooks
+from prereg_kernels.storage import load_heads
 
 
 def apply_pre(
@@ -17,25 +19,33 @@ def apply_pre(
     config: PReConfig | None = None,
     *,
     family: Family | None = None,
+    from_pretrained: str | Path | None = None,
     **overrides: Any,
 ) -> PRe:
     """Attach PRe: `model(**batch).loss` then carries the gradient of `L_LM + weight * L_PRe`.
 
     The heads become parameters of the model: call this before building the optimizer. In training
     the *value* of the loss stays L_LM, unless `value_in_forward=True`; in evaluation nothing
-    changes.
+    changes. `model.save_pretrained` writes a plain model, as before, and the heads to `pre/` beside
+    it.
 
     Args:
-        model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`.
+        model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`. Not one in
+            a wrapper: call this before DistributedDataParallel, FSDP and torch.compile, and on the
+            model inside of a PeftModel.
         config: settings; None: the paper's. overrides: single fields of it.
         family: where the model keeps its parts; None: as `prereg_kernels.families` has it.
+        from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
+            the settings and heads there. Overrides may then only repeat what is saved, and give the
+            anchor function if there was one.
 
     Returns:
         The handle: heads, metrics, save and load.
 
     Raises:
         ValueError: unsupported or wrapped model, a family that does not fit it, PRe attached
-            already, a layer that does not exist.
+            already, a layer that does not exist, settings or heads that do not fit what was saved.
+        FileNotFoundError: there are no heads at `from_pretrained`.
         TypeError: an unknown setting.
     """
     if not isinstance(model, nn.Module):
@@ -44,10 +54,22 @@ def apply_pre(
         raise TypeError(f"config: expected a PReConfig or None, got {type(config).__name__}")
     if family is not None and not isinstance(family, Family):
         raise TypeError(f"family: expected a Family or None, got {type(family).__name__}")
-    if hasattr(model, ATTRIBUTE):
+    if config is not None and from_pretrained is not None:
+        raise ValueError("config: expected None with from_pretrained, which has settings; got both")
+    if get_pre(model) is not None:
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
-    config = (config or PReConfig()).replace(**overrides)
-    pre = PRe(model, config, family or find_family(model))
+    family = family or find_family(model)
+    if from_pretrained is None:
+        pre = PRe(model, (config or PReConfig()).replace(**overrides), family)
+    else:
+        count = len(family.layers_of(model))
+        saved = PReConfig.from_json(load_heads(from_pretrained).config, overrides, count)
+        pre = PRe(model, saved, family)
+        try:
+            pre.load(from_pretrained)
+        except ValueError:
+            pre.detach()
+            raise
     attach_hooks(pre)
     return pre
 
@@ -55,10 +77,13 @@ def apply_pre(
 def remove_pre(model: nn.Module) -> None:
     """Detach PRe; the model is what it was: state_dict keys, hooks, outputs.
 
+    Args:
+        model: the one that `apply_pre` was given, or one around it.
+
     Raises:
         ValueError: PRe is not attached.
     """
-    pre = getattr(model, ATTRIBUTE, None)
+    pre = get_pre(model)
     if pre is None:
         raise ValueError("model: PRe is not attached; expected a model that apply_pre was given")
     pre.detach()

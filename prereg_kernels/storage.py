@@ -1,59 +1,87 @@
-"""The files that keep PRe's heads beside a plain model."""
+"""The file that keeps PRe's heads and settings beside a plain model.
+
+One file, so that an interruption cannot leave the settings of one run beside the heads of another:
+the settings are JSON in the metadata of the safetensors.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from prereg_kernels.files import write_whole
 
-_HEADS_FILE, _CONFIG_FILE = "pre_heads.safetensors", "pre_config.json"
+PRE_DIR = "pre"
+"""Where a directory that holds a model keeps PRe."""
+HEADS_FILE = "pre_heads.safetensors"
+_METADATA = "prereg"
 
 
-def write_heads(path: Path, heads: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write heads and config into the directory `path`; each file appears whole or not at all."""
+class Saved(NamedTuple):
+    """What `save_heads` wrote.
+
+    Attributes:
+        heads: {name inside of `model.pre_heads`: whole parameter}, on the CPU.
+        config: the fields of the PReConfig, as JSON values.
+        passes: training forward passes so far.
+    """
+
+    heads: dict[str, Tensor]
+    config: dict[str, Any]
+    passes: int
+
+
+def save_heads(path: Path, saved: Saved) -> None:
+    """Write into the directory `path`; the file appears whole or not at all."""
     from safetensors.torch import save
 
     path.mkdir(parents=True, exist_ok=True)
-    heads = {name: x.detach().contiguous() for name, x in heads.items()}
-    write_whole(path / _CONFIG_FILE, json.dumps(config, indent=2))
-    write_whole(path / _HEADS_FILE, save(heads))
+    heads = {name: x.detach().contiguous() for name, x in saved.heads.items()}
+    about = json.dumps({"config": saved.config, "passes": saved.passes})
+    write_whole(path / HEADS_FILE, save(heads, {"format": "pt", _METADATA: about}))
 
 
-def read_heads(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The heads in the directory `path`, on the CPU.
-
-    Args:
-        shapes: what they have to be. expected: the config that they have to have been trained with.
+def load_heads(path: str | Path) -> Saved:
+    """Read the directory `path`, or `path/pre`.
 
     Raises:
-        FileNotFoundError: there are none at `path`.
-        ValueError: they cannot be read, or do not fit: other layers, shapes or settings.
+        FileNotFoundError: neither has the file.
+        ValueError: it cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
-    for file in (path / _HEADS_FILE, path / _CONFIG_FILE):
-        if not file.is_file():
-            raise FileNotFoundError(f"path: expected a directory with {file.name}, got {path}")
+    files = [Path(path) / HEADS_FILE, Path(path) / PRE_DIR / HEADS_FILE]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"path: expected a directory with {HEADS_FILE}, or with {PRE_DIR}/{HEADS_FILE}, "
+            f"got {path}"
+        )
     try:
-        saved = load_file(path / _HEADS_FILE)
-        config = dict(json.loads((path / _CONFIG_FILE).read_bytes()))
-    except (SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"path: {path} cannot be read: {error}") from None
-    for name in ("layers", "depth", "activation", "loss", "normalize"):
-        if config.get(name) != expected[name]:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {})[_METADATA])
+            heads = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return Saved(heads, dict(about["config"]), int(about["passes"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: {file} cannot be read: {error!r}") from None
+
+
+def check_fit(
+    saved: Saved, config: Mapping[str, Any], own: Mapping[str, Tensor], path: Any
+) -> None:
+    """Raise ValueError unless what was saved fits a model's settings and heads."""
+    for name in ("layers", "share_head", "anchor", "level", "depth", "activation", "loss",
+                 "normalize"):  # fmt: skip
+        if saved.config.get(name) != config[name]:
             raise ValueError(
-                f"path: the heads in {path} were trained with {name}={config.get(name)!r}, "
-                f"expected {expected[name]!r}"
+                f"path: the heads in {path} were trained with {name}={saved.config.get(name)!r}, "
+                f"expected {config[name]!r}"
             )
-    theirs = {name: tuple(x.shape) for name, x in saved.items()}
-    if theirs != shapes:
-        raise ValueError(f"path: heads do not fit: expected {shapes}, got {theirs} in {path}")
-    return saved
+    theirs = {name: tuple(x.shape) for name, x in saved.heads.items()}
+    ours = {name: tuple(x.shape) for name, x in own.items()}
+    if theirs != ours:
+        raise ValueError(f"path: heads do not fit: expected {ours}, got {theirs} in {path}")

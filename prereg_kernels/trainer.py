@@ -7,9 +7,10 @@ A plain `transformers.Trainer` trains a model with PRe attached, too, with three
   and is exact where that share is also its share of the visual tokens. (Qwen2.5-VL and others with
   `accepts_loss_kwargs = False` get the mean over the micro-batches, as their L_LM does.) Over ranks
   it is the same. PreTrainer counts the visual tokens of the step, over micro-batches and ranks.
-- Checkpoints. They hold a plain model, without the heads: a plain Trainer that resumes trains new
-  heads with the old ones' optimizer state. And of most multimodal models Trainer (5.17) restores no
-  weight at all, and says so in a warning about missing keys; PreTrainer restores them.
+- Checkpoints. They hold a plain model, and the heads in `pre/`, which a plain Trainer that resumes
+  does not read: attach PRe by `apply_pre(model, from_pretrained=checkpoint)` then. And of most
+  multimodal models Trainer (5.17) restores no weight at all, and says so in a warning about missing
+  keys; PreTrainer restores them.
 - Losses that Trainer computes itself from the logits, with `label_smoothing_factor` or
   `compute_loss_func`, do not hold the term: the heads do not train. TRL's SFTTrainer computes its
   own loss always.
@@ -28,15 +29,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from prereg_kernels.handle import HEADS, PRe, find_pre
+from prereg_kernels.handle import HEADS, PRe, find_pre, heads_of
+from prereg_kernels.storage import PRE_DIR
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
-
-PRE_DIR = "pre"
-"""Where a checkpoint keeps the heads."""
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +75,7 @@ class PreTrainerMixin(_Base):
             raise ValueError(
                 "PRe: expected whole sequences on each rank, got context or sequence parallelism"
             )
-        # (2 + layers,) of this rank since the last log: [sum of L_LM, visual tokens, sums of l]
+        # (2 + layers,) of this rank since the last log: [sum of L_LM, rows, sums of their losses]
         self._window: Tensor | None = None
         self._window_steps = 0
         self._micro_batch_lm_loss: Tensor | None = None
@@ -91,14 +90,9 @@ class PreTrainerMixin(_Base):
         """As Trainer's.
 
         Raises:
-            ValueError: all heads are frozen.
+            ValueError: a head is frozen.
         """
-        parameters = [p for head in self.pre.heads.values() for p in head.parameters()]
-        if parameters and not any(p.requires_grad for p in parameters):
-            raise ValueError(
-                "pre.heads: expected heads that train, got frozen ones (PEFT freezes all that it "
-                "did not make); call requires_grad_(True) on each of pre.heads.values()"
-            )
+        self.pre.check_heads_train()
         self._window, self._window_steps = None, 0
         try:
             return super().train(*args, **kwargs)
@@ -107,8 +101,8 @@ class PreTrainerMixin(_Base):
 
     # The step: its denominator, its loss, its figures.
 
-    def count_visual_tokens(self, batch: Mapping[str, Any]) -> Tensor:
-        """0-dim, int64: the visual tokens of a micro-batch, before it is given to `compute_loss`.
+    def count_rows(self, batch: Mapping[str, Any]) -> Tensor:
+        """0-dim, int64: as `pre.count`, of a micro-batch before it is given to `compute_loss`.
 
         Raises:
             ValueError: it has no "input_ids"; override this for a batch of another form.
@@ -117,23 +111,23 @@ class PreTrainerMixin(_Base):
             raise ValueError(
                 f"batch: PRe finds the visual tokens by its input_ids; got {', '.join(batch)}"
             )
-        return self.pre.visual_mask(batch["input_ids"]).sum()
+        return self.pre.count(batch)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """As Trainer's: the micro-batches of a step, and their label tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = torch.zeros((), dtype=torch.int64, device=device)
+        rows = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
-            tokens += self.count_visual_tokens(batch).to(device)
-        tokens = self.accelerator.reduce(tokens, reduction="sum") / self._copies()
+            rows += self.count_rows(batch).to(device)
+        rows = self.accelerator.reduce(rows, reduction="sum") / self._copies()
         # What the term will be multiplied by on its way to the gradient, each for L_LM's sake: by
         # compute_loss, by DDP, FSDP or ZeRO, which average over ranks, and by training_step.
         factor = self._loss_scale(items) / self._replicas()
         if self._is_divided(items):
             factor /= max(len(batches), 1)
-        self.pre.denominator = tokens * factor
+        self.pre.denominator = rows * factor
         self._window_steps += 1
         return batches, items
 
@@ -188,8 +182,8 @@ class PreTrainerMixin(_Base):
         # By these two, as others log as well, and not always on all ranks.
         if self._window is not None and "loss" in logs and "learning_rate" in logs:
             window = self.accelerator.reduce(self._window, reduction="sum")
-            lm_loss, tokens, *sums = window.tolist()
-            per_layer = [total / max(tokens, 1.0) for total in sums]
+            lm_loss, rows, *sums = window.tolist()
+            per_layer = [total / max(rows, 1.0) for total in sums]
             ranks = self.accelerator.num_processes
             logs["lm_loss"] = lm_loss / ranks / max(self._window_steps, 1)
             logs["pre_loss"] = sum(per_layer) / len(per_layer)
@@ -225,14 +219,12 @@ class PreTrainerMixin(_Base):
     ) -> None:
         # A state dict is given where the parameters are sharded, and holds them whole; or nothing,
         # where DeepSpeed has them in files of its own. `save_pretrained` takes the heads out of it.
-        heads = {
-            name.rpartition(f"{HEADS}.")[2]: tensor
-            for name, tensor in (state_dict or {}).items()
-            if f"{HEADS}." in name
-        }
+        heads = None if state_dict is None else heads_of(state_dict)
         super()._save(output_dir, state_dict)
-        if heads or state_dict is None:
-            self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads or None)
+        # The model's own `save_pretrained` writes its heads; a PeftModel's writes adapters alone.
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if inner is not self.pre.model and heads != {}:
+            self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -72,16 +72,20 @@ class PRESettings:
         layer: decoder layer whose output predicts, counted from 1.
         anchor: "pre_llm", the image's own features as they enter the LLM, or "other_scene", those
             of another image: a control with the right statistics and the wrong content.
+        token_fraction: part of the visual tokens that each step draws, in (0, 1].
     """
 
     weight: float = 2.0
     layer: int = 3
     anchor: str = "pre_llm"
+    token_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         _require("weight", self.weight > 0, "a positive number", self.weight)
         _require("layer", self.layer >= 1, "at least 1", self.layer)
         _require("anchor", self.anchor in ANCHORS, f"one of {ANCHORS}", self.anchor)
+        fraction = self.token_fraction
+        _require("token_fraction", 0 < fraction <= 1, "a number in (0, 1]", fraction)
 
 
 @dataclass(frozen=True)

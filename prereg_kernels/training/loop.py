@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from prereg_kernels.handle import PRe
 from prereg_kernels.regularizer import apply_pre
+from prereg_kernels.storage import PRE_DIR
 from prereg_kernels.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -42,9 +43,6 @@ from prereg_kernels.training.model import (
 from prereg_kernels.training.scenes import Scenes
 from prereg_kernels.training.schedule import cosine_with_warmup
 from prereg_kernels.training.tower import trained_tower
-
-PRE_DIR = "pre"
-"""Where a checkpoint keeps PRe's heads."""
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -158,7 +156,7 @@ def train(
                         stage=index,
                         config=to_dict(config),
                         optimizer=optimizer,
-                        write_model=_model_writer(model, tokenizer, pre),
+                        write_model=_model_writer(model, tokenizer),
                     )
                 if stopping:
                     raise TrainingInterrupted(step, path)
@@ -272,6 +270,7 @@ def _attach_pre(
         weight=config.pre.weight,
         anchor=anchor,
         anchor_features=config.model.width if callable(anchor) else None,
+        token_fraction=config.pre.token_fraction,
         seed=config.seed,
     )
 
@@ -340,14 +339,14 @@ def accumulate_gradients(
 
 
 def _model_writer(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, pre: PRe | None
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
 ) -> Callable[[Path], None]:
+    """Writes the model, its tokenizer and, where PRe is attached, its heads."""
+
     def write(directory: Path) -> None:
         with _no_bars():
             model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        if pre is not None:
-            pre.save(directory / PRE_DIR)
 
     return write
 

@@ -113,7 +113,7 @@ def test_files_of_a_checkpoint(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "final"))
     for name in ("checkpoint-3", "checkpoint-6", "final"):
         files = {path.name for path in (tmp_path / name / "pre").iterdir()}
-        assert files == {"pre_heads.safetensors", "pre_config.json"}
+        assert files == {"pre_heads.safetensors"}
         _, info = LlavaForConditionalGeneration.from_pretrained(
             tmp_path / name, output_loading_info=True
         )
@@ -202,9 +202,9 @@ def test_load_best_model_at_end(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_heads(tmp_path: Path) -> None:
-    """Of a plain Trainer, whose optimizer had heads."""
-    trainer_on(tmp_path, cls=Trainer, pre=True).train()
-    assert not (tmp_path / "checkpoint-3" / "pre").exists()
+    """Of a Trainer that knew no PRe."""
+    trainer_on(tmp_path, cls=Trainer).train()
+    assert not (tmp_path / "checkpoint-6" / "pre").exists()
     with pytest.raises(FileNotFoundError, match=r"path: expected .*pre_heads\.safetensors"):
         trainer_on(tmp_path).train(resume_from_checkpoint=True)
 

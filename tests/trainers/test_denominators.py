@@ -129,7 +129,7 @@ def test_frozen_heads(tmp_path: Path) -> None:
     pre = apply_pre(model)
     trainer = make_trainer(model, tmp_path)
     pre.heads[2].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"pre\.heads: expected heads that train, got frozen"):
+    with pytest.raises(ValueError, match=r"pre\.heads: expected heads that train, got a frozen"):
         trainer.train()
 
 

@@ -1,0 +1,39 @@
+"""What PRe asks of torch.distributed, where it is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_running() -> bool:
+    """Whether there is a default process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """Of this process; 0 without torch.distributed."""
+    return torch.distributed.get_rank() if is_running() else 0
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor, as FSDP2 makes of parameters."""
+    return type(x).__name__ == "DTensor"  # by name: its module is not in every build of torch
+
+
+def whole(x: Any) -> Tensor:
+    """The whole of what may be a DTensor; then all of its ranks have to call this."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def fill(parameter: Any, values: Tensor) -> None:
+    """Copy whole values into a parameter that may be a DTensor; then on all of its ranks."""
+    values = values.to(parameter.device, parameter.dtype)
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    with torch.no_grad():
+        parameter.copy_(values)
