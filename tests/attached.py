@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,17 +55,32 @@ def eager_term(
     batch: Mapping[str, Any],
     heads: Mapping[int, Any],
     mask: Tensor | None = None,
+    *,
+    anchor: Callable[[Mapping[str, Any]], Tensor] | None = None,
+    chosen: Tensor | None = None,
+    images: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(L_LM, L_PRe), by the outputs of the model's layers and the definition of the loss."""
-    anchor_function: Callable[..., Tensor] | None = options.pop("anchor", None)
+    """(L_LM, L_PRe), by the outputs of the model's layers and the definition of the loss.
+
+    `chosen`: of the visual tokens, those that count. `images`: the visual tokens of each image,
+    where their means count.
+    """
     with seen(model) as states:
         output = model(**batch)
     mask = batch["input_ids"] == IMAGE_TOKEN if mask is None else mask
-    anchor = states[0] if anchor_function is None else anchor_function(batch)
+    anchors = states[0][mask] if anchor is None else anchor(batch)
+
+    def reduced(rows: Tensor) -> Tensor:
+        if chosen is not None:
+            return rows[chosen]
+        if not images:
+            return rows
+        return torch.stack([part.mean(dim=0) for part in rows.split(list(images))])
+
     losses = [
         eager_pre_loss(
-            states[layer], anchor, head.weights, head.biases, visual_mask=mask,
+            reduced(states[layer][mask]), reduced(anchors), head.weights, head.biases,
             activation=head.activation, **options,
         )
         for layer, head in heads.items()
@@ -91,11 +107,15 @@ def both(
     checkpointing: bool = False,
     autocast: bool = False,
     upcast: torch.dtype | None = None,
+    anchor_rows: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
+    chosen: Tensor | None = None,
+    images: Sequence[int] | None = None,
     **overrides: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], tuple[float, float]]:
     """Gradients with PRe attached, the reference's, the metrics, and the reference's values.
 
-    `mask`: the visual positions, where they are not those of `IMAGE_TOKEN`.
+    `mask`: the visual positions, where they are not those of `IMAGE_TOKEN`. `anchor_rows`: the
+    reference's anchor, of the model and the batch. `chosen`, `images`: as for `eager_term`.
     """
     model = make()
     pre = apply_pre(model, **overrides)
@@ -110,12 +130,17 @@ def both(
     if checkpointing:
         model.gradient_checkpointing_disable()
     remove_pre(model)
-    options = {k: v for k, v in overrides.items() if k in ("anchor", "loss", "normalize")}
+    options = {k: v for k, v in overrides.items() if k in ("loss", "normalize")}
+    anchor = overrides.get("anchor") if anchor_rows is None else partial(anchor_rows, model)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        lm, term = eager_term(model, batch, heads, mask, upcast=upcast, **options)
+        lm, term = eager_term(
+            model, batch, heads, mask, upcast=upcast, anchor=anchor, chosen=chosen, images=images,
+            **options,
+        )  # fmt: skip
     (lm + pre.config.weight * term).backward()
     expected = gradients(model)
     model.zero_grad()
     for layer, head in heads.items():
-        expected |= {f"pre_heads.{layer}.{name}": p.grad for name, p in head.named_parameters()}
+        name = "shared" if pre.config.share_head else layer
+        expected |= {f"pre_heads.{name}.{n}": p.grad for n, p in head.named_parameters()}
     return ours, expected, metrics, (lm.item(), term.item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     inputs: Inputs  # of the model's forward
     visual: Tensor  # bool, (rows, length): the visual positions
     features: Tensor  # what the model makes of the pixels, a row for each visual position
+    images: list[int]  # the visual tokens of each image, or piece of a video
 
 
 def has(name: str, scene: str) -> bool:
@@ -41,12 +43,14 @@ def make_batch(name: str, model: Any, scene: str = "several images") -> Batch:
     case = CASES[name]
     rows, side = SCENES[scene]
     generator = torch.Generator().manual_seed(len(scene))
-    sequences = []
+    sequences, images = [], []
     for row in rows:
         words = torch.randint(3, 40, (len(row) + 7,), generator=generator).tolist()
         sequence = [1, words.pop()]
         for kind in row:
-            sequence += [NEW, *_tokens(case, model, kind), NEW, words.pop()]
+            tokens = _tokens(case, model, kind)
+            sequence += [NEW, *tokens, NEW, words.pop()]
+            images += [len(list(run)) for token, run in groupby(tokens) if token != NEW]
         sequences.append(torch.tensor(sequence + words))
 
     def pad(tensors: Sequence[Tensor]) -> Tensor:
@@ -68,7 +72,7 @@ def make_batch(name: str, model: Any, scene: str = "several images") -> Batch:
     if any(video_rows):
         inputs |= case.videos(video_rows)
         embeddings[kinds == 2] = _video_features(model, case.videos(video_rows))
-    return Batch(inputs, kinds > 0, embeddings[kinds > 0])
+    return Batch(inputs, kinds > 0, embeddings[kinds > 0], images)
 
 
 def _tokens(case: Case, model: Any, kind: str) -> list[int]:

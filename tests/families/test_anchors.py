@@ -1,0 +1,168 @@
+"""Anchors, levels and fractions on every family; packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prereg_kernels import apply_pre
+from prereg_kernels.families import FAMILIES
+from prereg_kernels.sampling import choose_tokens
+from tests.attached import both, compare
+from tests.families.batches import Batch, has, make_batch
+from tests.families.models import CASES, make_model
+from tests.families.packing import pack
+from tests.families.test_models import FAMILY_SCENES, checkpointed, every_family
+from tests.test_regularizer_state import traces
+
+PROJECTED = tuple(t for family in FAMILIES if family.projector for t in family.model_types)
+TELLING = tuple(t for family in FAMILIES if family.images for t in family.model_types)
+
+
+def run(name: str, batch: Batch, **options: Any) -> Any:
+    return both(batch.inputs, make=lambda: make_model(name), mask=batch.visual, **options)
+
+
+# anchor="pre_projector"
+
+
+def encoder_rows(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The vision tower's rows, without the class token where the family drops it."""
+    if "pixel_values" not in inputs:
+        return torch.zeros(0, 16)
+    with torch.no_grad():
+        out = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    if not hasattr(model.config, "vision_feature_layer"):
+        return out.last_hidden_state.flatten(0, 1)
+    layers = model.config.vision_feature_layer
+    rows = torch.cat(
+        [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=2
+    )
+    whole = model.config.vision_feature_select_strategy == "full"
+    return (rows if whole else rows[:, 1:]).flatten(0, 1)
+
+
+@checkpointed
+@pytest.mark.parametrize("name, scene", [x for x in FAMILY_SCENES if x[0] in PROJECTED])
+def test_gradients_with_what_the_encoder_saw(name: str, scene: str, checkpointing: bool) -> None:
+    batch = make_batch(name, make_model(name), scene)
+    ours, expected, metrics, (_, term) = run(
+        name, batch, checkpointing=checkpointing, anchor="pre_projector",
+        anchor_rows=encoder_rows, layers=(1, 2),
+    )  # fmt: skip
+    assert ours["pre_heads.2.weight_1"].shape == (16, 32)
+    compare(ours, expected)
+    assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4, abs=1e-7)
+    assert (term == 0) == (scene == "text only")
+
+
+@pytest.mark.parametrize(
+    "settings, width",
+    (
+        ({"vision_feature_select_strategy": "full"}, 16),
+        ({"vision_feature_layer": -1}, 16),
+        ({"vision_feature_layer": [0, 2]}, 32),
+    ),
+)
+def test_the_features_that_llava_selects(settings: dict[str, Any], width: int) -> None:
+    case = CASES["llava"]
+    config = case.config()
+    for name, value in settings.items():
+        setattr(config, name, value)
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return case.model(config).train()
+
+    batch = make_batch("llava", make())
+    ours, expected, _, _ = both(
+        batch.inputs, make=make, mask=batch.visual, anchor="pre_projector",
+        anchor_rows=encoder_rows,
+    )  # fmt: skip
+    assert ours["pre_heads.2.weight_1"].shape == (width, 32)
+    compare(ours, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in PROJECTED])
+def test_families_whose_encoder_has_other_rows(name: str) -> None:
+    model = make_model(name)
+    before = traces(model)
+    family = next(f for f in FAMILIES if name in f.model_types)
+    with pytest.raises(
+        ValueError, match=f"anchor: 'pre_projector' .*{family.name} {family.regroups}"
+    ):
+        apply_pre(model, anchor="pre_projector")
+    assert traces(model) == before
+
+
+# level="global"
+
+
+@checkpointed
+@pytest.mark.parametrize("name, scene", [x for x in FAMILY_SCENES if x[0] in TELLING])
+def test_gradients_of_whole_images(name: str, scene: str, checkpointing: bool) -> None:
+    batch = make_batch(name, make_model(name), scene)
+    ours, expected, metrics, (_, term) = run(
+        name, batch, checkpointing=checkpointing, level="global", images=batch.images,
+        layers=(1, 2),
+    )  # fmt: skip
+    compare(ours, expected)
+    assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4, abs=1e-7)
+    assert metrics["images"] == len(batch.images)
+    assert metrics["visual_tokens"] == sum(batch.images)
+    model = make_model(name)
+    count = apply_pre(model, level="global").count(batch.inputs)
+    assert count.item() == len(batch.images) and count.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in TELLING])
+def test_families_whose_batches_do_not_tell_images_apart(name: str) -> None:
+    model = make_model(name)
+    before = traces(model)
+    with pytest.raises(ValueError, match=r"level: 'global' .* SmolVLM and Idefics3 does not say"):
+        apply_pre(model, level="global")
+    assert traces(model) == before
+
+
+# token_fraction
+
+
+@checkpointed
+@every_family
+def test_gradients_of_a_fraction(name: str, checkpointing: bool) -> None:
+    """Those of the mean over the tokens of the first draw."""
+    batch = make_batch(name, make_model(name))
+    tokens = len(batch.features)
+    chosen = choose_tokens(tokens, 0.4, (3, 0, 0), torch.device("cpu"))
+    assert len(chosen) == round(0.4 * tokens)
+    ours, expected, metrics, (_, term) = run(
+        name, batch, checkpointing=checkpointing, token_fraction=0.4, seed=3, chosen=chosen,
+        layers=(1, 2),
+    )  # fmt: skip
+    compare(ours, expected)
+    assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4)
+    assert metrics["visual_tokens"] == tokens
+
+
+# Packed sequences
+
+
+@checkpointed
+@every_family
+def test_gradients_of_packed_sequences(name: str, checkpointing: bool) -> None:
+    """And that these are packed: L_PRe is what it is of the rows by themselves."""
+    model = make_model(name)
+    batch = make_batch(name, model, "uneven images" if has(name, "uneven images") else "images")
+    packed = pack(model, batch)
+    ours, expected, metrics, (_, term) = run(name, packed, checkpointing=checkpointing)
+    compare(ours, expected)
+    assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4)
+    if name == "paligemma":  # transformers lets the prefixes of a row see each other
+        return
+    apart = apply_pre(model)
+    model(**batch.inputs).loss.backward()
+    assert metrics["pre_loss"] == pytest.approx(apart.metrics()["pre_loss"], rel=1e-4)
