@@ -105,15 +105,19 @@ def eager_gradients(
     *,
     groups: Sequence[Sequence[Row]] | None = None,
     weight: float = WEIGHT,
+    level: str = "patch",
 ) -> dict[str, Tensor]:
     """The gradients of L_LM + weight * L_PRe of one step, by the definitions.
 
-    L_PRe is the mean over all visual tokens of `rows`; L_LM the mean over all of their labels, or
-    the mean over `groups` of each one's mean.
+    L_PRe is the mean over all visual tokens of `rows`, or over their images; L_LM the mean over all
+    of their labels, or the mean over `groups` of each one's mean.
     """
     model = tiny_llava()
-    tokens = sum(int((row["input_ids"] == IMAGE_TOKEN).sum()) for row in rows)
-    _, term = eager_term(model, collate(rows), heads, denominator=max(tokens, 1))
+    count, images = sum(int((row["input_ids"] == IMAGE_TOKEN).sum()) for row in rows), None
+    if level == "global":
+        count //= PATCHES
+        images = [PATCHES] * count
+    _, term = eager_term(model, collate(rows), heads, denominator=max(count, 1), images=images)
     means = [eager_term(model, collate(group), heads)[0] for group in groups or [rows]]
     for head in heads.values():
         head.zero_grad()

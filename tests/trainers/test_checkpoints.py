@@ -26,7 +26,9 @@ def trainer_on(out: Path, seed: int = 0, tied: bool = False, **arguments: Any) -
         model.tie_weights()
     plain = arguments.get("cls") is Trainer
     if not plain or arguments.pop("pre", False):
-        apply_pre(model, seed=seed, layers=arguments.pop("layers", (1, 3)))
+        own = {"layers": (1, 3), "token_fraction": 1.0}
+        settings = {name: arguments.pop(name, value) for name, value in own.items()}
+        apply_pre(model, seed=seed, **settings)
     defaults: dict[str, Any] = {
         "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1,
         "train_sampling_strategy": "random", "gradient_accumulation_steps": 2,
@@ -81,6 +83,15 @@ def test_resumed_training_is_uninterrupted_training(tmp_path: Path) -> None:
     assert sum("exp_avg" in name for name in state_of(whole)) > 2 * 8
     logs = [[x for x in t.state.log_history if "loss" in x] for t in (whole, resumed)]
     assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_a_resumed_run_draws_what_an_uninterrupted_one_draws(tmp_path: Path) -> None:
+    whole = trainer_on(tmp_path, token_fraction=0.5)
+    whole.train()
+    resumed = trainer_on(tmp_path / "resumed", token_fraction=0.5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(state_of(resumed), state_of(whole))
+    assert resumed.pre.passes == whole.pre.passes == 12
 
 
 def state_of_heads(trainer: Any) -> dict[str, Tensor]:

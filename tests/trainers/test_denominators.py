@@ -32,7 +32,9 @@ def steps_of(out: Path, size: int, count: int, **arguments: Any) -> Any:
     """Each step's gradients, and the heads."""
     model = tiny_llava()
     model.accepts_loss_kwargs = arguments.pop("accepts_loss_kwargs", True)
-    pre = apply_pre(model, weight=WEIGHT, layers=arguments.pop("layers", None))
+    own = ("layers", "level", "token_fraction")
+    settings = {name: arguments.pop(name) for name in own if name in arguments}
+    pre = apply_pre(model, weight=WEIGHT, **settings)
     steps = step_gradients(model, out, size, count, **arguments)
     assert pre.denominator is None
     remove_pre(model)
@@ -49,6 +51,29 @@ def test_gradients_of_a_step(tmp_path: Path, size: int, count: int, average_toke
 def test_gradients_of_several_layers(tmp_path: Path) -> None:
     (ours,), heads = steps_of(tmp_path, 2, 4, layers=(1, 3))
     compare(ours, eager_gradients(heads, make_rows()))
+
+
+@pytest.mark.parametrize("size, count", ((8, 1), (2, 4), (1, 8)))
+def test_gradients_of_whole_images(tmp_path: Path, size: int, count: int) -> None:
+    (ours,), heads = steps_of(tmp_path, size, count, level="global", layers=(1, 3))
+    compare(ours, eager_gradients(heads, make_rows(), level="global"))
+
+
+@pytest.mark.parametrize("size, count", ((8, 1), (2, 4), (1, 8)))
+def test_gradients_of_a_fraction(
+    tmp_path: Path, size: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Averaged over disjoint draws that together are all tokens, those of all tokens."""
+    quarters = []
+    for quarter in range(4):
+        monkeypatch.setattr(
+            "prereg_kernels.hooks.choose_tokens",
+            lambda tokens, *rest, q=quarter: torch.arange(tokens)[q::4],
+        )
+        (ours,), heads = steps_of(tmp_path, size, count, token_fraction=0.25)
+        quarters.append(ours)
+    mean = {n: torch.stack([q[n] for q in quarters]).mean(dim=0) for n in quarters[0]}
+    compare(mean, eager_gradients(heads, make_rows()))
 
 
 @pytest.mark.parametrize("size, count", ((8, 1), (2, 4)))

@@ -22,7 +22,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     config = RunConfig(
         seed=3,
         stages=(StageConfig("half", steps=7, trainable=("llm",), frozen_layers=3, pre=True),),
-        pre=PRESettings(weight=0.5, anchor="other_scene"),
+        pre=PRESettings(weight=0.5, anchor="other_scene", token_fraction=0.5),
         families={"tilt": 1.0, "count": 0.25},
         init_from="elsewhere",
         precision="bf16",

@@ -244,7 +244,7 @@ def test_starting_anew_forgets_the_run_before(
 
 
 def test_another_config_does_not_resume(unbroken: Path, cache_dir: Path) -> None:
-    config = tiny_run(pre=PRESettings(layer=1, weight=0.5))
+    config = tiny_run(pre=PRESettings(layer=1, weight=0.5, token_fraction=0.5))
     with pytest.raises(ValueError, match=r"pre\.weight: cannot resume .*2\.0.*asks for 0\.5"):
         train(config, unbroken, cache_dir=cache_dir, progress=False, tensorboard=False)
 

@@ -22,7 +22,7 @@ def tiny_run(**overrides: Any) -> RunConfig:
             StageConfig("projector", steps=3, warmup=1, trainable=("projector",)),
             StageConfig("all", steps=5, warmup=1, pre=True),
         ),
-        "pre": PRESettings(layer=1),
+        "pre": PRESettings(layer=1, token_fraction=0.5),  # a resumed run has to draw the same
         "questions_per_scene": 4,
         "micro_batch": 2,
         "accumulation": 2,
