@@ -235,7 +235,7 @@ class _Hooks:
             return None
         for layer, pooled in current.pooled.items():
             self._loss(layer, current, pooled, None)
-        tokens = torch.tensor(float(current.index.numel()), device=current.index.device)
+        tokens = torch.full((), float(current.index.numel()), device=current.index.device)
         rows = torch.full_like(tokens, current.rows)
         is_tuple = isinstance(output, tuple)
         lm_loss = None

@@ -53,7 +53,7 @@ def count_images(family: Family, batch: Mapping[str, Any], ids: Tensor, visual: 
     """
     if family.images == "runs":
         return _starts(ids, visual).sum()
-    return torch.tensor(_counted(family, batch) or 0, device=ids.device)
+    return torch.full((), _counted(family, batch) or 0, dtype=torch.int64, device=ids.device)
 
 
 def find_images(family: Family, batch: Mapping[str, Any], ids: Tensor, index: Tensor) -> Images:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-from prereg_kernels import apply_pre
+from prereg_kernels import apply_pre, find_pre
 from prereg_kernels.trainer import PreTrainer
 from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
 from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer, step_gradients
@@ -96,6 +97,30 @@ def fsdp_loop(rank: int, out: Path) -> Any:
     return sharded, grads, pre.metrics()
 
 
+def fsdp_files(rank: int, out: Path) -> Any:
+    """Heads before they are sharded, and what a sharded model of another seed makes of the files
+    that `pre.save`, and `save_pretrained` with a whole state dict, write of them."""
+    model = tiny_llava()
+    heads = apply_pre(model, layers=(1, 3), seed=1).heads
+    expected = [p.detach().clone() for layer in heads for p in heads[layer].parameters()]
+    fully_shard(model)
+    find_pre(model).save(out / "saved")
+    whole = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    model.save_pretrained(out / "model", state_dict=whole, is_main_process=rank == 0)
+    dist.barrier()
+    found = []
+    for name in ("saved", "model"):
+        other = tiny_llava()
+        pre = apply_pre(other, layers=(1, 3), seed=2)
+        fully_shard(other)
+        pre.load(out / name)
+        parameters = [p for layer in pre.heads for p in pre.heads[layer].parameters()]
+        found.append([p.full_tensor().clone() for p in parameters])
+    return expected, found
+
+
 def freeze_vision(model: Any) -> None:
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
@@ -129,6 +154,7 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     "resumed": resumed,
     "ddp loop": ddp_loop,
     "fsdp loop": fsdp_loop,
+    "fsdp files": fsdp_files,
 }
 
 

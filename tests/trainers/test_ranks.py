@@ -87,6 +87,13 @@ def test_gradients_under_fully_shard(out: Path, heads: Any) -> None:
         assert metrics["visual_tokens"] == sum(IMAGES) * PATCHES
 
 
+def test_files_of_sharded_heads(out: Path) -> None:
+    for expected, found in read(out, "fsdp files"):
+        assert len(expected) == 8
+        for heads in found:
+            assert all(map(torch.equal, heads, expected))
+
+
 def test_figures_are_reduced(out: Path) -> None:
     model, rows = tiny_llava(), make_rows()
     pre = apply_pre(model, layers=(1, 3))
