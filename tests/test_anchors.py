@@ -14,7 +14,7 @@ from prereg_kernels.anchors import anchor_width, projector_rows
 from prereg_kernels.families import FAMILIES, Family
 from tests.attached import both, compare
 from tests.families.test_family import PLAIN, plain_batch, plain_model
-from tests.tiny import IMAGE_TOKEN, PATCHES, make_batch, tiny_llava
+from tests.tiny import IMAGE_TOKEN, PATCHES, WIDTH, make_batch, tiny_llava
 
 LLAVA = FAMILIES[0]
 
@@ -53,10 +53,11 @@ def test_a_function_may_call_the_model_and_runs_without_grad() -> None:
 
     def anchor(inputs: Mapping[str, Any]) -> Tensor:
         seen.append(torch.is_grad_enabled())
-        out = model(**{name: inputs[name] for name in ("input_ids", "pixel_values")})
-        return out.logits[inputs["input_ids"] == IMAGE_TOKEN]
+        assert len(seen) == 1  # the hooks of its parts do not take these calls for the pass's own
+        out = model.model(**{name: inputs[name] for name in ("input_ids", "pixel_values")})
+        return out.last_hidden_state[inputs["input_ids"] == IMAGE_TOKEN]
 
-    pre = apply_pre(model, anchor=anchor, anchor_features=40)
+    pre = apply_pre(model, anchor=anchor, anchor_features=WIDTH)
     model(**make_batch()).loss.backward()
     assert seen == [False] and pre.metrics()["pre_loss"] != 0
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from prereg_kernels import apply_pre
+from tests.families.test_family import PeftModel
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
 
@@ -149,6 +150,17 @@ def test_heads_of_a_state_dict(tmp_path: Path) -> None:
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
     trainer._save(str(tmp_path / "empty"), state_dict={})
     assert not (tmp_path / "empty" / "pre").exists()
+
+
+def test_heads_of_a_model_inside_of_another(tmp_path: Path) -> None:
+    """Whose own way to save knows nothing of them, as a PeftModel's."""
+    model = tiny_llava()
+    pre = apply_pre(model)
+    trainer = make_trainer(PeftModel(model), tmp_path)
+    assert trainer.pre is pre
+    trainer._save(str(tmp_path / "saved"))
+    again = apply_pre(tiny_llava(), from_pretrained=tmp_path / "saved")
+    assert torch.equal(again.heads[2].weight_0, pre.heads[2].weight_0)
 
 
 @pytest.mark.parametrize("tied", (False, True))
