@@ -27,7 +27,6 @@ class PReConfig:
     Attributes:
         layers: which hidden states to regularise, an int or several, counted as the paper does:
             16 is the output of the 16th decoder layer. None: the middle one.
-        share_head: True: one head for all of the layers. False: one for each.
         weight: lambda in `L = L_LM + lambda * L_PRe`, at least 0. Several layers share it: L_PRe
             is their mean.
         anchor: "pre_llm", the visual features as they enter the LLM; "pre_projector", as they
@@ -42,6 +41,7 @@ class PReConfig:
             L_PRe is their mean.
         token_fraction: in (0, 1]: the part of the visual tokens, drawn anew in every training
             pass, whose gradient is computed. Its expectation is that of all of them.
+        share_head: True: one head for all of the layers. False: one for each.
         head_features: M, the width inside the head. None: the LLM's width.
         depth: matrices in the head. activation: between them.
         loss, normalize: as for `fused_pre_loss`.
@@ -54,12 +54,12 @@ class PReConfig:
     """
 
     layers: int | Sequence[int] | None = None
-    share_head: bool = False
     weight: float = 0.5
     anchor: str | Anchor = "pre_llm"
     anchor_features: int | None = None
     level: str = "patch"
     token_fraction: float = 1.0
+    share_head: bool = False
     head_features: int | None = None
     depth: int = 2
     activation: str = "gelu"

@@ -111,7 +111,8 @@ class PRe:
         model.add_module(HEADS, nn.ModuleDict(names))
         self._before = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
         # `save_pretrained` then writes a plain model, and the heads to a file of their own
-        ignored = {f"{HEADS}.{name}" for name in self._state()}
+        self._shapes = {name: tuple(x.shape) for name, x in self._state().items()}
+        ignored = {f"{HEADS}.{name}" for name in self._shapes}
         before = getattr(model, "_keys_to_ignore_on_save", None) or ()
         model._keys_to_ignore_on_save = {*before, *ignored}
         if hasattr(model, "save_pretrained"):
@@ -207,9 +208,13 @@ class PRe:
         Args:
             heads: what to write in place of the model's own parameters:
                 {name inside of `model.pre_heads`: whole parameter}.
+
+        Raises:
+            ValueError: parameters that are not whole, as with DeepSpeed ZeRO-3 and FSDP1.
         """
         own = self._state()
         whole = {n: distributed.whole(x) for n, x in (own if heads is None else heads).items()}
+        self._check_whole(whole)
         sharded = heads is None and any(map(distributed.is_sharded, own.values()))
         if not sharded or distributed.rank() == 0:
             save_heads(Path(path), Saved(whole, self._json(), self.passes))
@@ -219,10 +224,12 @@ class PRe:
 
         Raises:
             FileNotFoundError: there are none.
-            ValueError: they cannot be read, or do not fit: other layers, shapes or settings.
+            ValueError: they cannot be read, or do not fit: other layers, shapes or settings; or the
+                model's are not whole (see `save`).
         """
         saved, own = load_heads(path), self._state()
-        check_fit(saved, self._json(), own, path)
+        self._check_whole(own)
+        check_fit(saved, self._json(), self._shapes, path)
         self.passes = saved.passes
         for name, parameter in own.items():
             distributed.fill(parameter, saved.heads[name])
@@ -260,6 +267,15 @@ class PRe:
                 if options.get("push_to_hub"):
                     _upload(Path(save_directory) / PRE_DIR, options)
         return result
+
+    def _check_whole(self, heads: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(x.shape) for name, x in heads.items()}
+        if shapes != self._shapes:
+            raise ValueError(
+                f"heads: expected whole parameters, {self._shapes}, got {shapes}; where DeepSpeed "
+                "ZeRO-3 or FSDP1 partitions them, load before they wrap the model, and save with "
+                "heads= (or save_pretrained with state_dict=) from a gathered state dict"
+            )
 
     def _json(self) -> dict[str, Any]:
         return self.config.to_json(list(self.heads))

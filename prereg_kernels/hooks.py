@@ -152,23 +152,25 @@ class _Hooks:
 
     def see_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        if self._pre.config.level == "global":
-            return self._pool(layer, hidden)
-        tapped = self._tap(layer, hidden)
+        is_pooled = self._pre.config.level == "global"
+        tapped = self._pool(layer, hidden) if is_pooled else self._tap(layer, hidden)
         if tapped is None or not isinstance(output, tuple):
             return tapped
         return (tapped, *output[1:])
 
-    def _pool(self, layer: int, hidden: Tensor) -> None:
+    def _pool(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Keep the images' means for `end`: small, and outside of what is checkpointed."""
         current = self._pass
         if current is None:  # a checkpointed layer that backward runs again: nothing is saved in it
-            return
+            return None
         self._check(layer, current)
         assert current.images is not None
         of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
         with torch.set_grad_enabled(current.training):
             current.pooled[layer] = pool_images(hidden, of_token, current.images.count, index=index)
+        if not current.training:
+            return None
+        return _Use.apply(hidden, *self._pre.heads[layer].parameters())
 
     def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
         head, current = self._pre.heads[layer], self._pass
@@ -269,3 +271,23 @@ class _Hooks:
         if items is None or labels is None or current.denominator is not None:
             return 1.0
         return (labels[..., 1:] != -100).sum() / items
+
+
+class _Use(torch.autograd.Function):
+    """The identity on `hidden`, whose backward has no gradient for the parameters.
+
+    DDP looks for what a step uses in the graph of what the model returns. The tap puts a head's
+    parameters there; with level="global" nothing that is returned needs to depend on them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        same = hidden.view_as(hidden)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(same)
+        return same
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradient, *[None] * ctx.parameters)

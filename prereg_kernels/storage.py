@@ -71,7 +71,7 @@ def load_heads(path: str | Path) -> Saved:
 
 
 def check_fit(
-    saved: Saved, config: Mapping[str, Any], own: Mapping[str, Tensor], path: Any
+    saved: Saved, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Any
 ) -> None:
     """Raise ValueError unless what was saved fits a model's settings and heads."""
     for name in ("layers", "share_head", "anchor", "level", "depth", "activation", "loss",
@@ -82,6 +82,5 @@ def check_fit(
                 f"expected {config[name]!r}"
             )
     theirs = {name: tuple(x.shape) for name, x in saved.heads.items()}
-    ours = {name: tuple(x.shape) for name, x in own.items()}
-    if theirs != ours:
-        raise ValueError(f"path: heads do not fit: expected {ours}, got {theirs} in {path}")
+    if theirs != shapes:
+        raise ValueError(f"path: heads do not fit: expected {shapes}, got {theirs} in {path}")

@@ -237,6 +237,26 @@ def test_settings_of_another_version(tmp_path: Path, change: Any, message: str) 
         apply_pre(tiny_llava(), from_pretrained=tmp_path)
 
 
+@pytest.mark.parametrize("partition", (lambda x: x[:0], lambda x: x.flatten()[:3]))
+def test_heads_that_are_not_whole(tmp_path: Path, partition: Any) -> None:
+    """As ZeRO-3 and FSDP1 leave them on the model: nothing is written but what is handed over."""
+    model = tiny_llava()
+    pre = apply_pre(model)
+    whole = {name: p.detach().clone() for name, p in model.pre_heads.named_parameters()}
+    pre.save(tmp_path / "before")
+    for parameter in pre.heads[2].parameters():
+        parameter.data = partition(parameter.data)
+    message = "heads: expected whole parameters, .* got .*ZeRO-3"
+    for attempt in (pre.save, model.save_pretrained):
+        with pytest.raises(ValueError, match=message):
+            attempt(tmp_path / "after")
+    assert not list((tmp_path / "after").rglob(FILE))
+    with pytest.raises(ValueError, match=message):
+        pre.load(tmp_path / "before")
+    pre.save(tmp_path / "after", whole)
+    assert torch.equal(load_heads(tmp_path / "after").heads["2.bias_1"], whole["2.bias_1"])
+
+
 def test_nothing_to_restore(tmp_path: Path) -> None:
     expected = f"path: expected a directory with {FILE}, or with pre/{FILE}, got {tmp_path}"
     with pytest.raises(FileNotFoundError, match=re.escape(expected)):

@@ -55,6 +55,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "value": {"value_in_forward": True, "value_in_eval": True},
     "function": {"anchor": anchor_of_pixels, "anchor_features": 8},
     "two layers": {"layers": (1, 3)},
+    "images": {"layers": (1, 3), "level": "global"},
+    "encoder": {"anchor": "pre_projector"},
+    "fraction": {"token_fraction": 0.5, "share_head": True, "layers": (1, 3)},
 }
 
 

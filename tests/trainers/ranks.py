@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from prereg_kernels import apply_pre, find_pre
 from prereg_kernels.trainer import PreTrainer
-from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
+from tests.tiny import gradients, tiny_llava
 from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer, step_gradients
 
 RANKS = 2
@@ -35,7 +35,7 @@ def trainer_gradients(rank: int, out: Path, cls: type[Trainer], **arguments: Any
     """Of a step of two micro-batches of two rows on each rank."""
     model = tiny_llava()
     model.accepts_loss_kwargs = arguments.pop("accepts_loss_kwargs", True)
-    apply_pre(model, weight=WEIGHT)
+    apply_pre(model, weight=WEIGHT, **arguments.pop("settings", {}))
     (step,) = step_gradients(
         model, out, 2, 2, cls=cls, ddp_find_unused_parameters=True, **arguments
     )  # fmt: skip
@@ -74,23 +74,23 @@ def ddp_loop(rank: int, out: Path) -> Any:
     pre = apply_pre(model, weight=WEIGHT)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     batch = collate(rows_of(rank))
-    pre.denominator = global_count(batch["input_ids"] == IMAGE_TOKEN) / RANKS
-    labels = global_count(batch["labels"][:, 1:] != -100) / RANKS
+    pre.denominator = global_sum(pre.count(batch)) / RANKS
+    labels = global_sum((batch["labels"][:, 1:] != -100).sum()) / RANKS
     wrapped(**batch, num_items_in_batch=labels).loss.backward()
     return gradients(model)
 
 
-def fsdp_loop(rank: int, out: Path) -> Any:
+def fsdp_loop(rank: int, out: Path, **settings: Any) -> Any:
     """FSDP2 on the decoder layers and the rest; the rank without images trains what it uses."""
     model = tiny_llava()
     freeze_vision(model)
-    pre = apply_pre(model, weight=WEIGHT)
+    pre = apply_pre(model, weight=WEIGHT, **settings)
     for layer in model.model.language_model.layers:
         fully_shard(layer)
     fully_shard(model)
     batch = collate(rows_of(rank))
-    pre.denominator = global_count(batch["input_ids"] == IMAGE_TOKEN) / RANKS
-    labels = global_count(batch["labels"][:, 1:] != -100) / RANKS
+    pre.denominator = global_sum(pre.count(batch)) / RANKS
+    labels = global_sum((batch["labels"][:, 1:] != -100).sum()) / RANKS
     model(**batch, num_items_in_batch=labels).loss.backward()
     sharded = all(isinstance(p, DTensor) for p in pre.heads[2].parameters())
     grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
@@ -126,8 +126,8 @@ def freeze_vision(model: Any) -> None:
     model.model.multi_modal_projector.requires_grad_(False)
 
 
-def global_count(mask: Tensor) -> Tensor:
-    count = mask.sum().float()
+def global_sum(count: Tensor) -> Tensor:
+    count = count.float()
     dist.all_reduce(count)
     return count
 
@@ -149,11 +149,19 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     "trainer, label smoothing": lambda rank, out: trainer_gradients(
         rank, out, PreTrainer, label_smoothing_factor=0.1
     ),
+    "trainer, whole images, one head": lambda rank, out: trainer_gradients(
+        rank,
+        out,
+        PreTrainer,
+        gradient_checkpointing=True,
+        settings={"level": "global", "layers": (1, 3), "share_head": True},
+    ),
     "plain trainer": lambda rank, out: trainer_gradients(rank, out, Trainer),
     "figures": figures,
     "resumed": resumed,
     "ddp loop": ddp_loop,
     "fsdp loop": fsdp_loop,
+    "fsdp loop, whole images": lambda rank, out: fsdp_loop(rank, out, level="global"),
     "fsdp files": fsdp_files,
 }
 

@@ -78,10 +78,23 @@ def test_gradients_of_the_plain_trainer_are_of_the_right_size(out: Path, heads: 
             assert 0.4 < ours[name].norm() / expected[name].norm() < 1.6
 
 
-def test_gradients_under_fully_shard(out: Path, heads: Any) -> None:
-    expected = eager_gradients(heads, make_rows())
+def test_gradients_of_whole_images_and_one_head(out: Path) -> None:
+    model = tiny_llava()
+    pre = apply_pre(model, layers=(1, 3), share_head=True)
+    remove_pre(model)
+    expected = eager_gradients(pre.heads, make_rows(), level="global")
+    shared = {name.replace(".3.", "."): x for name, x in expected.items() if "pre_heads.3" in name}
+    for ours in read(out, "trainer, whole images, one head"):
+        renamed = {name.replace(".shared.", "."): x for name, x in ours.items()}
+        compare(renamed, {n: x for n, x in expected.items() if "pre_heads" not in n} | shared)
+
+
+@pytest.mark.parametrize("level", ("patch", "global"))
+def test_gradients_under_fully_shard(out: Path, heads: Any, level: str) -> None:
+    expected = eager_gradients(heads, make_rows(), level=level)
     expected = {name: x for name, x in expected.items() if not ranks.vision(name)}
-    for sharded, ours, metrics in read(out, "fsdp loop"):
+    case = "fsdp loop, whole images" if level == "global" else "fsdp loop"
+    for sharded, ours, metrics in read(out, case):
         assert sharded
         compare(ours, expected)
         assert metrics["visual_tokens"] == sum(IMAGES) * PATCHES
