@@ -9,7 +9,7 @@ model's result gets the term added to its loss.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -50,7 +50,8 @@ class _Pass:
     inputs: Mapping[str, Any]
     training: bool
     denominator: float | Tensor | None
-    index: Tensor  # (N,) visual positions in the flattened batch
+    index: Tensor  # (N,) visual positions in the flattened batch; or, in a graph, the mask of them
+    values: dict[int, Tensor]  # per layer, where its loss will be
     chosen: Tensor | None = None  # (K,) of them, by which L_PRe is estimated; None: all
     images: Images | None = None  # with level="global"
     encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
@@ -58,12 +59,13 @@ class _Pass:
     anchor: Tensor | None = None
     pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
-    values: dict[int, Tensor] = field(default_factory=dict)  # where their values will be
 
     @property
-    def rows(self) -> int:
-        """What L_PRe is the mean over."""
-        return self.index.numel() if self.images is None else self.images.count
+    def tokens(self) -> Tensor:
+        """0-dim, float32: the visual tokens."""
+        if self.index.dtype == torch.bool:
+            return self.index.sum(dtype=torch.float32)
+        return torch.full((), float(self.index.numel()), device=self.index.device)
 
 
 class _Hooks:
@@ -76,6 +78,11 @@ class _Hooks:
         self._arguments = tuple(inspect.signature(pre.model.forward).parameters)
         self._decoder_arguments = tuple(inspect.signature(language_model.forward).parameters)
         self._saw_finite_anchor = False
+        config = pre.config
+        self._reads_batch = config.anchor == "pre_llm" and config.level == "patch"
+        self._reads_batch &= config.token_fraction == 1
+        device = pre.model.get_input_embeddings().weight.device
+        self._compiled_values = _zeros(pre.heads, device)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pre, config = self._pre, self._pre.config
@@ -90,10 +97,15 @@ class _Hooks:
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
-        index = pre.visual_mask(input_ids).flatten().nonzero().squeeze(1)
+        mask, compiled = pre.visual_mask(input_ids), torch.compiler.is_compiling()
+        values = self._values_in_graph(mask.device) if compiled else _zeros(pre.heads, mask.device)
+        if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
+            self._pass = _Pass(inputs, training, pre.denominator, mask, values)
+            return
+        index = mask.flatten().nonzero().squeeze(1)
         # with no visual tokens the term is 0, whatever it is divided by
         denominator = pre.denominator if index.numel() else None
-        current = _Pass(inputs, training, denominator, index)
+        current = _Pass(inputs, training, denominator, index, values)
         if config.level == "global":
             current.images = find_images(pre.family, inputs, input_ids, index)
         if training:
@@ -101,6 +113,16 @@ class _Hooks:
                 current.chosen = self._choose(index)
             pre.passes += 1
         self._pass = current
+
+    def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
+        """The same in each pass: a graph's backward can write into the graph's inputs alone."""
+        if any(value.device != device for value in self._compiled_values.values()):
+            self._move_compiled_values(device)
+        return dict(self._compiled_values)
+
+    @torch.compiler.disable
+    def _move_compiled_values(self, device: torch.device) -> None:
+        self._compiled_values = _zeros(self._pre.heads, device)
 
     def _choose(self, index: Tensor) -> Tensor:
         pre = self._pre
@@ -206,9 +228,12 @@ class _Hooks:
         head, config = self._pre.heads[layer], self._pre.config
         assert current.anchor is not None
         anchor = current.anchor.to(hidden.device)
-        options = {"visual_index": index, "loss": config.loss, "normalize": config.normalize}
-        value = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        current.values[layer] = value
+        options: dict[str, Any] = {"loss": config.loss, "normalize": config.normalize}
+        is_mask = index is not None and index.dtype == torch.bool
+        options["visual_mask" if is_mask else "visual_index"] = index
+        if current.values[layer].device != hidden.device:  # a model on several devices
+            current.values |= _zeros((layer,), hidden.device)
+        value = current.values[layer]
         if not current.training:
             with torch.no_grad():
                 value.copy_(head(hidden, anchor, **options))
@@ -237,8 +262,8 @@ class _Hooks:
             return None
         for layer, pooled in current.pooled.items():
             self._loss(layer, current, pooled, None)
-        tokens = torch.full((), float(current.index.numel()), device=current.index.device)
-        rows = torch.full_like(tokens, current.rows)
+        tokens = current.tokens
+        rows = tokens if current.images is None else torch.full_like(tokens, current.images.count)
         is_tuple = isinstance(output, tuple)
         lm_loss = None
         if current.inputs.get("labels") is not None:
@@ -248,6 +273,13 @@ class _Hooks:
             pre.last = Record(tokens, rows, current.denominator, detached, current.values)
         if not current.training:
             return None
+        if len(current.losses) < len(pre.heads):
+            raise RuntimeError(
+                f"PRe: expected the layers {list(pre.heads)} to run, got {list(current.losses)}. "
+                "torch.compile leaves out hooks that came after it, so attach PRe before the first "
+                "call; and those of checkpointed layers: there, compile the other layers alone, "
+                "each by layer.compile(), or train without checkpointing"
+            )
         values = [value.to(tokens.device) for value in current.losses.values()]
         term = torch.stack(values).mean() * pre.config.weight * self._label_share(current)
         if lm_loss is None or not pre.add_to_loss:
@@ -271,6 +303,11 @@ class _Hooks:
         if items is None or labels is None or current.denominator is not None:
             return 1.0
         return (labels[..., 1:] != -100).sum() / items
+
+
+def _zeros(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
+    """{layer: 0-dim, float32}"""
+    return {layer: torch.zeros((), dtype=torch.float32, device=device) for layer in layers}
 
 
 class _Use(torch.autograd.Function):

@@ -1,0 +1,179 @@
+"""torch.compile of a model with PRe: the gradients of eager, and no graph break of PRe's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from prereg_kernels import apply_pre
+from tests.attached import NON_REENTRANT, compare
+from tests.families.batches import make_batch
+from tests.families.models import make_model
+from tests.tiny import gradients
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "two layers": {"layers": (1, 3)},
+    "value": {"value_in_forward": True},
+    # These two read rows by number; the graph breaks before the model, which finds it out.
+    "token_fraction": {"token_fraction": 0.5},
+    "global": {"level": "global"},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Wrapper(nn.Module):
+    """As PEFT and DDP: its call is the model's, in one graph with the model's hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> Any:
+        return self.model(**batch)
+
+
+def whole(model: Any) -> Any:
+    return torch.compile(model, backend="aot_eager")
+
+
+def wrapped(model: Any, backend: str = "aot_eager") -> Any:
+    return torch.compile(Wrapper(model), backend=backend)
+
+
+def layers(model: Any) -> Any:
+    for layer in model.get_decoder().layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def train(model: Any, call: Any, batch: Any) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients of a step."""
+    model.zero_grad()
+    loss = call(**batch).loss
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def check(name: str, scene: str, compiled: Callable[[Any], Any], **overrides: Any) -> int:
+    """Compare with eager; returns the number of graph breaks."""
+    model = make_model(name)
+    batch = make_batch(name, model, scene).inputs
+    pre = apply_pre(model, **overrides)
+    loss, expected = train(model, model, batch)
+    figures = pre.metrics()
+    model = make_model(name)
+    model(**batch)  # transformers puts hooks of its own on the model in the first call
+    pre = apply_pre(model, **overrides)
+    counters.clear()
+    compiled_loss, ours = train(model, compiled(model), batch)
+    compare(ours, expected)
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)
+    assert pre.metrics() == pytest.approx(figures, rel=1e-5)
+    return sum(counters["graph_break"].values())
+
+
+def breaks_of_plain(name: str, scene: str) -> int:
+    model = make_model(name)
+    batch = make_batch(name, model, scene).inputs
+    model(**batch)
+    counters.clear()
+    wrapped(model, "eager")(**batch)
+    torch._dynamo.reset()
+    return sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize(
+    "name, compiled", (("llava", whole), ("llava", wrapped), ("qwen2_5_vl", wrapped))
+)
+def test_text_is_one_graph_still(name: str, compiled: Callable[[Any], Any]) -> None:
+    assert breaks_of_plain(name, "text only") == 0
+    assert check(name, "text only", compiled) == 0
+
+
+@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+def test_images_break_the_graph_no_more_often(name: str) -> None:
+    """transformers' own code breaks it, where it reads the sizes of the images."""
+    breaks = breaks_of_plain(name, "images")
+    assert check(name, "images", partial(wrapped, backend="eager")) == breaks > 0
+
+
+@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+def test_layers_compiled_one_by_one(name: str) -> None:
+    assert check(name, "several images", layers) == 0
+
+
+@pytest.mark.parametrize("setting", ("token_fraction", "global"))
+def test_settings(setting: str) -> None:
+    assert check("llava", "some text only", layers, **SETTINGS[setting]) == 0
+
+
+@pytest.mark.parametrize("setting", ("two layers", "value"))
+def test_settings_break_no_graph(setting: str) -> None:
+    assert check("llava", "text only", wrapped, **SETTINGS[setting]) == 0
+
+
+def test_a_setting_that_breaks_the_graph() -> None:
+    assert check("llava", "text only", whole, **SETTINGS["token_fraction"]) > 0
+
+
+def test_batches_of_other_sizes() -> None:
+    """Each has its own figures."""
+    model = make_model("llava")
+    pre = apply_pre(model)
+    plain = copy.deepcopy(model)
+    layers(model)
+    for scene in ("images", "some text only"):
+        batch = make_batch("llava", model, scene).inputs
+        _, ours = train(model, model, batch)
+        _, expected = train(plain, plain, batch)
+        compare(ours, expected)
+        assert pre.metrics() == pytest.approx(plain._prereg.metrics(), rel=1e-5)
+
+
+def test_a_checkpointed_layer_without_its_hooks_raises() -> None:
+    """torch.compile drops a hook that keeps something, silently; PRe must not train without."""
+    model = make_model("llava")
+    batch = make_batch("llava", model, "text only").inputs
+    apply_pre(model)
+    model.gradient_checkpointing_enable(NON_REENTRANT)
+    with pytest.raises(RuntimeError, match=r"expected the layers \[2\] to run, got \[\]"):
+        whole(model)(**batch)
+
+
+def test_hooks_that_came_after_compilation_raise() -> None:
+    """torch.compile does not look for new ones; PRe attached to a compiled model would be none."""
+    model = make_model("llava")
+    batch = make_batch("llava", model, "text only").inputs
+    model(**batch)
+    call = whole(model)
+    call(**batch)
+    apply_pre(model)
+    with pytest.raises(RuntimeError, match="attach PRe before"):
+        call(**batch)
+
+
+def test_checkpointing_with_the_other_layers_compiled() -> None:
+    """The way out that the error names."""
+    model = make_model("llava")
+    batch = make_batch("llava", model).inputs
+    pre = apply_pre(model)
+    model.gradient_checkpointing_enable(NON_REENTRANT)
+    _, expected = train(model, model, batch)
+    for number, layer in enumerate(model.get_decoder().layers, 1):
+        if number not in pre.heads:
+            layer.compile(backend="aot_eager", fullgraph=True)
+    _, ours = train(model, model, batch)
+    compare(ours, expected)
