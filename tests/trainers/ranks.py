@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, find_pre
 from prereg_kernels.trainer import PreTrainer
-from tests.tiny import gradients, tiny_llava
-from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer, step_gradients
+from tests.tiny import PATCHES, gradients, tiny_llava
+from tests.trainers.rows import IMAGES, WEIGHT, collate, make_rows, make_trainer, step_gradients
 
 RANKS = 2
 BOTH = (1, 2, 1, 0, 2, 0, 3, 1)  # images, of which each rank has some
 
 
-def rows_of(rank: int) -> list[Any]:
+def rows_of(rank: int, images: Sequence[int] = IMAGES) -> list[Any]:
     """As Trainer deals them, in batches of two."""
-    return [row for number, row in enumerate(make_rows()) if number // 2 % RANKS == rank]
+    return [row for number, row in enumerate(make_rows(images)) if number // 2 % RANKS == rank]
 
 
 def trainer_gradients(rank: int, out: Path, cls: type[Trainer], **arguments: Any) -> Any:
@@ -80,14 +80,25 @@ def ddp_loop(rank: int, out: Path) -> Any:
     return gradients(model)
 
 
-def fsdp_loop(rank: int, out: Path, **settings: Any) -> Any:
+def fsdp_loop(
+    rank: int,
+    out: Path,
+    *,
+    reshard: bool = True,
+    own_unit: bool = False,
+    mixed: bool = False,
+    **settings: Any,
+) -> Any:
     """FSDP2 on the decoder layers and the rest; the rank without images trains what it uses."""
     model = tiny_llava()
     freeze_vision(model)
     pre = apply_pre(model, weight=WEIGHT, **settings)
-    for layer in model.model.language_model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else None
+    options = {"reshard_after_forward": reshard} | ({"mp_policy": policy} if policy else {})
+    units = list(model.model.language_model.layers)
+    for unit in units + (list(pre.heads.values()) if own_unit else []):
+        fully_shard(unit, **options)
+    fully_shard(model, **options)
     batch = collate(rows_of(rank))
     pre.denominator = global_sum(pre.count(batch)) / RANKS
     labels = global_sum((batch["labels"][:, 1:] != -100).sum()) / RANKS
@@ -95,6 +106,27 @@ def fsdp_loop(rank: int, out: Path, **settings: Any) -> Any:
     sharded = all(isinstance(p, DTensor) for p in pre.heads[2].parameters())
     grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     return sharded, grads, pre.metrics()
+
+
+def in_bfloat16() -> dict[str, Tensor]:
+    """What `fsdp_loop` with mixed precision computes, in one process: each rank's share, summed."""
+    sums: dict[str, Tensor] = {}
+    batches = [collate(rows_of(rank)) for rank in range(RANKS)]
+    tokens = sum(IMAGES) * PATCHES
+    labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    for batch in batches:
+        model = tiny_llava()
+        freeze_vision(model)
+        pre = apply_pre(model, weight=WEIGHT)
+        model.to(torch.bfloat16)
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].bfloat16()
+        pre.denominator = tokens
+        model(**batch, num_items_in_batch=labels).loss.backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                sums[name] = sums.get(name, torch.zeros(p.shape)) + p.grad.float()
+    return sums
 
 
 def fsdp_files(rank: int, out: Path) -> Any:
@@ -162,6 +194,9 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     "ddp loop": ddp_loop,
     "fsdp loop": fsdp_loop,
     "fsdp loop, whole images": lambda rank, out: fsdp_loop(rank, out, level="global"),
+    "fsdp loop, kept": lambda rank, out: fsdp_loop(rank, out, reshard=False),
+    "fsdp loop, head apart": lambda rank, out: fsdp_loop(rank, out, own_unit=True),
+    "fsdp loop, mixed": lambda rank, out: fsdp_loop(rank, out, own_unit=True, mixed=True),
     "fsdp files": fsdp_files,
 }
 
@@ -183,7 +218,7 @@ def work(rank: int, port: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def run(out: Path) -> None:
+def run(out: Path, work: Callable[[int, int, Path], None] = work) -> None:
     """All cases on two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -89,15 +89,32 @@ def test_gradients_of_whole_images_and_one_head(out: Path) -> None:
         compare(renamed, {n: x for n, x in expected.items() if "pre_heads" not in n} | shared)
 
 
-@pytest.mark.parametrize("level", ("patch", "global"))
-def test_gradients_under_fully_shard(out: Path, heads: Any, level: str) -> None:
+@pytest.mark.parametrize(
+    "case, level",
+    (
+        ("fsdp loop", "patch"),
+        ("fsdp loop, whole images", "global"),
+        ("fsdp loop, kept", "patch"),
+        ("fsdp loop, head apart", "patch"),
+    ),
+)
+def test_gradients_under_fully_shard(out: Path, heads: Any, case: str, level: str) -> None:
+    """Resharded after the forward pass or not, the head in the root's unit or one of its own."""
     expected = eager_gradients(heads, make_rows(), level=level)
     expected = {name: x for name, x in expected.items() if not ranks.vision(name)}
-    case = "fsdp loop, whole images" if level == "global" else "fsdp loop"
     for sharded, ours, metrics in read(out, case):
         assert sharded
         compare(ours, expected)
         assert metrics["visual_tokens"] == sum(IMAGES) * PATCHES
+
+
+def test_gradients_under_fully_shard_in_mixed_precision(out: Path) -> None:
+    """bfloat16 parameters, their gradients summed over the ranks in float32."""
+    expected = ranks.in_bfloat16()
+    assert sum("pre_heads" in name for name in expected) == 4
+    for sharded, ours, _ in read(out, "fsdp loop, mixed"):
+        assert sharded and all(x.dtype == torch.float32 for x in ours.values())
+        compare(ours, expected)
 
 
 def test_files_of_sharded_heads(out: Path) -> None:

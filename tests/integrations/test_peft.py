@@ -1,0 +1,206 @@
+"""LoRA and QLoRA with PRe: PEFT before or after it; what trains, what is saved, what is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels.handle import PRe
+from tests.attached import NON_REENTRANT, compare, eager_term
+from tests.families.batches import make_batch
+from tests.families.models import make_model
+from tests.tiny import tiny_llava
+from tests.trainers.rows import make_trainer
+
+DECODER = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
+each_family = pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+
+
+def with_lora(model: Any, seed: int = 0) -> Any:
+    """LoRA on the decoder's matrices, not zero at the start."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, target_modules=DECODER, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def attach(model: Any, order: str, **overrides: Any) -> tuple[Any, PRe]:
+    """The model with LoRA, and PRe's handle."""
+    if order == "LoRA first":
+        lora = with_lora(model)
+        return lora, apply_pre(lora.base_model.model, **overrides)
+    pre = apply_pre(model, **overrides)
+    lora = with_lora(model)
+    thaw(pre)
+    return lora, pre
+
+
+def thaw(pre: PRe) -> None:
+    for head in pre.heads.values():
+        head.requires_grad_(True)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def take_gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """And leave none."""
+    grads = {}
+    for name, p in parameters.items():
+        grads[name], p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
+    return grads
+
+
+def check_gradients(lora: Any, pre: PRe, batch: Any) -> None:
+    """Adapter and heads against the definition on the same model; nothing else has any."""
+    parameters = trained(lora)
+    assert all("lora_" in name or "pre_heads" in name for name in parameters)
+    lora(**batch.inputs).loss.backward()
+    assert all(p.grad is None for p in lora.parameters() if not p.requires_grad)
+    ours = take_gradients(parameters)
+    remove_pre(pre.model)
+    lm, term = eager_term(pre.model, batch.inputs, pre.heads, batch.visual)
+    (lm + pre.config.weight * term).backward()
+    compare(ours, take_gradients(parameters))
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
+@each_family
+def test_gradients(name: str, order: str, checkpointing: bool) -> None:
+    model = make_model(name)
+    batch = make_batch(name, model)
+    lora, pre = attach(model, order, weight=3.0)
+    if checkpointing:
+        lora.gradient_checkpointing_enable(NON_REENTRANT)
+    check_gradients(lora, pre, batch)
+
+
+@pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
+@each_family
+def test_adapter_and_head_train_and_nothing_else(name: str, order: str) -> None:
+    model = make_model(name)
+    batch = make_batch(name, model).inputs
+    lora, pre = attach(model, order)
+    before = {name: p.clone() for name, p in lora.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
+    values = []
+    for _ in range(4):
+        lora(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(pre.metrics()["pre_loss"])
+    moved = {name for name, p in lora.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trained(lora).keys()
+    assert any("pre_heads" in name for name in moved) and any("lora_A" in name for name in moved)
+    assert values[-1] < values[0] - 0.1
+
+
+def test_heads_that_lora_froze_raise() -> None:
+    """In the first training step; that the heads never train is otherwise hard to notice."""
+    model, batch = make_model("llava"), make_batch("llava", make_model("llava")).inputs
+    pre = apply_pre(model)
+    lora = with_lora(model)
+    with pytest.raises(ValueError, match=r"pre\.heads: expected heads that train.*PEFT freezes"):
+        lora(**batch)
+    lora.eval()(**batch)
+    thaw(pre)
+    lora.train()(**batch).loss.backward()
+
+
+def test_the_wrapper_is_refused() -> None:
+    lora = with_lora(make_model("llava"))
+    with pytest.raises(ValueError, match=r"call apply_pre\(model\.base_model\.model\)"):
+        apply_pre(lora)
+
+
+@pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
+def test_resumed_training_is_uninterrupted_training(tmp_path: Path, order: str) -> None:
+    """A checkpoint has the adapter, and the heads beside it."""
+    states = []
+    for seed, checkpoint in ((0, None), (5, str(tmp_path / "checkpoint-2"))):
+        lora, pre = attach(tiny_llava(), order, seed=seed)
+        trainer = make_trainer(
+            lora, tmp_path, per_device_train_batch_size=2, max_steps=4, save_strategy="steps",
+            save_steps=2,
+        )  # fmt: skip
+        before = pre.heads[2].weight_0.clone()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert not torch.equal(pre.heads[2].weight_0, before)
+        states.append({name: x.clone() for name, x in lora.state_dict().items()})
+    files = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert {"adapter_model.safetensors", "pre"} <= files and "model.safetensors" not in files
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[1][name], x) for name, x in states[0].items())
+
+
+def test_an_adapter_file_has_no_heads(tmp_path: Path) -> None:
+    """What is loaded without PRe must load without surprises."""
+    lora, _ = attach(make_model("llava"), "PRe first")
+    lora.save_pretrained(tmp_path)
+    batch = make_batch("llava", make_model("llava")).inputs
+    again = peft.PeftModel.from_pretrained(make_model("llava"), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, lora.eval()(**batch).logits)
+    names = peft.get_peft_model_state_dict(lora)
+    assert names and not any("pre_heads" in name for name in names)
+
+
+@pytest.mark.parametrize("remove_first", (False, True))
+def test_merged_it_is_a_plain_model(tmp_path: Path, remove_first: bool) -> None:
+    plain = make_model("llava")
+    batch = make_batch("llava", plain).inputs
+    lora, pre = attach(make_model("llava"), "PRe first")
+    lora(**batch).loss.backward()
+    with torch.no_grad():
+        expected = lora.eval()(**batch).logits
+    if remove_first:
+        remove_pre(pre.model)
+    merged = lora.merge_and_unload()
+    if not remove_first:
+        remove_pre(merged)
+    assert list(merged.state_dict()) == list(plain.state_dict())
+    merged.save_pretrained(tmp_path)
+    loaded, info = type(plain).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+QUANTISED = {
+    "nf4": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    ),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+def quantised(path: Path, kind: str) -> Any:
+    """As QLoRA prepares it: the decoder's matrices quantised and frozen, the rest in float32."""
+    make_model("llava").save_pretrained(path)
+    config = QUANTISED[kind]
+    config.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]
+    model = type(make_model("llava")).from_pretrained(path, quantization_config=config)
+    return peft.prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs=NON_REENTRANT
+    ).train()
+
+
+@pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_gradients_over_a_quantised_base(tmp_path: Path, kind: str, order: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = quantised(tmp_path, kind)
+    weight = model.get_decoder().layers[0].mlp.up_proj.weight
+    assert weight.dtype == (torch.uint8 if kind == "nf4" else torch.int8)
+    batch = make_batch("llava", make_model("llava"))
+    lora, pre = attach(model, order, weight=3.0)
+    assert {p.dtype for p in pre.heads[2].parameters()} == {torch.float32}
+    check_gradients(lora, pre, batch)

@@ -1,0 +1,51 @@
+"""DeepSpeed ZeRO-2 and ZeRO-3 on two ranks: gradients, steps, and the heads in its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prereg_kernels import apply_pre, remove_pre
+from tests.attached import compare
+from tests.tiny import PATCHES, tiny_llava
+from tests.trainers import deepspeed_ranks, ranks
+from tests.trainers.rows import eager_gradients, make_rows
+
+pytest.importorskip("deepspeed")
+each_stage = pytest.mark.parametrize("stage", deepspeed_ranks.STAGES)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("deepspeed")
+    ranks.run(path, deepspeed_ranks.work)
+    return path
+
+
+def read(out: Path, case: str, stage: int) -> list[Any]:
+    return [torch.load(out / f"{case} {stage} {rank}.pt") for rank in range(ranks.RANKS)]
+
+
+@each_stage
+def test_gradients_are_those_of_the_whole_batch(out: Path, stage: int) -> None:
+    model = tiny_llava()
+    pre = apply_pre(model)
+    remove_pre(model)
+    expected = eager_gradients(pre.heads, make_rows(ranks.BOTH))
+    expected = {name: x for name, x in expected.items() if not ranks.vision(name)}
+    for ours, after, sharded, metrics in read(out, "loop", stage):
+        compare(ours, expected)
+        stepped = pre.heads[2].weight_1 - 0.1 * expected["pre_heads.2.weight_1"]
+        torch.testing.assert_close(after, stepped.detach(), rtol=1e-5, atol=1e-6)
+        assert sharded and metrics["visual_tokens"] == sum(ranks.BOTH) * PATCHES
+
+
+@each_stage
+def test_resumed_training_is_uninterrupted_training(out: Path, stage: int) -> None:
+    for (whole, logs), (resumed, _) in read(out, "trainer", stage):
+        assert all(map(torch.equal, whole, resumed))
+        values = [log["pre_loss"] for log in logs if "pre_loss" in log]
+        assert len(values) == 2 and values[1] < values[0]
