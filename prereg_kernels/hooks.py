@@ -79,10 +79,10 @@ class _Hooks:
         self._decoder_arguments = tuple(inspect.signature(language_model.forward).parameters)
         self._saw_finite_anchor = False
         config = pre.config
-        self._reads_batch = config.anchor == "pre_llm" and config.level == "patch"
-        self._reads_batch &= config.token_fraction == 1
-        device = pre.model.get_input_embeddings().weight.device
-        self._compiled_values = _zeros(pre.heads, device)
+        settings = (config.anchor, config.level, config.token_fraction)
+        self._reads_batch = settings == ("pre_llm", "patch", 1)
+        embeddings = pre.model.get_input_embeddings()
+        self._compiled_values = _zeros(pre.heads, embeddings.weight.device)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pre, config = self._pre, self._pre.config
