@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,30 @@ def test_scaled_gradients_are_unscaled_to_the_same(scale: float) -> None:
     assert expected["pre_heads.2.weight_0"].norm() > 0
 
 
-def test_float16_gradients_need_the_scale() -> None:
-    """With it, they are within float16's rounding of the definition's in float32."""
+def mean_error(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """Over the parameters whose gradient is more than rounding."""
+    errors = [relative_error(ours[name], x) for name, x in truth.items() if x.norm() > 1e-4]
+    assert len(errors) > 40
+    return sum(errors) / len(errors)
+
+
+def test_float16_gradients() -> None:
+    """No further from float32 than the definition in autocast, under the same scale."""
     model, batch = tiny_llava(), make_batch((1, 2))
     pre = apply_pre(model, weight=3.0)
     remove_pre(model)
-    lm, term = eager_term(model, batch, pre.heads)
-    (lm + 3.0 * term).backward()
-    expected = gradients(model)
-    expected |= {f"pre_heads.2.{name}": p.grad for name, p in pre.heads[2].named_parameters()}
+    found = []
+    for enabled, scale in ((False, 1.0), (True, 2.0**10)):
+        model.zero_grad()
+        pre.heads[2].zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            lm, term = eager_term(model, batch, pre.heads)
+        ((lm + 3.0 * term) * scale).backward()
+        heads = {f"pre_heads.2.{name}": p.grad for name, p in pre.heads[2].named_parameters()}
+        found.append({name: x / scale for name, x in (gradients(model) | heads).items()})
+    truth, eager = found
     ours = gradients(scaled_step(2.0**10, torch.float16)[0])
-    errors = [relative_error(ours[n], x) for n, x in expected.items() if x.norm() > 1e-4]
-    assert len(errors) > 40
-    assert max(errors) < 16 * torch.finfo(torch.float16).eps
-    assert sum(errors) / len(errors) < 2 * torch.finfo(torch.float16).eps
+    assert 0 < mean_error(ours, truth) < 1.25 * mean_error(eager, truth) < 0.005
 
 
 def test_a_step_that_overflows_is_skipped() -> None:
@@ -86,11 +97,7 @@ def test_trainer_in_bf16(tmp_path: Path) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         eager = eager_gradients(pre.heads, make_rows())
 
-    def mean_error(given: dict[str, Tensor]) -> float:
-        errors = [relative_error(given[n], x) for n, x in truth.items() if x.norm() > 1e-4]
-        return sum(errors) / len(errors)
-
-    assert 0 < mean_error(ours) < 1.25 * mean_error(eager) < 0.05
+    assert 0 < mean_error(ours, truth) < 1.25 * mean_error(eager, truth) < 0.05
 
 
 def pack(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,8 @@ def in_bfloat16() -> dict[str, Tensor]:
         model = tiny_llava()
         freeze_vision(model)
         pre = apply_pre(model, weight=WEIGHT)
-        model.to(torch.bfloat16)
+        for p in model.parameters():  # and no buffer, as FSDP
+            p.data = p.data.bfloat16()
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].bfloat16()
         pre.denominator = tokens
