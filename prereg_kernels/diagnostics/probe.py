@@ -2,10 +2,87 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from prereg_kernels.diagnostics.tensors import check_features, check_ids
+
+
+class Probe(NamedTuple):
+    """Test accuracy of a linear probe over repeated splits."""
+
+    mean: float
+    half_width: float  # of the 95% interval of the mean; NaN for a single split
+    chance: float  # accuracy of always answering the most frequent class
+    accuracies: tuple[float, ...]  # one a split
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the mean, which may leave [0, 1]."""
+        return self.mean - self.half_width, self.mean + self.half_width
+
+
+def probe(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    groups: Tensor | None = None,
+    splits: int = 5,
+    test_share: float = 0.25,
+    strength: float = 1.0,
+    seed: int = 0,
+) -> Probe:
+    """`linear_probe` over repeated random splits of one set of features.
+
+    The splits share most of their rows, so their spread alone would make the interval too narrow:
+    it is the t interval with Nadeau and Bengio's correction (2003), a variance of the mean of
+    `(1 / splits + test_share / (1 - test_share)) * variance`.
+
+    Args:
+        features: (N, D), any floating dtype, one row an image or object: see `pool`.
+        labels: (N,) integers.
+        groups: (N,) integer ids; the rows of one group stay on one side of each split. Give the
+            image of each object: objects of an image know of each other. None: each row is its own.
+        splits, test_share, seed: how many splits, the share of groups in each test set, and what
+            they are drawn with. Equal seeds give equal splits, for every layer.
+        strength: as in `linear_probe`.
+
+    Raises:
+        ValueError: as `linear_probe`; `splits` below 1, a `test_share` outside (0, 1), or too few
+            groups to split.
+    """
+    from scipy.stats import t
+    from sklearn.model_selection import GroupShuffleSplit
+
+    check_features(features)
+    check_ids(labels, "labels", len(features))
+    if splits < 1:
+        raise ValueError(f"splits: expected at least 1, got {splits}")
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share: expected a share between 0 and 1, got {test_share}")
+    if groups is None:
+        groups = torch.arange(len(features))
+    check_ids(groups, "groups", len(features))
+    count = groups.unique().numel()
+    if count < 2:
+        raise ValueError(f"groups: expected at least 2 different ones, got {count}")
+
+    x, y = features.detach().cpu(), labels.detach().cpu()
+    sets = GroupShuffleSplit(splits, test_size=test_share, random_state=seed).split(
+        np.empty(len(x)), groups=groups.cpu().numpy()
+    )
+    accuracies = [linear_probe(x[a], y[a], x[b], y[b], strength=strength) for a, b in sets]
+    half = math.nan
+    if splits > 1:
+        factor = 1 / splits + test_share / (1 - test_share)
+        half = float(t.ppf(0.975, splits - 1) * np.std(accuracies, ddof=1) * math.sqrt(factor))
+    chance = int(y.unique(return_counts=True)[1].max()) / len(y)
+    return Probe(float(np.mean(accuracies)), half, chance, tuple(accuracies))
 
 
 def linear_probe(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from prereg_kernels.diagnostics.scatter import Scatter
+from prereg_kernels.diagnostics.tensors import check_features
 
 
 class Spectrum(NamedTuple):
@@ -15,34 +18,50 @@ class Spectrum(NamedTuple):
     mean_correlation: float  # mean |Pearson correlation| between two dimensions, 0 to 1
 
 
+class SpectrumSums:
+    """`spectrum` of features that arrive in batches.
+
+    Attributes:
+        scatter: the sums themselves. One (D, D) matrix in float64 (128 MiB at D = 4096).
+    """
+
+    def __init__(self) -> None:
+        self.scatter = Scatter()
+
+    def update(self, features: Tensor) -> SpectrumSums:
+        """Add a batch, (N, D), any floating dtype. Raises ValueError as `spectrum` does."""
+        check_features(features, columns=self.scatter.columns[0])
+        self.scatter.update(features)
+        return self
+
+    def result(self) -> Spectrum:
+        """Of all rows so far. Raises ValueError where there are fewer than two."""
+        if self.scatter.rows < 2:
+            raise ValueError(f"features: expected at least 2 rows in all, got {self.scatter.rows}")
+        variance = self.scatter.diagonal()  # all three are times the number of rows
+        varying = variance > 0
+        d = int(varying.sum())
+        if not d:
+            return Spectrum(math.nan, math.nan)
+        # the trace and the squared Frobenius norm are the sums of lambda and lambda^2
+        effective = float(variance.sum()) ** 2 / self.scatter.sum()
+        scale = variance.rsqrt().where(varying, 0.0)
+        correlation = (self.scatter.sum(scale, power=1) - d) / (d * (d - 1)) if d > 1 else math.nan
+        return Spectrum(effective, correlation)
+
+
 def spectrum(features: Tensor) -> Spectrum:
     """Effective dimension `(sum lambda)^2 / sum lambda^2` of the covariance, and mean correlation.
 
+    With N rows the effective dimension is below N, and two independent dimensions correlate by
+    about 0.8 / sqrt(N): compare layers at the same N only.
+
     Args:
         features: (N, D), N at least 2, any floating dtype. Constant dimensions are left out of the
-            mean correlation, which is NaN with fewer than two others.
+            mean correlation, which is NaN with fewer than two others; the effective dimension is
+            NaN where all rows are equal.
 
     Raises:
         ValueError: another shape, fewer than two rows, or values that are not finite.
     """
-    if features.dim() != 2 or features.shape[0] < 2:
-        raise ValueError(f"features: expected (N, D), N at least 2, got {tuple(features.shape)}")
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError("features: expected finite values, got NaN or infinity")
-    x = features.double()
-    x = x - x.mean(dim=0)
-    covariance = x.T @ x / (len(x) - 1)
-    # the trace and the squared Frobenius norm are the sums of lambda and lambda^2
-    effective = covariance.trace().square() / covariance.square().sum()
-
-    deviation = covariance.diagonal().sqrt()
-    varying = deviation > 0
-    scale = deviation[varying]
-    correlation = (covariance[varying][:, varying] / scale / scale[:, None]).abs()
-    d = len(scale)
-    mean = (
-        (correlation.sum() - correlation.trace()) / (d * (d - 1))
-        if d > 1
-        else x.new_tensor(float("nan"))
-    )
-    return Spectrum(float(effective), float(mean))
+    return SpectrumSums().update(features).result()

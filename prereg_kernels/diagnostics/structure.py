@@ -2,41 +2,146 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prereg_kernels.diagnostics.mean import MeanSums
+from prereg_kernels.diagnostics.tensors import check_features, check_ids, pieces, unit_rows
+
 
 class PatchStructure(NamedTuple):
-    """Mean cosine similarities between patches (arXiv 2603.20808, patch-structure degradation)."""
+    """Mean cosine similarities between patches (arXiv 2603.20808, patch-structure degradation).
+
+    A component that all patches share raises both alike and squeezes the contrast towards 1; the
+    centred values are those after the mean patch was subtracted.
+    """
 
     cohesion: float  # over pairs of distinct patches of the same object
     coupling: float  # over pairs of patches of two different objects
+    centred_cohesion: float = math.nan
+    centred_coupling: float = math.nan
 
     @property
     def contrast(self) -> float:
         """cohesion / coupling. It explodes where coupling is near 0: look at both as well."""
-        return self.cohesion / self.coupling if self.coupling else float("nan")
+        return self.cohesion / self.coupling if self.coupling else math.nan
 
     @property
     def difference(self) -> float:
         """cohesion - coupling."""
         return self.cohesion - self.coupling
 
+    @property
+    def centred_contrast(self) -> float:
+        """centred_cohesion / centred_coupling: the coupling is often near 0, or negative."""
+        return self.centred_cohesion / self.centred_coupling if self.centred_coupling else math.nan
+
+    @property
+    def centred_difference(self) -> float:
+        """centred_cohesion - centred_coupling."""
+        return self.centred_cohesion - self.centred_coupling
+
+
+class StructureSums:
+    """`patch_structure` of features that arrive in batches of whole images.
+
+    No pair is formed: with f_i the normalised features and S_o their sum over object o,
+    the similarities of the ordered pairs within o add up to |S_o|^2 - sum_i |f_i|^2, and those of
+    all pairs of different objects of an image to |sum_o S_o|^2 - sum_o |S_o|^2.
+
+    Args:
+        mean: (D,) the mean patch that the centred values subtract, from `MeanSums`; None leaves
+            those NaN.
+
+    Memory: an (objects of the batch, D) table in float64; nothing grows with the batches.
+    """
+
+    def __init__(self, mean: Tensor | None = None) -> None:
+        self._mean = mean
+        self._pairs = [0, 0]  # within an object, between two
+        self._similarity = [[0.0, 0.0], [0.0, 0.0]]  # as they are, centred
+
+    @torch.no_grad()
+    def update(
+        self, features: Tensor, objects: Tensor, images: Tensor | None = None
+    ) -> StructureSums:
+        """Add a batch; the arguments are those of `patch_structure`.
+
+        Image ids tell the images of this batch apart, so no image may be split over two batches.
+        """
+        columns = None if self._mean is None else len(self._mean)
+        check_features(features, columns=columns)
+        check_ids(objects, "objects", len(features))
+        if images is None:
+            images = torch.zeros_like(objects)
+        check_ids(images, "images", len(features))
+        objects, images = objects.to(features.device), images.to(features.device)
+
+        keep = objects >= 0
+        rows = keep.nonzero().squeeze(1)
+        pairs = torch.stack([images[rows], objects[rows]], dim=1)
+        groups, group = torch.unique(pairs, dim=0, return_inverse=True)  # an object of an image
+        ids, image = torch.unique(groups[:, 0], return_inverse=True)
+        sizes = torch.bincount(group, minlength=len(groups))
+        image_sizes = torch.zeros_like(ids).index_add_(0, image, sizes)
+        within = int((sizes * (sizes - 1)).sum())
+        self._pairs[0] += within
+        self._pairs[1] += int((image_sizes * (image_sizes - 1)).sum()) - within
+
+        centred = (False,) if self._mean is None else (False, True)
+        for which in centred:
+            self._add(which, features, rows, group, image, (len(groups), len(ids)))
+        return self
+
+    def _add(
+        self,
+        centred: bool,
+        features: Tensor,
+        rows: Tensor,
+        group: Tensor,
+        image: Tensor,
+        counts: tuple[int, int],
+    ) -> None:
+        width = features.shape[1]
+        sums = features.new_zeros(counts[0], width, dtype=torch.float64)
+        own = sums.new_zeros(())  # each patch with itself: 1, or 0 for a row of zeros
+        for part in pieces(len(rows), width):
+            x = features[rows[part]].double()
+            if centred:
+                assert self._mean is not None
+                length = torch.linalg.vector_norm(x, dim=1)
+                x = unit_rows(x - self._mean.to(x), length)
+            else:
+                x = unit_rows(x)
+            own += x.square().sum()
+            sums.index_add_(0, group[part], x)
+        squares = sums.square().sum()
+        image_sums = sums.new_zeros(counts[1], width).index_add_(0, image, sums)
+        self._similarity[centred][0] += float(squares - own)
+        self._similarity[centred][1] += float(image_sums.square().sum() - squares)
+
+    def result(self) -> PatchStructure:
+        """Means over all pairs so far, pooled over objects and images; NaN where there is none."""
+        values = [
+            total / pairs if pairs else math.nan
+            for totals in self._similarity
+            for total, pairs in zip(totals, self._pairs, strict=True)
+        ]
+        return PatchStructure(*(values if self._mean is not None else values[:2]))
+
 
 def patch_structure(
     features: Tensor, objects: Tensor, images: Tensor | None = None
 ) -> PatchStructure:
-    """Cohesion and coupling of patch features.
-
-    No pair is formed: with f_i the normalised features and S_o their sum over object o,
-    the similarities of the ordered pairs within o add up to |S_o|^2 - n_o, and those of all pairs
-    of different objects to |sum_o S_o|^2 - sum_o |S_o|^2.
+    """Cohesion and coupling of patch features, as they are and with their mean subtracted.
 
     Args:
         features: (N, D), any floating dtype. A row of zeros has similarity 0 to every other.
-        objects: (N,) integer object ids; -1 is background, left out.
+            The mean that the centred values subtract is the mean of all N rows.
+        objects: (N,) integer object ids; -1 is background, left out of the pairs.
         images: (N,) integer image ids: pairs are formed within an image only, and object ids
             distinguish objects within an image. None: all patches are of one image.
 
@@ -46,33 +151,5 @@ def patch_structure(
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
     """
-    if features.dim() != 2:
-        raise ValueError(f"features: expected shape (N, D), got {tuple(features.shape)}")
-    for name, ids in (("objects", objects), ("images", images)):
-        if ids is not None and tuple(ids.shape) != features.shape[:1]:
-            expected = (features.shape[0],)
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(ids.shape)}")
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError("features: expected finite values, got NaN or infinity")
-    keep = objects >= 0
-    x = features[keep].double()
-    x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-300)
-    image_ids = torch.zeros_like(objects) if images is None else images
-    pairs = torch.stack([image_ids[keep], objects[keep]], dim=1)
-    groups, group = torch.unique(pairs, dim=0, return_inverse=True)  # an object of an image
-    _, image = torch.unique(groups[:, 0], return_inverse=True)
-
-    sizes = torch.bincount(group, minlength=len(groups)).double()
-    sums = x.new_zeros(len(groups), x.shape[1]).index_add_(0, group, x)
-    squares = sums.square().sum(dim=1)
-    own = x.square().sum()  # each patch with itself: 1, or 0 for a row of zeros
-
-    count = int(image.max()) + 1 if len(groups) else 0
-    image_sums = sums.new_zeros(count, x.shape[1]).index_add_(0, image, sums)
-    image_sizes = sizes.new_zeros(count).index_add_(0, image, sizes)
-    within = (squares.sum() - own, (sizes * (sizes - 1)).sum())
-    between = (
-        image_sums.square().sum() - squares.sum(),
-        image_sizes.square().sum() - sizes.square().sum(),
-    )
-    return PatchStructure(*(float(total / pairs) for total, pairs in (within, between)))
+    mean = MeanSums().update(features).result()
+    return StructureSums(mean).update(features, objects, images).result()

@@ -28,7 +28,7 @@ def test_one_direction_and_constant_dimensions() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="N at least 2"):
+    with pytest.raises(ValueError, match="features: expected at least 2 rows in all, got 1"):
         spectrum(torch.ones(1, 3))
     with pytest.raises(ValueError, match="finite"):
         spectrum(torch.full((3, 3), float("inf")))

@@ -1,0 +1,109 @@
+"""Token norms and massive activations: a few values that dwarf all others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.diagnostics.tensors import check_features, pieces
+
+OUTLIER = 10.0
+"""Times the median norm, from which a token counts as an outlier."""
+
+MASSIVE = 100.0
+MASSIVE_RATIO = 1000.0
+"""Magnitude, and times the median magnitude, above which a value is a massive activation."""
+
+
+class MassiveDimension(NamedTuple):
+    """A dimension in which massive activations occur."""
+
+    dimension: int
+    tokens: int  # that have one there
+    largest: float  # magnitude
+
+
+class Norms(NamedTuple):
+    """Euclidean norms of the tokens, and their massive activations."""
+
+    mean: float
+    median: float  # of an even number of tokens, the mean of the middle two
+    largest: float
+    outliers: float  # share of tokens whose norm exceeds 10 times the median
+    massive: float  # share of tokens that have a massive activation
+    massive_dimensions: tuple[MassiveDimension, ...]  # the most tokens first
+
+
+class NormSums:
+    """`token_norms` of features that arrive in batches. Keeps one number a token."""
+
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+        self._massive_tokens = 0
+        self._counts: Tensor | None = None  # (D,) tokens with a massive activation there
+        self._largest: Tensor | None = None  # (D,) largest magnitude of those
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> NormSums:
+        """Add a batch, (N, D), any floating dtype. Raises ValueError as `token_norms` does."""
+        check_features(features, columns=None if self._counts is None else len(self._counts))
+        if self._counts is None or self._largest is None:
+            self._counts = features.new_zeros(features.shape[1], dtype=torch.int64)
+            self._largest = features.new_zeros(features.shape[1], dtype=torch.float64)
+        for part in pieces(*features.shape):
+            x = features[part].double()
+            self._norms.append(torch.linalg.vector_norm(x, dim=1).cpu())
+            magnitudes = x.abs_()
+            # medians are slow, and only of tokens that can have a massive activation
+            magnitudes = magnitudes[magnitudes.amax(dim=1) > MASSIVE]
+            threshold = (MASSIVE_RATIO * _median(magnitudes)).clamp_min(MASSIVE)
+            massive = magnitudes > threshold[:, None]
+            self._massive_tokens += int(massive.any(dim=1).sum())
+            self._counts += massive.sum(dim=0)
+            if len(magnitudes):
+                found = magnitudes.where(massive, 0.0).amax(dim=0)
+                self._largest = torch.maximum(self._largest, found)
+        return self
+
+    def result(self) -> Norms:
+        """Of all rows so far. Raises ValueError where there is none."""
+        norms = torch.cat(self._norms) if self._norms else torch.empty(0)
+        if not len(norms) or self._counts is None or self._largest is None:
+            raise ValueError("features: expected at least 1 row in all, got 0")
+        median = float(_median(norms[None]))
+        dimensions = [
+            MassiveDimension(d, int(self._counts[d]), float(self._largest[d]))
+            for d in self._counts.nonzero().flatten().tolist()
+        ]
+        return Norms(
+            float(norms.mean()),
+            median,
+            float(norms.max()),
+            float((norms > OUTLIER * median).double().mean()),
+            self._massive_tokens / len(norms),
+            tuple(sorted(dimensions, key=lambda found: (-found.tokens, -found.largest))),
+        )
+
+
+def token_norms(features: Tensor) -> Norms:
+    """Norms of the tokens, and the dimensions in which massive activations occur.
+
+    A massive activation has a magnitude above 100 and above 1,000 times the median magnitude of its
+    hidden state (arXiv 2402.17762, section 2), which is taken here over the D values of its token.
+
+    Args:
+        features: (N, D), N at least 1, any floating dtype.
+
+    Raises:
+        ValueError: another shape, no rows, or values that are not finite.
+    """
+    return NormSums().update(features).result()
+
+
+def _median(x: Tensor) -> Tensor:
+    """Over the last dimension, the mean of the middle two where there are two."""
+    n = x.shape[-1]
+    low = x.kthvalue((n + 1) // 2).values
+    return low if n % 2 else (low + x.kthvalue(n // 2 + 1).values) / 2
