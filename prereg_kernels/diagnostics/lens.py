@@ -40,11 +40,19 @@ class LensSums:
 
     A monotonic cap on the logits (Gemma's) changes no top token and is left out.
     Memory: V counts, and one piece of the weights and of the logits at a time.
+
+    Raises:
+        ValueError: a weight or bias of another shape.
     """
 
     def __init__(
         self, norm: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None = None
     ) -> None:
+        if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ValueError(
+                f"weight, bias: expected shapes (V, D) and (V,), got {tuple(weight.shape)} and "
+                f"{None if bias is None else tuple(bias.shape)}"
+            )
         self._norm, self._weight, self._bias = norm, weight, bias
         self._counts = torch.zeros(len(weight), dtype=torch.int64)
 
@@ -71,7 +79,9 @@ class LensSums:
                 logits += self._bias[part].to(x)
             value, index = logits.max(dim=1)
             top = torch.where(value > best, index + start, top)
-            best = torch.maximum(value, best)
+            best = torch.maximum(value, best)  # NaN if one is
+        if not bool(torch.isfinite(best).all()):
+            raise ValueError("norm, weight, bias: expected finite logits, got NaN or infinity")
         return top
 
     def result(self, *, few: int = 5, listed: int = 20) -> Lens:
@@ -92,7 +102,7 @@ class LensSums:
         table = zip(tokens[:listed].tolist(), counts[:listed].tolist(), strict=True)
         return Lens(
             int(counts[:few].sum()) / rows,
-            float(-(share * share.log2()).sum()),
+            float((share * share.reciprocal().log2()).sum()),
             tuple(TopToken(token, count) for token, count in table if count),
         )
 
@@ -118,6 +128,6 @@ def logit_lens(
         few, listed: as in `LensSums.result`.
 
     Raises:
-        ValueError: another shape, no rows, or values that are not finite.
+        ValueError: another shape, no rows, or features or logits that are not finite.
     """
     return LensSums(norm, weight, bias).update(features).result(few=few, listed=listed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prereg_kernels.diagnostics.tensors import check_features, pieces
+from prereg_kernels.diagnostics.tensors import check_features, pieces, working
 
 OUTLIER = 10.0
 """Times the median norm, from which a token counts as an outlier."""
@@ -53,17 +54,16 @@ class NormSums:
             self._counts = features.new_zeros(features.shape[1], dtype=torch.int64)
             self._largest = features.new_zeros(features.shape[1], dtype=torch.float64)
         for part in pieces(*features.shape):
-            x = features[part].double()
-            self._norms.append(torch.linalg.vector_norm(x, dim=1).cpu())
-            magnitudes = x.abs_()
-            # medians are slow, and only of tokens that can have a massive activation
-            magnitudes = magnitudes[magnitudes.amax(dim=1) > MASSIVE]
+            (x,) = working(features[part])
+            self._norms.append(torch.linalg.vector_norm(x, dim=1).double().cpu())
+            # medians are slow, and only of use for tokens that can have a massive activation
+            magnitudes = x[torch.linalg.vector_norm(x, math.inf, dim=1) > MASSIVE].abs()
             threshold = (MASSIVE_RATIO * _median(magnitudes)).clamp_min(MASSIVE)
             massive = magnitudes > threshold[:, None]
             self._massive_tokens += int(massive.any(dim=1).sum())
             self._counts += massive.sum(dim=0)
             if len(magnitudes):
-                found = magnitudes.where(massive, 0.0).amax(dim=0)
+                found = magnitudes.where(massive, 0.0).amax(dim=0).double()
                 self._largest = torch.maximum(self._largest, found)
         return self
 

@@ -53,14 +53,18 @@ def probe(
         strength: as in `linear_probe`.
 
     Raises:
-        ValueError: as `linear_probe`; `splits` below 1, a `test_share` outside (0, 1), or too few
-            groups to split.
+        ValueError: as `linear_probe`; `splits` below 1, a `test_share` outside (0, 1), a single
+            group, or a class so rare that a training set has only one.
     """
     from scipy.stats import t
     from sklearn.model_selection import GroupShuffleSplit
 
     check_features(features)
     check_ids(labels, "labels", len(features))
+    y = labels.detach().cpu()
+    counts = y.unique(return_counts=True)[1]
+    if len(counts) < 2:
+        raise ValueError(f"labels: expected at least 2 classes, got {len(counts)}")
     if splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not 0 < test_share < 1:
@@ -72,16 +76,21 @@ def probe(
     if count < 2:
         raise ValueError(f"groups: expected at least 2 different ones, got {count}")
 
-    x, y = features.detach().cpu(), labels.detach().cpu()
-    sets = GroupShuffleSplit(splits, test_size=test_share, random_state=seed).split(
-        np.empty(len(x)), groups=groups.cpu().numpy()
-    )
-    accuracies = [linear_probe(x[a], y[a], x[b], y[b], strength=strength) for a, b in sets]
+    x = features.detach().cpu()
+    draw = GroupShuffleSplit(splits, test_size=test_share, random_state=seed)
+    accuracies = []
+    for train, test in draw.split(np.empty(len(x)), groups=groups.cpu().numpy()):
+        if y[train].unique().numel() < 2:
+            raise ValueError(
+                f"labels: the {len(train)} rows of a training set have a single class; expected "
+                "more rows of the others"
+            )
+        accuracies.append(linear_probe(x[train], y[train], x[test], y[test], strength=strength))
     half = math.nan
     if splits > 1:
         factor = 1 / splits + test_share / (1 - test_share)
         half = float(t.ppf(0.975, splits - 1) * np.std(accuracies, ddof=1) * math.sqrt(factor))
-    chance = int(y.unique(return_counts=True)[1].max()) / len(y)
+    chance = int(counts.max()) / len(y)
     return Probe(float(np.mean(accuracies)), half, chance, tuple(accuracies))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from prereg_kernels.diagnostics.tensors import working
+
 ROWS = 4096
 """Of one matmul: bounds its copy of the rows and the rounding of its float32 sums."""
 
@@ -46,11 +48,12 @@ class Scatter:
         return self
 
     def _add(self, x: Tensor, y: Tensor | None) -> None:
-        n = len(x)
+        n, symmetric = len(x), y is None
+        x, *others = working(x) if y is None else working(x, y)
         x, x_rest, x_mean = _centre(x)
-        y, y_rest, y_mean = (x, x_rest, x_mean) if y is None else _centre(y)
+        y, y_rest, y_mean = _centre(*others) if others else (x, x_rest, x_mean)
         if self.means is None:
-            self._symmetric = y is x
+            self._symmetric = symmetric
             self._matrix = x_mean.new_zeros(x.shape[1], y.shape[1])
             self.means = (torch.zeros_like(x_mean), torch.zeros_like(y_mean))
         assert self._matrix is not None
@@ -103,8 +106,7 @@ class Scatter:
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows less their rounded mean, what is left of their sum, and their mean, both float64."""
-    x = x if x.dtype == torch.float64 else x.float()
-    shift = x.mean(dim=0, dtype=torch.float64).to(x.dtype)
+    shift = x.mean(dim=0, dtype=torch.float64).to(x.dtype)  # exact where a dimension is constant
     centred = x - shift
-    rest = centred.sum(dim=0, dtype=torch.float64)
+    rest = centred.sum(dim=0).double()
     return centred, rest, shift.double() + rest / len(x)

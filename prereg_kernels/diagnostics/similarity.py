@@ -11,7 +11,7 @@ from torch import Tensor
 from prereg_kernels.diagnostics.mean import MeanSums
 from prereg_kernels.diagnostics.scatter import Scatter
 from prereg_kernels.diagnostics.spectrum import SpectrumSums
-from prereg_kernels.diagnostics.tensors import check_features, pieces, unit_rows
+from prereg_kernels.diagnostics.tensors import check_features, lengths, pieces, working
 
 
 class Similarity(NamedTuple):
@@ -42,26 +42,18 @@ class SimilaritySums:
     @torch.no_grad()
     def update(self, features: Tensor, reference: Tensor) -> SimilaritySums:
         """Add a batch: (N, D) each, row i of the same token, any floating dtype, one device."""
-        check_features(features, columns=self._cross.columns[0])
-        check_features(reference, "reference", features.shape[1])
-        if len(reference) != len(features):
-            raise ValueError(
-                f"reference: expected shape {tuple(features.shape)}, got {tuple(reference.shape)}"
-            )
+        _check_pair(features, reference, self._cross.columns[0])
         self._cross.update(features, reference)
         for part in pieces(*features.shape):
-            pair = [features[part].double(), reference[part].double()]
-            lengths = [torch.linalg.vector_norm(x, dim=1) for x in pair]
-            for i, length in enumerate(lengths):
-                self._norms[i] += float(length.sum())
-            x, y = (unit_rows(x) for x in pair)
-            self._cosine[0] += float((x * y).sum())
+            x, y = working(features[part], reference[part])
+            for i, z in enumerate((x, y)):
+                self._norms[i] += _total(torch.linalg.vector_norm(z, dim=1))
+            sizes = lengths(x), lengths(y)
+            self._cosine[0] += _total((x * y).sum(dim=1) / (sizes[0] * sizes[1]))
             if self._means is not None:
-                x, y = (
-                    unit_rows(x - mean.to(x), length)
-                    for x, mean, length in zip(pair, self._means, lengths, strict=True)
-                )
-                self._cosine[1] += float((x * y).sum())
+                x, y = x - self._means[0].to(x), y - self._means[1].to(y)
+                cosine = (x * y).sum(dim=1) / (lengths(x, sizes[0]) * lengths(y, sizes[1]))
+                self._cosine[1] += _total(cosine)
         return self
 
     def result(self, features: SpectrumSums, reference: SpectrumSums) -> Similarity:
@@ -108,6 +100,19 @@ def similarity(features: Tensor, reference: Tensor) -> Similarity:
     Raises:
         ValueError: shapes that do not fit, fewer than two rows, or values that are not finite.
     """
+    _check_pair(features, reference)
     means = (MeanSums().update(features).result(), MeanSums().update(reference).result())
     sums = SimilaritySums(means).update(features, reference)
     return sums.result(SpectrumSums().update(features), SpectrumSums().update(reference))
+
+
+def _check_pair(features: Tensor, reference: Tensor, columns: int | None = None) -> None:
+    check_features(features, columns=columns)
+    check_features(reference, "reference", features.shape[1])
+    if len(reference) != len(features):
+        expected, got = tuple(features.shape), tuple(reference.shape)
+        raise ValueError(f"reference: expected shape {expected}, got {got}")
+
+
+def _total(x: Tensor) -> float:
+    return float(x.sum(dtype=torch.float64))

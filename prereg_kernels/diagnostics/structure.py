@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.diagnostics.mean import MeanSums
-from prereg_kernels.diagnostics.tensors import check_features, check_ids, pieces, unit_rows
+from prereg_kernels.diagnostics.tensors import check_features, check_ids, lengths, pieces, working
 
 
 class PatchStructure(NamedTuple):
@@ -80,8 +80,7 @@ class StructureSums:
         check_ids(images, "images", len(features))
         objects, images = objects.to(features.device), images.to(features.device)
 
-        keep = objects >= 0
-        rows = keep.nonzero().squeeze(1)
+        rows = (objects >= 0).nonzero().squeeze(1)
         pairs = torch.stack([images[rows], objects[rows]], dim=1)
         groups, group = torch.unique(pairs, dim=0, return_inverse=True)  # an object of an image
         ids, image = torch.unique(groups[:, 0], return_inverse=True)
@@ -91,37 +90,30 @@ class StructureSums:
         self._pairs[0] += within
         self._pairs[1] += int((image_sizes * (image_sizes - 1)).sum()) - within
 
-        centred = (False,) if self._mean is None else (False, True)
-        for which in centred:
-            self._add(which, features, rows, group, image, (len(groups), len(ids)))
+        for centred in (False, True) if self._mean is not None else (False,):
+            sums, own = self._object_sums(centred, features, rows, group, len(groups))
+            squares = float(sums.square().sum())
+            image_sums = sums.new_zeros(len(ids), sums.shape[1]).index_add_(0, image, sums)
+            self._similarity[centred][0] += squares - own
+            self._similarity[centred][1] += float(image_sums.square().sum()) - squares
         return self
 
-    def _add(
-        self,
-        centred: bool,
-        features: Tensor,
-        rows: Tensor,
-        group: Tensor,
-        image: Tensor,
-        counts: tuple[int, int],
-    ) -> None:
-        width = features.shape[1]
-        sums = features.new_zeros(counts[0], width, dtype=torch.float64)
-        own = sums.new_zeros(())  # each patch with itself: 1, or 0 for a row of zeros
-        for part in pieces(len(rows), width):
-            x = features[rows[part]].double()
+    def _object_sums(
+        self, centred: bool, features: Tensor, rows: Tensor, group: Tensor, count: int
+    ) -> tuple[Tensor, int]:
+        """(count, D) float64 sums of the normalised rows, and how many of these are not 0."""
+        sums = features.new_zeros(count, features.shape[1], dtype=torch.float64)
+        own = 0
+        for part in pieces(len(rows), features.shape[1]):
+            (x,) = working(features[rows[part]])
+            length = lengths(x)
             if centred:
                 assert self._mean is not None
-                length = torch.linalg.vector_norm(x, dim=1)
-                x = unit_rows(x - self._mean.to(x), length)
-            else:
-                x = unit_rows(x)
-            own += x.square().sum()
-            sums.index_add_(0, group[part], x)
-        squares = sums.square().sum()
-        image_sums = sums.new_zeros(counts[1], width).index_add_(0, image, sums)
-        self._similarity[centred][0] += float(squares - own)
-        self._similarity[centred][1] += float(image_sums.square().sum() - squares)
+                x -= self._mean.to(x)
+                length = lengths(x, length)
+            own += int(length.isfinite().sum())  # each similar to itself by 1
+            sums.index_add_(0, group[part], x.div_(length[:, None]).double())
+        return sums, own
 
     def result(self) -> PatchStructure:
         """Means over all pairs so far, pooled over objects and images; NaN where there is none."""
@@ -139,8 +131,8 @@ def patch_structure(
     """Cohesion and coupling of patch features, as they are and with their mean subtracted.
 
     Args:
-        features: (N, D), any floating dtype. A row of zeros has similarity 0 to every other.
-            The mean that the centred values subtract is the mean of all N rows.
+        features: (N, D), any floating dtype. The centred values subtract the mean of all N rows.
+            A row without a direction, 0 or equal to that mean, has similarity 0 to every other.
         objects: (N,) integer object ids; -1 is background, left out of the pairs.
         images: (N,) integer image ids: pairs are formed within an image only, and object ids
             distinguish objects within an image. None: all patches are of one image.

@@ -8,8 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PIECE = 2**23
-"""Elements of one piece: 64 MiB in float64."""
+PIECE = 2**20
+"""Elements of one piece: small enough to stay in a cache."""
+
+
+LARGEST = 1e15
+SHORTEST = 1e-15
+"""Squares of float32 values beyond, and of rows below, would leave its range."""
 
 
 def check_features(features: Tensor, name: str = "features", columns: int | None = None) -> None:
@@ -19,8 +24,13 @@ def check_features(features: Tensor, name: str = "features", columns: int | None
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(features.shape)}")
     if not features.is_floating_point():
         raise ValueError(f"{name}: expected a floating dtype, got {features.dtype}")
-    if features.numel() and not all(math.isfinite(float(x)) for x in torch.aminmax(features)):
+    if not features.numel():
+        return
+    largest = max(abs(float(x)) for x in torch.aminmax(features.detach()))  # NaN if there is one
+    if not math.isfinite(largest):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+    if largest > LARGEST:
+        raise ValueError(f"{name}: expected magnitudes up to {LARGEST:g}, got {largest:g}")
 
 
 def check_ids(ids: Tensor, name: str, rows: int) -> None:
@@ -38,12 +48,21 @@ def pieces(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def unit_rows(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Each row over its length; one that is 0, or rounding beside `scale` (N,), becomes 0.
+def working(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """In float32, or float64 where one is: what rows are measured in before they are summed."""
+    tensors = (x, *others)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return tuple(t.to(dtype) for t in tensors)
 
-    `scale` holds the lengths before a mean was subtracted: of a row that equals the mean only
-    rounding is left, and it has a direction.
+
+def lengths(x: Tensor, before: Tensor | None = None) -> Tensor:
+    """(N,) Euclidean norms of the rows, infinite for a row without a direction.
+
+    That is a row below SHORTEST, or, given the lengths before a mean was subtracted, one that
+    equalled that mean: what rounding left of it is no direction.
     """
     length = torch.linalg.vector_norm(x, dim=1)
-    floor = 0.0 if scale is None else 1e-12 * scale
-    return x / length.where(length > floor, math.inf)[:, None]
+    shortest = length.new_full((), SHORTEST)
+    if before is not None:
+        shortest = (8 * torch.finfo(x.dtype).eps * before).clamp_min(SHORTEST)
+    return length.where(length > shortest, math.inf)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from prereg_kernels.diagnostics import linear_probe
+from prereg_kernels.diagnostics import linear_probe, probe
 
 
 def test_reads_a_linear_label_and_not_a_random_one() -> None:
@@ -17,6 +22,65 @@ def test_reads_a_linear_label_and_not_a_random_one() -> None:
     assert linear_probe(x[:400], random[:400], x[400:], random[400:]) < 0.6
 
 
+def noisy(rows: int = 300, columns: int = 6) -> tuple[Tensor, Tensor]:
+    """Two classes in the shares 2 : 1 that overlap."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(rows) % 3 == 0).long()
+    return torch.randn(rows, columns, generator=generator) + 0.7 * labels[:, None], labels
+
+
+def test_mean_interval_and_chance() -> None:
+    x, y = noisy()
+    got = probe(x, y, splits=4, test_share=0.2)
+    assert len(got.accuracies) == 4
+    assert got.mean == pytest.approx(np.mean(got.accuracies))
+    # t of 3 degrees of freedom at 97.5%; the variance of the mean as Nadeau and Bengio correct it
+    deviation = np.std(got.accuracies, ddof=1)
+    assert got.half_width == pytest.approx(3.182446 * deviation * math.sqrt(1 / 4 + 0.2 / 0.8))
+    assert got.interval == (got.mean - got.half_width, got.mean + got.half_width)
+    assert got.chance == pytest.approx(2 / 3)
+    assert got.chance < got.interval[0] < 1 and got.half_width > 0
+
+
+def test_deterministic_by_seed() -> None:
+    x, y = noisy()
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert probe(x, y, seed=1) == probe(x, y, seed=1)
+    assert probe(x, y, seed=1).accuracies != probe(x, y, seed=2).accuracies
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])
+
+
+def test_groups_stay_on_one_side() -> None:
+    """Labels drawn per group, features that only name the group: a split of rows can cheat."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(60).repeat_interleave(8)
+    labels = torch.randint(0, 2, (60,), generator=generator)[groups]
+    x = torch.randn(60, 64, generator=generator)[groups]
+    x = x + 0.01 * torch.randn(480, 64, generator=generator)
+    assert probe(x, labels).mean > 0.95
+    assert probe(x, labels, groups=groups).mean < 0.65
+
+
+def test_a_single_split_has_no_interval() -> None:
+    assert math.isnan(probe(*noisy(), splits=1).half_width)
+
+
+def test_a_class_that_only_the_test_set_has_is_missed() -> None:
+    x = torch.eye(3).repeat(4, 1)
+    y = torch.arange(3).repeat(4)
+    train = y < 2
+    assert linear_probe(x[train], y[train], x, y) == pytest.approx(2 / 3)
+
+
+def test_separable_data_give_no_warning() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 200, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_probe(x, (x[:, 0] > 0).long(), x, (x[:, 0] > 0).long(), strength=1e6)
+
+
 def test_bad_input() -> None:
     x, y = torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
     with pytest.raises(ValueError, match="train_y: expected at least 2 classes, got 1"):
@@ -25,3 +89,24 @@ def test_bad_input() -> None:
         linear_probe(x, y, x, y[:3])
     with pytest.raises(ValueError, match="train_x: expected finite"):
         linear_probe(x / 0, y, x, y)
+
+
+def test_bad_splits() -> None:
+    x, y = noisy()
+    with pytest.raises(ValueError, match="features: expected finite"):
+        probe(x / 0, y)
+    with pytest.raises(ValueError, match=r"labels: expected shape \(300,\), got \(299,\)"):
+        probe(x, y[1:])
+    with pytest.raises(ValueError, match="labels: expected at least 2 classes, got 1"):
+        probe(x, torch.zeros_like(y))
+    with pytest.raises(ValueError, match="splits: expected at least 1, got 0"):
+        probe(x, y, splits=0)
+    with pytest.raises(ValueError, match=r"test_share: .* got 1.0"):
+        probe(x, y, test_share=1.0)
+    with pytest.raises(ValueError, match="groups: expected at least 2 different ones, got 1"):
+        probe(x, y, groups=torch.zeros_like(y))
+    with pytest.raises(ValueError, match=r"groups: expected shape \(300,\), got \(1,\)"):
+        probe(x, y, groups=y[:1])
+    rare = (torch.arange(300) == 0).long()
+    with pytest.raises(ValueError, match="labels: the 150 rows of a training set have a single"):
+        probe(x, rare, test_share=0.5, splits=20)

@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from prereg_kernels.diagnostics import spectrum
+from prereg_kernels.diagnostics import SpectrumSums, spectrum
 
 
-def test_equals_eigenvalues_and_numpy_correlation() -> None:
-    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).double()
-    x = x @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double()
-    eigenvalues = np.linalg.eigvalsh(np.cov(x.numpy().T))
-    correlation = np.abs(np.corrcoef(x.numpy().T))
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-6)], ids=["64", "32"]
+)
+@pytest.mark.parametrize("columns", [6, 700])  # within one strip of the matrix; over two
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_equals_eigenvalues_and_numpy_correlation(
+    columns: int, offset: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, columns, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = (x + offset * torch.randn(columns, generator=generator, dtype=torch.float64)).to(dtype)
+    eigenvalues = np.linalg.eigvalsh(np.cov(x.double().numpy().T))
+    correlation = np.abs(np.corrcoef(x.double().numpy().T))
     got = spectrum(x)
     ratio = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
-    assert got.effective_dimension == pytest.approx(ratio, rel=1e-10)
-    assert got.mean_correlation == pytest.approx((correlation.sum() - 6) / 30, rel=1e-10)
+    mean = (correlation.sum() - columns) / (columns * (columns - 1))
+    assert got.effective_dimension == pytest.approx(ratio, rel=tolerance)
+    assert got.mean_correlation == pytest.approx(mean, rel=tolerance)
 
 
-def test_one_direction_and_constant_dimensions() -> None:
+def test_equal_and_independent_dimensions() -> None:
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4)
+    assert spectrum(corners) == pytest.approx((4.0, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_direction_and_constant_dimensions(dtype: torch.dtype) -> None:
     t = torch.arange(5.0)[:, None]
-    got = spectrum(torch.cat([t, -2 * t, torch.ones(5, 1)], dim=1))
-    assert got.effective_dimension == pytest.approx(1.0)
-    assert got.mean_correlation == pytest.approx(1.0)
+    x = torch.cat([t, -2 * t, torch.full((5, 1), 0.1)], dim=1).to(dtype)
+    sums = SpectrumSums()
+    for rows in x.split(2):  # 0.1 is not a float: the batches' means differ in their last bits
+        sums.update(rows)
+    assert sums.result() == pytest.approx((1.0, 1.0))
 
 
-def test_bad_input() -> None:
+def test_undefined() -> None:
+    equal = spectrum(torch.full((7, 3), 0.1, dtype=torch.float64))
+    assert math.isnan(equal.effective_dimension) and math.isnan(equal.mean_correlation)
+    single = spectrum(torch.randn(7, 1))
+    assert single.effective_dimension == pytest.approx(1.0) and math.isnan(single.mean_correlation)
+
+
+def test_batches_with_different_means_do_not_cancel() -> None:
+    """The first batch is one far row, and a dimension drifts by 10,000 deviations."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 8, generator=generator)
+    x[0] += 1e4
+    x[:, 3] += torch.arange(2000) * 10
+    sums = SpectrumSums().update(x[:1])
+    for rows in x[1:].split(300):
+        sums.update(rows)
+    assert sums.result() == pytest.approx(spectrum(x.double()), rel=1e-6)
+
+
+def test_too_few_rows() -> None:
     with pytest.raises(ValueError, match="features: expected at least 2 rows in all, got 1"):
         spectrum(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="finite"):
-        spectrum(torch.full((3, 3), float("inf")))
