@@ -1,4 +1,4 @@
-"""The command line: `prereg train`, `prereg doctor`."""
+"""The command line: `prereg train`, `prereg diagnose`, `prereg doctor`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,17 @@ def main() -> None:
         from prereg_kernels.training.loop import TrainingInterrupted
         from prereg_kernels.training.workers import Interrupted, UnitError
     except ModuleNotFoundError as error:
-        _fail(f"{error}; training needs: pip install 'prereg-kernels[train]'")
+        _fail(f"{error}; {arguments.command} needs: pip install 'prereg-kernels[train]'")
 
     try:
         console = Console()
-        train(arguments, console if console.is_terminal else Console(width=120))
+        console = console if console.is_terminal else Console(width=120)
+        if arguments.command == "diagnose":
+            from prereg_kernels.diagnose import run
+
+            run(arguments, console)
+        else:
+            train(arguments, console)
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
@@ -71,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
     group.add_argument("--workers", type=int, help="processes, a thread each; default: one a core")
+    _add_diagnose(commands)
     doctor = commands.add_parser(
         "doctor",
         help="what is installed, and what runs here",
@@ -78,6 +85,65 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diagnose",
+        help="what a model's visual tokens still hold, layer by layer",
+        description="The checkup: linear probes, patch structure, similarity to the input and the "
+        "logit lens at every layer; writes checkup.html, checkup.json and plots/. Run again after "
+        "an interruption: it goes on from the last batch.",
+    )
+    parser.add_argument("model", type=Path, help="a model directory: config and safetensors")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, help="a directory of images, perhaps one a class")
+    source.add_argument(
+        "--scenes", action="store_true", help="the demo's digit scenes, with exact masks"
+    )
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        help="a directory of PNG masks at the images' paths, or COCO's annotations.json",
+    )
+    parser.add_argument(
+        "--masks-are",
+        choices=("instances", "classes"),
+        default="instances",
+        help="what a mask's numbers are: objects of one image, or classes (COCO-Stuff)",
+    )
+    parser.add_argument(
+        "--background",
+        type=int,
+        nargs="*",
+        default=[0, 255],
+        metavar="N",
+        help="numbers in PNG masks that are no object; default: 0 255",
+    )
+    parser.add_argument("--labels", type=Path, help="classes of images: CSV name,class, or JSON")
+    parser.add_argument("--compare", type=Path, metavar="MODEL", help="a second model directory")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models, on the page")
+    parser.add_argument("--out", type=Path, required=True, help="where everything goes")
+    parser.add_argument(
+        "--limit", type=int, default=512, help="images, drawn from all; default 512"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch; default 8")
+    parser.add_argument(
+        "--purity",
+        type=float,
+        default=0.5,
+        help="share of a patch that its object must own; default 0.5",
+    )
+    parser.add_argument("--splits", type=int, default=5, help="of each linear probe; default 5")
+    parser.add_argument("--processor", type=Path, help="a directory with the image processor")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: as stored; float32 on a CPU",
+    )
+    parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    parser.add_argument("--json", action="store_true", help="print checkup.json, nothing else")
 
 
 def train(arguments: argparse.Namespace, console: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from prereg_kernels.families import find_family
 def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     """Run the model on a batch and keep the visual tokens' states of every layer.
 
+    Nothing else is kept: no other position, no cache, and logits of one position only.
+
     Args:
         model: of a supported family. It runs as it is; call `model.eval()` first.
         batch: keyword arguments of its forward, `input_ids` among them.
@@ -25,8 +28,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
         final norm); rows in the order of the visual tokens in `input_ids`.
     """
     family = find_family(model)
-    ids = batch["input_ids"]
-    visual = torch.isin(ids, torch.tensor(family.visual_token_ids(model), device=ids.device))
+    visual = visual_mask(model, batch["input_ids"])
     kept: list[Tensor] = []
 
     def keep(states: Tensor) -> None:
@@ -37,13 +39,25 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
             lambda module, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True
         ),
         *(
-            layer.register_forward_hook(lambda module, args, output: keep(output))
+            layer.register_forward_hook(
+                lambda module, args, output: keep(
+                    output[0] if isinstance(output, tuple) else output
+                )
+            )
             for layer in family.layers_of(model)
         ),
     ]
+    accepted = inspect.signature(model.forward).parameters
+    frugal = {"use_cache": False, "logits_to_keep": 1}
     try:
-        model(**batch)
+        model(**{**{name: x for name, x in frugal.items() if name in accepted}, **batch})
     finally:
         for handle in handles:
             handle.remove()
     return kept
+
+
+def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Bool, the shape of `input_ids`: where its tokens are visual. ValueError as `find_family`."""
+    ids = find_family(model).visual_token_ids(model)
+    return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))

@@ -1,0 +1,237 @@
+"""The command `prereg diagnose`: the checkup of a model directory, or of two."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from prereg_kernels._version import __version__
+from prereg_kernels.diagnostics.batches import Batches, ImageBatches
+from prereg_kernels.diagnostics.checkup import checkup, report
+from prereg_kernels.diagnostics.coco import CocoImages
+from prereg_kernels.diagnostics.datasets import ImageFolder, Samples, Subset
+from prereg_kernels.diagnostics.findings import headline, middle_layer
+from prereg_kernels.diagnostics.loading import Loaded, load
+from prereg_kernels.diagnostics.page import NUMBERS
+from prereg_kernels.diagnostics.results import Diagnosis
+from prereg_kernels.diagnostics.shards import Shards
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: arguments, files or features that are not as expected.
+        OSError: a file cannot be read or written.
+    """
+    directories = [arguments.model, *([arguments.compare] if arguments.compare else [])]
+    names = _names(directories, arguments.names)
+    _check(arguments)
+    samples = None if arguments.scenes else _samples(arguments)
+    if arguments.fresh:
+        for name in names:
+            Shards.clear(arguments.out / "shards" / name)
+    found: list[Diagnosis] = []
+    for directory, name in zip(directories, names, strict=True):
+        if not arguments.json:
+            console.print(f"{name}: {directory}", highlight=False)
+        found.append(_measure(directory, name, samples, arguments, console))
+    page = report(arguments.out, found, _facts(found, arguments))
+    if arguments.json:
+        console.out((arguments.out / NUMBERS).read_text(encoding="utf-8"), highlight=False)
+        return
+    _print(found, console)
+    console.print(f"page: {page}", highlight=False)
+
+
+def _measure(
+    directory: Path,
+    name: str,
+    samples: Samples | None,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> Diagnosis:
+    loaded = load(
+        directory,
+        processor=arguments.processor,
+        device=_device(arguments.device),
+        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+    )
+    batches, settings, notes = _batches(loaded, samples, arguments)
+    with _bar(name, console, shown=not arguments.json) as progress:
+        return checkup(
+            loaded.model,
+            batches,
+            arguments.out,
+            name=name,
+            images=arguments.limit if samples is None else len(samples),
+            tokenizer=loaded.tokenizer,
+            splits=arguments.splits,
+            settings={"model": _fingerprint(directory), "dtype": arguments.dtype, **settings},
+            notes=notes,
+            progress=progress,
+        )
+
+
+def _batches(
+    loaded: Loaded, samples: Samples | None, arguments: argparse.Namespace
+) -> tuple[Batches, dict[str, Any], Sequence[str]]:
+    if samples is not None:
+        batches = ImageBatches(loaded, samples, size=arguments.batch, purity=arguments.purity)
+        data = {
+            "data": batches.identity,
+            "masks": None if arguments.masks is None else str(arguments.masks.resolve()),
+            "masks_are": arguments.masks_are,
+            "background": arguments.background,
+            "labels": _file_fingerprint(arguments.labels),
+            "processor": hashlib.sha256(str(loaded.processor).encode()).hexdigest()[:16],
+        }
+        return batches, data, loaded.notes
+    from prereg_kernels.training.scene_batches import SceneBatches
+    from prereg_kernels.training.scenes import Scenes
+
+    scenes = SceneBatches(loaded.model, Scenes("test"), arguments.limit)
+    return scenes, {"data": f"{arguments.limit} test scenes"}, ()
+
+
+def _samples(arguments: argparse.Namespace) -> Samples:
+    masks = arguments.masks
+    samples: Samples
+    if masks is not None and masks.suffix == ".json":
+        samples = CocoImages(arguments.images, masks)
+        if arguments.labels is not None:
+            raise ValueError("--labels: goes with an image folder, not with COCO's annotations")
+    else:
+        samples = ImageFolder(
+            arguments.images,
+            labels=arguments.labels,
+            masks=masks,
+            masks_are=arguments.masks_are,
+            background=arguments.background,
+        )
+    return Subset(samples, arguments.limit) if arguments.limit < len(samples) else samples
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("limit", "batch", "splits"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.scenes:
+        for name in ("masks", "labels", "processor"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name}: goes with --images; scenes bring their own")
+
+
+def _names(directories: Sequence[Path], given: Sequence[str] | None) -> list[str]:
+    """What the page calls the models: as little of their paths as tells them apart."""
+    if given is not None:
+        if len(given) != len(directories) or len(set(given)) != len(given):
+            raise ValueError(
+                f"--names: expected {len(directories)} different names, got {' '.join(given)}"
+            )
+        if any(not name.strip() or set(name) & set("/\\") or name[0] == "." for name in given):
+            raise ValueError(f"--names: expected names without slashes, got {' '.join(given)}")
+        return list(given)
+    parts = [path.resolve().parts for path in directories]
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    a, b = parts
+    if a == b:
+        raise ValueError(f"--compare: expected another model than {directories[0]}")
+    different = [i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y]
+    at = different[0] if different else 0
+    names = [a[::-1][at], b[::-1][at]]
+    return names if names[0] != names[1] else ["first", "second"]
+
+
+def _device(name: str | None) -> torch.device:
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {chosen!r} is not usable here: {error}") from None
+
+
+def _fingerprint(directory: Path) -> str:
+    """Changes when a model's files do: their names, sizes and times, and the config's text."""
+    parts = [(directory / "config.json").read_text(encoding="utf-8")]
+    for path in sorted(directory.glob("*.safetensors")):
+        status = path.stat()
+        parts.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _file_fingerprint(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _facts(found: Sequence[Diagnosis], arguments: argparse.Namespace) -> dict[str, str]:
+    measured = found[0].measured
+    skipped = sum(map(len, measured.skipped.values()))
+    source = "digit scenes" if arguments.scenes else str(arguments.images)
+    return {
+        "images": f"{len(measured.names)} of {source}" + (f" ({skipped} skipped)" * bool(skipped)),
+        "visual tokens": f"{int(measured.tokens.sum()):,}",
+        "layers": f"{measured.layers - 1} of width {measured.width}",
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "prereg_kernels": __version__,
+    }
+
+
+@contextmanager
+def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(f"{name}: {phase}", total=total or None)
+            progress.update(tasks[phase], completed=done)
+
+        yield update
+
+
+def _print(found: Sequence[Diagnosis], console: Console) -> None:
+    layer = middle_layer(found[0].layers)
+    last = found[0].layers - 1
+    table = Table(title=headline(found[0]), title_justify="left")
+    table.add_column("")
+    for diagnosis in found:
+        for depth in dict.fromkeys((0, layer, last)):
+            where = "input" if depth == 0 else f"layer {depth}"
+            table.add_column(f"{diagnosis.name}\n{where}", justify="right")
+    keys = [key for key in found[0].curves if all(key in d.curves for d in found)]
+    for key in keys:
+        cells = []
+        for diagnosis in found:
+            for depth in dict.fromkeys((0, layer, last)):
+                cells.append(f"{diagnosis.curves[key][depth].value:.3f}")
+        table.add_row(key, *cells)
+    console.print(table)
+    for diagnosis in found:
+        for reason, names in diagnosis.measured.skipped.items():
+            console.print(
+                f"{diagnosis.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
+                highlight=False,
+            )
+        for target, reason in diagnosis.missing.items():
+            console.print(f"{diagnosis.name}: no probe of {target}: {reason}", highlight=False)
+        for note in diagnosis.notes:
+            console.print(f"{diagnosis.name}: {note}", highlight=False)

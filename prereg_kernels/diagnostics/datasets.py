@@ -1,0 +1,201 @@
+"""Image sets on disk: a folder, perhaps one folder a class, with masks and labels beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prereg_kernels.diagnostics.images import IMAGE_SUFFIXES, SkipImage, read_image, read_mask
+from prereg_kernels.diagnostics.patches import check_mask
+
+MASKS_ARE = ("instances", "classes")
+TARGET = "class"
+"""What the image-level probe reads, and the object-level one where masks hold classes."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, and what is known of it.
+
+    Attributes:
+        name: for people, unique in its set.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) object ids at any resolution of the whole image, negative = background; None
+            where there is none.
+        labels: {target: the image's class}.
+        object_labels: {target: {object id: its class}}.
+    """
+
+    name: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.int64] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    object_labels: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+
+class Samples(Protocol):
+    """A set of samples: what the checkup reads."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Its name, without reading the image."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample. Raises SkipImage where it cannot be used."""
+
+
+class ImageFolder:
+    """The images below a directory, sorted by path.
+
+    Args:
+        root: the directory. Where every image lies in a subdirectory, its first part is its class.
+        labels: a file with classes instead: CSV lines `name,class`, or a JSON object. Names are
+            paths below `root`, or file names.
+        masks: a directory with a PNG file of numbers for each image, at the same path, of any
+            resolution.
+        masks_are: "instances": a number tells objects of one image apart and means nothing else.
+            "classes" (as in COCO-Stuff): a number is a class, and each class of an image an object.
+        background: numbers that are no object.
+
+    Raises:
+        ValueError: no images, labels of none of them, no masks, or a labels file that is none.
+        OSError: a directory or file cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        labels: Path | None = None,
+        masks: Path | None = None,
+        masks_are: str = "instances",
+        background: Collection[int] = (0, 255),
+    ) -> None:
+        if masks_are not in MASKS_ARE:
+            raise ValueError(f"masks_are: expected one of {MASKS_ARE}, got {masks_are!r}")
+        if not root.is_dir():
+            raise ValueError(f"images: expected a directory, got {root}")
+        if masks is not None and not masks.is_dir():
+            raise ValueError(f"masks: expected a directory or COCO's JSON file, got {masks}")
+        self._root, self._masks = root, masks
+        self._masks_are, self._background = masks_are, tuple(background)
+        self._files = sorted(
+            path.relative_to(root)
+            for path in root.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        )
+        if not self._files:
+            raise ValueError(f"images: expected image files below {root}, got none")
+        if masks is not None and not any(self._mask_path(file).exists() for file in self._files):
+            example = self._mask_path(self._files[0])
+            raise ValueError(f"masks: expected a file such as {example} for each image, got none")
+        self._labels = self._classes(labels)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """The path of an image below the directory."""
+        return self._files[index].as_posix()
+
+    def __getitem__(self, index: int) -> Sample:
+        """One image. Raises SkipImage where it, or its mask, cannot be used."""
+        file = self._files[index]
+        image = read_image(self._root / file)
+        label = self._labels.get(file.as_posix())
+        labels = {} if label is None else {TARGET: label}
+        if self._masks is None:
+            return Sample(file.as_posix(), image, None, labels)
+        try:
+            mask = read_mask(self._mask_path(file))
+            check_mask(mask, image.shape[:2])
+        except SkipImage as reason:
+            raise SkipImage(f"mask: {reason}") from None
+        except ValueError:
+            raise SkipImage("mask: not of the image's proportions") from None
+        mask = np.where(np.isin(mask, self._background), -1, mask)
+        classes: dict[str, dict[int, str]] = {}
+        if self._masks_are == "classes":
+            classes[TARGET] = {int(value): str(value) for value in np.unique(mask) if value >= 0}
+        return Sample(file.as_posix(), image, mask, labels, classes)
+
+    def _mask_path(self, file: Path) -> Path:
+        assert self._masks is not None
+        return self._masks / file.with_suffix(".png")
+
+    def _classes(self, labels: Path | None) -> dict[str, str]:
+        names = [file.as_posix() for file in self._files]
+        if labels is None:
+            if all(len(file.parts) > 1 for file in self._files):
+                return {name: name.split("/")[0] for name in names}
+            return {}
+        given = read_labels(labels)
+        found = {
+            name: given[key]
+            for name in names
+            if (key := name if name in given else name.rsplit("/", 1)[-1]) in given
+        }
+        if not found:
+            raise ValueError(
+                f"{labels}: expected labels of images such as {names[0]}, got labels of "
+                f"{len(given)} others, such as {next(iter(given))}"
+            )
+        return found
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """{image: class} of a CSV file with lines `name,class`, or of a JSON object.
+
+    Raises:
+        ValueError: neither.
+        OSError: it cannot be read.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from None
+        scalars = (str, int)
+        if not isinstance(found, dict) or not all(isinstance(v, scalars) for v in found.values()):
+            raise ValueError(f'{path}: expected an object such as {{"a.jpg": "cat"}}')
+        table = {str(name): str(label) for name, label in found.items()}
+    else:
+        table = {}
+        for number, row in enumerate(csv.reader(text.splitlines()), start=1):
+            if not row:
+                continue
+            if len(row) != 2:
+                raise ValueError(f"{path}:{number}: expected name,class, got {len(row)} fields")
+            table[row[0].strip()] = row[1].strip()
+    if not table:
+        raise ValueError(f"{path}: expected labels, got none")
+    return table
+
+
+class Subset:
+    """The first `count` of a set in an order drawn with `seed`: a fair sample of sorted classes."""
+
+    def __init__(self, samples: Samples, count: int, seed: int = 0) -> None:
+        if count < 1:
+            raise ValueError(f"limit: expected at least 1, got {count}")
+        order = np.random.default_rng(seed).permutation(len(samples))[:count]
+        self._samples, self._order = samples, order.tolist()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def name(self, index: int) -> str:
+        """As the whole set has it."""
+        return self._samples.name(self._order[index])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[self._order[index]]

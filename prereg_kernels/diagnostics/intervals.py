@@ -1,0 +1,87 @@
+"""95% intervals: a bootstrap over images, and a t interval over the splits of a probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+
+Sums = Mapping[str, NDArray[np.float64]]
+"""Sums over images, by name; the last axis is the layers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval, whose ends are NaN where there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 where the interval excludes 0, else 0."""
+        return 1 if self.low > 0 else (-1 if self.high < 0 else 0)
+
+
+class Bootstrap:
+    """Resamples images: whole images are drawn, since the patches of one know of each other.
+
+    Args:
+        images: how many there are. The draws depend on it alone, so that two models measured on the
+            same images are resampled alike, and their difference is paired.
+    """
+
+    def __init__(self, images: int) -> None:
+        rng = np.random.default_rng(0)
+        drawn = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
+        self._weights = drawn.astype(np.float64)
+
+    def estimate(
+        self, per_image: Sums, measure: Callable[[Sums], NDArray[np.float64]]
+    ) -> list[Estimate]:
+        """A measure of sums over images, at each layer.
+
+        Args:
+            per_image: {name: (images, layers)}.
+            measure: from {name: (..., layers)}, the sums over images, to (..., layers).
+        """
+        whole = measure({name: values.sum(axis=0) for name, values in per_image.items()})
+        images = self._weights.shape[1]
+        if images < 2:
+            return [Estimate(float(value)) for value in whole]
+        with np.errstate(all="ignore"):
+            draws = measure({name: self._weights @ values for name, values in per_image.items()})
+        return [
+            Estimate(float(value), *_ends(draws[:, layer])) for layer, value in enumerate(whole)
+        ]
+
+
+def _ends(draws: NDArray[np.float64]) -> tuple[float, float]:
+    """Of a resample without any pair, nothing is known: with many of them there is no interval."""
+    known = draws[np.isfinite(draws)]
+    if len(known) < 0.95 * len(draws):
+        return math.nan, math.nan
+    low, high = np.percentile(known, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def over_splits(values: Sequence[float], test_share: float) -> Estimate:
+    """The mean of accuracies, or of paired differences, over the repeated splits of a probe.
+
+    The t interval with Nadeau and Bengio's correction (2003): splits share most of their rows.
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    mean = float(np.mean(values))
+    if n < 2:
+        return Estimate(mean)
+    factor = 1 / n + test_share / (1 - test_share)
+    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) * math.sqrt(factor))
+    return Estimate(mean, mean - half, mean + half)
