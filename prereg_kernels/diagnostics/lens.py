@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,27 @@ class Lens(NamedTuple):
     silenced: float  # share of visual tokens whose top token is one of the few most frequent
     entropy: float  # of the distribution of top tokens, in bits: 0 where all have the same
     most_frequent: tuple[TopToken, ...]  # the most frequent first, ties by id
+
+    @classmethod
+    def of(cls, times: Mapping[int, int], *, few: int = 5, listed: int = 20) -> Lens:
+        """From {token: of how many visual tokens it is the top one}.
+
+        Args:
+            few: how many of the most frequent top tokens count as those of silenced tokens.
+            listed: how many of them to return.
+
+        Raises:
+            ValueError: where no visual token was counted.
+        """
+        rows = sum(times.values())
+        if not rows:
+            raise ValueError("features: expected at least 1 row in all, got 0")
+        ordered = sorted(times.items(), key=lambda item: (-item[1], item[0]))
+        return cls(
+            sum(count for _, count in ordered[:few]) / rows,
+            math.fsum(n / rows * math.log2(rows / n) for n in times.values() if n),
+            tuple(TopToken(*item) for item in ordered[:listed]),
+        )
 
 
 class LensSums:
@@ -84,27 +105,15 @@ class LensSums:
             raise ValueError("norm, weight, bias: expected finite logits, got NaN or infinity")
         return top
 
+    @property
+    def times(self) -> dict[int, int]:
+        """{token: of how many visual tokens it is the top one}, of those that occur."""
+        tokens = self._counts.nonzero().flatten()
+        return dict(zip(tokens.tolist(), self._counts[tokens].tolist(), strict=True))
+
     def result(self, *, few: int = 5, listed: int = 20) -> Lens:
-        """Of all rows so far.
-
-        Args:
-            few: how many of the most frequent top tokens count as the ones of silenced tokens.
-            listed: how many of them to return.
-
-        Raises:
-            ValueError: where no row has come.
-        """
-        rows = int(self._counts.sum())
-        if not rows:
-            raise ValueError("features: expected at least 1 row in all, got 0")
-        counts, tokens = self._counts.sort(descending=True, stable=True)
-        share = counts[counts > 0].double() / rows
-        table = zip(tokens[:listed].tolist(), counts[:listed].tolist(), strict=True)
-        return Lens(
-            int(counts[:few].sum()) / rows,
-            float((share * share.reciprocal().log2()).sum()),
-            tuple(TopToken(token, count) for token, count in table if count),
-        )
+        """Of all rows so far, as `Lens.of`."""
+        return Lens.of(self.times, few=few, listed=listed)
 
 
 def logit_lens(
@@ -125,7 +134,7 @@ def logit_lens(
         features: (N, D), N at least 1, in the dtype and on the device that `norm` expects; of a
             layer, before the final norm.
         norm, weight, bias: as in `LensSums`.
-        few, listed: as in `LensSums.result`.
+        few, listed: as in `Lens.of`.
 
     Raises:
         ValueError: another shape, no rows, or features or logits that are not finite.

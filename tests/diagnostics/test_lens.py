@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prereg_kernels.diagnostics import LensSums, TopToken, lens, logit_lens
+from prereg_kernels.diagnostics import Lens, LensSums, TopToken, lens, logit_lens
 
 
 def test_by_hand() -> None:
@@ -21,6 +21,14 @@ def test_by_hand() -> None:
     few = logit_lens(torch.eye(4)[says], nn.Identity(), torch.eye(4), few=2, listed=1)
     assert few.silenced == 0.75
     assert few.most_frequent == (TopToken(0, 8),)
+
+
+def test_counts_that_were_added_up() -> None:
+    sums = LensSums(nn.Identity(), torch.eye(4)).update(torch.eye(4)[[0, 2, 2]])
+    assert sums.times == {0: 1, 2: 2}
+    assert Lens.of(sums.times) == sums.result()
+    # ties by id, wherever they stand
+    assert Lens.of({9: 1, 3: 1, 7: 2}, few=2) == (0.75, 1.5, ((7, 2), (3, 1), (9, 1)))
 
 
 def test_equals_the_models_own_head_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

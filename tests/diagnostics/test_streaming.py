@@ -36,11 +36,11 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # features, reference, objects, i
 
 
 def features(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """100 tokens far from 0, one of them of massive activations, and of the reference."""
+    """100 tokens far from 0, a few of them of massive activations, and of the reference."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(100, COLUMNS, generator=generator) + 2
     x = 0.3 * reference + torch.randn(100, COLUMNS, generator=generator)
-    x[17, 3] = 4000.0
+    x[17::9, 3] = 4000.0
     return x.to(dtype), reference.to(dtype)
 
 
