@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from prereg_kernels.diagnostics.datasets import Sample
 from prereg_kernels.diagnostics.images import SkipImage, inside, read_image
 
+_FINE = 5  # Pillow fills the outline's pixels too: draw this many times larger, look at centres
+
 TARGET = "category"
 """What the object-level probe reads."""
 
@@ -87,8 +89,7 @@ def decode(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
         size: (height, width) of the image.
 
     Returns:
-        (H, W) bool. Polygons are drawn by Pillow, which agrees with COCO's own drawing but for
-        pixels on the outline.
+        (H, W) bool; of polygons, the pixels whose centres are inside.
 
     Raises:
         ValueError: another size, or counts that do not add up to it.
@@ -96,14 +97,14 @@ def decode(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """
     if isinstance(segmentation, Mapping):
         return _run_lengths(segmentation, size)
-    canvas = Image.new("1", (size[1], size[0]))
+    canvas = Image.new("1", (_FINE * size[1], _FINE * size[0]))
     draw = ImageDraw.Draw(canvas)
     for polygon in segmentation:
         if len(polygon) % 2 or len(polygon) < 6:
             raise ValueError(f"segmentation: expected 3 points or more, got {len(polygon) / 2:g}")
         # COCO's coordinates are of the pixels' edges, Pillow's of their centres
-        draw.polygon([float(v) - 0.5 for v in polygon], fill=1)
-    return np.asarray(canvas)
+        draw.polygon([_FINE * float(v) - 0.5 for v in polygon], fill=1)
+    return np.asarray(canvas)[_FINE // 2 :: _FINE, _FINE // 2 :: _FINE]
 
 
 def _run_lengths(code: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -268,7 +268,7 @@ def _drawn(facts: ImageFacts, b: int) -> Mapping[str, Tensor]:
     """What the page needs to draw an image."""
     found = {}
     if facts.picture is not None:
-        found[f"picture_{b}"] = torch.from_numpy(np.ascontiguousarray(facts.picture))
+        found[f"picture_{b}"] = torch.from_numpy(facts.picture.copy())
     if facts.grid is not None:
         found[f"boxes_{b}"] = torch.from_numpy(facts.grid.boxes)
         places = np.stack([facts.grid.row, facts.grid.column])

@@ -65,11 +65,11 @@ def maps(found: Sequence[Diagnosis], shown: Sequence[Shown], colours: Mapping[st
             _mark(axis, image, patch)
     first: Tensor | None = None
     for row, (diagnosis, image) in enumerate(zip(found, shown, strict=True), start=len(found)):
-        scores = aligned_components(diagnosis, image, first)
+        scores = aligned_components(diagnosis, image, layers, first)
         first = scores[0]
         sheet.picture(row, image, None)
-        for column, layer in enumerate(layers, start=1):
-            _overlay(sheet.axes[row][column], image, _as_colours(scores[layer]).numpy(), alpha=1.0)
+        for column, x in enumerate(scores, start=1):
+            _overlay(sheet.axes[row][column], image, _as_colours(x).numpy(), alpha=1.0)
     names = [diagnosis.name if len(found) > 1 else "" for diagnosis in found]
     kinds = ("similarity", "components")
     sheet.label(
@@ -83,20 +83,33 @@ def maps(found: Sequence[Diagnosis], shown: Sequence[Shown], colours: Mapping[st
 
 
 def aligned_components(
-    diagnosis: Diagnosis, image: Shown, first: Tensor | None = None
+    diagnosis: Diagnosis, image: Shown, layers: Sequence[int], first: Tensor | None = None
 ) -> list[Tensor]:
-    """(N, 3) standardised scores of an image's patches at each layer, each rotated to the one
-    before it (the input's to `first`, if given) by the orthogonal Procrustes solution."""
+    """An image's patches on the first three principal components of each layer.
+
+    Each layer has its own components, of a sample of all images' patches: layers differ in scale
+    and mean, and one basis for all would show little but that. Each layer's scores are then rotated
+    to agree best with those of the layer before (orthogonal Procrustes), so that a patch changes
+    colour only where its relations to other patches change.
+
+    Args:
+        first: scores that the first layer's are rotated to; another model's.
+
+    Returns:
+        (N, 3) float64 a layer, in standard deviations of the sample.
+    """
     scores: list[Tensor] = []
     before = first
-    for depth in range(diagnosis.layers):
-        sample = diagnosis.measured.sample(depth).double()
+    for layer in layers:
+        sample = diagnosis.measured.sample(layer).double()
         mean = sample.mean(dim=0)
-        _, values, basis = torch.pca_lowrank(sample - mean, q=min(3, *sample.shape), center=False)
-        deviation = (values / len(sample) ** 0.5).clamp_min(1e-12)
-        x = (image.patches[depth].double() - mean) @ basis / deviation
-        if x.shape[1] < 3:
-            x = torch.cat([x, x.new_zeros(len(x), 3 - x.shape[1])], dim=1)
+        kept = min(3, *sample.shape)
+        with torch.random.fork_rng(devices=[]):  # the solver draws a random start
+            torch.manual_seed(0)
+            _, values, basis = torch.svd_lowrank(sample - mean, q=min(kept + 6, *sample.shape))
+        deviation = (values[:kept] / len(sample) ** 0.5).clamp_min(1e-12)
+        x = (image.patches[layer].double() - mean) @ basis[:, :kept] / deviation
+        x = torch.nn.functional.pad(x, (0, 3 - kept))
         if before is not None:
             left, _, right = torch.linalg.svd(x.T @ before)
             x = x @ (left @ right)

@@ -1,0 +1,105 @@
+"""Boxes and owners of tokens, against masks counted by hand and the demo's own assignment."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from prereg_kernels.diagnostics.patches import (
+    TokenGrid,
+    centre_window,
+    check_mask,
+    owners,
+    regular_grid,
+)
+from prereg_kernels.training.scenes import Scenes, patch_owners
+
+
+def test_boxes_after_resize_and_crop() -> None:
+    # 40 x 60 -> 20 x 30 (half), the centre 20 x 20 cut out: columns 5 to 25, in the image 10 to 50
+    grid = regular_grid(
+        (40, 60), (2, 2), resized=(20, 30), window=centre_window((20, 30), (20, 20))
+    )
+    assert grid.boxes.tolist() == [
+        [0, 10, 20, 30],
+        [0, 30, 20, 50],
+        [20, 10, 40, 30],
+        [20, 30, 40, 50],
+    ]
+    assert grid.row.tolist() == [0, 0, 1, 1]
+    assert grid.column.tolist() == [0, 1, 0, 1]
+
+
+def test_a_small_image_is_padded() -> None:
+    # 10 x 10 in a window of 14: two pixels on each side
+    assert centre_window((10, 10), (14, 14)) == (-2, -2, 12, 12)
+
+
+def test_owners_are_the_demos() -> None:
+    batch = Scenes("test").batch(range(20))
+    size = batch.images.shape[1:]
+    for purity in (0.3, 0.5, 0.8, 1.0):
+        expected = patch_owners(batch.masks, 8, purity)
+        for mask, owner in zip(batch.masks, expected, strict=True):
+            grid = regular_grid(size, (6, 6), resized=size)
+            assert owners(grid, mask, purity).tolist() == owner.tolist()
+
+
+def test_owners_at_any_resolution_of_the_mask() -> None:
+    grid = regular_grid((48, 48), (6, 6), resized=(48, 48))
+    mask = Scenes("test").scene(3).mask
+    expected = owners(grid, mask)
+    assert (expected >= 0).any()
+    assert owners(grid, mask.repeat(3, axis=0).repeat(3, axis=1)).tolist() == expected.tolist()
+    halves = mask[::2, ::2].repeat(2, axis=0).repeat(2, axis=1)
+    assert owners(grid, mask[::2, ::2]).tolist() == owners(grid, halves).tolist()
+
+
+def test_parts_of_pixels_count_as_parts() -> None:
+    # two tokens over three columns: the middle column is shared; object 5 owns it alone
+    mask = np.array([[-1, 5, -1]])
+    grid = regular_grid((1, 3), (1, 2), resized=(1, 3))
+    assert owners(grid, mask, 0.33).tolist() == [5, 5]  # half a pixel of one and a half
+    assert owners(grid, mask, 0.34).tolist() == [-1, -1]
+
+
+def test_outside_of_the_image_is_background() -> None:
+    grid = regular_grid((2, 2), (1, 1), resized=(2, 2), window=(-1, 0, 3, 2))
+    mask = np.zeros((2, 2), dtype=np.int64)
+    assert owners(grid, mask, 0.5).tolist() == [0]
+    assert owners(grid, mask, 0.51).tolist() == [-1]
+
+
+def test_ties_go_to_the_smaller_id_and_no_place_has_no_owner() -> None:
+    boxes = np.array([[0, 0, 1, 3], [np.nan] * 4, [0, 1, 1, 3]])
+    index = np.array([0, -1, 0])
+    grid = TokenGrid((1, 3), (1, 1), index, index, boxes)
+    mask = np.array([[7, 2, 7]])
+    assert owners(grid, mask, 0.5).tolist() == [7, -1, 2]
+
+
+@pytest.mark.parametrize("purity", [0.0, -1.0, 1.1, float("nan")])
+def test_purity_is_checked(purity: float) -> None:
+    grid = regular_grid((2, 2), (1, 1), resized=(2, 2))
+    with pytest.raises(ValueError, match="purity"):
+        owners(grid, np.zeros((2, 2), dtype=np.int64), purity)
+
+
+@pytest.mark.parametrize(
+    ("mask", "fits"),
+    [
+        ((480, 640), True),
+        ((240, 320), True),
+        ((119, 159), True),  # rounded down
+        ((121, 160), True),
+        ((640, 480), False),  # turned
+        ((480, 600), False),
+        ((0, 640), False),
+    ],
+)
+def test_masks_have_the_proportions_of_the_image(mask: tuple[int, int], fits: bool) -> None:
+    if fits:
+        check_mask(np.zeros(mask, dtype=np.int64), (480, 640))
+    else:
+        with pytest.raises(ValueError, match="mask: "):
+            check_mask(np.zeros(mask, dtype=np.int64), (480, 640))
