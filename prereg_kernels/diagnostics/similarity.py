@@ -60,7 +60,7 @@ class SimilaritySums:
                 x, y = x - self._means[0].to(x), y - self._means[1].to(y)
                 cosine = (x * y).sum(dim=1) / (lengths(x, sizes[0]) * lengths(y, sizes[1]))
                 self._cosine[1] += _total(cosine)
-                p, q = x.square().sum(dim=1), y.square().sum(dim=1)
+                p, q = (z.square().sum(dim=1).double() for z in (x, y))
                 for i, product in enumerate((p * p, q * q, p * q)):
                     self._squares[i] += _total(product)
         return self
