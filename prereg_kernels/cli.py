@@ -22,6 +22,9 @@ def main() -> None:
 
         doctor(arguments.json)
         return
+    if arguments.command == "diagnose":
+        _diagnose(arguments)
+        return
     try:
         from rich.console import Console
 
@@ -29,20 +32,30 @@ def main() -> None:
         from prereg_kernels.training.loop import TrainingInterrupted
         from prereg_kernels.training.workers import Interrupted, UnitError
     except ModuleNotFoundError as error:
-        _fail(f"{error}; {arguments.command} needs: pip install 'prereg-kernels[train]'")
+        _fail(f"{error}; training needs: pip install 'prereg-kernels[train]'")
 
     try:
         console = Console()
-        console = console if console.is_terminal else Console(width=120)
-        if arguments.command == "diagnose":
-            from prereg_kernels.diagnose import run
-
-            run(arguments, console)
-        else:
-            train(arguments, console)
+        train(arguments, console if console.is_terminal else Console(width=120))
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
+        _fail(str(error))
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    try:
+        from rich.console import Console
+
+        from prereg_kernels.diagnose import run
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; diagnose needs: pip install 'prereg-kernels[diagnostics]'")
+    try:
+        console = Console()
+        run(arguments, console if console.is_terminal else Console(width=120))
+    except KeyboardInterrupt:
+        _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
+    except (ValueError, OSError) as error:
         _fail(str(error))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prereg_kernels.diagnostics.batches import Batch, Batches, ImageFacts
@@ -140,11 +141,11 @@ def _run(model: nn.Module, batch: Batch) -> _Run | None:
     for facts, count in zip(batch.images, tokens, strict=True):
         if not count:
             raise ValueError(f"{facts.name}: expected visual tokens in input_ids, got none")
-        for known, name in ((facts.grid, "grid"), (facts.objects, "objects")):
+        for known, name in ((facts.grid, "the places"), (facts.objects, "objects")):
             if known is not None and len(known) != count:
                 raise ValueError(
-                    f"{facts.name}: expected a {name} of its {count} visual tokens, got "
-                    f"{len(known)}"
+                    f"{facts.name}: expected {name} of its {count} visual tokens, got "
+                    f"{len(known)} of them"
                 )
     layers = visual_features(model, inputs)
     for depth, layer in enumerate(layers):
@@ -266,17 +267,17 @@ def _lens(model: nn.Module) -> Callable[[Tensor], LensSums]:
 
 def _drawn(facts: ImageFacts, b: int) -> Mapping[str, Tensor]:
     """What the page needs to draw an image."""
-    found = {}
+    found: dict[str, NDArray[Any]] = {}
     if facts.picture is not None:
-        found[f"picture_{b}"] = torch.from_numpy(facts.picture.copy())
+        found[f"picture_{b}"] = facts.picture
     if facts.grid is not None:
-        found[f"boxes_{b}"] = torch.from_numpy(facts.grid.boxes)
-        places = np.stack([facts.grid.row, facts.grid.column])
-        found[f"places_{b}"] = torch.from_numpy(places)
-        found[f"grid_{b}"] = torch.tensor(facts.grid.shape)
+        found[f"boxes_{b}"] = facts.grid.boxes
+        found[f"places_{b}"] = np.stack([facts.grid.row, facts.grid.column])
+        found[f"grid_{b}"] = np.array(facts.grid.shape)
     if facts.objects is not None:
-        found[f"objects_{b}"] = torch.from_numpy(facts.objects)
-    return found
+        found[f"objects_{b}"] = facts.objects
+    # copies: images may share an array, which safetensors refuses to write twice
+    return {name: torch.from_numpy(x.copy()) for name, x in found.items()}
 
 
 def _draw(name: str, count: int, wanted: int) -> Tensor:

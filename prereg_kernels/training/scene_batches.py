@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
@@ -21,12 +22,15 @@ class SceneBatches:
     A sequence holds an image and no question; the pixels are exactly those of training.
 
     Raises:
-        ValueError: the model's tower takes images of another size, or of other patches.
+        ValueError: the model is no LLaVA, or its tower takes images of another size, or of other
+            patches.
     """
 
-    def __init__(
-        self, model: LlavaForConditionalGeneration, scenes: Scenes, count: int, size: int = 64
-    ) -> None:
+    def __init__(self, model: nn.Module, scenes: Scenes, count: int, size: int = 64) -> None:
+        if not isinstance(model, LlavaForConditionalGeneration):
+            raise ValueError(
+                f"scenes: need a LLaVA of this package's training, got {type(model).__name__}"
+            )
         vision, config = model.config.vision_config, scenes.config
         wanted = (config.image_size, config.patch_size)
         if (vision.image_size, vision.patch_size) != wanted:
