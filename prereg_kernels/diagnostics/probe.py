@@ -126,7 +126,7 @@ def linear_probe(
         raise ValueError(f"train_y: expected at least 2 classes, got {classes}")
     scaler = StandardScaler().fit(_array(train_x, "train_x"))
     probe = LogisticRegression(C=strength, max_iter=300)
-    with warnings.catch_warnings():  # separable data never converge, and need not
+    with warnings.catch_warnings():  # dependent dimensions may not converge, and need not
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(scaler.transform(_array(train_x, "train_x")), train_y.cpu().numpy())
     return float(probe.score(scaler.transform(_array(test_x, "test_x")), test_y.cpu().numpy()))

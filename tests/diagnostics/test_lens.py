@@ -60,9 +60,10 @@ def test_ties_go_to_the_first_token_in_any_pieces(monkeypatch: pytest.MonkeyPatc
         assert got == (1.0, 0.0, (TopToken(0, 5),))
 
 
-def test_logits_are_float32_under_autocast_and_for_bfloat16_weights() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_float32_under_autocast_and_in_bfloat16(dtype: torch.dtype) -> None:
     weight = torch.tensor([[1.0, 0.0], [1.0, 2**-7]], dtype=torch.bfloat16)
-    features = torch.tensor([[256.0, 1.0]])  # 256 and 256.008: equal in bfloat16
+    features = torch.tensor([[256.0, 1.0]], dtype=dtype)  # 256 and 256.008: equal in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         got = logit_lens(features, nn.Identity(), weight)
     assert got.most_frequent == (TopToken(1, 1),)

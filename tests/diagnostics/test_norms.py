@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prereg_kernels.diagnostics import MassiveDimension, token_norms
+from prereg_kernels.diagnostics import MassiveDimension, NormSums, token_norms
 
 
 def test_norms_by_hand() -> None:
@@ -20,17 +20,27 @@ def test_norms_by_hand() -> None:
 def test_massive_activations_by_hand() -> None:
     x = torch.full((10, 5), 0.5)
     x[:, 1] = -0.5
-    x[0, 3], x[1, 3] = 600.0, -900.0  # above 100, and above 1,000 x 0.5
-    x[2, 4] = 501.0
+    x[0, 3], x[1, 3] = -900.0, 600.0  # above 100, and above 1,000 x 0.5
+    x[2, 2] = 501.0
     x[3, 4] = 500.0  # not above
     x[4] = 0.01
-    x[4, 2] = 99.0  # 9,900 times the median, but not above 100
-    got = token_norms(x)
-    assert got.massive == 0.3
-    assert got.massive_dimensions == (
+    x[4, 1], x[4, 2] = 101.0, 99.0  # 9,900 times the median, but not above 100
+    x[5, 0] = 502.0
+    x[6] = 10.0
+    x[6, 3] = 5000.0  # 500 times its median
+    expected = (
         MassiveDimension(3, 2, 900.0),
-        MassiveDimension(4, 1, 501.0),
+        MassiveDimension(0, 1, 502.0),
+        MassiveDimension(2, 1, 501.0),
+        MassiveDimension(1, 1, 101.0),
     )
+    got = token_norms(x)
+    assert got.massive == 0.5
+    assert got.massive_dimensions == expected
+    one_by_one = NormSums()
+    for row in x.split(1):
+        one_by_one.update(row)
+    assert one_by_one.result() == got
 
 
 def test_tokens_are_counted_once() -> None:

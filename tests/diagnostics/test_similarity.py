@@ -95,6 +95,9 @@ def test_undefined() -> None:
     constant = similarity(torch.full_like(x, 0.1), y)
     assert math.isnan(constant.cka) and math.isnan(constant.debiased_cka)
     assert constant.centred_cosine == 0
+    # float64 constants whose means are off by their last bits
+    inexact = torch.tensor([0.1, 1 / 3, 1000.1], dtype=torch.float64).expand(20, 3)
+    assert similarity(inexact, y).centred_cosine == 0
     nothing = similarity(x, torch.zeros_like(y))
     assert nothing.cosine == 0 and math.isnan(nothing.relative_norm)
     spectra = SpectrumSums().update(x), SpectrumSums().update(y)
