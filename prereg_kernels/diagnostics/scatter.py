@@ -80,10 +80,8 @@ class Scatter:
 
     def diagonal(self) -> Tensor:
         """(D,), float64: the squared deviations; exactly 0 in a dimension that is constant."""
-        assert self._matrix is not None and self.means is not None
-        squares = self._matrix.diagonal()
-        # of a float64 constant the means differ in their last bits
-        return squares.where(squares > self.rows * (1e-14 * self.means[0]).square(), 0.0)
+        assert self._matrix is not None
+        return self._matrix.diagonal()
 
     def sum(self, scale: Tensor | None = None, power: int = 2) -> float:
         """Sum of |entry_ij scale_i scale_j|^power over the whole matrix."""
@@ -105,8 +103,11 @@ class Scatter:
 
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows less their rounded mean, what is left of their sum, and their mean, both float64."""
-    shift = x.mean(dim=0, dtype=torch.float64).to(x.dtype)  # exact where a dimension is constant
+    """Rows less their rounded mean, what is left of their sum, and their mean, both float64.
+
+    Of a constant the rounded mean may be off by its last bits: what is left makes it whole.
+    """
+    shift = x.mean(dim=0, dtype=torch.float64).to(x.dtype)
     centred = x - shift
     rest = centred.sum(dim=0).double()
     return centred, rest, shift.double() + rest / len(x)
