@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ PATCHES = 576  # of an image
 OBJECTS = 8
 IMAGES = 7  # of a batch
 LENS_ROWS, VOCABULARY = 4032, 32_000
-PROBE_ROWS, PROBE_COLUMNS, CLASSES = 2000, 4096, 20
+PROBE_ROWS, CLASSES = 2000, 20
 
 
 class Batch(NamedTuple):
@@ -105,14 +105,14 @@ def measure_layer(images: int, columns: int, clock: Clock) -> dict[str, Any]:
     return {type(values).__name__: values._asdict() for values in found}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=174)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     before = peak_memory()
     clock, others = Clock(), Clock()
@@ -124,8 +124,8 @@ def main() -> None:
     states = torch.randn(LENS_ROWS, arguments.columns, generator=generator)
     others("logit lens", LensSums(torch.nn.Identity(), weight).update, states)
     labels = torch.randint(CLASSES, (PROBE_ROWS,), generator=generator)
-    pooled = torch.randn(PROBE_ROWS, PROBE_COLUMNS, generator=generator)
-    pooled += 0.1 * torch.randn(CLASSES, PROBE_COLUMNS, generator=generator)[labels]
+    pooled = torch.randn(PROBE_ROWS, arguments.columns, generator=generator)
+    pooled += 0.1 * torch.randn(CLASSES, arguments.columns, generator=generator)[labels]
     others("probe", probe, pooled, labels)
 
     result = {
@@ -145,7 +145,7 @@ def main() -> None:
         },
         "probe": {
             "rows": PROBE_ROWS,
-            "columns": PROBE_COLUMNS,
+            "columns": arguments.columns,
             "classes": CLASSES,
             "splits": 5,
             "seconds": round(others.seconds["probe"], 2),
