@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -36,13 +37,49 @@ class Norms(NamedTuple):
     massive: float  # share of tokens that have a massive activation
     massive_dimensions: tuple[MassiveDimension, ...]  # the most tokens first
 
+    @classmethod
+    def of(
+        cls, norms: Tensor, massive_tokens: int, dimensions: Iterable[MassiveDimension]
+    ) -> Norms:
+        """From parts that may come from several batches.
+
+        Args:
+            norms: (N,) of every token.
+            massive_tokens: how many of them have a massive activation.
+            dimensions: those of each batch; of one that repeats, the tokens are added up.
+
+        Raises:
+            ValueError: no norms.
+        """
+        if not len(norms):
+            raise ValueError("features: expected at least 1 row in all, got 0")
+        found: dict[int, MassiveDimension] = {}
+        for more in dimensions:
+            had = found.get(more.dimension, MassiveDimension(more.dimension, 0, 0.0))
+            tokens, largest = had.tokens + more.tokens, max(had.largest, more.largest)
+            found[more.dimension] = MassiveDimension(more.dimension, tokens, largest)
+        norms = norms.double()
+        median = float(_median(norms[None]))
+        return cls(
+            float(norms.mean()),
+            median,
+            float(norms.max()),
+            float((norms > OUTLIER * median).double().mean()),
+            massive_tokens / len(norms),
+            tuple(sorted(found.values(), key=lambda one: (-one.tokens, -one.largest))),
+        )
+
 
 class NormSums:
-    """`token_norms` of features that arrive in batches. Keeps one number a token."""
+    """`token_norms` of features that arrive in batches. Keeps one number a token.
+
+    Attributes:
+        massive_tokens: how many rows so far have a massive activation.
+    """
 
     def __init__(self) -> None:
+        self.massive_tokens = 0
         self._norms: list[Tensor] = []
-        self._massive_tokens = 0
         self._counts: Tensor | None = None  # (D,) tokens with a massive activation there
         self._largest: Tensor | None = None  # (D,) largest magnitude of those
 
@@ -60,31 +97,31 @@ class NormSums:
             magnitudes = x[torch.linalg.vector_norm(x, math.inf, dim=1) > MASSIVE].abs()
             threshold = (MASSIVE_RATIO * _median(magnitudes)).clamp_min(MASSIVE)
             massive = magnitudes > threshold[:, None]
-            self._massive_tokens += int(massive.any(dim=1).sum())
+            self.massive_tokens += int(massive.any(dim=1).sum())
             self._counts += massive.sum(dim=0)
             if len(magnitudes):
                 found = magnitudes.where(massive, 0.0).amax(dim=0).double()
                 self._largest = torch.maximum(self._largest, found)
         return self
 
-    def result(self) -> Norms:
-        """Of all rows so far. Raises ValueError where there is none."""
-        norms = torch.cat(self._norms) if self._norms else torch.empty(0)
-        if not len(norms) or self._counts is None or self._largest is None:
-            raise ValueError("features: expected at least 1 row in all, got 0")
-        median = float(_median(norms[None]))
-        dimensions = [
+    @property
+    def norms(self) -> Tensor:
+        """(N,) float64 on the CPU: of every row so far."""
+        return torch.cat(self._norms) if self._norms else torch.empty(0, dtype=torch.float64)
+
+    @property
+    def dimensions(self) -> list[MassiveDimension]:
+        """Those with massive activations, ascending."""
+        if self._counts is None or self._largest is None:
+            return []
+        return [
             MassiveDimension(d, int(self._counts[d]), float(self._largest[d]))
             for d in self._counts.nonzero().flatten().tolist()
         ]
-        return Norms(
-            float(norms.mean()),
-            median,
-            float(norms.max()),
-            float((norms > OUTLIER * median).double().mean()),
-            self._massive_tokens / len(norms),
-            tuple(sorted(dimensions, key=lambda found: (-found.tokens, -found.largest))),
-        )
+
+    def result(self) -> Norms:
+        """Of all rows so far. Raises ValueError where there is none."""
+        return Norms.of(self.norms, self.massive_tokens, self.dimensions)
 
 
 def token_norms(features: Tensor) -> Norms:

@@ -23,7 +23,7 @@ def test_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = json.loads(path.read_text())
     assert found["rows"] == 9 * 576
     assert found["total_seconds"] == pytest.approx(sum(found["seconds"].values()), abs=0.1)
-    assert found["peak_memory_bytes"] > found["peak_memory_before_bytes"] / 2 > 0
+    assert found["peak_memory_bytes"] >= found["peak_memory_before_bytes"] > 0
     assert set(found["machine"]) >= {"device", "torch", "commit", "threads"}
 
     batches = list(checkup_measures.batches(9, 16))

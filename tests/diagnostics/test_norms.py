@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prereg_kernels.diagnostics import MassiveDimension, NormSums, token_norms
+from prereg_kernels.diagnostics import MassiveDimension, Norms, NormSums, token_norms
 
 
 def test_norms_by_hand() -> None:
@@ -41,6 +41,12 @@ def test_massive_activations_by_hand() -> None:
     for row in x.split(1):
         one_by_one.update(row)
     assert one_by_one.result() == got
+    parts = [NormSums().update(rows) for rows in x.split(2)]
+    assert got == Norms.of(
+        torch.cat([part.norms for part in parts]),
+        sum(part.massive_tokens for part in parts),
+        [found for part in parts for found in part.dimensions],
+    )
 
 
 def test_tokens_are_counted_once() -> None:
