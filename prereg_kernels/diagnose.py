@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from prereg_kernels._version import __version__
-from prereg_kernels.diagnostics.batches import Batches, ImageBatches
+from prereg_kernels.diagnostics.batches import Batches
 from prereg_kernels.diagnostics.checkup import checkup, report
 from prereg_kernels.diagnostics.coco import CocoImages
 from prereg_kernels.diagnostics.datasets import ImageFolder, Samples, Subset
 from prereg_kernels.diagnostics.findings import headline, middle_layer
+from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.loading import Loaded, load
 from prereg_kernels.diagnostics.page import NUMBERS
 from prereg_kernels.diagnostics.results import Diagnosis

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prereg_kernels.diagnostics.datasets import Sample, Samples
-from prereg_kernels.diagnostics.images import SkipImage
-from prereg_kernels.diagnostics.layouts import layout_of
-from prereg_kernels.diagnostics.loading import Loaded, process
-from prereg_kernels.diagnostics.patches import TokenGrid, owners
-
-QUESTION = "Describe the image."
-"""What stands behind the image in a chat template. Tokens before it cannot see it."""
+from prereg_kernels.diagnostics.patches import TokenGrid
 
 
 @dataclass(frozen=True)
@@ -64,130 +55,3 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
-
-
-class ImageBatches:
-    """A set of images as batches for a loaded model.
-
-    Args:
-        loaded: the model with its processor.
-        samples: the images.
-        size: images in a batch.
-        purity: the share of a token's box that an object must own to be its owner.
-    """
-
-    def __init__(
-        self, loaded: Loaded, samples: Samples, *, size: int = 8, purity: float = 0.5
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"batch: expected at least 1 image, got {size}")
-        if not 0 < purity <= 1:
-            raise ValueError(f"purity: expected a share in (0, 1], got {purity}")
-        self._loaded, self._samples, self._size, self._purity = loaded, samples, size, purity
-        self._layout = layout_of(loaded.config.model_type)
-        self._before, self._after, self._token = _surroundings(loaded)
-
-    def __len__(self) -> int:
-        return -(-len(self._samples) // self._size)
-
-    @property
-    def identity(self) -> str:
-        """Changes with the images' names, their number and the settings: what resuming compares."""
-        names = [self._samples.name(i) for i in range(len(self._samples))]
-        settings = [self._size, self._purity, *names]
-        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-
-    def __getitem__(self, index: int) -> Batch:
-        """Batch `index`; images that cannot be used are left out of it and named."""
-        first = index * self._size
-        if not 0 <= index < len(self):
-            raise IndexError(f"batch {index} of {len(self)}")
-        rows: list[tuple[ImageFacts, Mapping[str, Tensor]]] = []
-        skipped = []
-        for number in range(first, min(first + self._size, len(self._samples))):
-            try:
-                rows.append(self._image(self._samples[number]))
-            except SkipImage as reason:
-                skipped.append((self._samples.name(number), str(reason)))
-        return Batch(self._inputs(rows), tuple(facts for facts, _ in rows), tuple(skipped))
-
-    def _image(self, sample: Sample) -> tuple[ImageFacts, Mapping[str, Tensor]]:
-        try:
-            processed = process(self._loaded.processor, sample.image)
-        except ValueError as error:  # such as Qwen's limit on the aspect ratio
-            raise SkipImage(f"refused by the image processor: {_first_words(error)}") from None
-        size = sample.image.shape[:2]
-        grid = self._layout(self._loaded.config, self._loaded.processor, size, processed)
-        objects = None
-        if sample.mask is not None:
-            objects = owners(grid, sample.mask, self._purity)
-        facts = ImageFacts(
-            sample.name, grid, objects, sample.labels, sample.object_labels, sample.image
-        )
-        return facts, processed
-
-    def _inputs(self, rows: Sequence[tuple[ImageFacts, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-        if not rows:
-            return {}
-        sequences = []
-        for facts, _ in rows:
-            assert facts.grid is not None
-            visual = [self._token] * len(facts.grid)
-            sequences.append([*self._before, *visual, *self._after])
-        longest = max(map(len, sequences))
-        padding = _padding(self._loaded.config, self._token)
-        ids = torch.full((len(rows), longest), padding)
-        attention = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            attention[row, : len(sequence)] = 1
-        pixels = {
-            name: torch.cat([processed[name] for _, processed in rows]) for name in rows[0][1]
-        }
-        inputs = {"input_ids": ids, "attention_mask": attention, **pixels}
-        if self._loaded.config.model_type.startswith("qwen"):
-            inputs["mm_token_type_ids"] = (ids == self._token).long()
-        return inputs
-
-
-def _surroundings(loaded: Loaded) -> tuple[list[int], list[int], int]:
-    """The ids before and after an image's tokens, and the id of those.
-
-    The chat template's where the tokenizer has one, so that the image stands where it stood in
-    training; else the family's markers alone.
-    """
-    config = loaded.config
-    token = int(config.image_token_id)
-    tokenizer = loaded.tokenizer
-    if tokenizer is not None and getattr(tokenizer, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids.count(token) == 1:
-            at = ids.index(token)
-            return ids[:at], ids[at + 1 :], token
-        raise ValueError(
-            f"tokenizer: expected its chat template to put one image token ({token}) for an image, "
-            f"got {ids.count(token)}"
-        )
-    before = []
-    if tokenizer is not None and tokenizer.bos_token_id is not None:
-        before.append(int(tokenizer.bos_token_id))
-    start = getattr(config, "vision_start_token_id", None)
-    end = getattr(config, "vision_end_token_id", None)
-    before += [] if start is None else [int(start)]
-    return before, [] if end is None else [int(end)], token
-
-
-def _padding(config: Any, token: int) -> int:
-    text = config.get_text_config()
-    padding = getattr(text, "pad_token_id", None)
-    if isinstance(padding, int) and 0 <= padding < text.vocab_size and padding != token:
-        return padding
-    return 0 if token != 0 else 1
-
-
-def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split()).split(",")[0][:80]

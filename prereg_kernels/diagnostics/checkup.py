@@ -11,7 +11,6 @@ from torch import nn
 from prereg_kernels.diagnostics.batches import Batches
 from prereg_kernels.diagnostics.collect import collect
 from prereg_kernels.diagnostics.measured import Measured
-from prereg_kernels.diagnostics.page import write_page
 from prereg_kernels.diagnostics.results import Diagnosis, diagnose, differences
 from prereg_kernels.diagnostics.shards import Shards
 
@@ -39,7 +38,7 @@ def checkup(
     """Measure every layer of a model on images, in bounded memory, and remember it on disk.
 
     Run again with the same arguments after an interruption, it goes on from the last whole batch.
-    `compare` and `report` make the page of one diagnosis or of two.
+    `report` makes the page of one diagnosis or of two.
 
     Args:
         model: of a supported family, in eval mode, on the device to run on.
@@ -100,6 +99,8 @@ def report(
     Raises:
         ValueError: two that were not measured on the same images, or have other depths.
     """
+    from prereg_kernels.diagnostics.page import write_page  # matplotlib and jinja2
+
     if len(found) not in (1, 2):
         raise ValueError(f"found: expected one diagnosis, or two to compare, got {len(found)}")
     apart = differences(*found) if len(found) == 2 else {}

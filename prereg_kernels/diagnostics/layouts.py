@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prereg_kernels.diagnostics.patches import TokenGrid, centre_window, regular_grid
@@ -62,6 +63,42 @@ def llava(
     return _prepended(grid, int(keeps_class and vision.model_type == "clip_vision_model"))
 
 
+def llava_next(
+    config: Any, processor: Any, size: tuple[int, int], processed: Mapping[str, Tensor]
+) -> TokenGrid:
+    """First the small copy of the whole image, then the patches of all tiles, row by row over the
+    tiles' seams, without the rows (or columns) that are all padding, a newline after each row.
+
+    The copy's tokens have no place here: they repeat what the tiles show.
+    """
+    from transformers.image_processing_utils import get_patch_output_size
+    from transformers.image_utils import ChannelDimension
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    vision = config.vision_config
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            "model_type 'llava_next' with vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r}: expected 'default'"
+        )
+    side, cell = vision.image_size, vision.patch_size
+    tiles = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+    whole = (tiles[0] * side, tiles[1] * side)
+    image = np.broadcast_to(np.uint8(0), (3, *size))  # only its shape is looked at
+    resized = get_patch_output_size(image, whole, ChannelDimension.FIRST)
+    cells = (whole[0] // cell, whole[1] // cell)
+    # what the model cuts off, in cells: of the side that the image's proportions leave empty
+    cut = [0, 0]
+    flat = size[1] / size[0] > cells[1] / cells[0]
+    filled = size[0] * cells[1] / size[1] if flat else size[1] * cells[0] / size[0]
+    cut[0 if flat else 1] = (cells[0 if flat else 1] - int(round(filled, 7))) // 2
+    shape = (cells[0] - 2 * cut[0], cells[1] - 2 * cut[1])
+    top, left = (cut[i] * cell - (whole[i] - resized[i]) // 2 for i in (0, 1))
+    window = (top, left, top + shape[0] * cell, left + shape[1] * cell)
+    grid = regular_grid(size, shape, resized=resized, window=window)
+    return _prepended(_with_newlines(grid), (side // cell) ** 2)
+
+
 def qwen(
     config: Any, processor: Any, size: tuple[int, int], processed: Mapping[str, Tensor]
 ) -> TokenGrid:
@@ -110,8 +147,27 @@ def _prepended(grid: TokenGrid, count: int) -> TokenGrid:
     )
 
 
+def _with_newlines(grid: TokenGrid) -> TokenGrid:
+    """With a token after each row that stands for no place."""
+    rows, columns = grid.shape
+
+    def widened(values: NDArray[Any], fill: float) -> NDArray[Any]:
+        table = values.reshape(rows, columns, *values.shape[1:])
+        newline = np.full((rows, 1, *values.shape[1:]), fill, dtype=values.dtype)
+        return np.concatenate([table, newline], axis=1).reshape(-1, *values.shape[1:])
+
+    return TokenGrid(
+        grid.size,
+        grid.shape,
+        widened(grid.row, -1),
+        widened(grid.column, -1),
+        widened(grid.boxes, np.nan),
+    )
+
+
 LAYOUTS: dict[str, Layout] = {
     "llava": llava,
+    "llava_next": llava_next,
     "qwen2_vl": qwen,
     "qwen2_5_vl": qwen,
     "qwen3_vl": qwen,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -135,7 +134,7 @@ class _Sheet:
         self._width = (13.0 - self.left - self.right) / columns - self.gap
         self._height = self._width * min(max(height / width, 0.4), 2.0)
         size = 13.0, self.top + rows * (self._height + self.gap) + self.bottom
-        self.figure = plt.figure(figsize=size)
+        self.figure = Figure(figsize=size)
         self._size = size
         self.axes = [[self._axis(row, column) for column in range(columns)] for row in range(rows)]
 

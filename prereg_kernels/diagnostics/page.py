@@ -26,7 +26,7 @@ from prereg_kernels.diagnostics.maps import drawable, maps
 from prereg_kernels.diagnostics.measured import Shown
 from prereg_kernels.diagnostics.plots import CURVES, Colours
 from prereg_kernels.diagnostics.results import Curve, Diagnosis
-from prereg_kernels.diagnostics.style import THEMES, close, theme
+from prereg_kernels.diagnostics.style import THEMES, theme
 from prereg_kernels.files import write_whole
 
 PAGE, NUMBERS, PLOTS = "checkup.html", "checkup.json", "plots"
@@ -158,7 +158,6 @@ def _draw(found: Sequence[Diagnosis], directory: Path) -> dict[str, dict[str, Pa
                 path = directory / f"{picture}{'' if name == 'light' else '-' + name}.png"
                 buffer = BytesIO()
                 figure.savefig(buffer, format="png")
-                close(figure)
                 write_whole(path, buffer.getvalue())
                 files.setdefault(picture, {})[name] = path
     return files

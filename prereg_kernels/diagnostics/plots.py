@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -132,14 +131,8 @@ CURVES: dict[str, Callable[[Sequence[Diagnosis], Colours], Figure | None]] = {
 
 def _panels(columns: int, rows: int, height: float = 2.6) -> tuple[Figure, list[Axes]]:
     width = 13 if columns > 2 else 4.5 * columns
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(width, height * rows + 0.4),
-        constrained_layout=True,
-        squeeze=False,
-    )
-    return figure, list(axes.flat)
+    figure = Figure(figsize=(width, height * rows + 0.4), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _line(

@@ -8,10 +8,6 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
 # Okabe and Ito's colours, told apart with every kind of colour vision
 ORANGE, BLUE, GREEN, GREY = "#E69F00", "#0072B2", "#009E73", "#7F7F7F"
 SKY = "#56B4E9"  # instead of the blue, on dark ground
@@ -57,10 +53,5 @@ def theme(name: str) -> Iterator[dict[str, str]]:
         "axes.spines.left": False,
     }
     models = [ORANGE, BLUE if name == "light" else SKY]
-    with plt.rc_context({**STYLE, **settings}):
+    with matplotlib.rc_context({**STYLE, **settings}):
         yield {**colours, "first": models[0], "second": models[1]}
-
-
-def close(figure: Figure) -> None:
-    """Free a figure of pyplot."""
-    plt.close(figure)

@@ -10,10 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.patches import regular_grid
 from prereg_kernels.training.data import pixel_values
-from prereg_kernels.training.scenes import ATTRIBUTES, Scene, Scenes
-
-PROPERTIES = ("digit", *ATTRIBUTES)
-"""What the probes read: the class that questions ask for, then the attributes that none does."""
+from prereg_kernels.training.scenes import ATTRIBUTES, PROPERTIES, Scene, Scenes
 
 
 class SceneBatches:

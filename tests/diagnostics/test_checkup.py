@@ -25,10 +25,11 @@ from prereg_kernels.diagnostics import (
     spectrum,
     token_norms,
 )
-from prereg_kernels.diagnostics.batches import Batch, ImageBatches, ImageFacts
+from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.checkup import checkup, report
 from prereg_kernels.diagnostics.datasets import ImageFolder
 from prereg_kernels.diagnostics.findings import comparison
+from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
 from prereg_kernels.diagnostics.results import Diagnosis, differences
 from tests.diagnostics.pictures import QWEN_PROCESSOR, make_loaded, save_folder
