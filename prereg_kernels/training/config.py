@@ -141,6 +141,10 @@ class RunConfig:
         precision: "fp32", or "bf16" (autocast; weights and optimizer stay fp32).
         weight_decay, beta1, beta2, grad_clip: AdamW's, and the largest gradient norm.
         checkpoint_every: steps between checkpoints; there is always one at the end.
+        checkup_every: steps between checkups during training (answers and probes, as after it);
+            None: none. They draw no random number and change no weight.
+        checkup_scenes: test scenes that such a checkup asks about, and train and test scenes that
+            its probes are fitted and tested on.
         init_from: a checkpoint directory to start from instead of a trained tower and a random
             decoder.
     """
@@ -164,6 +168,8 @@ class RunConfig:
     beta2: float = 0.98
     grad_clip: float = 1.0
     checkpoint_every: int = 100
+    checkup_every: int | None = None
+    checkup_scenes: int = 128
     init_from: str | None = None
 
     def __post_init__(self) -> None:
@@ -179,6 +185,9 @@ class RunConfig:
         check_families(self.families)
         for name in ("questions_per_scene", "micro_batch", "accumulation", "checkpoint_every"):
             _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        every = self.checkup_every
+        _require("checkup_every", every is None or every >= 1, "None or >= 1", every)
+        _require("checkup_scenes", self.checkup_scenes >= 8, "at least 8", self.checkup_scenes)
         distinct = self.distinct_scenes
         _require("distinct_scenes", distinct is None or distinct >= 1, "None or >= 1", distinct)
         other = any(stage.pre for stage in self.stages) and self.pre.anchor == "other_scene"

@@ -147,6 +147,7 @@ def transfer_config(
         families={settings.family: 1.0},
         questions_per_scene=settings.questions_per_scene,
         init_from=str(checkpoint),
+        checkup_every=None,
     )
 
 
@@ -176,7 +177,6 @@ def run_unit(
         "train_step_seconds": trained.step_seconds,
         **measure(
             trained.model,
-            trained.packer,
             Scenes("train", unit.seed, run.scenes),
             test,
             train_scenes=config.probe_train_scenes,

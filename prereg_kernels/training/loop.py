@@ -30,6 +30,7 @@ from prereg_kernels.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from prereg_kernels.training.checkups import CheckupLog, training_checkup
 from prereg_kernels.training.config import RunConfig, StageConfig, save_config, to_dict
 from prereg_kernels.training.data import IGNORE, Batch, Packer, TrainStream, build_tokenizer
 from prereg_kernels.training.interrupts import deferred_signals
@@ -121,8 +122,14 @@ def train(
     times: list[float] = []
     seconds, first = 0.0, 0
     log = MetricsLog(run_dir, step, tensorboard=tensorboard)
+    checkups = CheckupLog(run_dir, step)
     bar = ProgressBar(run_dir.name, step, config.steps, shown=progress)
-    with contextlib.closing(log), bar, deferred_signals() as stop_requested:
+    with (
+        contextlib.closing(log),
+        contextlib.closing(checkups),
+        bar,
+        deferred_signals() as stop_requested,
+    ):
         for index, stage in enumerate(config.stages):
             last = first + stage.steps
             if step >= last:
@@ -147,9 +154,12 @@ def train(
                 values = {"stage": index, **values, "lr": lr, "seconds": times[-1]}
                 log.write(step, values)
                 bar.update(step, values)
+                if config.checkup_every is not None and step % config.checkup_every == 0:
+                    checkups.write(step, training_checkup(model, packer, config))
                 stopping = stop_requested()
                 if stopping or step % config.checkpoint_every == 0 or step == config.steps:
                     log.flush()
+                    checkups.flush()
                     path = save_checkpoint(
                         run_dir,
                         step=step,

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from prereg_kernels.diagnostics import linear_probe, patch_structure, visual_features
-from prereg_kernels.training.data import IMAGE, Packer, pixel_values
-from prereg_kernels.training.scenes import ATTRIBUTES, Scenes
-
-PROPERTIES = ("digit", *ATTRIBUTES)
-"""What the probes read: the class that questions ask for, then the attributes that none does."""
+from prereg_kernels.diagnostics import (
+    linear_probe,
+    patch_structure,
+    pool,
+    token_norms,
+    visual_features,
+)
+from prereg_kernels.training.scene_batches import SceneBatches
+from prereg_kernels.training.scenes import PROPERTIES, Scenes
 
 
 @dataclass(frozen=True)
@@ -37,46 +40,29 @@ class LayerFeatures:
 
 
 def layer_features(
-    model: LlavaForConditionalGeneration,
-    packer: Packer,
-    scenes: Scenes,
-    count: int,
-    batch: int = 64,
+    model: LlavaForConditionalGeneration, scenes: Scenes, count: int, batch: int = 64
 ) -> LayerFeatures:
     """Run the model on the images of the first `count` scenes; it sees no question."""
-    image_id = packer.tokenizer.convert_tokens_to_ids(IMAGE)
+    batches = SceneBatches(model, scenes, count, batch)
     chunks: list[list[Tensor]] = []
-    owners: list[Tensor] = []
-    labels: dict[str, list[Tensor]] = {name: [] for name in PROPERTIES}
-    for first in range(0, count, batch):
-        part = scenes.batch(range(first, min(first + batch, count)))
-        ids = torch.full((len(part), packer.image_tokens), image_id, device=model.device)
-        pixels = pixel_values(part.images).to(model.device)
-        features = visual_features(model, {"input_ids": ids, "pixel_values": pixels})
+    for part in (batches[i] for i in range(len(batches))):
+        features = visual_features(model, {k: x.to(model.device) for k, x in part.inputs.items()})
         chunks.append([layer.float().cpu() for layer in features])
-        owners.append(torch.from_numpy(part.patch_objects))
-        for name in PROPERTIES:
-            labels[name].append(torch.from_numpy(part.fields[name]))
-    owner = torch.cat(owners)  # (B, P)
-    slots = labels["digit"][0].shape[1]
-    scene = torch.arange(len(owner))[:, None].expand_as(owner)
-    key = (scene * slots + owner)[owner >= 0]  # (scene, object) as one number
-    present, member = key.unique(return_inverse=True)
-    sizes = member.bincount()[:, None]
-
     patches = [torch.cat(layer) for layer in zip(*chunks, strict=True)]
-    owned = owner.flatten() >= 0
-    objects = [
-        layer.new_zeros(len(present), layer.shape[1]).index_add_(0, member, layer[owned]) / sizes
-        for layer in patches
-    ]
-    tables = {name: torch.cat(tables).flatten()[present] for name, tables in labels.items()}
-    return LayerFeatures(patches, owner.flatten(), scene.flatten(), objects, tables)
+
+    facts = scenes.batch(range(count))
+    owner = torch.from_numpy(facts.patch_objects)  # (B, P)
+    scene = torch.arange(count)[:, None].expand_as(owner)
+    slots = facts.fields["digit"].shape[1]
+    key = torch.where(owner >= 0, scene * slots + owner, -1).flatten()
+    present = key[key >= 0].unique()
+    objects = [pool(layer, key)[0] for layer in patches]
+    labels = {name: torch.from_numpy(facts.fields[name]).flatten()[present] for name in PROPERTIES}
+    return LayerFeatures(patches, owner.flatten(), scene.flatten(), objects, labels)
 
 
 def measure(
     model: LlavaForConditionalGeneration,
-    packer: Packer,
     train: Scenes,
     test: Scenes,
     *,
@@ -85,14 +71,16 @@ def measure(
 ) -> dict[str, dict[str, list[float]]]:
     """Probes and patch structure at every layer, 0 (the LLM's input) to the last.
 
+    Unlike the checkup's probes, which split one set of images, these are fitted on other scans.
+
     Returns:
         "probe": {property: test accuracy of a linear probe on object features, per layer};
         "structure": {"cohesion", "coupling", "contrast", "difference", and the same on features
         from which the mean over all patches was subtracted, as "centred ...", per layer};
         "states": {"cosine to input", "norm": means over visual tokens, per layer}.
     """
-    fit = layer_features(model, packer, train, train_scenes)
-    held_out = layer_features(model, packer, test, test_scenes)
+    fit = layer_features(model, train, train_scenes)
+    held_out = layer_features(model, test, test_scenes)
     probe = {
         name: [
             linear_probe(x, fit.labels[name], y, held_out.labels[name])
@@ -101,17 +89,16 @@ def measure(
         for name in PROPERTIES
     }
     structure: dict[str, list[float]] = {}
-    for prefix, centre in (("", False), ("centred ", True)):
-        for layer in held_out.patches:
-            x = layer - layer.mean(dim=0) if centre else layer
-            found = patch_structure(x, held_out.owner, held_out.scene)
+    for layer in held_out.patches:
+        found = patch_structure(layer, held_out.owner, held_out.scene)
+        for prefix in ("", "centred_"):
             for name in ("cohesion", "coupling", "contrast", "difference"):
-                structure.setdefault(prefix + name, []).append(getattr(found, name))
+                key = prefix.replace("_", " ") + name
+                structure.setdefault(key, []).append(getattr(found, prefix + name))
     first = held_out.patches[0]
+    cosines = [F.cosine_similarity(layer, first, dim=1) for layer in held_out.patches]
     states = {
-        "cosine to input": [
-            float(F.cosine_similarity(layer, first, dim=1).mean()) for layer in held_out.patches
-        ],
-        "norm": [float(layer.norm(dim=1).mean()) for layer in held_out.patches],
+        "cosine to input": [float(cosine.mean()) for cosine in cosines],
+        "norm": [token_norms(layer).mean for layer in held_out.patches],
     }
     return {"probe": probe, "structure": structure, "states": states}

@@ -16,26 +16,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from prereg_kernels.diagnostics.style import BLUE, GREY, ORANGE, STYLE
+from prereg_kernels.training.checkups import read_checkups
 from prereg_kernels.training.experiment import TRANSFERS, VARIANTS, ExperimentConfig
-from prereg_kernels.training.measure import PROPERTIES
 from prereg_kernels.training.metrics import read_metrics
 from prereg_kernels.training.questions import COMMON_FAMILIES, questions
-from prereg_kernels.training.scenes import ATTRIBUTES, Scenes
-from prereg_kernels.training.summary import Result, Results, at
+from prereg_kernels.training.scenes import ATTRIBUTES, PROPERTIES, Scenes
+from prereg_kernels.training.summary import Result, Results, at, unasked
 
 LABELS = {"baseline": "baseline", "pre": "PRe", "other_scene": "control: another scene's target"}
-# Okabe and Ito's colours, told apart with every kind of colour vision
-COLOURS = {"baseline": "#E69F00", "pre": "#0072B2", "other_scene": "#7F7F7F"}
+COLOURS = {"baseline": ORANGE, "pre": BLUE, "other_scene": GREY}
 MARKERS = {"baseline": "s", "pre": "o", "other_scene": "^"}
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "figure.dpi": 110,
-    "savefig.bbox": "tight",
-    "font.size": 10,
-}
 
 
 def plot_all(
@@ -53,7 +44,10 @@ def plot_all(
             "structure": structure(results, layer),
             "training": training(results, out),
             "scenes": scenes(config),
+            "progress": progress(results, out, layer),
         }.items():
+            if figure is None:
+                continue
             files[name] = directory / f"{name}.png"
             figure.savefig(files[name])
             plt.close(figure)
@@ -139,6 +133,43 @@ def training(results: Results, out: Path) -> Figure:
                 axis.plot(steps[9:], smooth, color=COLOURS[variant], linewidth=1, label=label)
     axes[0].set(xlabel="step", ylabel="L_LM (nats per answer)", title="language-model loss")
     axes[1].set(xlabel="step", ylabel="L_PRe (negative cosine)", title="PRe loss")
+    _legend(figure, axes[0])
+    return figure
+
+
+def progress(results: Results, out: Path, layer: int) -> Figure | None:
+    """The paper's third figure: what is answered and what probes read, over training. A line a
+    variant, the mean of its seeds; None where no checkup was made during training."""
+    found = {
+        variant: [
+            rows
+            for result in results.by_variant[variant]
+            if (rows := read_checkups(out / f"seed-{result['seed']}" / variant))
+        ]
+        for variant in VARIANTS
+    }
+    if not any(found.values()):
+        return None
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), constrained_layout=True)
+    panels: list[tuple[str, Callable[[Any], float]]] = [
+        ("answers to the common questions", at("mean_accuracy")),
+        (f"linear probe, layer {layer}: never asked", unasked(layer)),
+        (f"linear probe, layer {layer}: digit (asked)", at("probe", "digit", layer)),
+    ]
+    for variant, seeds in found.items():
+        if not seeds:
+            continue
+        steps = [row["step"] for row in seeds[0]]
+        for axis, (title, get) in zip(axes, panels, strict=True):
+            lines = 100 * np.array([[get(row) for row in rows] for rows in seeds])
+            axis.plot(
+                steps, lines.mean(axis=0), color=COLOURS[variant], marker=MARKERS[variant],
+                markersize=4, label=LABELS[variant],
+            )  # fmt: skip
+            for line in lines if len(lines) > 1 else ():
+                axis.plot(steps, line, color=COLOURS[variant], linewidth=0.6, alpha=0.5)
+            axis.set(title=title, xlabel="step")
+    axes[0].set_ylabel("right (%)")
     _legend(figure, axes[0])
     return figure
 

@@ -25,8 +25,8 @@ from prereg_kernels.training.experiment import (
     read_result,
     units,
 )
-from prereg_kernels.training.measure import PROPERTIES
 from prereg_kernels.training.plots import plot_all
+from prereg_kernels.training.scenes import PROPERTIES
 from prereg_kernels.training.summary import Effect, Result, Results, Spread, at, headline, unasked
 
 

@@ -34,6 +34,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """The attributes that the common questions never ask for, and their values in class order."""
 
+PROPERTIES = ("digit", *ATTRIBUTES)
+"""What the probes read: the class that questions ask for, then the attributes that none does."""
+
 _CANVAS = 512
 
 

@@ -11,7 +11,7 @@ from operator import getitem
 from typing import Any
 
 from prereg_kernels.training.experiment import TRANSFERS
-from prereg_kernels.training.measure import PROPERTIES
+from prereg_kernels.training.scenes import PROPERTIES
 
 Result = dict[str, Any]
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prereg_kernels.training.data import IMAGE, Packer, build_tokenizer, pixel_values
-from prereg_kernels.training.measure import PROPERTIES, layer_features, measure
+from prereg_kernels.training.data import IMAGE, build_tokenizer, pixel_values
+from prereg_kernels.training.measure import layer_features, measure
 from prereg_kernels.training.model import ModelConfig, build_model
-from prereg_kernels.training.scenes import SceneConfig, Scenes
+from prereg_kernels.training.scenes import PROPERTIES, SceneConfig, Scenes
 
 
 def test_object_features_are_the_means_of_their_patches() -> None:
     scenes = SceneConfig()
     tokenizer = build_tokenizer(scenes)
     model = build_model(ModelConfig(decoder_layers=2), scenes, tokenizer, seed=0).eval()
-    packer = Packer(tokenizer, scenes.patches)
     test = Scenes("test", 0, scenes)
-    found = layer_features(model, packer, test, 5, batch=2)
+    found = layer_features(model, test, 5, batch=2)
 
     expected, digits = [], []
     for index in range(5):
@@ -45,8 +44,7 @@ def test_measure_has_a_figure_per_layer() -> None:
     tokenizer = build_tokenizer(scenes)
     model = build_model(ModelConfig(decoder_layers=2), scenes, tokenizer, seed=0).eval()
     train, test = Scenes("train", 0, scenes), Scenes("test", 0, scenes)
-    packer = Packer(tokenizer, scenes.patches)
-    found = measure(model, packer, train, test, train_scenes=40, test_scenes=20)
+    found = measure(model, train, test, train_scenes=40, test_scenes=20)
     assert all(len(values) == 3 for group in found.values() for values in group.values())
     assert found["states"]["cosine to input"][0] == pytest.approx(1.0)
     assert found["states"]["cosine to input"][1] < 0.999

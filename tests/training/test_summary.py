@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prereg_kernels.training.experiment import TRANSFERS
-from prereg_kernels.training.measure import PROPERTIES
+from prereg_kernels.training.scenes import PROPERTIES
 from prereg_kernels.training.summary import Effect, Results, Spread, headline, unasked
 
 
