@@ -124,12 +124,19 @@ def linear_probe(
     classes = train_y.unique().numel()
     if classes < 2:
         raise ValueError(f"train_y: expected at least 2 classes, got {classes}")
-    scaler = StandardScaler().fit(_array(train_x, "train_x"))
+    scaler = StandardScaler()
+    fit = scaler.fit_transform(_array(train_x, "train_x"))
+    held_out = scaler.transform(_array(test_x, "test_x"))
+    if 2 * fit.shape[0] <= fit.shape[1]:
+        # the penalised weights lie in the span of the training rows: an orthonormal basis of it
+        # gives the same problem, iteration by iteration, in N dimensions instead of D
+        basis, coordinates = np.linalg.qr(fit.T)
+        fit, held_out = coordinates.T, held_out @ basis
     probe = LogisticRegression(C=strength, max_iter=300)
     with warnings.catch_warnings():  # dependent dimensions may not converge, and need not
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probe.fit(scaler.transform(_array(train_x, "train_x")), train_y.cpu().numpy())
-    return float(probe.score(scaler.transform(_array(test_x, "test_x")), test_y.cpu().numpy()))
+        probe.fit(fit, train_y.cpu().numpy())
+    return float(probe.score(held_out, test_y.cpu().numpy()))
 
 
 def _array(x: Tensor, name: str) -> np.ndarray:

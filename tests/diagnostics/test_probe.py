@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from prereg_kernels.diagnostics import linear_probe, probe
@@ -20,6 +21,21 @@ def test_reads_a_linear_label_and_not_a_random_one() -> None:
     random = torch.randint(0, 2, (600,), generator=generator)
     assert linear_probe(x[:400], linear[:400], x[400:], linear[400:]) > 0.97
     assert linear_probe(x[:400], random[:400], x[400:], random[400:]) < 0.6
+
+
+@pytest.mark.parametrize("columns", [30, 300])  # fewer than rows; solved in the rows' span
+def test_equals_logistic_regression_on_standardised_features(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (3000,), generator=generator)
+    x = torch.randn(3000, columns, generator=generator)
+    x += 0.3 * torch.randn(4, columns, generator=generator)[y] + 2 * x[:, :1] + 5
+    mean, deviation = x[:60].double().mean(dim=0), x[:60].double().std(dim=0, correction=0)
+    z = ((x - mean) / deviation).numpy()
+    direct = LogisticRegression(C=0.3, max_iter=300).fit(z[:60], y[:60])
+    expected = direct.score(z[60:], y[60:])
+    got = linear_probe(x[:60], y[:60], x[60:], y[60:], strength=0.3)
+    assert got == pytest.approx(expected, abs=1 / 2940)
+    assert 0.3 < got < 0.97
 
 
 def noisy(rows: int = 300, columns: int = 6) -> tuple[Tensor, Tensor]:
