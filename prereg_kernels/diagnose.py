@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from prereg_kernels.diagnostics.loading import Loaded, load
 from prereg_kernels.diagnostics.page import NUMBERS
 from prereg_kernels.diagnostics.results import Diagnosis
 from prereg_kernels.diagnostics.shards import Shards
+
+_CHECKPOINT = re.compile(r"checkpoints?|(checkpoint|step)-\d+")
 
 DTYPES = {
     "float32": torch.float32,
@@ -149,16 +153,17 @@ def _names(directories: Sequence[Path], given: Sequence[str] | None) -> list[str
         if any(not name.strip() or set(name) & set("/\\") or name[0] == "." for name in given):
             raise ValueError(f"--names: expected names without slashes, got {' '.join(given)}")
         return list(given)
-    parts = [path.resolve().parts for path in directories]
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    a, b = parts
-    if a == b:
+    whole = [path.resolve().parts[::-1] for path in directories]
+    if len(whole) == 2 and whole[0] == whole[1]:
         raise ValueError(f"--compare: expected another model than {directories[0]}")
-    different = [i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y]
-    at = different[0] if different else 0
-    names = [a[::-1][at], b[::-1][at]]
-    return names if names[0] != names[1] else ["first", "second"]
+    runs = [tuple(dropwhile(_CHECKPOINT.fullmatch, parts)) for parts in whole]
+    for parts in (runs, whole) if all(map(len, runs)) else (whole,):
+        if len(parts) == 1:
+            return [parts[0][0]]
+        for a, b in zip(*parts, strict=False):  # from the end of the paths
+            if a != b:
+                return [a, b]
+    return ["first", "second"]
 
 
 def _device(name: str | None) -> torch.device:

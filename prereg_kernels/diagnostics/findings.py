@@ -188,7 +188,7 @@ def number(change: Estimate) -> str:
 
 def plain(value: Estimate) -> str:
     """A value with its interval."""
-    return f"{value.value:.3f}{_range(value, 1, '.3f')}"
+    return f"{value.value:.3f}{_range(value, 1, '.3f')}".replace("-", MINUS)
 
 
 def reading(layers: int, images: int, rows: int, width: int) -> Sequence[str]:

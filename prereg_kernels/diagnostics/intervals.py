@@ -51,7 +51,8 @@ class Bootstrap:
             per_image: {name: (images, layers)}.
             measure: from {name: (..., layers)}, the sums over images, to (..., layers).
         """
-        whole = measure({name: values.sum(axis=0) for name, values in per_image.items()})
+        with np.errstate(all="ignore"):  # 0 / 0 where there is no pair
+            whole = measure({name: values.sum(axis=0) for name, values in per_image.items()})
         images = self._weights.shape[1]
         if images < 2:
             return [Estimate(float(value)) for value in whole]

@@ -32,6 +32,8 @@ def probes(found: Sequence[Diagnosis], colours: Colours) -> Figure | None:
                 axis.axhline(chance, color=colours["soft"], linestyle=":", linewidth=1)
         axis.set_title(target)
         _percent(axis)
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 0), min(high, 102))  # a t interval may leave what is possible
     axes[0].set_ylabel("probe accuracy")
     for axis in axes[len(targets) :]:
         axis.set_axis_off()
@@ -166,7 +168,7 @@ def _line(
 
 
 def _percent(axis: Axes, top: float | None = None) -> None:
-    axis.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter())
     if top is not None:
         axis.set_ylim(0, top)
 

@@ -193,8 +193,7 @@ def _resampled(measured: Measured) -> dict[str, tuple[Sums, Formula]]:
             )
         ):
             sums[name] = np.where(pairs > 0, measured.structure[:, :, i], 0.0) * pairs
-        with np.errstate(all="ignore"):
-            found |= {name: (sums, formula) for name, formula in STRUCTURE.items()}
+        found |= {name: (sums, formula) for name, formula in STRUCTURE.items()}
     return found
 
 

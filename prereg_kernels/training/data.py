@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from prereg_kernels.training.draws import stream_key
 from prereg_kernels.training.questions import Question, check_families, questions, words
@@ -54,6 +54,17 @@ def pixel_values(images: NDArray[np.float32]) -> Tensor:
     """(B, H, W) images in [0, 1] -> (B, 3, H, W) float32, standardised, three equal channels."""
     standard = (torch.from_numpy(images) - _PIXEL_MEAN) / _PIXEL_STD
     return standard[:, None].expand(-1, 3, -1, -1)
+
+
+def image_processor(side: int) -> CLIPImageProcessorPil:
+    """The same for image files, as a checkpoint keeps it: the shorter side to `side` px, the centre
+    cut out."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[_PIXEL_MEAN] * 3,
+        image_std=[_PIXEL_STD] * 3,
+    )
 
 
 class Packer:

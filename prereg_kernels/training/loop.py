@@ -32,7 +32,14 @@ from prereg_kernels.training.checkpoint import (
 )
 from prereg_kernels.training.checkups import CheckupLog, training_checkup
 from prereg_kernels.training.config import RunConfig, StageConfig, save_config, to_dict
-from prereg_kernels.training.data import IGNORE, Batch, Packer, TrainStream, build_tokenizer
+from prereg_kernels.training.data import (
+    IGNORE,
+    Batch,
+    Packer,
+    TrainStream,
+    build_tokenizer,
+    image_processor,
+)
 from prereg_kernels.training.interrupts import deferred_signals
 from prereg_kernels.training.metrics import MetricsLog, ProgressBar
 from prereg_kernels.training.model import (
@@ -357,6 +364,7 @@ def _model_writer(
         with _no_bars():
             model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        image_processor(model.config.vision_config.image_size).save_pretrained(directory)
 
     return write
 

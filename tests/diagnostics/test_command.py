@@ -155,7 +155,10 @@ def _bad_models(place: Path) -> None:
         (["x/model"], ["model"]),
         (["x/a", "x/b"], ["a", "b"]),
         (["run/baseline/step-1", "run/pre/step-1"], ["baseline", "pre"]),
-        (["run/a/step-1", "run/b/step-2"], ["step-1", "step-2"]),
+        (["run/a/checkpoints/step-1"], ["a"]),
+        (["run/a/step-1", "run/b/step-2"], ["a", "b"]),
+        (["run/a/checkpoint-1", "run/a/checkpoint-2"], ["checkpoint-1", "checkpoint-2"]),
+        (["a", "b/a"], ["first", "second"]),
     ],
 )
 def test_names_tell_models_apart(paths: list[str], names: list[str]) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
+from prereg_kernels.diagnostics.loading import load, process
 from prereg_kernels.training.checkups import (
     CHECKUPS_FILE,
     CheckupLog,
     read_checkups,
     training_checkup,
 )
+from prereg_kernels.training.data import pixel_values
 from prereg_kernels.training.loop import train
 from prereg_kernels.training.plots import progress
+from prereg_kernels.training.scenes import Scenes
 from prereg_kernels.training.summary import Results
 from tests.training.tiny import tiny_run
 
@@ -41,6 +45,16 @@ def test_they_change_no_weight(out: Path) -> None:
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert read_checkups(out / "without") == []
+
+
+def test_a_checkpoint_sees_image_files_as_training_sees_scenes(out: Path) -> None:
+    loaded = load(out / "with" / "checkpoints" / "step-00000008")
+    assert loaded.notes == ()
+    scene = Scenes("test").scene(0)
+    grey = np.round(255 * scene.image).astype(np.uint8)
+    found = process(loaded.processor, np.repeat(grey[:, :, None], 3, axis=2))["pixel_values"]
+    # a grey of 1/255 is 1/64 in the model's units
+    torch.testing.assert_close(found, pixel_values(scene.image[None]), rtol=0, atol=0.5 / 63.75)
 
 
 def test_they_say_what_is_measured_afterwards(out: Path, tmp_path: Path) -> None:
