@@ -153,7 +153,7 @@ def _names(directories: Sequence[Path], given: Sequence[str] | None) -> list[str
         if any(not name.strip() or set(name) & set("/\\") or name[0] == "." for name in given):
             raise ValueError(f"--names: expected names without slashes, got {' '.join(given)}")
         return list(given)
-    whole = [path.resolve().parts[::-1] for path in directories]
+    whole = [path.resolve().parts[:0:-1] for path in directories]
     if len(whole) == 2 and whole[0] == whole[1]:
         raise ValueError(f"--compare: expected another model than {directories[0]}")
     runs = [tuple(dropwhile(_CHECKPOINT.fullmatch, parts)) for parts in whole]

@@ -176,7 +176,9 @@ class _Sheet:
         bar.set_label(text, color=colours["soft"], fontsize=9)
         bar.outline.set_visible(False)
 
-    def _share(self, x: float, y: float, width: float, height: float) -> tuple[float, ...]:
+    def _share(
+        self, x: float, y: float, width: float, height: float
+    ) -> tuple[float, float, float, float]:
         return (
             x / self._size[0], y / self._size[1], width / self._size[0], height / self._size[1],
         )  # fmt: skip

@@ -158,7 +158,7 @@ def _bad_models(place: Path) -> None:
         (["run/a/checkpoints/step-1"], ["a"]),
         (["run/a/step-1", "run/b/step-2"], ["a", "b"]),
         (["run/a/checkpoint-1", "run/a/checkpoint-2"], ["checkpoint-1", "checkpoint-2"]),
-        (["a", "b/a"], ["first", "second"]),
+        (["/a", "/b/a"], ["first", "second"]),
     ],
 )
 def test_names_tell_models_apart(paths: list[str], names: list[str]) -> None:
