@@ -34,7 +34,7 @@ class PReConfig:
             rows; or a function that gets the keyword arguments of the model's forward and returns
             (N, A), floating, on the batch's device: a row for each visual token in the order of
             `input_ids`, or, with level="global", for each image. It runs without grad. Its numbers
-            are checked to be finite in the first pass only.
+            are checked to be finite in the first pass with images only.
         anchor_features: A; needed with an anchor function, else found on the model.
         level: "patch", each visual token predicts its own anchor; or "global", the mean over each
             image's visual tokens predicts the mean of their anchors: a row for each image, and
@@ -48,7 +48,8 @@ class PReConfig:
         value_in_forward: also compute the value of L_PRe in the training forward, and add it to
             the loss's value, at two more matmuls a step. By default the value of the loss is L_LM
             and only its gradient is that of the sum; `metrics()` has L_PRe after backward.
-        value_in_eval: compute L_PRe for `metrics()` in evaluation too, of all visual tokens.
+        value_in_eval: compute L_PRe for `metrics()` in evaluation too, of all visual tokens; of
+            what generation appends to a prompt there is none.
         seed: of the heads' initialisation, so that it leaves the global generator alone, and of
             `token_fraction`'s draws. At least 0.
     """

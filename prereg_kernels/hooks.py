@@ -94,6 +94,8 @@ class _Hooks:
             pre.check_heads_train()
             pre.loss = pre.last = None
         inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
+        if not training and _goes_on(inputs):
+            return
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
@@ -163,7 +165,8 @@ class _Hooks:
                 source(current.inputs), tokens, count, width,
                 current.index.device, finite=not self._saw_finite_anchor,
             )  # fmt: skip
-            self._pass, self._saw_finite_anchor = current, True
+            self._pass = current
+            self._saw_finite_anchor |= tokens > 0
         else:
             rows = projector_rows(current.encoded, tokens, width, pre.family, embeddings)
             current.encoded.clear()
@@ -308,6 +311,12 @@ class _Hooks:
 def _zeros(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
     """{layer: 0-dim, float32}"""
     return {layer: torch.zeros((), dtype=torch.float32, device=device) for layer in layers}
+
+
+def _goes_on(inputs: Mapping[str, Any]) -> bool:
+    """Whether these are tokens that generation appends: none is visual, whatever its id."""
+    cache: Any = inputs.get("past_key_values")
+    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())
 
 
 class _Use(torch.autograd.Function):

@@ -44,11 +44,12 @@ class PreTrainerMixin(_Base):
     """What makes a Trainer a PreTrainer; put it first: `class My(PreTrainerMixin, SFTTrainer)`.
 
     - The gradient of a step is that of `L_LM + weight * L_PRe`, with L_PRe the mean over all visual
-      tokens of the step, over its micro-batches and all ranks; 1 x 8 and 4 x 2 are equal.
+      tokens (with level="global", images) of the step, over its micro-batches and all ranks; 1 x 8
+      and 4 x 2 are equal.
     - This holds for whatever loss the trainer below computes; that loss need not come from the
       model.
     - The logs have "lm_loss", what the loss would be without PRe, and "pre_loss", over the steps
-      since the last log, all ranks, and, for the latter, averaged over visual tokens; several
+      since the last log, all ranks, and, for the latter, averaged over these; several
       layers have "pre_loss/layer_16" each, too. By default "loss" is "lm_loss"; with
       `value_in_forward` it holds the weighted term.
     - Checkpoints and `save_model` write a plain model, and the heads to `pre/` inside of it;

@@ -39,9 +39,14 @@ def test_what_a_function_returns(answer: Any, exception: type[Exception], messag
 
 
 def test_numbers_are_checked_in_the_first_pass_alone() -> None:
-    answers = [torch.ones(8, 6), torch.full((8, 6), torch.nan)]
+    """The first that has any: a batch of text alone shows none."""
+    nan, fine = torch.full((8, 6), torch.nan), torch.ones(8, 6)
+    answers = [torch.zeros(0, 6), nan, fine, nan]
     model = tiny_llava()
     apply_pre(model, anchor=lambda inputs: answers.pop(0), anchor_features=6)
+    model(**make_batch((0, 0))).loss.backward()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model(**make_batch())
     for _ in range(2):
         model(**make_batch()).loss.backward()
     assert not answers

@@ -166,3 +166,44 @@ def test_gradients_of_packed_sequences(name: str, checkpointing: bool) -> None:
     apart = apply_pre(model)
     model(**batch.inputs).loss.backward()
     assert metrics["pre_loss"] == pytest.approx(apart.metrics()["pre_loss"], rel=1e-4)
+
+
+# Generation and bad batches
+
+
+GENERATED = [
+    (name, settings)
+    for name in CASES
+    for settings in ({"anchor": "pre_projector"}, {"level": "global"})
+    if name in (PROJECTED if "anchor" in settings else TELLING)
+]
+
+
+@pytest.mark.parametrize("name, settings", GENERATED)
+def test_generate(name: str, settings: dict[str, Any]) -> None:
+    """The prompt has a figure, the tokens that follow it have none; they are what they were."""
+    model = make_model(name).eval()
+    inputs = make_batch(name, model, "left padding").inputs
+    del inputs["labels"]
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
+    plain = model.generate(**inputs, **options)
+    pre = apply_pre(model, value_in_eval=True, **settings)
+    assert torch.equal(model.generate(**inputs, **options), plain)
+    assert pre.metrics()["pre_loss"] != 0
+
+
+# Idefics 3's forward does not look: it takes as many features as there are tokens.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "idefics3"])
+def test_visual_tokens_that_are_not_those_of_the_features(name: str) -> None:
+    """One too few: an error of transformers', and nothing stays behind."""
+    model = make_model(name)
+    batch = make_batch(name, model)
+    pre = apply_pre(model)
+    model(**batch.inputs).loss.backward()
+    expected = pre.metrics()
+    ids = batch.inputs["input_ids"].clone()
+    ids.view(-1)[batch.visual.flatten().nonzero()[0]] = 5
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        model(**batch.inputs | {"input_ids": ids})
+    model(**batch.inputs).loss.backward()
+    assert pre.metrics() == expected
