@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 
 from prereg_kernels.diagnostics import collect as collecting
 from prereg_kernels.diagnostics import (
@@ -24,6 +25,7 @@ from prereg_kernels.diagnostics import (
     similarity,
     spectrum,
     token_norms,
+    visual_features,
 )
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.checkup import checkup, report
@@ -41,6 +43,8 @@ COUNT = 24
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> ImageBatches:
     root = save_folder(tmp_path_factory.mktemp("set"), COUNT)
+    for path in root.rglob("*[369].png"):  # another size, so that rows of a batch are padded
+        Image.open(path).crop((0, 0, 40, 24)).save(path)
     (root / "images" / "dark" / "zz.png").write_text("not an image")
     processor = hf.Qwen2VLImageProcessorPil(**QWEN_PROCESSOR)
     loaded = make_loaded("qwen2_5_vl", processor)
@@ -62,7 +66,7 @@ def truth(batches: ImageBatches) -> dict[str, Any]:
     hook = model.model.language_model.layers[-1].register_forward_hook(
         lambda module, args, output: last.append(output)
     )
-    states, objects, images, labels = [], [], [], []
+    states, objects, images, labels, names = [], [], [], [], []
     with torch.no_grad():
         for i in range(len(batches)):
             batch = ImageBatches(batches._loaded, batches._samples, size=5)[i]
@@ -77,12 +81,14 @@ def truth(batches: ImageBatches) -> dict[str, Any]:
                 objects.append(torch.from_numpy(facts.objects))
                 images.append(torch.full((states[-1].shape[1],), len(images)))
                 labels.append(facts.labels["class"])
+                names.append(facts.name)
     hook.remove()
     return {
         "layers": torch.cat(states, dim=1),
         "objects": torch.cat(objects),
         "images": torch.cat(images),
         "labels": torch.tensor([["dark", "light"].index(label) for label in labels]),
+        "names": names,
         "model": model,
     }
 
@@ -152,6 +158,33 @@ def test_probes_are_those_of_pooled_features(found: Diagnosis, truth: dict[str, 
     things, ids = pool(x, key)
     expected = probe(things, ids % 10, groups=ids // 10, splits=3)
     assert found.probes["object: class"][depth].accuracies == expected.accuracies
+    assert found.measured._labels("object")[1] == (ids // 10).tolist()
+
+
+def test_rows_are_in_the_order_of_the_names(found: Diagnosis, truth: dict[str, Any]) -> None:
+    """Which pairing two models by image relies on."""
+    x, first = truth["layers"][2], truth["layers"][0]
+    cosine = torch.nn.functional.cosine_similarity(x, first, dim=1)
+    expected, _ = pool(cosine[:, None], truth["images"])
+    assert found.measured.names == truth["names"]
+    assert found.measured.tokens.tolist() == truth["images"].bincount().tolist()
+    assert found.measured.cosines[:, 2] == pytest.approx(expected[:, 0].numpy(), rel=1e-4)
+
+
+def test_massive_activations_of_all_batches(batches: ImageBatches, tmp_path: Path) -> None:
+    model: Any = batches._loaded.model
+    weight = model.model.language_model.layers[1].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[5] *= 2000
+    found = checkup(model, batches, tmp_path, splits=2)
+    features = [visual_features(model, batches[i].inputs)[2] for i in range(len(batches))]
+    with torch.no_grad():
+        weight.copy_(kept)
+    expected = token_norms(torch.cat(features)).massive
+    assert 0.02 < expected < 0.98
+    assert found.curves["massive activations"][2].value == pytest.approx(expected)
+    assert found.curves["massive activations"][0].value == 0
 
 
 def test_changes_start_at_zero_and_intervals_hold_the_value(found: Diagnosis) -> None:
@@ -257,9 +290,15 @@ def test_a_full_disk_leaves_no_half_page(
 
 
 def plain(batches: ImageBatches, **changes: Any) -> list[Batch]:
-    """Batches of Python users: no places, no objects, no pictures."""
+    """Batches of Python users: no places, no objects, no pictures but what is given, as it is or
+    as a function of the number of tokens."""
+
+    def known(facts: ImageFacts) -> ImageFacts:
+        given = {key: x(len(facts.grid)) if callable(x) else x for key, x in changes.items()}
+        return ImageFacts(facts.name, **given)
+
     return [
-        Batch(batch.inputs, tuple(ImageFacts(facts.name, **changes) for facts in batch.images))
+        Batch(batch.inputs, tuple(map(known, batch.images)))
         for batch in (batches[i] for i in range(len(batches)))
     ]
 
@@ -281,9 +320,10 @@ def test_one_class_has_no_probe(batches: ImageBatches, tmp_path: Path) -> None:
 
 
 def test_one_patch_an_object_has_no_structure(batches: ImageBatches, tmp_path: Path) -> None:
-    objects = np.full(20, -1)
-    objects[3] = 1
-    found = checkup(batches._loaded.model, plain(batches, objects=objects), tmp_path, splits=3)
+    def one(count: int) -> np.ndarray:
+        return np.where(np.arange(count) == 3, 1, -1)
+
+    found = checkup(batches._loaded.model, plain(batches, objects=one), tmp_path, splits=3)
     assert "contrast" not in found.curves
 
 

@@ -27,7 +27,7 @@ def saved(path: Path, image: Image.Image) -> Path:
         (Image.fromarray(GREY), "png", np.repeat(GREY[:, :, None], 3, axis=2)),
         (Image.fromarray(GREY > 128), "png", 255 * np.repeat((GREY > 128)[:, :, None], 3, axis=2)),
         (
-            Image.fromarray(GREY.astype(np.uint16) * 257),
+            Image.fromarray(GREY.astype(np.uint16) * 256 + 7),
             "png",
             np.repeat(GREY[:, :, None], 3, axis=2),
         ),
