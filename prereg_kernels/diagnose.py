@@ -88,7 +88,11 @@ def _measure(
             images=arguments.limit if samples is None else len(samples),
             tokenizer=loaded.tokenizer,
             splits=arguments.splits,
-            settings={"model": _fingerprint(directory), "dtype": arguments.dtype, **settings},
+            settings={
+                "model": _fingerprint(directory),
+                "dtype": str(loaded.model.dtype),
+                **settings,
+            },
             notes=notes,
             progress=progress,
         )

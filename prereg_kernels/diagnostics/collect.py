@@ -175,7 +175,7 @@ def _first(
     kept: dict[str, list[Tensor]] = defaultdict(list)
     top: list[Tensor] = []
     lens_of = _lens(model)
-    massive: list[Any] = []
+    massive: list[float] = []
     for depth, layer in enumerate(run.layers):
         image = run.image.to(layer.device)
         kept["image_means"].append(pool(layer, image)[0])
@@ -184,8 +184,7 @@ def _first(
         kept["norms"].append(layer.float().norm(dim=1))
         cosine = F.cosine_similarity(layer.float(), run.layers[0].to(layer).float(), dim=1)
         kept["cosines"].append(pool(cosine[:, None], image)[0][:, 0])
-        norms = NormSums().update(layer).result()
-        massive.append([norms.massive, norms.massive_dimensions])
+        massive.append(NormSums().update(layer).result().massive)
         words = lens_of(layer).result(listed=len(layer)).most_frequent  # all that occur
         top.append(torch.tensor([[depth, word.token, word.times] for word in words]))
     tensors = {name: torch.stack(parts) for name, parts in kept.items()}

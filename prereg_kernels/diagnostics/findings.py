@@ -124,7 +124,7 @@ def comparison(first: Diagnosis, second: Diagnosis, differences: Mapping[str, Cu
     """How the second model differs from the first, at the middle layer."""
     layer = middle_layer(first.layers)
     lines = []
-    for level in ("image", "object"):
+    for level in LEVELS:
         targets = [t for t in first.probes if t.startswith(level) and t in second.probes]
         if targets:
             a, b = (mean_probe(found.probes, targets)[layer] for found in (first, second))

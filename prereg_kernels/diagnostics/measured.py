@@ -148,7 +148,7 @@ class Measured:
             massive = 0.0
             for i in self._used:
                 tokens = int(self._shards.read(first_pass(i), "tokens").sum())
-                massive += self._facts[i]["massive"][depth][0] * tokens / total
+                massive += self._facts[i]["massive"][depth] * tokens / total
             # the norm of a norm is the norm: mean, median and outliers are those of all tokens
             found.append(token_norms(norms[:, None])._replace(massive=massive))
         return found

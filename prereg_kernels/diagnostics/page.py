@@ -90,7 +90,7 @@ def as_json(
     {"facts", "headline", "models": [{"name", "layers", "images", "patches", "skipped", "notes",
     "curves": {measure: {"value", "low", "high": a number a layer}}, "changes": the same since layer
     0, "probes": {target: {"chance", "accuracies": [layer][split]}}, "missing": {target: reason},
-    "top_tokens": [layer][{"token", "id", "share"}], "massive_dimensions": ...}], "differences"}
+    "top_tokens": [layer][{"token", "id", "share"}]}], "differences": as curves, second - first}
     """
     return {
         "facts": dict(facts),
