@@ -26,10 +26,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
 	$(BIN)/prereg train --preset scenes
 
-# Where the C++ rows are built, the tests of the loss and of apply_pre run on plain PyTorch too.
+# The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
+# what has a backend of its own or none.
+ANY_BACKEND := rows triton_aot gpu diagnostics test_benchmarks_gpu.py test_docs.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready  ## the tests
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --backend torch tests/test_*.py
+	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/rows/test_triton_*.py
 
