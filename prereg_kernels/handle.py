@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prereg_kernels import distributed
-from prereg_kernels.anchors import anchor_width
+from prereg_kernels.anchors import anchor_width, llm_width
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family
 from prereg_kernels.head import PReHead
@@ -285,7 +285,7 @@ class PRe:
 
     def _make_head(self, layer: nn.Module) -> PReHead:
         like = next(layer.parameters())
-        width = self.model.get_input_embeddings().weight.shape[1]
+        width = llm_width(self.model)
         config = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

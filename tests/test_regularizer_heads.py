@@ -12,7 +12,7 @@ from prereg_kernels import apply_pre, remove_pre
 from prereg_kernels.handle import find_pre
 from prereg_kernels.storage import load_heads
 from tests.attached import both, compare
-from tests.tiny import make_batch, tiny_llava
+from tests.tiny import WIDTH, make_batch, tiny_llava
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
@@ -93,3 +93,11 @@ def test_the_handle_inside_of_a_wrapper() -> None:
     remove_pre(wrapper)
     with pytest.raises(ValueError, match="model: PRe is not attached"):
         remove_pre(wrapper)
+
+
+def test_the_width_where_the_embedding_is_partitioned() -> None:
+    """ZeRO-3 leaves an empty weight of each module that it made."""
+    model = tiny_llava()
+    model.get_input_embeddings().weight.data = torch.empty(0)
+    head = apply_pre(model).heads[2]
+    assert [tuple(x.shape) for x in head.weights] == [(WIDTH, WIDTH), (WIDTH, WIDTH)]
