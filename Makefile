@@ -11,7 +11,7 @@ TRITON := .triton
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint sanitize bench gpu-check gpu-sanitize clean
+.PHONY: help demo test lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -66,7 +66,7 @@ bench: $(READY)  ## the benchmarks on this machine; prints a table, writes bench
 # On a GPU machine the system python has torch and triton already: no virtual environment there.
 # The benchmark runs whatever the tests say; the last line says which of the two failed.
 HAS_GPU = command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
-gpu-check gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-check gpu-step gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where there is no GPU
 	@if $(HAS_GPU); then \
 	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; tests=passed; benchmark=passed; \
@@ -78,6 +78,16 @@ gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where th
 	    echo "gpu-check: tests $$tests, benchmark $$benchmark"; \
 	    test $$tests$$benchmark = passedpassed; \
 	else echo "gpu-check: no GPU on this machine, nothing was run"; fi
+
+# Expandable segments: the variants ask for blocks of other sizes, and a cache in pieces would make
+# the allocator free and ask again within a step.
+MODEL ?= llava
+gpu-step:  ## a 7B training step with and without PRe (8 minutes at most; MODEL=llava or qwen)
+	@if $(HAS_GPU); then \
+	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; \
+	    PYTORCH_ALLOC_CONF=expandable_segments:True timeout --kill-after 10 480 \
+	        $(PYTHON) -m benchmarks.gpu_step --model $(MODEL) --out $$out/gpu_step_$(MODEL).json; \
+	else echo "gpu-step: no GPU on this machine, nothing was run"; fi
 
 # Of our kernels alone: their names end in _kernel. The first run compiles them.
 gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, where there is a GPU

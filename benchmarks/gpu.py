@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from benchmarks.gpu_cases import Session, measure_ceilings, run_case, run_launch
 from benchmarks.gpu_kernels import Buffers, time_row_kernels
 from benchmarks.gpu_peers import AUTOTUNED, COMPILED, EAGER, LIGER_PACKAGE, Variant, our_variants
 from benchmarks.gpu_report import bars, short_table, write_json
+from benchmarks.gpu_run import run_until_stopped
 from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_stages import time_stages, triton_kinds
 from benchmarks.gpu_timing import Effort, make_clock
@@ -165,18 +164,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print the table, and say by the exit code whether ours all worked."""
-
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     benchmark = Benchmark(parse(arguments))
-    signal.signal(signal.SIGTERM, stop)  # from `timeout`: say what there is
-    complete = False
-    try:
-        benchmark.run()
-        complete = True
-    except KeyboardInterrupt:
-        benchmark.session.problems.append("stopped from outside")
+    complete = run_until_stopped(benchmark.run, benchmark.session.problems)
     benchmark.save(complete)
     print(short_table(benchmark.results))
     return int(benchmark.session.ours_failed or not complete)

@@ -151,9 +151,13 @@ def short_table(results: Json) -> str:
         lines += [_variant_line(name, variant) for name, variant in case["variants"].items()]
     lines += kernel_lines(results)
     lines += [f"problem: {problem}" for problem in results["problems"]]
-    lines += ["", f"{'performance':<46}{'bar':>8}{'aim':>8}{'measured':>10}"]
-    lines += [_bar_line(found) for found in results["bars"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *bar_lines(results["bars"])])
+
+
+def bar_lines(found: Iterable[Json]) -> list[str]:
+    """A heading, and a line for each bar."""
+    heading = f"{'performance':<46}{'bar':>8}{'aim':>8}{'measured':>10}"
+    return [heading, *map(_bar_line, found)]
 
 
 def _variant_line(name: str, variant: Json) -> str:
