@@ -24,8 +24,14 @@ import torch
 from benchmarks.gpu_cases import Session
 from benchmarks.gpu_report import write_json
 from benchmarks.gpu_run import make_parser, parse_device, run_until_stopped
-from benchmarks.gpu_step_measure import Trainer, head_bytes, run_setting
-from benchmarks.gpu_step_models import FULL, TINY, build_model, make_batch
+from benchmarks.gpu_step_measure import Trainer, head_bytes, run_setting, setting_name
+from benchmarks.gpu_step_models import (
+    FULL,
+    TINY,
+    build_model,
+    make_batch,
+    set_checkpointing,
+)
 from benchmarks.gpu_step_report import step_bars, step_table
 from benchmarks.gpu_step_variants import Regularizer, check_gradients
 from benchmarks.gpu_timing import Effort, make_clock
@@ -61,7 +67,7 @@ class Benchmark:
     def run(self) -> None:
         """The gradients first; then the settings, if they are right."""
         self.session.attempt("gradients", self.check)
-        if not self.results["check"]:
+        if self.session.ours_failed:
             return
         model = build_model(self.recipe.config(), self.session.device)
         trainer = Trainer(self.session, self.recipe, model, Regularizer.of(model))
@@ -78,7 +84,7 @@ class Benchmark:
             self.results["settings"].append(record)
             effort = self.effort(left)
             action = partial(run_setting, trainer, checkpointing, effort, record)
-            self.session.attempt(f"checkpointing {'on' if checkpointing else 'off'}", action)
+            self.session.attempt(setting_name(checkpointing), action)
             trainer.forget()
             self.save()
 
@@ -88,7 +94,9 @@ class Benchmark:
         config = recipe.config()
         model = build_model(config, device)
         batch = make_batch(recipe, config, recipe.batch, device)
-        self.results["check"] = check_gradients(model, batch)
+        for checkpointing in (False, True):
+            set_checkpointing(model, checkpointing)
+            self.results["check"][setting_name(checkpointing)] = check_gradients(model, batch)
 
     def effort(self, settings_left: int) -> Effort:
         """Rounds for a share of the time that is left."""

@@ -26,6 +26,7 @@ from benchmarks.gpu_step_variants import (
 from benchmarks.gpu_timing import (
     Effort,
     Measured,
+    Step,
     describe_error,
     time_one,
     warm_and_interleave,
@@ -45,16 +46,19 @@ class Trainer:
     model: Any
     regularizer: Regularizer
 
-    def step(self, variant: Attached, batch: Batch) -> None:
-        """Forward, backward, update; the gradients are freed."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if variant.head is not None:
-            known = set(map(id, parameters))
-            parameters += [p for p in variant.head.parameters() if id(p) not in known]
-        optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
-        variant.loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def stepper(self, variant: Attached, batch: Batch) -> Step:
+        """The variant's step: forward, backward, update; the gradients are freed."""
+        trained = dict.fromkeys(p for p in self.model.parameters() if p.requires_grad)
+        if variant.head is not None:  # a part of the model or not
+            trained |= dict.fromkeys(variant.head.parameters())
+        optimizer = torch.optim.SGD(list(trained), lr=LEARNING_RATE)
+
+        def step() -> None:
+            variant.loss(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
 
     def tower_ms(self, batch: Batch) -> float:
         """The median time of the image features alone, without gradients.
@@ -82,12 +86,13 @@ class Trainer:
         None where there is no GPU: a process's resident size says nothing about one step.
         """
         with attached(self.model, attach, self.regularizer) as variant:
-            self.step(variant, batch)  # workspaces, libraries
+            step = self.stepper(variant, batch)
+            step()  # workspaces, libraries
             if self.session.device.type != "cuda":
                 return None
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self.step(variant, batch)
+            step()
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - self._own_bytes()
 
@@ -109,6 +114,7 @@ def run_setting(trainer: Trainer, checkpointing: bool, effort: Effort, record: J
         "positions": recipe.positions(model.config),
         "visual_tokens": samples * recipe.visual_tokens(model.config),
         "flops": count_flops(recipe, model.config, samples, checkpointing).describe(),
+        "tower_ms": trainer.tower_ms(batch),
     }
     for name, attach in VARIANTS.items():
         if name not in peaks:
@@ -122,7 +128,6 @@ def run_setting(trainer: Trainer, checkpointing: bool, effort: Effort, record: J
     steps = {name: turns.measured(VARIANTS[name]) for name in peaks}
     times, errors = warm_and_interleave(steps, session.clock, effort)
     turns.end()
-    record["tower_ms"] = trainer.tower_ms(batch)
     for name, samples_ms in times.items():
         record["variants"][name] = summarize_variant(samples_ms) | {"peak_bytes": peaks[name]}
     for name, error in errors.items():
@@ -175,7 +180,7 @@ class Turns:
 
     def __init__(self, trainer: Trainer, batch: Batch) -> None:
         self.trainer, self.batch = trainer, batch
-        self.variant: Attached | None = None
+        self.current: tuple[Attached, Step] | None = None
 
     def measured(self, attach: Attach) -> Measured:
         """The step of a variant, as `interleave` takes it."""
@@ -183,17 +188,18 @@ class Turns:
 
     def switch(self, attach: Attach) -> None:
         self.end()
-        self.variant = attach(self.trainer.model, self.trainer.regularizer)
+        variant = attach(self.trainer.model, self.trainer.regularizer)
+        self.current = variant, self.trainer.stepper(variant, self.batch)
 
     def step(self) -> None:
-        assert self.variant is not None
-        self.trainer.step(self.variant, self.batch)
+        assert self.current is not None
+        self.current[1]()
 
     def end(self) -> None:
         """Detach the last variant, and drop what a step that failed left behind."""
-        if self.variant is not None:
-            self.variant.detach()
-            self.variant = None
+        if self.current is not None:
+            self.current[0].detach()
+            self.current = None
             self.trainer.model.zero_grad(set_to_none=True)
 
 

@@ -29,18 +29,18 @@ def step_bars(results: Json) -> list[Json]:
 
 def step_table(results: Json) -> str:
     """The run in a page of text; the bars last."""
-    model, head = results["model"], results["head_bytes"]
-    lines = [
-        f"{results['machine']['device']}; {model['name']}, {model['parameters'] / 1e9:.2f}e9 "
-        f"parameters, {model['attention']} attention; {results['seconds']:.0f} s",
-        f"the head: parameters {_mib(head['parameters'])}, gradients {_mib(head['gradients'])}, "
-        f"optimizer {_mib(head['optimizer'])}",
-    ]
-    for part, errors in results["check"].items():
-        lines.append(
-            f"gradients against float64, {part}: head {errors['head']:.1e}, "
-            f"layer {errors['layer']:.1e}"
-        )
+    lines = [f"{results['machine']['device']}; {results['seconds']:.0f} s"]
+    if results["model"]:
+        model, head = results["model"], results["head_bytes"]
+        lines += [
+            f"{model['name']}, {model['parameters'] / 1e9:.2f}e9 parameters, layer "
+            f"{model['layer']}, {model['attention']} attention",
+            f"the head: parameters {_mib(head['parameters'])}, gradients "
+            f"{_mib(head['gradients'])}, optimizer {_mib(head['optimizer'])}",
+        ]
+    for name, variants in results["check"].items():
+        errors = (f"{v} {e['head']:.1e}, {e['layer']:.1e}" for v, e in variants.items())
+        lines.append(f"errors of the gradients (head, layer), {name}: {'; '.join(errors)}")
     for setting in results["settings"]:
         lines += _setting_lines(setting)
     if any(

@@ -24,6 +24,7 @@ WEIGHT = 0.5  # of L_PRe
 FACTOR, SLACK = 2.0, 1e-3
 
 Loss = Callable[[Batch], Tensor]
+Terms = Callable[[Batch], tuple[Tensor, Tensor]]
 Attach = Callable[[Any, "Regularizer"], "Attached"]
 
 
@@ -95,6 +96,17 @@ def naive(model: Any, regularizer: Regularizer) -> Attached:
 def hooked(model: Any, regularizer: Regularizer) -> Attached:
     """Eager PRe with hooks that keep the one layer's output and the anchor."""
     head = regularizer.make_head(model)
+    terms, detach = eager_terms(model, regularizer.layer, head)
+
+    def loss(batch: Batch) -> Tensor:
+        lm_loss, pre_loss = terms(batch)
+        return lm_loss + regularizer.weight * pre_loss
+
+    return Attached(loss, head, detach)
+
+
+def eager_terms(model: Any, layer: int, head: PReHead) -> tuple[Terms, Callable[[], None]]:
+    """A function from a batch to (L_LM, L_PRe) by `eager_pre_loss`, and one that ends its hooks."""
     kept: dict[str, Tensor] = {}
     language_model = model.model.language_model
 
@@ -104,28 +116,29 @@ def hooked(model: Any, regularizer: Regularizer) -> Attached:
     def keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
         kept["hidden"] = output[0] if isinstance(output, tuple) else output
 
-    layer = language_model.layers[regularizer.layer - 1]
     handles = [
         language_model.register_forward_pre_hook(keep_anchor, with_kwargs=True),
-        layer.register_forward_hook(keep_hidden),
+        language_model.layers[layer - 1].register_forward_hook(keep_hidden),
     ]
 
-    def loss(batch: Batch) -> Tensor:
-        output = model(**batch)
-        pre = eager_pre_loss(
+    def terms(batch: Batch) -> tuple[Tensor, Tensor]:
+        visual = batch["input_ids"] == model.config.image_token_id
+        index = visual.flatten().nonzero().squeeze(1)  # waits for the device, so before the model
+        lm_loss = model(**batch).loss
+        pre_loss = eager_pre_loss(
             kept.pop("hidden"),
             kept.pop("anchor"),
             head.weights,
             head.biases,
-            visual_mask=batch["input_ids"] == model.config.image_token_id,
+            visual_index=index,
         )
-        return output.loss + regularizer.weight * pre
+        return lm_loss, pre_loss
 
     def detach() -> None:
         for handle in handles:
             handle.remove()
 
-    return Attached(loss, head, detach)
+    return terms, detach
 
 
 def applied(model: Any, regularizer: Regularizer) -> Attached:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_step
+from benchmarks.gpu_cases import Session
 from benchmarks.gpu_report import summarize_variant
 from benchmarks.gpu_step_flops import count_flops
-from benchmarks.gpu_step_measure import add_differences
+from benchmarks.gpu_step_measure import Trainer, add_differences, run_setting
 from benchmarks.gpu_step_models import (
     FULL,
     TINY,
@@ -36,6 +39,7 @@ from benchmarks.gpu_step_variants import (
     check_gradients,
     hooked,
 )
+from benchmarks.gpu_timing import CpuClock, Effort
 
 CPU = torch.device("cpu")
 
@@ -61,7 +65,8 @@ def test_file_has_what_it_promises(results: dict[str, Any]) -> None:
     assert results["complete"] is True
     assert results["problems"] == []
     assert {"device", "torch", "transformers", "commit", "dirty"} <= results["machine"].keys()
-    assert results["check"].keys() == {name for name in VARIANTS if name != WITHOUT}
+    checked = {name for name in VARIANTS if name != WITHOUT}
+    assert [errors.keys() for errors in results["check"].values()] == [checked, checked]
     assert [setting["checkpointing"] for setting in results["settings"]] == [False, True]
     for setting in results["settings"]:
         assert setting["variants"].keys() == VARIANTS.keys()
@@ -196,6 +201,43 @@ def test_the_tower_is_frozen_and_the_projector_trains(models: Any) -> None:
         assert any("merger" in n or "projector" in n for n in trained), name
         assert any("embed_tokens" in n for n in trained)
         model.zero_grad()
+
+
+def test_wrong_gradients_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(model: Any, batch: Any) -> None:
+        raise WrongGradientError("gradient of head.weight_0")
+
+    monkeypatch.setattr(gpu_step, "check_gradients", wrong)
+    out = tmp_path / "step.json"
+    assert gpu_step.main(["--out", str(out), "--size", "tiny"]) == 1
+    assert json.loads(out.read_text())["settings"] == []
+    assert "gradient of head.weight_0" in capsys.readouterr().out
+
+
+def test_the_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(TINY["llava"], batch=4)
+    model = build_model(recipe.config(), CPU)
+    session = Session(CpuClock(), time.monotonic() + 600)
+    trainer = Trainer(session, recipe, model, Regularizer.of(model))
+    stepper = Trainer.stepper
+
+    def limited(self: Trainer, variant: Attached, batch: dict[str, Tensor]) -> Any:
+        peer = variant.head is not None and not hasattr(model, "pre_heads")
+        if len(batch["input_ids"]) > (1 if peer else 2):
+            raise torch.OutOfMemoryError("too large")
+        return stepper(self, variant, batch)
+
+    monkeypatch.setattr(Trainer, "stepper", limited)
+    record: dict[str, Any] = {}
+    run_setting(trainer, False, Effort(2, 2, 0.0), record)
+    assert record["batch"] == 2
+    assert record["backed_off"] == [{"batch": 4, "reason": "out of memory"}]
+    status = {name: variant["status"] for name, variant in record["variants"].items()}
+    assert status == {WITHOUT: "ok", "naive": "failed", "eager, hook": "failed", OURS: "ok"}
+    assert not session.ours_failed  # a peer that does not fit is a result
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_differences() -> None:
