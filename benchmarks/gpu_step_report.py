@@ -75,7 +75,7 @@ def _variant_line(name: str, variant: Json, flops: Json) -> str:
     cells = [f"  {name:<13}{median:>10.2f} ms [{low:.2f}, {high:.2f}]"]
     if "added_percent" in variant:
         low, high = variant["added_percent_quartiles"]
-        cells.append(f"+{variant['added_ms']:.2f} ms {variant['added_percent']:+.2f}%")
+        cells.append(f"{variant['added_ms']:+.2f} ms {variant['added_percent']:+.2f}%")
         cells.append(f"rounds {low:+.2f} to {high:+.2f}%")
         cells.append(f"of the LLM {variant['added_percent_llm']:+.2f}%")
     else:
