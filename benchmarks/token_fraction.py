@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "token_fraction.json"
 BASELINE, FRACTIONS = "baseline", (1.0, 0.5, 0.25)
 VARIANTS = (BASELINE, *map(str, FRACTIONS))
 WARMUP_STEPS, TIMED_STEPS = 3, 30
+SCENES = 256  # that a probe is fitted on, and as many that it is judged by
 
 
 def run_config(variant: str, seed: int, steps: int | None) -> Any:
@@ -64,7 +65,7 @@ def train_and_probe(variant: str, seed: int, steps: int | None, cache: str) -> d
         trained = train(run, out, cache_dir=cache, progress=False, tensorboard=False)
     train_scenes, test_scenes = (Scenes(split, seed, run.scenes) for split in ("train", "test"))
     found = measure(
-        trained.model, trained.packer, train_scenes, test_scenes, train_scenes=256, test_scenes=256
+        trained.model, train_scenes, test_scenes, train_scenes=SCENES, test_scenes=SCENES
     )
     layers = (run.pre.layer, run.model.decoder_layers)
     probes = {f"layer {layer}": unasked(layer)(found) for layer in layers}
