@@ -90,7 +90,9 @@ class PReConfig:
         if not callable(self.anchor):
             check_name("anchor", self.anchor, (*ANCHORS, "a function"))
         if callable(self.anchor) and self.anchor_features is None:
-            raise ValueError("anchor_features: an anchor function needs its width A, got None")
+            raise ValueError(
+                "anchor_features: expected the width A of the anchor function's rows, got None"
+            )
         if self.anchor == "pre_llm" and self.anchor_features is not None:
             raise ValueError(
                 "anchor_features: expected None with anchor='pre_llm', whose width is the LLM's, "

@@ -83,6 +83,8 @@ class _Hooks:
         self._reads_batch = settings == ("pre_llm", "patch", 1)
         embeddings = pre.model.get_input_embeddings()
         self._compiled_values = _zeros(pre.heads, embeddings.weight.device)
+        # Not a decorator: it would load the compiler with the package
+        self._move_compiled_values = torch.compiler.disable(self._renew_compiled_values)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pre, config = self._pre, self._pre.config
@@ -122,8 +124,7 @@ class _Hooks:
             self._move_compiled_values(device)
         return dict(self._compiled_values)
 
-    @torch.compiler.disable
-    def _move_compiled_values(self, device: torch.device) -> None:
+    def _renew_compiled_values(self, device: torch.device) -> None:
         self._compiled_values = _zeros(self._pre.heads, device)
 
     def _choose(self, index: Tensor) -> Tensor:

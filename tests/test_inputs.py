@@ -360,7 +360,7 @@ def test_bad_head(overrides: dict[str, Any], message: str) -> None:
         ({"loss": "cosine", "normalize": "l2"}, "normalize"),
         ({"anchor": "dino"}, "anchor: expected one of pre_llm, .* got 'dino'"),
         ({"anchor": len}, "anchor_features: expected .*width A.* got None"),
-        ({"anchor_features": 8}, "anchor_features: expected .* None without; got 8"),
+        ({"anchor_features": 8}, "anchor_features: expected None with anchor='pre_llm', .* got 8"),
         ({"depth": -1}, "depth: .* got -1"),
         ({"head_features": 0}, "(head|hidden)_features: .* got 0"),
     ),
