@@ -74,6 +74,13 @@ def sweep_section() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def token_fraction_section() -> str:
+    """The token_fraction benchmark as a table."""
+    command = [sys.executable, "-m", "benchmarks.token_fraction", "--table"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
 def fill(path: Path, marker: str, content: str) -> None:
     """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`."""
     pattern = re.compile(rf"<!-- {marker} -->.*?<!-- /{marker} -->", re.DOTALL)
@@ -97,6 +104,7 @@ def main() -> None:
     fill(ROOT / "README.md", "demo", demo_section())
     fill(ROOT / "README.md", "cpu-table", cpu_section())
     fill(ROOT / "docs" / "demo.md", "sweep", sweep_section())
+    fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 
 
 if __name__ == "__main__":

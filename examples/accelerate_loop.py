@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from itertools import islice
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from tiny import Collator, make_model, make_processor, make_samples
 from torch.utils.data import DataLoader
 
@@ -19,7 +19,9 @@ ACCUMULATE = 2
 
 
 def main() -> None:
-    accelerator = Accelerator(cpu=True)
+    # LLaVA does not use all of its tower, whose features come from the last layer but one
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[unused])
     model = make_model().train()
     pre = apply_pre(model)  # before the optimizer, and before `prepare` wraps the model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -34,8 +36,8 @@ def main() -> None:
             # What a rank's sums are divided by, over the micro-batches; the ranks are averaged.
             tokens = sum(pre.visual_mask(batch["input_ids"]).sum() for batch in step)
             labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
-            pre.denominator = accelerator.reduce(tokens, "mean")
-            labels = accelerator.reduce(labels, "mean")
+            pre.denominator = accelerator.reduce(tokens.float(), "mean")
+            labels = accelerator.reduce(labels.float(), "mean")
             for number, batch in enumerate(step, 1):
                 last = number == len(step)
                 with nullcontext() if last else accelerator.no_sync(model):

@@ -23,6 +23,7 @@ from prereg_kernels.storage import PRE_DIR, Saved, check_fit, load_heads, save_h
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
 # Attributes that the model gets of its own while PRe is attached.
+_HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHADOWED = ("_keys_to_ignore_on_save", "save_pretrained")
 
 
@@ -285,10 +286,11 @@ class PRe:
 
     def _make_head(self, layer: nn.Module) -> PReHead:
         like = next(layer.parameters())
+        dtype = like.dtype if like.dtype in _HEAD_DTYPES else None  # not that of quantised weights
         width = llm_width(self.model)
         config = self.config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # manual_seed would seed GPUs as well
             head = PReHead(
                 width,
                 self.anchor_features,
@@ -296,7 +298,7 @@ class PRe:
                 depth=config.depth,
                 activation=config.activation,
             )
-        return head.to(like.device, like.dtype if like.is_floating_point() else None)
+        return head.to(like.device, dtype)
 
 
 def heads_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,12 @@ class _Hooks:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pre, config = self._pre, self._pre.config
+        if getattr(model, "_is_replica", False):
+            raise ValueError(
+                "model: expected the model that PRe is attached to, got a replica of "
+                "torch.nn.DataParallel, whose threads share the hooks of one; use "
+                "DistributedDataParallel, a process per GPU"
+            )
         training = model.training and torch.is_grad_enabled()
         self._pass = None
         if not training and not config.value_in_eval:
@@ -103,12 +109,13 @@ class _Hooks:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
         mask, compiled = pre.visual_mask(input_ids), torch.compiler.is_compiling()
         values = self._values_in_graph(mask.device) if compiled else _zeros(pre.heads, mask.device)
+        denominator = pre.denominator if training else None  # of a training step
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
-            self._pass = _Pass(inputs, training, pre.denominator, mask, values)
+            self._pass = _Pass(inputs, training, denominator, mask, values)
             return
         index = mask.flatten().nonzero().squeeze(1)
-        # with no visual tokens the term is 0, whatever it is divided by
-        denominator = pre.denominator if index.numel() else None
+        if not index.numel():  # the term is 0, whatever it is divided by
+            denominator = None
         current = _Pass(inputs, training, denominator, index, values)
         if config.level == "global":
             current.images = find_images(pre.family, inputs, input_ids, index)
@@ -272,9 +279,8 @@ class _Hooks:
         lm_loss = None
         if current.inputs.get("labels") is not None:
             lm_loss = output[0] if is_tuple else output.loss
-        if current.training or current.index.numel():  # generation goes on without visual tokens
-            detached = None if lm_loss is None else lm_loss.detach().clone()
-            pre.last = Record(tokens, rows, current.denominator, detached, current.values)
+        detached = None if lm_loss is None else lm_loss.detach().clone()
+        pre.last = Record(tokens, rows, current.denominator, detached, current.values)
         if not current.training:
             return None
         if len(current.losses) < len(pre.heads):

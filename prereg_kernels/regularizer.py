@@ -67,7 +67,7 @@ def apply_pre(
         pre = PRe(model, saved, family)
         try:
             pre.load(from_pretrained)
-        except ValueError:
+        except BaseException:
             pre.detach()
             raise
     attach_hooks(pre)

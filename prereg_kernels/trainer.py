@@ -222,9 +222,11 @@ class PreTrainerMixin(_Base):
         # where DeepSpeed has them in files of its own. `save_pretrained` takes the heads out of it.
         heads = None if state_dict is None else heads_of(state_dict)
         super()._save(output_dir, state_dict)
-        # The model's own `save_pretrained` writes its heads; a PeftModel's writes adapters alone.
+        # The model's own `save_pretrained` writes its heads, on rank 0; a PeftModel's writes adapters
+        # alone.
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if inner is not self.pre.model and heads != {}:
+        written = inner is self.pre.model and not self.args.save_on_each_node
+        if not written and heads != {}:
             self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads)
 
     def _load_from_checkpoint(

@@ -167,7 +167,7 @@ def test_a_projector_outside_of_the_table() -> None:
     "settings, exception, message",
     (
         ({"anchor": "dinov2"}, ValueError, "anchor: expected one of pre_llm, pre_projector, a f"),
-        ({"anchor": len}, ValueError, "anchor_features: expected the width A of the anchor function"),
+        ({"anchor": len}, ValueError, "anchor_features: expected the width A of the anchor f"),
         ({"anchor_features": 8}, ValueError, "anchor_features: expected None with anchor='pre_l"),
         ({"anchor": len, "anchor_features": 0}, ValueError, "anchor_features: .* got 0"),
         ({"level": "object"}, ValueError, "level: expected one of patch, global; got 'object'"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from prereg_kernels import PReConfig, apply_pre, remove_pre
+from prereg_kernels import PReConfig, apply_pre, handle, remove_pre
 from prereg_kernels.storage import load_heads
 from tests.attached import anchor_of_pixels
 from tests.test_regularizer_state import traces
@@ -255,6 +255,22 @@ def test_heads_that_are_not_whole(tmp_path: Path, partition: Any) -> None:
         pre.load(tmp_path / "before")
     pre.save(tmp_path / "after", whole)
     assert torch.equal(load_heads(tmp_path / "after").heads["2.bias_1"], whole["2.bias_1"])
+
+
+def test_an_interrupted_restoration_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_pre(model := tiny_llava()).save(tmp_path)
+    remove_pre(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(handle.distributed, "fill", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        apply_pre(model, from_pretrained=tmp_path)
+    with pytest.raises(ValueError, match="PRe is not attached"):
+        remove_pre(model)
 
 
 def test_nothing_to_restore(tmp_path: Path) -> None:

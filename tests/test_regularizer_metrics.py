@@ -113,6 +113,24 @@ def test_generation_keeps_the_figure_of_its_prompt() -> None:
     assert metrics["pre_loss"] == pytest.approx(expected["pre_loss"], rel=1e-5)
 
 
+def test_evaluation_between_steps() -> None:
+    """The denominator is that of a training step; a batch of text alone has figures of its own."""
+    model = tiny_llava()
+    pre = apply_pre(model, value_in_eval=True)
+    model.eval()
+    with torch.no_grad():
+        model(**make_batch((1, 2)))
+        expected = pre.metrics()
+        pre.denominator = 7.0
+        model(**make_batch((1, 2)))
+        assert pre.metrics() == expected and -1 <= expected["pre_loss"] < 0
+        text = make_batch((0, 0))
+        lm_loss = model(**text).loss
+        assert pre.metrics() == {
+            "visual_tokens": 0, "lm_loss": pytest.approx(lm_loss.item()), "pre_loss": 0
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("denominator", (0, torch.tensor(0), torch.tensor(0.0)), ids=repr)
 @pytest.mark.parametrize("value_in_forward", (False, True))
 def test_a_step_without_visual_tokens(denominator: Any, value_in_forward: bool) -> None:

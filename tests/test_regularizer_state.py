@@ -76,6 +76,33 @@ def test_heads_take_the_models_dtype() -> None:
     assert pre.heads[2].weight_0.dtype == torch.bfloat16
 
 
+def test_heads_of_a_quantised_model_are_not() -> None:
+    model = tiny_llava()
+    layer = model.model.language_model.layers[1]
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    head = apply_pre(model, layers=2).heads[2]
+    assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
+
+
+def test_generators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs' as well, which torch.manual_seed would seed even where the CPU's is restored."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model, before = tiny_llava(), torch.get_rng_state()
+    seeded.clear()
+    apply_pre(model, seed=5)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
+def test_a_replica_of_data_parallel_raises() -> None:
+    model, batch = tiny_llava(), make_batch()
+    apply_pre(model)
+    model._is_replica = True  # as nn.DataParallel marks its copies
+    with pytest.raises(ValueError, match=r"got a replica of torch\.nn\.DataParallel"):
+        model(**batch)
+
+
 def test_save_pretrained_writes_a_plain_model(tmp_path: Path) -> None:
     model, batch = tiny_llava(), make_batch()
     apply_pre(model)

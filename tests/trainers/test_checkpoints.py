@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
-from prereg_kernels import apply_pre
+from prereg_kernels import apply_pre, distributed
 from tests.families.test_family import PeftModel
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
@@ -222,6 +222,17 @@ def test_load_best_model_at_end(tmp_path: Path) -> None:
     best = trainer.state.best_global_step
     assert best < 6 and not same(heads[best], heads[6])
     assert same(state_of_heads(trainer), heads[best])
+
+
+@pytest.mark.parametrize("each", (False, True))
+def test_every_node_that_writes_a_model_writes_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: bool
+) -> None:
+    trainer = trainer_on(tmp_path, save_on_each_node=each)
+    monkeypatch.setattr(distributed, "rank", lambda: 8)  # the first of the second node
+    trainer._save(str(tmp_path / "model"))
+    assert (tmp_path / "model" / "config.json").exists()
+    assert (tmp_path / "model" / "pre").exists() == each
 
 
 def test_a_checkpoint_without_heads(tmp_path: Path) -> None:
