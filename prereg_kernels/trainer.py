@@ -222,8 +222,8 @@ class PreTrainerMixin(_Base):
         # where DeepSpeed has them in files of its own. `save_pretrained` takes the heads out of it.
         heads = None if state_dict is None else heads_of(state_dict)
         super()._save(output_dir, state_dict)
-        # The model's own `save_pretrained` writes its heads, on rank 0; a PeftModel's writes adapters
-        # alone.
+        # The model's own `save_pretrained` writes its heads, on rank 0; a PeftModel's writes the
+        # adapters alone.
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         written = inner is self.pre.model and not self.args.save_on_each_node
         if not written and heads != {}:
