@@ -185,8 +185,8 @@ def _first(
         cosine = F.cosine_similarity(layer.float(), run.layers[0].to(layer).float(), dim=1)
         kept["cosines"].append(pool(cosine[:, None], image)[0][:, 0])
         massive.append(NormSums().update(layer).result().massive)
-        words = lens_of(layer).result(listed=len(layer)).most_frequent  # all that occur
-        top.append(torch.tensor([[depth, word.token, word.times] for word in words]))
+        words = lens_of(layer).times
+        top.append(torch.tensor([[depth, token, times] for token, times in words.items()]))
     tensors = {name: torch.stack(parts) for name, parts in kept.items()}
     tensors["top"] = torch.cat(top)
     tensors["tokens"] = torch.tensor([len(r) for r in rows])

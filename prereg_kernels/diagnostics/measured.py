@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prereg_kernels.diagnostics.collect import first_pass, mean_patch, second_pass
-from prereg_kernels.diagnostics.lens import Lens, TopToken
+from prereg_kernels.diagnostics.lens import Lens
 from prereg_kernels.diagnostics.mean import MeanSums
 from prereg_kernels.diagnostics.norms import Norms, token_norms
 from prereg_kernels.diagnostics.probe import Probe, probe
@@ -24,9 +23,6 @@ from prereg_kernels.diagnostics.spectrum import Spectrum, SpectrumSums
 
 TEST_SHARE = 0.25
 """Of the images, in each split of a probe."""
-
-FEW = 5
-"""How many of the most frequent top tokens count as those of silenced tokens."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ class Measured:
         for i in self._used:
             for depth, token, times in self._shards.read(first_pass(i), "top").tolist():
                 counts[depth][token] += times
-        return [_lens(found) for found in counts]
+        return [Lens.of(times) for times in counts]
 
     def token_norms(self) -> list[Norms]:
         """Norms of all tokens at each layer, and how many have massive activations."""
@@ -213,15 +209,3 @@ class Measured:
 
     def _layer(self, tensor: str, depth: int) -> Tensor:
         return torch.cat([self._shards.layer(first_pass(i), tensor, depth) for i in self._used])
-
-
-def _lens(counts: Counter[int]) -> Lens:
-    """As `LensSums.result`, of counts that were added up over shards."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    total = sum(counts.values())
-    shares = [times / total for _, times in ordered]
-    return Lens(
-        sum(shares[:FEW]),
-        -sum(share * math.log2(share) for share in shares) + 0.0,
-        tuple(TopToken(token, times) for token, times in ordered[:20]),
-    )
