@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prereg_kernels.diagnostics.batches import Batch, Batches, ImageFacts
 from prereg_kernels.diagnostics.features import visual_features, visual_mask
 from prereg_kernels.diagnostics.lens import LensSums
-from prereg_kernels.diagnostics.norms import NormSums
+from prereg_kernels.diagnostics.norms import MassiveDimension, NormSums
 from prereg_kernels.diagnostics.pool import pool
 from prereg_kernels.diagnostics.shards import Shards
 from prereg_kernels.diagnostics.structure import StructureSums
@@ -175,16 +175,17 @@ def _first(
     kept: dict[str, list[Tensor]] = defaultdict(list)
     top: list[Tensor] = []
     lens_of = _lens(model)
-    massive: list[float] = []
+    massive: list[tuple[int, list[MassiveDimension]]] = []
     for depth, layer in enumerate(run.layers):
         image = run.image.to(layer.device)
         kept["image_means"].append(pool(layer, image)[0])
         kept["object_means"].append(pool(layer, objects)[0])
         kept["sample"].append(layer[picked])
-        kept["norms"].append(layer.float().norm(dim=1))
+        norms = NormSums().update(layer)
+        kept["norms"].append(norms.norms)
+        massive.append((norms.massive_tokens, norms.dimensions))
         cosine = F.cosine_similarity(layer.float(), run.layers[0].to(layer).float(), dim=1)
         kept["cosines"].append(pool(cosine[:, None], image)[0][:, 0])
-        massive.append(NormSums().update(layer).result().massive)
         words = lens_of(layer).times
         top.append(torch.tensor([[depth, token, times] for token, times in words.items()]))
     tensors = {name: torch.stack(parts) for name, parts in kept.items()}

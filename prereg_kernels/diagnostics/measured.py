@@ -15,7 +15,7 @@ from torch import Tensor
 from prereg_kernels.diagnostics.collect import first_pass, mean_patch, second_pass
 from prereg_kernels.diagnostics.lens import Lens
 from prereg_kernels.diagnostics.mean import MeanSums
-from prereg_kernels.diagnostics.norms import Norms, token_norms
+from prereg_kernels.diagnostics.norms import MassiveDimension, Norms
 from prereg_kernels.diagnostics.probe import Probe, probe
 from prereg_kernels.diagnostics.shards import Shards
 from prereg_kernels.diagnostics.similarity import Similarity, SimilaritySums
@@ -48,7 +48,7 @@ class Measured:
     Attributes:
         names: of the images. tokens: (I,) visual tokens of each.
         layers: L + 1, the input included.
-        norms: (L + 1, tokens) of every visual token.
+        norms: (L + 1, tokens) float64, of every visual token.
         cosines: (I, L + 1) each image's mean cosine of patches to their input.
         structure: (I, L + 1, 4) each image's cohesion, coupling and both centred; pairs: (I, 2).
         skipped: {reason: names of images}.
@@ -137,16 +137,12 @@ class Measured:
         return [Lens.of(times) for times in counts]
 
     def token_norms(self) -> list[Norms]:
-        """Norms of all tokens at each layer, and how many have massive activations."""
+        """Norms of all tokens at each layer, and their massive activations."""
         found = []
-        total = self.norms.shape[1]
         for depth, norms in enumerate(self.norms):
-            massive = 0.0
-            for i in self._used:
-                tokens = int(self._shards.read(first_pass(i), "tokens").sum())
-                massive += self._facts[i]["massive"][depth] * tokens / total
-            # the norm of a norm is the norm: mean, median and outliers are those of all tokens
-            found.append(token_norms(norms[:, None])._replace(massive=massive))
+            massive = [self._facts[i]["massive"][depth] for i in self._used]
+            dimensions = [MassiveDimension(*one) for _, several in massive for one in several]
+            found.append(Norms.of(norms, sum(tokens for tokens, _ in massive), dimensions))
         return found
 
     def shown(self) -> list[Shown]:

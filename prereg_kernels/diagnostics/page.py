@@ -90,7 +90,9 @@ def as_json(
     {"facts", "headline", "models": [{"name", "layers", "images", "patches", "skipped", "notes",
     "curves": {measure: {"value", "low", "high": a number a layer}}, "changes": the same since layer
     0, "probes": {target: {"chance", "accuracies": [layer][split]}}, "missing": {target: reason},
-    "top_tokens": [layer][{"token", "id", "share"}]}], "differences": as curves, second - first}
+    "top_tokens": [layer][{"token", "id", "share"}], "massive_dimensions": [layer][{"dimension",
+    "tokens": that have a massive activation there, "largest": magnitude}]}],
+    "differences": as curves, second - first}
     """
     return {
         "facts": dict(facts),
@@ -128,6 +130,10 @@ def as_json(
                         for word in lens.most_frequent
                     ]
                     for lens in d.lenses
+                ],
+                "massive_dimensions": [
+                    [dimension._asdict() for dimension in norms.massive_dimensions]
+                    for norms in d.norms
                 ],
             }
             for d in found

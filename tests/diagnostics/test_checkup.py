@@ -33,6 +33,7 @@ from prereg_kernels.diagnostics.datasets import ImageFolder
 from prereg_kernels.diagnostics.findings import comparison
 from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
+from prereg_kernels.diagnostics.page import as_json
 from prereg_kernels.diagnostics.results import Diagnosis, differences
 from tests.diagnostics.pictures import QWEN_PROCESSOR, make_loaded, save_folder
 from tests.families.models import LAYERS
@@ -181,10 +182,14 @@ def test_massive_activations_of_all_batches(batches: ImageBatches, tmp_path: Pat
     features = [visual_features(model, batches[i].inputs)[2] for i in range(len(batches))]
     with torch.no_grad():
         weight.copy_(kept)
-    expected = token_norms(torch.cat(features)).massive
-    assert 0.02 < expected < 0.98
-    assert found.curves["massive activations"][2].value == pytest.approx(expected)
+    expected = token_norms(torch.cat(features))
+    assert 0.02 < expected.massive < 0.98
+    assert found.curves["massive activations"][2].value == pytest.approx(expected.massive)
     assert found.curves["massive activations"][0].value == 0
+    assert [one.dimension for one in expected.massive_dimensions] == [5]
+    assert found.norms[2].massive_dimensions == expected.massive_dimensions
+    numbers = as_json([found], {}, {})["models"][0]["massive_dimensions"]
+    assert [[one["dimension"] for one in layer] for layer in numbers[:3]] == [[], [], [5]]
 
 
 def test_changes_start_at_zero_and_intervals_hold_the_value(found: Diagnosis) -> None:
