@@ -8,7 +8,7 @@ from prereg_kernels.diagnostics.mean import MeanSums
 from prereg_kernels.diagnostics.norms import MassiveDimension, Norms, NormSums, token_norms
 from prereg_kernels.diagnostics.patches import TokenGrid
 from prereg_kernels.diagnostics.pool import pool
-from prereg_kernels.diagnostics.probe import Probe, linear_probe, probe
+from prereg_kernels.diagnostics.probe import NoProbeError, Probe, linear_probe, probe
 from prereg_kernels.diagnostics.similarity import Similarity, SimilaritySums, similarity
 from prereg_kernels.diagnostics.spectrum import Spectrum, SpectrumSums, spectrum
 from prereg_kernels.diagnostics.structure import PatchStructure, StructureSums, patch_structure
@@ -20,6 +20,7 @@ __all__ = [
     "LensSums",
     "MassiveDimension",
     "MeanSums",
+    "NoProbeError",
     "NormSums",
     "Norms",
     "PatchStructure",

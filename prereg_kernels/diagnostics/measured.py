@@ -16,7 +16,7 @@ from prereg_kernels.diagnostics.collect import first_pass, mean_patch, second_pa
 from prereg_kernels.diagnostics.lens import Lens
 from prereg_kernels.diagnostics.mean import MeanSums
 from prereg_kernels.diagnostics.norms import MassiveDimension, Norms
-from prereg_kernels.diagnostics.probe import Probe, probe
+from prereg_kernels.diagnostics.probe import NoProbeError, Probe, probe
 from prereg_kernels.diagnostics.shards import Shards
 from prereg_kernels.diagnostics.similarity import Similarity, SimilaritySums
 from prereg_kernels.diagnostics.spectrum import Spectrum, SpectrumSums
@@ -123,7 +123,7 @@ class Measured:
                             probe(x, y, groups=groups, splits=self._splits, test_share=TEST_SHARE)
                         )
                         done()
-                except ValueError as error:
+                except NoProbeError as error:
                     del found[name]
                     missing[name] = str(error)
         return found, missing

@@ -13,6 +13,10 @@ from torch import Tensor
 from prereg_kernels.diagnostics.tensors import check_features, check_ids
 
 
+class NoProbeError(ValueError):
+    """The labels are sound, but allow no probe: too few classes, groups or rows of a class."""
+
+
 class Probe(NamedTuple):
     """Test accuracy of a linear probe over repeated splits."""
 
@@ -53,8 +57,9 @@ def probe(
         strength: as in `linear_probe`.
 
     Raises:
-        ValueError: as `linear_probe`; `splits` below 1, a `test_share` outside (0, 1), a single
-            group, or a class so rare that a training set has only one.
+        NoProbeError: a single class or group, or a class so rare that a training set has only one.
+        ValueError: other shapes, features that are not finite, `splits` below 1, or a `test_share`
+            outside (0, 1).
     """
     from scipy.stats import t
     from sklearn.model_selection import GroupShuffleSplit
@@ -64,7 +69,7 @@ def probe(
     y = labels.detach().cpu()
     counts = y.unique(return_counts=True)[1]
     if len(counts) < 2:
-        raise ValueError(f"labels: expected at least 2 classes, got {len(counts)}")
+        raise NoProbeError(f"labels: expected at least 2 classes, got {len(counts)}")
     if splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not 0 < test_share < 1:
@@ -74,14 +79,14 @@ def probe(
     check_ids(groups, "groups", len(features))
     count = groups.unique().numel()
     if count < 2:
-        raise ValueError(f"groups: expected at least 2 different ones, got {count}")
+        raise NoProbeError(f"groups: expected at least 2 different ones, got {count}")
 
     x = features.detach().cpu()
     draw = GroupShuffleSplit(splits, test_size=test_share, random_state=seed)
     accuracies = []
     for train, test in draw.split(np.empty(len(x)), groups=groups.cpu().numpy()):
         if y[train].unique().numel() < 2:
-            raise ValueError(
+            raise NoProbeError(
                 f"labels: the {len(train)} rows of a training set have a single class; expected "
                 "more rows of the others"
             )

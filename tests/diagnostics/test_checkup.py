@@ -324,6 +324,22 @@ def test_one_class_has_no_probe(batches: ImageBatches, tmp_path: Path) -> None:
     assert "expected at least 2 classes, got 1" in found.missing["image: class"]
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda x: x * math.nan, "features: expected finite values"),
+        (lambda x: x[:, 0], r"features: expected shape \(N, D\), got \(24,\)"),
+    ],
+)
+def test_only_labels_can_be_the_reason_for_no_probe(
+    found: Diagnosis, monkeypatch: pytest.MonkeyPatch, broken: Any, message: str
+) -> None:
+    whole = found.measured._layer
+    monkeypatch.setattr(found.measured, "_layer", lambda *which: broken(whole(*which)))
+    with pytest.raises(ValueError, match=message):
+        found.measured.probes(lambda: None)
+
+
 def test_one_patch_an_object_has_no_structure(batches: ImageBatches, tmp_path: Path) -> None:
     def one(count: int) -> np.ndarray:
         return np.where(np.arange(count) == 3, 1, -1)

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from prereg_kernels.diagnostics import linear_probe, probe
+from prereg_kernels.diagnostics import NoProbeError, linear_probe, probe
 
 
 def test_reads_a_linear_label_and_not_a_random_one() -> None:
@@ -115,16 +115,16 @@ def test_bad_splits() -> None:
         probe(x / 0, y)
     with pytest.raises(ValueError, match=r"labels: expected shape \(300,\), got \(299,\)"):
         probe(x, y[1:])
-    with pytest.raises(ValueError, match="labels: expected at least 2 classes, got 1"):
+    with pytest.raises(NoProbeError, match="labels: expected at least 2 classes, got 1"):
         probe(x, torch.zeros_like(y))
     with pytest.raises(ValueError, match="splits: expected at least 1, got 0"):
         probe(x, y, splits=0)
     with pytest.raises(ValueError, match=r"test_share: .* got 1.0"):
         probe(x, y, test_share=1.0)
-    with pytest.raises(ValueError, match="groups: expected at least 2 different ones, got 1"):
+    with pytest.raises(NoProbeError, match="groups: expected at least 2 different ones, got 1"):
         probe(x, y, groups=torch.zeros_like(y))
     with pytest.raises(ValueError, match=r"groups: expected shape \(300,\), got \(1,\)"):
         probe(x, y, groups=y[:1])
     rare = (torch.arange(300) == 0).long()
-    with pytest.raises(ValueError, match="labels: the 150 rows of a training set have a single"):
+    with pytest.raises(NoProbeError, match="labels: the 150 rows of a training set have a single"):
         probe(x, rare, test_share=0.5, splits=20)
