@@ -87,15 +87,16 @@ class Measured:
         return int(self._layer("sample", 0).shape[1])
 
     def spectra(self, done: Callable[[], None]) -> list[tuple[Spectrum, Similarity]]:
-        """Of each layer's sample. A layer costs a (D, D) matrix or two, one layer at a time."""
+        """Of each layer's sample. Holds three (D, D) matrices: layer 0's, a layer's, theirs."""
         first = self._layer("sample", 0)
-        reference = SpectrumSums().update(first)
+        first_mean, first_sums = MeanSums().update(first).result(), SpectrumSums().update(first)
         found = []
         for depth in range(self.layers):
-            x = self._layer("sample", depth)
-            means = (MeanSums().update(x).result(), MeanSums().update(first).result())
-            sums = SpectrumSums().update(x)
-            similar = SimilaritySums(means).update(x, first).result(sums, reference)
+            x, mean, sums = first, first_mean, first_sums
+            if depth:
+                x = self._layer("sample", depth)
+                mean, sums = MeanSums().update(x).result(), SpectrumSums().update(x)
+            similar = SimilaritySums((mean, first_mean)).update(x, first).result(sums, first_sums)
             found.append((sums.result(), similar))
             done()
         return found
