@@ -67,6 +67,15 @@ def _known(found: Diagnosis, key: str, layer: int) -> bool:
     return curve is not None and all(math.isfinite(curve[i].value) for i in (0, layer))
 
 
+def _similar(found: Diagnosis, layer: int) -> tuple[str, Estimate]:
+    """The debiased CKA, or, where a single patch outweighs all others and it does not exist, the
+    plain one; and which."""
+    debiased = found.curves["debiased CKA with input"][layer]
+    if math.isfinite(debiased.value):
+        return "debiased", debiased
+    return "plain", found.curves["CKA with input"][layer]
+
+
 def _relative(found: Diagnosis, key: str, layer: int) -> str:
     """A change in percent of the value at the input, where it is clear and that is positive."""
     before, after = (found.curves[key][i].value for i in (0, layer))
@@ -107,9 +116,11 @@ def sentences(found: Diagnosis) -> list[str]:
                 f"layer {layer}: {number(change)}, {_verdict(change)}."
             )
     cosine, cka = found.curves["cosine to input"][layer], found.curves["CKA with input"][layer]
+    kind, similar = _similar(found, layer)
+    beside = f" (not debiased {cka.value:.3f})" if kind == "debiased" else ""
     lines.append(
-        f"At layer {layer} a token's cosine to what entered the LLM is {plain(cosine)}, the CKA of "
-        f"all of them {cka.value:.3f}."
+        f"At layer {layer} a token's cosine to what entered the LLM is {plain(cosine)}, the {kind} "
+        f"CKA of all of them {similar.value:.3f}{beside}."
     )
     lens, at_input = found.lenses[layer], found.lenses[0]
     lines.append(
@@ -160,8 +171,10 @@ def tiles(found: Diagnosis) -> list[Tile]:
             curve, change = found.curves[key], found.changes[key][layer]
             before, after = (f"{curve[i].value:.2f}" for i in (0, layer))
             row.append(Tile(key, before, after, _short(change, 1, 2), change.direction))
-    similar, silenced = found.curves["CKA with input"], found.curves["silenced tokens"]
-    row.append(Tile("CKA with input", "1.00", f"{similar[layer].value:.2f}", "1: nothing changed"))
+    kind, similar = _similar(found, layer)
+    note = f"1: nothing changed; {kind}"
+    row.append(Tile("CKA with input", "1.00", f"{similar.value:.2f}".replace("-", MINUS), note))
+    silenced = found.curves["silenced tokens"]
     before, after = (f"{100 * silenced[i].value:.0f}%" for i in (0, layer))
     row.append(Tile("silenced tokens", before, after, "share of five top words"))
     return row
@@ -201,9 +214,9 @@ def reading(layers: int, images: int, rows: int, width: int) -> Sequence[str]:
         )
     if rows < 4 * width:
         lines.append(
-            f"CKA, effective dimension and mean correlation come from {rows} patches of {width} "
-            "dimensions: with fewer than about four times as many patches they depend on the "
-            "number itself. Compare them at this number only."
+            f"Plain CKA, effective dimension and mean correlation come from {rows} patches of "
+            f"{width} dimensions: with fewer than about four times as many patches they depend on "
+            "the number itself. Compare them at this number only."
         )
     if layers < 3:
         lines.append("A model of one layer has no middle.")

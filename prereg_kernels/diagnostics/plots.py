@@ -75,7 +75,12 @@ def resemblance(found: Sequence[Diagnosis], colours: Colours) -> Figure:
     """What is left of the input, and over how many directions the features spread."""
     figure, axes = _panels(4, 1)
     for axis, key, title, unit in (
-        (axes[0], "CKA with input", "CKA with the input", "1 = unchanged"),
+        (
+            axes[0],
+            "debiased CKA with input",
+            "CKA with the input: debiased —, plain - -",
+            "1 = unchanged",
+        ),
         (axes[1], "cosine to input", "cosine to the input", "mean cosine"),
         (axes[2], "effective dimension", "effective dimension", "directions"),
         (axes[3], "mean correlation", "correlation of dimensions", "mean |r|"),
@@ -84,6 +89,8 @@ def resemblance(found: Sequence[Diagnosis], colours: Colours) -> Figure:
             _line(axis, diagnosis, key, position, found, colours)
         axis.set_title(title)
         axis.set_ylabel(unit)
+    for position, diagnosis in enumerate(found):
+        _line(axes[0], diagnosis, "CKA with input", position, found, colours, linestyle="--")
     axes[0].set_ylim(top=1.03)
     axes[1].set_ylim(top=1.03)
     axes[2].set_ylim(bottom=0)

@@ -101,6 +101,7 @@ def diagnose(
     for spectrum, similar in measured.spectra(done):
         for key, value in (
             ("CKA with input", similar.cka),
+            ("debiased CKA with input", similar.debiased_cka),
             ("centred cosine to input", similar.centred_cosine),
             ("effective dimension", spectrum.effective_dimension),
             ("mean correlation", spectrum.mean_correlation),

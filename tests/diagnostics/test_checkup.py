@@ -30,7 +30,7 @@ from prereg_kernels.diagnostics import (
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.checkup import checkup, report
 from prereg_kernels.diagnostics.datasets import ImageFolder
-from prereg_kernels.diagnostics.findings import comparison
+from prereg_kernels.diagnostics.findings import comparison, middle_layer, sentences, tiles
 from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
 from prereg_kernels.diagnostics.page import as_json
@@ -132,6 +132,7 @@ def test_every_curve_is_the_measure_of_one_shot(found: Diagnosis, truth: dict[st
             "cosine to input": similar.cosine,
             "centred cosine to input": similar.centred_cosine,
             "CKA with input": similar.cka,
+            "debiased CKA with input": similar.debiased_cka,
             "effective dimension": spread.effective_dimension,
             "mean correlation": spread.mean_correlation,
             "silenced tokens": lens.silenced,
@@ -282,6 +283,23 @@ def test_the_page_needs_no_network(reported: Path) -> None:
             assert (reported / "plots" / f"{name}{ending}").stat().st_size > 5000
     assert "1 image skipped:" in page and "dark/zz.png" in page
     assert "24 images are few" in page
+
+
+def test_which_cka_is_named(found: Diagnosis) -> None:
+    layer = middle_layer(found.layers)
+    plain, debiased = (
+        found.curves[f"{kind}CKA with input"][layer].value for kind in ("", "debiased ")
+    )
+    assert abs(plain - debiased) > 0.002
+    (line,) = (line for line in sentences(found) if "CKA" in line)
+    assert f"the debiased CKA of all of them {debiased:.3f} (not debiased {plain:.3f})." in line
+    none = [Estimate(math.nan)] * found.layers
+    without = replace(found, curves={**found.curves, "debiased CKA with input": none})
+    (line,) = (line for line in sentences(without) if "CKA" in line)
+    assert line.endswith(f"the plain CKA of all of them {plain:.3f}.")
+    for diagnosis, value, kind in ((found, debiased, "debiased"), (without, plain, "plain")):
+        (tile,) = (tile for tile in tiles(diagnosis) if tile.title == "CKA with input")
+        assert (tile.after, tile.note) == (f"{value:.2f}", f"1: nothing changed; {kind}")
 
 
 def test_a_full_disk_leaves_no_half_page(
