@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,29 +155,43 @@ def read_labels(path: Path) -> dict[str, str]:
     """{image: class} of a CSV file with lines `name,class`, or of a JSON object.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or two classes of one image.
         OSError: it cannot be read.
     """
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         try:
-            found = json.loads(text)
-        except ValueError as error:
+            found = json.loads(text, object_pairs_hook=_one_class_each)
+        except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         scalars = (str, int)
         if not isinstance(found, dict) or not all(isinstance(v, scalars) for v in found.values()):
             raise ValueError(f'{path}: expected an object such as {{"a.jpg": "cat"}}')
         table = {str(name): str(label) for name, label in found.items()}
     else:
-        table = {}
+        pairs = []
         for number, row in enumerate(csv.reader(text.splitlines()), start=1):
             if not row:
                 continue
             if len(row) != 2:
                 raise ValueError(f"{path}:{number}: expected name,class, got {len(row)} fields")
-            table[row[0].strip()] = row[1].strip()
+            pairs.append((row[0].strip(), row[1].strip()))
+        try:
+            table = _one_class_each(pairs)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if not table:
         raise ValueError(f"{path}: expected labels, got none")
+    return table
+
+
+def _one_class_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, label in pairs:
+        if table.setdefault(name, label) != label:
+            raise ValueError(f"expected one class of {name}, got {table[name]} and {label}")
     return table
 
 

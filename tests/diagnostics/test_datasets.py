@@ -50,6 +50,8 @@ def test_labels_of_a_file(tmp_path: Path, kind: str, by: str) -> None:
         ("a.json", "[1]", "expected an object"),
         ("a.json", '{"x": [1]}', "expected an object"),
         ("a.json", "{", "not valid JSON"),
+        ("a.csv", "x,cat\ny,dog\nx,cat\nx,cow", "expected one class of x, got cat and cow"),
+        ("a.json", '{"x": "cat", "x": "cow"}', "expected one class of x, got cat and cow"),
     ],
 )
 def test_labels_that_are_none(tmp_path: Path, name: str, content: str, message: str) -> None:
