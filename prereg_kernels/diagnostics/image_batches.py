@@ -28,6 +28,9 @@ class ImageBatches:
         samples: the images.
         size: images in a batch.
         purity: the share of a token's box that an object must own to be its owner.
+
+    Raises:
+        ValueError: a size or purity out of range, or a model without an image token.
     """
 
     def __init__(
@@ -40,6 +43,14 @@ class ImageBatches:
         self._loaded, self._samples, self._size, self._purity = loaded, samples, size, purity
         self._layout = layout_of(loaded.config.model_type)
         self._before, self._after, self._token = _surroundings(loaded)
+        model: Any = loaded.model
+        rows = model.get_input_embeddings().num_embeddings
+        outside = [i for i in (self._token, *self._before, *self._after) if not 0 <= i < rows]
+        if outside:
+            raise ValueError(
+                f"model: expected an embedding of the image token and of those around it, got "
+                f"{rows} rows and token {outside[0]}"
+            )
 
     def __len__(self) -> int:
         return -(-len(self._samples) // self._size)
@@ -120,7 +131,9 @@ def _surroundings(loaded: Loaded) -> tuple[list[int], list[int], int]:
     training; else the family's markers alone.
     """
     config = loaded.config
-    token = int(config.image_token_id)
+    token = config.image_token_id
+    if not isinstance(token, int):
+        raise ValueError(f"model: expected an image_token_id in its config, got {token}")
     tokenizer = loaded.tokenizer
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]

@@ -99,6 +99,7 @@ def test_a_model_without_processor_files(place: Path, prereg: Callable[..., Run]
         (["images", "--images", "images"], "images: expected a model directory"),
         (["text", "--images", "images"], "text: model_type 'llama': the places of its visual"),
         (["bare", "--images", "images"], "bare: expected weights in *.safetensors files, got none"),
+        (["blind", "--images", "images"], "model: expected an embedding of the image token"),
         (["cut", "--images", "images"], "cut: "),
         (["part", "--images", "images"], "part: expected weights of the whole model, 2 are miss"),
         (["a/model", "--images", "absent"], "images: expected a directory, got absent"),
@@ -140,6 +141,10 @@ def _bad_models(place: Path) -> None:
     for name in ("bare", "cut", "part"):
         (place / name).mkdir()
         (place / name / "config.json").write_text(config)
+    (place / "blind").mkdir()
+    without = json.loads(config) | {"image_token_id": 10**6}
+    (place / "blind" / "config.json").write_text(json.dumps(without))
+    save_file(weights, place / "blind" / "model.safetensors", metadata={"format": "pt"})
     whole = (place / "a" / "model" / "model.safetensors").read_bytes()
     (place / "cut" / "model.safetensors").write_bytes(whole[:1000])
     kept = {key: x for key, x in weights.items() if "layers.1.mlp.gate" not in key}
