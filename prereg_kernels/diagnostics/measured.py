@@ -129,6 +129,20 @@ class Measured:
                     missing[name] = str(error)
         return found, missing
 
+    def unlabelled(self) -> list[str]:
+        """What is left out of a probe for want of a label, in sentences."""
+        found = []
+        for level in ("image", "object"):
+            labels, _ = self._labels(level)
+            for target in dict.fromkeys(name for row in labels for name in row):
+                count = sum(target in row for row in labels)
+                if count < len(labels):
+                    found.append(
+                        f"Only {count} of {len(labels)} {level}s have a label of {target}: the "
+                        f"probe of {level}: {target} leaves the others out."
+                    )
+        return found
+
     def lenses(self) -> list[Lens]:
         """The logit lens at each layer."""
         counts: list[Counter[int]] = [Counter() for _ in range(self.layers)]

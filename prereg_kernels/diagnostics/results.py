@@ -118,9 +118,8 @@ def diagnose(
     curves["outlier tokens"] = [Estimate(found.outliers) for found in norms]
     curves["massive activations"] = [Estimate(found.massive) for found in norms]
     tokens = {word.token: _word(tokenizer, word.token) for lens in lenses for word in lens[2]}
-    return Diagnosis(
-        name, curves, changes, probes, missing, lenses, norms, tokens, measured, tuple(notes)
-    )
+    notes = (*notes, *measured.unlabelled())
+    return Diagnosis(name, curves, changes, probes, missing, lenses, norms, tokens, measured, notes)
 
 
 def differences(first: Diagnosis, second: Diagnosis) -> dict[str, Curve]:

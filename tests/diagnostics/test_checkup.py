@@ -342,6 +342,18 @@ def test_one_class_has_no_probe(batches: ImageBatches, tmp_path: Path) -> None:
     assert "expected at least 2 classes, got 1" in found.missing["image: class"]
 
 
+def test_unlabelled_images_are_counted(batches: ImageBatches, tmp_path: Path) -> None:
+    few = plain(batches)
+    named = [
+        replace(few[0], images=tuple(replace(x, labels={"class": "cat"}) for x in few[0].images))
+    ]
+    found = checkup(batches._loaded.model, named + few[1:], tmp_path, splits=3)
+    assert found.notes == (
+        "Only 5 of 24 images have a label of class: the probe of image: class leaves the others "
+        "out.",
+    )
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
