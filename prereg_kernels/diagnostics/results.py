@@ -142,7 +142,7 @@ def differences(first: Diagnosis, second: Diagnosis) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     bootstrap = Bootstrap(len(a.names))
     before, after = _resampled(a), _resampled(b)
-    for key in before.keys() & after.keys():
+    for key in (key for key in before if key in after):
         (x, formula), (y, _) = before[key], after[key]
         both = {f"0 {k}": v for k, v in x.items()} | {f"1 {k}": v for k, v in y.items()}
 
@@ -153,7 +153,7 @@ def differences(first: Diagnosis, second: Diagnosis) -> dict[str, Curve]:
             return parts[1] - parts[0]
 
         found[key] = bootstrap.estimate(both, difference)
-    for target in first.probes.keys() & second.probes.keys():
+    for target in (target for target in first.probes if target in second.probes):
         pairs = zip(first.probes[target], second.probes[target], strict=True)
         found[target] = [_difference(p, q) for p, q in pairs]
     return found
