@@ -50,7 +50,7 @@ def headline(found: Diagnosis) -> str:
         )
     if not parts:
         after = found.curves["cosine to input"][layer].value
-        parts.append(f"the tokens' cosine to their input goes from 1 to {after:.2f}")
+        parts.append(f"the tokens' cosine to their input goes from 1 to {_fixed(after, 2)}")
     text = "; ".join(parts)
     return f"From the input to layer {layer} of {found.layers - 1}, {text}."
 
@@ -82,7 +82,8 @@ def _relative(found: Diagnosis, key: str, layer: int) -> str:
     change = found.changes[key][layer]
     if not change.direction or not before > 0:
         return _verb(change)
-    return f"{_verb(change)} {100 * abs(after / before - 1):.0f}%"
+    percent = f"{100 * abs(after / before - 1):.0f}%"
+    return f"{_verb(change)} {'less than 1%' if percent == '0%' else percent}"
 
 
 def _verb(change: Estimate) -> str:
@@ -112,15 +113,16 @@ def sentences(found: Diagnosis) -> list[str]:
         if _known(found, key, layer):
             curve, change = found.curves[key], found.changes[key][layer]
             lines.append(
-                f"{words} is {curve[0].value:.3f} at the input and {curve[layer].value:.3f} at "
-                f"layer {layer}: {number(change)}, {_verdict(change)}."
+                f"{words} is {_fixed(curve[0].value)} at the input and "
+                f"{_fixed(curve[layer].value)} at layer {layer}: {number(change)}, "
+                f"{_verdict(change)}."
             )
     cosine, cka = found.curves["cosine to input"][layer], found.curves["CKA with input"][layer]
     kind, similar = _similar(found, layer)
-    beside = f" (not debiased {cka.value:.3f})" if kind == "debiased" else ""
+    beside = f" (plain {_fixed(cka.value)})" if kind == "debiased" else ""
     lines.append(
         f"At layer {layer} a token's cosine to what entered the LLM is {plain(cosine)}, the {kind} "
-        f"CKA of all of them {similar.value:.3f}{beside}."
+        f"CKA of all of them {_fixed(similar.value)}{beside}."
     )
     lens, at_input = found.lenses[layer], found.lenses[0]
     lines.append(
@@ -147,12 +149,12 @@ def comparison(first: Diagnosis, second: Diagnosis, differences: Mapping[str, Cu
             )
     for key in ("contrast", "centred difference", "cosine to input"):
         if _known(first, key, layer) and _known(second, key, layer):
-            values = [found.curves[key][layer].value for found in (first, second)]
+            x, y = (_fixed(found.curves[key][layer].value) for found in (first, second))
             change = differences[key][layer]
             name = {"centred difference": "cohesion minus coupling, the mean patch subtracted,"}
             lines.append(
-                f"At layer {layer} {name.get(key, key)} is {values[0]:.3f} for {first.name} and "
-                f"{values[1]:.3f} for {second.name}: {number(change)}, {_apart(change)}."
+                f"At layer {layer} {name.get(key, key)} is {x} for {first.name} and {y} for "
+                f"{second.name}: {number(change)}, {_apart(change)}."
             )
     return lines
 
@@ -169,11 +171,11 @@ def tiles(found: Diagnosis) -> list[Tile]:
     for key in ("contrast", "centred difference"):
         if _known(found, key, layer):
             curve, change = found.curves[key], found.changes[key][layer]
-            before, after = (f"{curve[i].value:.2f}" for i in (0, layer))
+            before, after = (_fixed(curve[i].value, 2) for i in (0, layer))
             row.append(Tile(key, before, after, _short(change, 1, 2), change.direction))
     kind, similar = _similar(found, layer)
     note = f"1: nothing changed; {kind}"
-    row.append(Tile("CKA with input", "1.00", f"{similar.value:.2f}".replace("-", MINUS), note))
+    row.append(Tile("CKA with input", "1.00", _fixed(similar.value, 2), note))
     silenced = found.curves["silenced tokens"]
     before, after = (f"{100 * silenced[i].value:.0f}%" for i in (0, layer))
     row.append(Tile("silenced tokens", before, after, "share of five top words"))
@@ -186,6 +188,11 @@ def _short(change: Estimate, scale: float, digits: int) -> str:
     if not math.isnan(low):
         text += f" ({low:+.{digits}f} to {high:+.{digits}f})"
     return text.replace("-", MINUS)
+
+
+def _fixed(value: float, digits: int = 3) -> str:
+    """With so many decimals and a real minus sign, but none before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)
 
 
 def points(change: Estimate) -> str:

@@ -78,7 +78,7 @@ def resemblance(found: Sequence[Diagnosis], colours: Colours) -> Figure:
         (
             axes[0],
             "debiased CKA with input",
-            "CKA with the input: debiased —, plain - -",
+            "CKA: debiased —, plain - -",
             "1 = unchanged",
         ),
         (axes[1], "cosine to input", "cosine to the input", "mean cosine"),
@@ -111,7 +111,7 @@ def tokens(found: Sequence[Diagnosis], colours: Colours) -> Figure:
         for position, diagnosis in enumerate(found):
             _line(axis, diagnosis, key, position, found, colours, scale=scale)
         axis.set_title(title)
-    _percent(axes[0], top=100)
+    _percent(axes[0], top=102)
     axes[0].set_ylabel("share of visual tokens")
     axes[1].set_ylabel("bits")
     axes[1].set_ylim(bottom=0)

@@ -30,7 +30,7 @@ from prereg_kernels.diagnostics import (
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.checkup import checkup, report
 from prereg_kernels.diagnostics.datasets import ImageFolder
-from prereg_kernels.diagnostics.findings import comparison, middle_layer, sentences, tiles
+from prereg_kernels.diagnostics.findings import comparison, headline, middle_layer, sentences, tiles
 from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
 from prereg_kernels.diagnostics.page import as_json
@@ -285,6 +285,30 @@ def test_the_page_needs_no_network(reported: Path) -> None:
     assert "24 images are few" in page
 
 
+def test_small_and_negative_numbers(found: Diagnosis) -> None:
+    """A real minus sign, none before a zero, and no fall of 0%."""
+    layer = middle_layer(found.layers)
+
+    def moved(before: float, after: float) -> Diagnosis:
+        curve = [Estimate(before if depth < layer else after) for depth in range(found.layers)]
+        change = [Estimate(after - before, *sorted((2 * (after - before), 0.5 * (after - before))))]
+        keys = ("contrast", "centred difference")
+        return replace(
+            found,
+            curves={**found.curves, **dict.fromkeys(keys, curve)},
+            changes={**found.changes, **dict.fromkeys(keys, change * found.layers)},
+        )
+
+    small = moved(1.0, 0.997)
+    assert "patch contrast falls less than 1%" in headline(small)
+    assert [tile.after for tile in tiles(small) if tile.title == "contrast"] == ["1.00"]
+    negative = moved(-0.001, -0.072)
+    assert "patch contrast falls, and" in headline(negative)
+    assert any("is −0.001 at the input and −0.072 at layer" in line for line in sentences(negative))
+    (tile,) = (tile for tile in tiles(negative) if tile.title == "contrast")
+    assert (tile.before, tile.after) == ("0.00", "−0.07")
+
+
 def test_which_cka_is_named(found: Diagnosis) -> None:
     layer = middle_layer(found.layers)
     plain, debiased = (
@@ -292,7 +316,7 @@ def test_which_cka_is_named(found: Diagnosis) -> None:
     )
     assert abs(plain - debiased) > 0.002
     (line,) = (line for line in sentences(found) if "CKA" in line)
-    assert f"the debiased CKA of all of them {debiased:.3f} (not debiased {plain:.3f})." in line
+    assert f"the debiased CKA of all of them {debiased:.3f} (plain {plain:.3f})." in line
     none = [Estimate(math.nan)] * found.layers
     without = replace(found, curves={**found.curves, "debiased CKA with input": none})
     (line,) = (line for line in sentences(without) if "CKA" in line)
