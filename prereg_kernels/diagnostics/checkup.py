@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prereg_kernels._version import __version__
 from prereg_kernels.diagnostics.batches import Batches
 from prereg_kernels.diagnostics.collect import collect
 from prereg_kernels.diagnostics.measured import Measured
@@ -64,7 +65,13 @@ def checkup(
     count = len(batches)
     if images is None:
         images = sum(len(batches[i].images) for i in range(count))
-    asked = {"batches": count, "images": images, "shown": shown, **(settings or {})}
+    asked = {
+        "prereg_kernels": __version__,  # another may measure, or keep, something else
+        "batches": count,
+        "images": images,
+        "shown": shown,
+        **(settings or {}),
+    }
     shards = Shards(Path(out) / "shards" / name, asked)
     collect(
         model,

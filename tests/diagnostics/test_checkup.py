@@ -35,6 +35,7 @@ from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
 from prereg_kernels.diagnostics.page import as_json
 from prereg_kernels.diagnostics.results import Diagnosis, differences
+from prereg_kernels.diagnostics.shards import Shards
 from tests.diagnostics.pictures import QWEN_PROCESSOR, make_loaded, save_folder
 from tests.families.models import LAYERS
 
@@ -244,6 +245,12 @@ def test_goes_on_after_a_kill(
     hook.remove()
     assert len(forwards) == 2 * len(batches) - (after + 1)
     assert again.curves == found.curves
+
+
+def test_shards_of_another_version_are_not_read(batches: ImageBatches, tmp_path: Path) -> None:
+    Shards(tmp_path / "shards" / "model", {"prereg_kernels": "0.0.1"})
+    with pytest.raises(ValueError, match=r"holds a checkup with another .*prereg_kernels"):
+        checkup(batches._loaded.model, batches, tmp_path)
 
 
 def test_two_models_are_compared_image_by_image(
