@@ -27,11 +27,14 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 	$(BIN)/prereg train --preset scenes
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
-# what has a backend of its own or none.
-ANY_BACKEND := rows triton_aot gpu diagnostics test_benchmarks_gpu.py test_docs.py
+# what has a backend of its own or none, or is compared with processes that choose theirs themselves.
+ANY_BACKEND := rows triton_aot gpu diagnostics test_benchmarks_gpu.py test_docs.py \
+    trainers/test_ranks.py
+OWN_PROCESSES := training/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready  ## the tests
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%)
+	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%) \
+	    $(OWN_PROCESSES:%=--deselect=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/rows/test_triton_*.py
 
