@@ -81,21 +81,27 @@ def test_activations(
         check_activation(rows, shape, dtype, activation, bias_dtype=bias_dtype)
 
 
+def values_and_slopes(rows: CppRows, u: Tensor, activation: str) -> tuple[Tensor, ...]:
+    """The activation at u and its derivative, by the rows, then exactly."""
+    exact = u.double().requires_grad_()
+    expected = act(exact, activation)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    g, du = torch.empty_like(u), torch.ones_like(u)
+    rows.activate(u, None, activation, g)
+    rows.activation_backward(du, u, None, activation, None)
+    # NaN where the formula's derivative is 0 * infinity
+    return g.double(), du.double(), expected.detach(), slope.nan_to_num(0)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_far_from_zero(rows: CppRows, activation: str) -> None:
     """No bound on the error of the sum hides a wrong tail, an overflow or an underflow."""
     size = torch.logspace(-20, 18, 200)
     u = torch.cat([torch.linspace(-12, 12, 400), size, -size]).unsqueeze(0)
-    exact = u.double().requires_grad_()
-    expected = act(exact, activation)
-    (slope,) = torch.autograd.grad(expected.sum(), exact)
-    slope = slope.nan_to_num(0)  # where the formula's derivative is 0 * infinity
-    g, du = torch.empty_like(u), torch.ones_like(u)
-    rows.activate(u, None, activation, g)
-    rows.activation_backward(du, u, None, activation, None)
+    g, du, expected, slope = values_and_slopes(rows, u, activation)
     near = {"rtol": 1e-5, "atol": 1e-9}  # the formula in float64 cancels to 1e-15 |u| of the tail
-    torch.testing.assert_close(g.double(), expected.detach(), **near)
-    torch.testing.assert_close(du.double(), slope, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(g, expected, **near)
+    torch.testing.assert_close(du, slope, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -106,18 +112,12 @@ def test_activations_of_every_16_bit_number(
     """Rounded once: half a unit in the last place, and 1/200 of one for the formulas."""
     u = torch.arange(2**16).to(torch.int16).view(dtype)
     u = u[u.abs() < 1000].unsqueeze(0)  # NaN is not
-    exact = u.double().requires_grad_()
-    expected = act(exact, activation)
-    (slope,) = torch.autograd.grad(expected.sum(), exact)
-    slope = slope.nan_to_num(0)  # where the formula's derivative is 0 * infinity
-    g, du = torch.empty_like(u), torch.ones_like(u)
-    rows.activate(u, None, activation, g)
-    rows.activation_backward(du, u, None, activation, None)
+    g, du, expected, slope = values_and_slopes(rows, u, activation)
     rounding = torch.finfo(dtype).eps * (1 / 2 + 1 / 200)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     bound = {"rtol": rounding, "atol": max(2e-7, smallest)}  # gelu's tail ends at -5
-    torch.testing.assert_close(g.double(), expected.detach(), **bound)
-    torch.testing.assert_close(du.double(), slope, rtol=rounding, atol=1e-6)
+    torch.testing.assert_close(g, expected, **bound)
+    torch.testing.assert_close(du, slope, rtol=rounding, atol=1e-6)
 
 
 @each_dtype
