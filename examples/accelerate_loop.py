@@ -46,6 +46,9 @@ def main() -> None:
             optimizer.zero_grad()
             values.append(pre.metrics()["pre_loss"])  # of the last micro-batch, of all ranks
     accelerator.print(f"pre_loss {values[0]:.3f} -> {values[-1]:.3f}")
+    # DDP goes before its process group: torch's gloo backend aborts or hangs where it goes after
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
