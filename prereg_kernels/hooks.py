@@ -111,6 +111,8 @@ class _Hooks:
         values = self._values_in_graph(mask.device) if compiled else _zeros(pre.heads, mask.device)
         denominator = pre.denominator if training else None  # of a training step
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
+            if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
+                denominator = mask.new_zeros((), dtype=torch.float32)
             self._pass = _Pass(inputs, training, denominator, mask, values)
             return
         index = mask.flatten().nonzero().squeeze(1)

@@ -129,6 +129,23 @@ def test_a_setting_that_breaks_the_graph() -> None:
     assert check("llava", "text only", whole, **SETTINGS["token_fraction"]) > 0
 
 
+@pytest.mark.parametrize("denominator", (0, torch.zeros(())))
+def test_a_denominator_of_a_step_without_images(denominator: Any) -> None:
+    """Its count of visual tokens is 0, as a number or a tensor; so is the term, with gradients."""
+    figures, ours = [], []
+    for compiled in (False, True):
+        model = make_model("llava")
+        batch = make_batch("llava", model, "text only").inputs
+        pre = apply_pre(model)
+        pre.denominator = denominator
+        _, step = train(model, whole(model) if compiled else model, batch)
+        figures.append(pre.metrics())
+        ours.append(step)
+        assert all(p.grad is not None and not p.grad.any() for p in pre.heads[2].parameters())
+    compare(*ours)
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5) and figures[0]["pre_loss"] == 0
+
+
 def test_batches_of_other_sizes() -> None:
     """Each has its own figures."""
     model = make_model("llava")
