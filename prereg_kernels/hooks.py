@@ -52,6 +52,7 @@ class _Pass:
     denominator: float | Tensor | None
     index: Tensor  # (N,) visual positions in the flattened batch; or, in a graph, the mask of them
     values: dict[int, Tensor]  # per layer, where its loss will be
+    again: bool = False  # it has been counted, and backward brings back what its graph needs
     chosen: Tensor | None = None  # (K,) of them, by which L_PRe is estimated; None: all
     images: Images | None = None  # with level="global"
     encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
@@ -98,7 +99,9 @@ class _Hooks:
         self._pass = None
         if not training and not config.value_in_eval:
             return
-        if training:
+        compiled = torch.compiler.is_compiling()
+        again = training and not compiled and _is_recomputation()
+        if training and not again:
             pre.check_heads_train()
             pre.loss = pre.last = None
         inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
@@ -107,7 +110,7 @@ class _Hooks:
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
-        mask, compiled = pre.visual_mask(input_ids), torch.compiler.is_compiling()
+        mask = pre.visual_mask(input_ids)
         values = self._values_in_graph(mask.device) if compiled else _zeros(pre.heads, mask.device)
         denominator = pre.denominator if training else None  # of a training step
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
@@ -118,13 +121,13 @@ class _Hooks:
         index = mask.flatten().nonzero().squeeze(1)
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
-        current = _Pass(inputs, training, denominator, index, values)
+        current = _Pass(inputs, training, denominator, index, values, again)
         if config.level == "global":
             current.images = find_images(pre.family, inputs, input_ids, index)
         if training:
             if config.token_fraction < 1:
                 current.chosen = self._choose(index)
-            pre.passes += 1
+            pre.passes += not again
         self._pass = current
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
@@ -282,7 +285,8 @@ class _Hooks:
         if current.inputs.get("labels") is not None:
             lm_loss = output[0] if is_tuple else output.loss
         detached = None if lm_loss is None else lm_loss.detach().clone()
-        pre.last = Record(tokens, rows, current.denominator, detached, current.values)
+        if not current.again:
+            pre.last = Record(tokens, rows, current.denominator, detached, current.values)
         if not current.training:
             return None
         if len(current.losses) < len(pre.heads):
@@ -295,7 +299,8 @@ class _Hooks:
         values = [value.to(tokens.device) for value in current.losses.values()]
         term = torch.stack(values).mean() * pre.config.weight * self._label_share(current)
         if lm_loss is None or not pre.add_to_loss:
-            pre.loss = term
+            if not current.again:
+                pre.loss = term
             return None
         total = lm_loss + term.to(lm_loss.device)
         if is_tuple:
@@ -320,6 +325,15 @@ class _Hooks:
 def _zeros(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
     """{layer: 0-dim, float32}"""
     return {layer: torch.zeros((), dtype=torch.float32, device=device) for layer in layers}
+
+
+def _is_recomputation() -> bool:
+    """Whether a checkpoint around the model's call runs it again in backward, for its graph.
+
+    Not so with use_reentrant=True, where the call in backward is the first one with grad.
+    """
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() != "CheckpointFunctionBackward"
 
 
 def _goes_on(inputs: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from prereg_kernels import apply_pre, remove_pre
 from tests.attached import NON_REENTRANT, anchor_of_pixels, compare
@@ -194,3 +195,42 @@ def test_a_failed_forward_leaves_nothing_behind(event: Any) -> None:
         event(model)
     model(**make_batch()).loss.backward()
     assert watch.alive() == []
+
+
+@pytest.mark.parametrize("inner", (False, True), ids=("around", "around and inside"))
+@pytest.mark.parametrize("use_reentrant", (False, True))
+@pytest.mark.parametrize("overrides", SETTINGS.values(), ids=SETTINGS)
+def test_a_checkpoint_around_the_call(
+    overrides: dict[str, Any], use_reentrant: bool, inner: bool
+) -> None:
+    """Backward runs the model again: the same draws, and no pass is counted twice."""
+
+    def train(wrapped: bool) -> tuple[dict[str, Tensor], int, list[dict[str, float]]]:
+        model, figures = make_model(wrapped and inner, **overrides), []
+        pre, start = model._prereg, torch.zeros((), requires_grad=True)
+        for images in ((1, 2), (2, 0)):
+            batch = make_batch(images)
+            items = (batch["labels"] != -100).sum() * 2
+
+            def call(x: Tensor, batch: Any = batch, items: Tensor = items) -> Tensor:
+                return model(**batch, num_items_in_batch=items).loss + x
+
+            loss = checkpoint(call, start, use_reentrant=use_reentrant) if wrapped else call(start)
+            loss.backward()
+            figures.append(pre.metrics())
+        return gradients(model), pre.passes, figures
+
+    ours, expected = train(True), train(False)
+    assert ours[1:] == expected[1:] and ours[1] == 2
+    assert all(torch.equal(ours[0][name], x) for name, x in expected[0].items())
+
+
+def test_a_checkpoint_around_a_call_without_labels() -> None:
+    """The term on the handle stays the one that the user holds."""
+    model, batch = make_model(), make_batch()
+    del batch["labels"]
+    logits = checkpoint(lambda: model(**batch).logits, use_reentrant=False)
+    term = model._prereg.loss
+    (logits.mean() + term).backward()
+    assert model._prereg.loss is term
+    assert model._prereg.metrics()["pre_loss"] != 0
