@@ -58,6 +58,7 @@ class Record(NamedTuple):
     denominator: float | Tensor | None
     lm_loss: Tensor | None
     values: dict[int, Tensor]  # written by backward
+    reached: set[str]  # of "layer" and "term", what backward has come to
 
     def sums(self) -> list[Tensor]:
         """0-dim, for each layer: the sum of the loss over the rows."""

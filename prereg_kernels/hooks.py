@@ -9,6 +9,7 @@ model's result gets the term added to its loss.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,6 +61,7 @@ class _Pass:
     anchor: Tensor | None = None
     pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
+    reached: set[str] = field(default_factory=set)  # by backward, as Record has it
 
     @property
     def tokens(self) -> Tensor:
@@ -78,7 +80,7 @@ class _Hooks:
         self._pass: _Pass | None = None  # while the model's forward runs
         self._arguments = tuple(inspect.signature(pre.model.forward).parameters)
         self._decoder_arguments = tuple(inspect.signature(language_model.forward).parameters)
-        self._saw_finite_anchor = False
+        self._saw_finite_anchor = self._has_warned = False
         config = pre.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
@@ -103,6 +105,8 @@ class _Hooks:
         again = training and not compiled and _is_recomputation()
         if training and not again:
             pre.check_heads_train()
+            if not compiled:
+                self._warn_of_an_unused_term()
             pre.loss = pre.last = None
         inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
         if not training and _goes_on(inputs):
@@ -129,6 +133,20 @@ class _Hooks:
                 current.chosen = self._choose(index)
             pre.passes += not again
         self._pass = current
+
+    def _warn_of_an_unused_term(self) -> None:
+        last = self._pre.last
+        if last is None or last.reached != {"layer"} or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            "PRe: the last backward pass came from a loss without the term, so the heads do not "
+            "train. Such a loss is computed elsewhere than in the model, as TRL's SFTTrainer does, "
+            "or the model got no labels: pass labels and use the loss that the model returns; or "
+            "set pre.add_to_loss = False, and after each call of the model add pre.loss to yours, "
+            "as prereg_kernels.trainer.PreTrainerMixin does for a Trainer",
+            stacklevel=2,
+        )
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
         """The same in each pass: a graph's backward can write into the graph's inputs alone."""
@@ -192,6 +210,9 @@ class _Hooks:
         hidden = output[0] if isinstance(output, tuple) else output
         is_pooled = self._pre.config.level == "global"
         tapped = self._pool(layer, hidden) if is_pooled else self._tap(layer, hidden)
+        current = self._pass
+        if tapped is not None and current is not None:
+            _note(tapped, current.reached, "layer")
         if tapped is None or not isinstance(output, tuple):
             return tapped
         return (tapped, *output[1:])
@@ -286,7 +307,9 @@ class _Hooks:
             lm_loss = output[0] if is_tuple else output.loss
         detached = None if lm_loss is None else lm_loss.detach().clone()
         if not current.again:
-            pre.last = Record(tokens, rows, current.denominator, detached, current.values)
+            pre.last = Record(
+                tokens, rows, current.denominator, detached, current.values, current.reached
+            )
         if not current.training:
             return None
         if len(current.losses) < len(pre.heads):
@@ -298,6 +321,7 @@ class _Hooks:
             )
         values = [value.to(tokens.device) for value in current.losses.values()]
         term = torch.stack(values).mean() * pre.config.weight * self._label_share(current)
+        _note(term, current.reached, "term")
         if lm_loss is None or not pre.add_to_loss:
             if not current.again:
                 pre.loss = term
@@ -334,6 +358,12 @@ def _is_recomputation() -> bool:
     """
     node = torch._C._current_autograd_node()
     return node is not None and node.name() != "CheckpointFunctionBackward"
+
+
+def _note(x: Tensor, reached: set[str], name: str) -> None:
+    """Once backward comes to `x`, `reached` has the name; not in a graph, which has no hooks."""
+    if x.requires_grad and not torch.compiler.is_compiling():
+        x.register_hook(lambda _: reached.add(name))
 
 
 def _goes_on(inputs: Mapping[str, Any]) -> bool:
