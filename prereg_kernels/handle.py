@@ -205,7 +205,8 @@ class PRe:
         """Write the heads and the settings into the directory `path`, into one file.
 
         It appears whole or not at all. Where the heads are sharded (DTensor), all ranks have to
-        call this, and rank 0 writes.
+        call this, and rank 0 writes. Elsewhere whoever calls it writes: under DDP one rank is
+        enough, and several do no harm.
 
         Args:
             heads: what to write in place of the model's own parameters:
