@@ -16,6 +16,8 @@ from prereg_kernels.inputs import check_name, check_spec
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "global")
+# What a head is: under another of these its parameters have other shapes or mean something else.
+HEAD_SETTINGS = ("layers", "share_head", "head_features", "depth", "activation")
 
 
 @dataclass(frozen=True)
@@ -142,49 +144,49 @@ class PReConfig:
     def to_json(self, layers: Sequence[int]) -> dict[str, Any]:
         """The fields as JSON values, with the resolved layers; a function becomes "function"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        anchor = "function" if callable(self.anchor) else self.anchor
-        return fields | {"anchor": anchor, "layers": list(layers)}
+        return fields | {"anchor": _anchor_name(self.anchor), "layers": list(layers)}
 
     @classmethod
     def from_json(
         cls, saved: Mapping[str, Any], overrides: Mapping[str, Any], count: int
     ) -> PReConfig:
-        """The settings that `to_json` wrote.
+        """The settings that `to_json` wrote, some of them changed.
 
         Args:
-            overrides: settings that have to be the same; an anchor function, which was not written.
+            overrides: other settings; of `HEAD_SETTINGS` the same. An anchor function, which was
+                not written, has to be among them.
             count: the layers of the decoder.
 
         Raises:
-            ValueError: an override contradicts what was written, an anchor function is missing, or
-                a field is of another version.
+            ValueError: an override asks for other heads, an anchor function is missing, or a field
+                is of another version.
             TypeError: an override is no setting.
         """
         cls._check_names(overrides)
-        fields = dict(saved)
-        strange = set(fields) - {field.name for field in dataclasses.fields(cls)}
+        strange = set(saved) - {field.name for field in dataclasses.fields(cls)}
         if strange:
             raise ValueError(
                 f"from_pretrained: expected settings of this version of PRe, got {sorted(strange)}"
             )
-        for name, value in overrides.items():
-            if name == "anchor" and callable(value):
-                value = "function"
-            elif name == "layers":
+        for name in HEAD_SETTINGS:
+            value = overrides.get(name, saved.get(name))
+            if name == "layers":
                 value = list(cls(layers=value).resolve_layers(count))
-            if name in fields and value != fields[name]:
+            if name in saved and value != saved[name]:
                 raise ValueError(
-                    f"{name}: expected {fields[name]!r}, as in the run that wrote the heads, got "
-                    f"{value!r}"
+                    f"{name}: the heads were saved with {saved[name]!r}, which they cannot change; "
+                    f"expected that or nothing, got {value!r}"
                 )
-        if fields.get("anchor") == "function":
-            if "anchor" not in overrides:
-                raise ValueError(
-                    "anchor: the heads were trained with a function, which is not written to "
-                    "files; expected that function, got none"
-                )
-            fields["anchor"] = overrides["anchor"]
-        return cls(**fields | {"layers": tuple(fields["layers"])})
+        source = saved.get("anchor")
+        if source == "function" and "anchor" not in overrides:
+            raise ValueError(
+                "anchor: the heads were trained with a function, which is not written to files; "
+                "expected that function, got none"
+            )
+        fields = {**saved, **overrides, "layers": tuple(saved["layers"])}
+        if _anchor_name(fields.get("anchor")) != source and "anchor_features" not in overrides:
+            fields["anchor_features"] = None  # it was the other anchor's
+        return cls(**fields)
 
     @classmethod
     def _check_names(cls, overrides: Mapping[str, Any]) -> None:
@@ -192,6 +194,10 @@ class PReConfig:
         for name in overrides:
             if name not in known:
                 raise TypeError(f"{name}: not a setting of PRe; expected one of {', '.join(known)}")
+
+
+def _anchor_name(anchor: Any) -> Any:
+    return "function" if callable(anchor) else anchor
 
 
 def _is_number(value: Any) -> bool:

@@ -18,7 +18,14 @@ from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family
 from prereg_kernels.head import PReHead
 from prereg_kernels.images import check_images, count_images
-from prereg_kernels.storage import PRE_DIR, Saved, check_fit, load_heads, save_heads
+from prereg_kernels.storage import (
+    PRE_DIR,
+    Saved,
+    check_settings,
+    check_shapes,
+    load_heads,
+    save_heads,
+)
 
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
@@ -225,14 +232,22 @@ class PRe:
     def load(self, path: str | Path) -> None:
         """Read the heads that `save` wrote to the directory `path`, or to `path/pre`.
 
+        They keep the dtype and device that they have on the model.
+
         Raises:
             FileNotFoundError: there are none.
             ValueError: they cannot be read, or do not fit: other layers, shapes or settings; or the
                 model's are not whole (see `save`).
         """
-        saved, own = load_heads(path), self._state()
+        saved = load_heads(path)
+        check_settings(saved, self._json(), path)
+        self.fill(saved, path)
+
+    def fill(self, saved: Saved, path: str | Path) -> None:
+        """As `load`, of what was read there, whatever the settings that do not shape the heads."""
+        own = self._state()
         self._check_whole(own)
-        check_fit(saved, self._json(), self._shapes, path)
+        check_shapes(saved, self._json(), self._shapes, path)
         self.passes = saved.passes
         for name, parameter in own.items():
             distributed.fill(parameter, saved.heads[name])

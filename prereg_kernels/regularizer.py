@@ -36,8 +36,9 @@ def apply_pre(
         config: settings; None: the paper's. overrides: single fields of it.
         family: where the model keeps its parts; None: as `prereg_kernels.families` has it.
         from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
-            the settings and heads there. Overrides may then only repeat what is saved, and give the
-            anchor function if there was one.
+            the settings and heads there. Overrides change what does not make other heads: the
+            weight, say, but not the layers. An anchor function has to be given again. The heads get
+            the dtype that new ones would, the model's.
 
     Returns:
         The handle: heads, metrics, save and load.
@@ -62,11 +63,10 @@ def apply_pre(
     if from_pretrained is None:
         pre = PRe(model, (config or PReConfig()).replace(**overrides), family)
     else:
-        count = len(family.layers_of(model))
-        saved = PReConfig.from_json(load_heads(from_pretrained).config, overrides, count)
-        pre = PRe(model, saved, family)
+        saved, count = load_heads(from_pretrained), len(family.layers_of(model))
+        pre = PRe(model, PReConfig.from_json(saved.config, overrides, count), family)
         try:
-            pre.load(from_pretrained)
+            pre.fill(saved, from_pretrained)
         except BaseException:
             pre.detach()
             raise

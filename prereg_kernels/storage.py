@@ -70,10 +70,8 @@ def load_heads(path: str | Path) -> Saved:
         raise ValueError(f"path: {file} cannot be read: {error!r}") from None
 
 
-def check_fit(
-    saved: Saved, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Any
-) -> None:
-    """Raise ValueError unless what was saved fits a model's settings and heads."""
+def check_settings(saved: Saved, config: Mapping[str, Any], path: Any) -> None:
+    """Raise ValueError unless the heads were trained to do what they would do by `config`."""
     for name in ("layers", "share_head", "anchor", "level", "depth", "activation", "loss",
                  "normalize"):  # fmt: skip
         if saved.config.get(name) != config[name]:
@@ -81,6 +79,20 @@ def check_fit(
                 f"path: the heads in {path} were trained with {name}={saved.config.get(name)!r}, "
                 f"expected {config[name]!r}"
             )
+
+
+def check_shapes(
+    saved: Saved, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Any
+) -> None:
+    """Raise ValueError unless the saved heads have these shapes, which a model has by `config`."""
     theirs = {name: tuple(x.shape) for name, x in saved.heads.items()}
     if theirs != shapes:
-        raise ValueError(f"path: heads do not fit: expected {shapes}, got {theirs} in {path}")
+        others = [
+            f"{name}={saved.config.get(name)!r} there, {config[name]!r} here"
+            for name in ("anchor", "anchor_features", "head_features")
+            if saved.config.get(name) != config[name]
+        ]
+        raise ValueError(
+            f"path: heads do not fit: expected {shapes}, got {theirs} in {path}"
+            + "".join(f"; {other}" for other in others)
+        )

@@ -16,7 +16,7 @@ from prereg_kernels import PReConfig, apply_pre, handle, remove_pre
 from prereg_kernels.storage import load_heads
 from tests.attached import anchor_of_pixels
 from tests.test_regularizer_state import traces
-from tests.tiny import make_batch, tiny_llava
+from tests.tiny import IMAGE_TOKEN, WIDTH, gradients, make_batch, tiny_llava
 
 FILE = "pre_heads.safetensors"
 
@@ -171,16 +171,30 @@ def test_from_pretrained_restores_settings_and_heads(tmp_path: Path, inside: str
 @pytest.mark.parametrize(
     "overrides, exception, message",
     (
-        ({"weight": 2.0}, ValueError, r"weight: expected 0\.5, as in the run .*, got 2\.0"),
-        ({"layers": 3}, ValueError, r"layers: expected \[2\], .* got \[3\]"),
+        ({"weight": -2.0}, ValueError, r"weight: expected a non-negative finite number"),
+        ({"layers": 3}, ValueError, r"layers: .* saved with \[2\], .* got \[3\]"),
+        ({"layers": (2, 3)}, ValueError, r"layers: .* saved with \[2\], .* got \[2, 3\]"),
         ({"layers": 9}, ValueError, "layers: the decoder has 4 layers"),
-        ({"level": "global"}, ValueError, "level: expected 'patch'.* got 'global'"),
-        ({"anchor": anchor_of_pixels}, ValueError, "anchor: expected 'pre_llm'.* got 'function'"),
+        ({"share_head": True}, ValueError, "share_head: .* saved with False, .* got True"),
+        ({"head_features": 7}, ValueError, "head_features: .* saved with None, .* got 7"),
+        ({"depth": 3}, ValueError, "depth: .* saved with 2, .* got 3"),
+        ({"activation": "relu"}, ValueError, "activation: .* saved with 'gelu', .* got 'relu'"),
+        (
+            {"anchor": "pre_projector"},
+            ValueError,
+            r"path: .*\(16, 24\).* got .*\(24, 24\).*; anchor='pre_llm' there, 'pre_proj.* here",
+        ),
+        (
+            {"anchor": anchor_of_pixels, "anchor_features": 8},
+            ValueError,
+            r"path: .*; anchor='pre_llm' there, 'function' here; anchor_features=None there, 8",
+        ),
+        ({"anchor": anchor_of_pixels}, ValueError, "anchor_features: expected the width A"),
         ({"layer": 2}, TypeError, "layer: not a setting of PRe"),
         ({"config": PReConfig()}, ValueError, "config: expected None with from_pretrained"),
     ),
 )
-def test_overrides_that_contradict_what_was_saved(
+def test_overrides_that_ask_for_other_heads(
     tmp_path: Path, overrides: dict[str, Any], exception: type[Exception], message: str
 ) -> None:
     apply_pre(tiny_llava()).save(tmp_path)
@@ -190,6 +204,47 @@ def test_overrides_that_contradict_what_was_saved(
         apply_pre(model, from_pretrained=tmp_path, **overrides)
     assert traces(model) == before
     assert apply_pre(model, from_pretrained=tmp_path, layers=None).config.layers == (2,)
+
+
+def anchor_of_ones(inputs: Any) -> torch.Tensor:
+    return torch.ones(int((inputs["input_ids"] == IMAGE_TOKEN).sum()), WIDTH)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    (
+        {"weight": 2.0, "token_fraction": 0.5, "seed": 3, "value_in_eval": True},
+        {"value_in_forward": True, "loss": "mse", "normalize": "layer"},
+        {"level": "global"},
+        {"anchor": anchor_of_ones, "anchor_features": WIDTH},
+    ),
+)
+def test_overrides_that_leave_the_heads(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    """The step is that of a model that got these settings, and the heads by `load`."""
+    old = apply_pre(tiny_llava(), seed=9)
+    old.passes = 5
+    old.save(tmp_path)
+    steps = []
+    for again in (True, False):
+        model = tiny_llava()
+        pre = apply_pre(model, from_pretrained=tmp_path if again else None, **overrides)
+        assert {name: getattr(pre.config, name) for name in overrides} == overrides
+        if again:
+            assert same_heads(pre, old) and pre.passes == 5 and pre.config.layers == (2,)
+        else:
+            model.pre_heads.load_state_dict(old.model.pre_heads.state_dict())
+            pre.passes = 5
+        loss = model(**make_batch()).loss
+        loss.backward()
+        steps.append((loss.item(), pre.metrics(), gradients(model)["pre_heads.2.weight_0"]))
+    assert steps[0][:2] == steps[1][:2] and torch.equal(steps[0][2], steps[1][2])
+
+
+def test_the_function_of_an_anchor_gives_way(tmp_path: Path) -> None:
+    apply_pre(tiny_llava(), anchor=anchor_of_ones, anchor_features=WIDTH).save(tmp_path)
+    assert apply_pre(tiny_llava(), from_pretrained=tmp_path, anchor="pre_llm").config == PReConfig(
+        layers=(2,)
+    )
 
 
 def test_an_anchor_function_has_to_be_given_again(tmp_path: Path) -> None:
