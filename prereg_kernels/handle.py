@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,14 @@ class PRe:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self._save_pretrained
         setattr(model, ATTRIBUTE, self)
+
+    def __repr__(self) -> str:
+        config, parameters = self.config, sum(map(math.prod, self._shapes.values()))
+        anchor = getattr(config.anchor, "__name__", config.anchor)
+        return (
+            f"PRe(layers={list(self.heads)}, weight={config.weight}, anchor={anchor!r}, "
+            f"level={config.level!r}, head_parameters={parameters:,})"
+        )
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last training call; with `value_in_eval`, of an evaluating one too.

@@ -255,3 +255,17 @@ def test_an_optimizer_step_lowers_the_loss() -> None:
         optimizer.step()
         values.append(pre.metrics()["pre_loss"])
     assert values[-1] < values[0] - 0.3
+
+
+def test_repr() -> None:
+    """In a line: what is regularised, to what, by how many parameters more."""
+    pre = apply_pre(tiny_llava(), layers=(1, 3), weight=0.25)
+    per_head = WIDTH * WIDTH + WIDTH
+    assert repr(pre) == (
+        "PRe(layers=[1, 3], weight=0.25, anchor='pre_llm', level='patch', "
+        f"head_parameters={4 * per_head:,})"
+    )
+    pre = apply_pre(
+        tiny_llava(), layers=(1, 3), share_head=True, anchor=anchor_of_pixels, anchor_features=8
+    )
+    assert f"'anchor_of_pixels', level='patch', head_parameters={per_head + 8 * 25:,}" in repr(pre)
