@@ -4,57 +4,76 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 from prereg_kernels.families import FAMILIES
-from tests.families.batches import SCENES, has
 from tests.families.models import CASES
-from tests.families.test_anchors import PROJECTED, TELLING
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "integrations.md"
-TWO = ("llava", "qwen2_5_vl")  # the families of tests/integrations
+MODELS, ANCHORS = "tests/families/test_models.py", "tests/families/test_anchors.py"
+INTEGRATIONS = "tests/integrations"
+# The test that each column of the families' table stands for, and which of its scenes.
 COLUMNS = {
-    "images": "images",
-    "several": "several images",
-    "uneven": "uneven images",
-    "video": "video",
-    "text only": "text only",
-    "left padding": "left padding",
-    "layers": None,
-    "packed": None,
-    "pre_projector": PROJECTED,
-    "global": TELLING,
-    "fraction": None,
-    "generate": None,
-    "saved": None,
-    "LoRA": TWO,
-    "compile": TWO,
+    "images": (f"{MODELS}::test_gradients", "images"),
+    "several": (f"{MODELS}::test_gradients", "several images"),
+    "uneven": (f"{MODELS}::test_gradients", "uneven images"),
+    "video": (f"{MODELS}::test_gradients", "video"),
+    "text only": (f"{MODELS}::test_gradients", "text only"),
+    "left padding": (f"{MODELS}::test_gradients", "left padding"),
+    "layers": (f"{MODELS}::test_gradients_of_several_layers", None),
+    "packed": (f"{ANCHORS}::test_gradients_of_packed_sequences", None),
+    "pre_projector": (f"{ANCHORS}::test_gradients_with_what_the_encoder_saw", None),
+    "global": (f"{ANCHORS}::test_gradients_of_whole_images", None),
+    "fraction": (f"{ANCHORS}::test_gradients_of_a_fraction", None),
+    "generate": (f"{MODELS}::test_generate", None),
+    "saved": (f"{MODELS}::test_save_pretrained_writes_a_plain_model", None),
+    "LoRA": (f"{INTEGRATIONS}/test_peft.py::test_gradients", None),
+    "compile": (f"{INTEGRATIONS}/test_compile.py::test_images_break_the_graph_no_more_often", None),
 }
 
 
+@cache
+def runs(test: str) -> set[tuple[str, str | None]]:
+    """(family, scene) of each run of a test, as pytest makes them of its parameters."""
+    path, _, function = test.partition("::")
+    module = import_module(path.removesuffix(".py").replace("/", "."))
+    found = set()
+    for mark in getattr(module, function).pytestmark:
+        names = mark.args[0].split(", ") if mark.name == "parametrize" else []
+        for values in mark.args[1] if "name" in names else ():
+            run = dict(zip(names, values if len(names) > 1 else [values], strict=True))
+            found.add((run["name"], run.get("scene")))
+    return found
+
+
 def table() -> str:
-    """A row for each family's model types; a scene that a family has, or the families listed."""
+    """A row for each family's model types, with a mark where the column's test runs on it."""
     lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for family in FAMILIES:
         for name in family.model_types:
             cells = []
-            for source in COLUMNS.values():
-                if isinstance(source, str):
-                    tested = has(name, source)
-                else:
-                    tested = source is None or name in source
-                cells.append("✓" if tested else "")
+            for test, scene in COLUMNS.values():
+                scenes = {s for n, s in runs(test) if n == name}
+                cells.append("✓" if (scenes if scene is None else scene in scenes) else "")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def test_the_table_of_families() -> None:
     """To write it anew: python -c 'from tests.test_docs import table; print(table())'."""
-    found = re.search(r"<!-- families -->\n(.*)\n<!-- /families -->", PAGE.read_text(), re.S)
+    page = PAGE.read_text()
+    found = re.search(r"<!-- families -->\n(.*)\n<!-- /families -->", page, re.S)
     assert found and found[1] == table()
     assert {name for family in FAMILIES for name in family.model_types} == CASES.keys()
-    assert {source for source in COLUMNS.values() if isinstance(source, str)} < SCENES.keys()
+    legend = page.partition("| column | test |\n")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", legend, re.M)
+    named = {column: row for columns, row in rows for column in columns.split(", ")}
+    assert named.keys() == COLUMNS.keys()
+    for column, (test, _) in COLUMNS.items():
+        assert f"`{test}`" in named[column].partition("elsewhere")[0], column
 
 
 def test_every_named_test_and_example_exists() -> None:
@@ -67,9 +86,3 @@ def test_every_named_test_and_example_exists() -> None:
         assert name in defined, f"{path}::{name}"
     examples = re.findall(r"`(examples/[\w.]+)`", page)
     assert len(examples) > 5 and all((ROOT / path).is_file() for path in examples)
-
-
-def test_the_families_of_the_integrations() -> None:
-    for file in ("test_peft.py", "test_compile.py"):
-        text = (ROOT / "tests" / "integrations" / file).read_text()
-        assert f'parametrize("name", {TWO!r})'.replace("'", '"') in text
