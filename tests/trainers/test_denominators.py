@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from prereg_kernels import apply_pre, remove_pre
@@ -94,6 +95,22 @@ def test_the_last_step_has_fewer_micro_batches(tmp_path: Path, accepts_loss_kwar
         rows = [row for batch in batches for row in batch]
         groups = None if accepts_loss_kwargs else batches
         compare(ours, eager_gradients(heads, rows, groups=groups))
+
+
+def test_gradients_of_a_compiled_model(tmp_path: Path) -> None:
+    """By `torch_compile=True`; the micro-batches have different numbers of images."""
+    torch._dynamo.reset()
+    counters.clear()
+    rows, model = make_rows((2, 0, 1, 0), (1, 9, 5, 9)), tiny_llava()
+    tower = model.model.get_image_features
+    model.model.get_image_features = torch.compiler.disable(tower)  # PRe has no hook there
+    pre = apply_pre(model, weight=WEIGHT)
+    (ours,) = step_gradients(
+        model, tmp_path, 2, 2, rows=rows, torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    assert counters["stats"]["unique_graphs"] > 0
+    remove_pre(model)
+    compare(ours, eager_gradients(pre.heads, rows))
 
 
 def cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
