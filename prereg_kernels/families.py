@@ -30,7 +30,8 @@ class Family:
         images: how `level="global"` tells images apart, "runs" or "equal" (see
             `prereg_kernels.images`). None: a batch does not say.
         counted_by: names of those arguments of the model's forward that have an entry for each
-            image or video.
+            image or video. cut_by: of those that have a (t, h, w) for each video which is laid out
+            as t runs of tokens, each of them an image.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Family:
     regroups: str = "was given no projector"
     images: str | None = "runs"
     counted_by: tuple[str, ...] = ()
+    cut_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("language_model", "layers", "projector"):
@@ -51,6 +53,7 @@ class Family:
         for field, what in (
             ("visual_tokens", "config attributes"),
             ("counted_by", "arguments"),
+            ("cut_by", "arguments"),
         ):
             names = getattr(self, field)
             are_names = isinstance(names, tuple) and all(isinstance(n, str) for n in names)
@@ -168,8 +171,15 @@ FAMILIES = (
         regroups=_MERGES,
         counted_by=("image_grid_thw", "video_grid_thw"),
     ),
-    # A video is several runs of tokens: nothing has an entry for each.
-    Family("Qwen3-VL", ("qwen3_vl",), visual_tokens=_IMAGE_AND_VIDEO, regroups=_MERGES),
+    Family(
+        "Qwen3-VL",
+        ("qwen3_vl",),
+        visual_tokens=_IMAGE_AND_VIDEO,
+        regroups=_MERGES,
+        counted_by=("image_grid_thw",),
+        cut_by=("video_grid_thw",),
+    ),
+    # A batch counts only tiles; its processor writes <img> and </img> around each image's, always.
     Family("InternVL", ("internvl",), regroups=_SHUFFLES),
     # An image is several runs of tokens, one for each of its tiles, and a batch counts only tiles.
     Family(

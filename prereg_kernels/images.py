@@ -59,7 +59,8 @@ def count_images(family: Family, batch: Mapping[str, Any], ids: Tensor, visual: 
 def find_images(family: Family, batch: Mapping[str, Any], ids: Tensor, index: Tensor) -> Images:
     """The images of a batch.
 
-    One sync, which has nothing to wait for right after the one that found `index`.
+    One sync, and one more for videos that are cut into runs, neither of which has anything to wait
+    for right after the one that found `index`.
 
     Args:
         batch, ids: as for `count_images`.
@@ -87,9 +88,10 @@ def find_images(family: Family, batch: Mapping[str, Any], ids: Tensor, index: Te
     of_token = starts.cumsum(0)[index] - 1
     count = int(of_token[-1]) + 1
     if counted is not None and counted != count:
+        arguments = " and ".join(family.counted_by + family.cut_by)
         raise ValueError(
             f"level: 'global' takes side by side visual tokens for one image; got {count} runs of "
-            f"them for {counted} images ({' and '.join(family.counted_by)}); expected another "
+            f"them for {counted} images ({arguments}); expected another "
             "token between any two images, or level='patch'"
         )
     return Images(of_token, count)
@@ -103,6 +105,8 @@ def _starts(ids: Tensor, visual: Tensor) -> Tensor:
 
 
 def _counted(family: Family, batch: Mapping[str, Any]) -> int | None:
-    """The images by the shapes of the batch; None where these do not say."""
-    given = [batch[name] for name in family.counted_by if batch.get(name) is not None]
-    return sum(len(x) for x in given) if given else None
+    """The images by the arguments of the batch; None where these do not say."""
+    given = [len(batch[name]) for name in family.counted_by if batch.get(name) is not None]
+    grids = [batch[name] for name in family.cut_by if batch.get(name) is not None]
+    given += [int(grid[:, 0].sum()) for grid in grids]
+    return sum(given) if given else None

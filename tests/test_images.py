@@ -16,6 +16,7 @@ from tests.tiny import PATCHES, make_batch, tiny_llava
 A, B, T = 8, 9, 1  # two visual tokens, and text
 RUNS = Family("Runs", images="runs")
 COUNTED = Family("Counted runs", images="runs", counted_by=("sizes", "videos"))
+CUT = Family("Cut", images="runs", counted_by=("sizes",), cut_by=("grids",))
 EQUAL = Family("Equal", images="equal", counted_by=("pixels",))
 
 
@@ -49,6 +50,17 @@ def test_runs_that_the_batch_counts() -> None:
     assert find(COUNTED, ids) == ([0, 1, 1, 2], 3)
     with pytest.raises(ValueError, match=r"level: 'global' .* 3 runs of them for 2 images \(sizes"):
         find(COUNTED, ids, sizes=three)
+
+
+def test_videos_that_are_cut_into_runs() -> None:
+    ids = [[A, T, B, T, B, T, A, T, B]]
+    two, grids = torch.zeros(2, 2), torch.tensor([[2, 4], [1, 6]])
+    assert find(CUT, ids, sizes=two, grids=grids) == ([0, 1, 2, 3, 4], 5)
+    assert find(CUT, [[B, T, B, T, B, B]], grids=grids) == ([0, 1, 2, 2], 3)
+    with pytest.raises(ValueError, match=r"5 runs of them for 3 images \(sizes and grids\)"):
+        find(CUT, ids, sizes=torch.zeros(0, 2), grids=grids)
+    with pytest.raises(ValueError, match="1 runs of them for 2 images"):
+        find(CUT, [[T, A, A, T]], sizes=two)
 
 
 def test_images_of_equal_size() -> None:

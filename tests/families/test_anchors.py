@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.test_regularizer_state import traces
 
 PROJECTED = tuple(t for family in FAMILIES if family.projector for t in family.model_types)
 TELLING = tuple(t for family in FAMILIES if family.images for t in family.model_types)
+EQUAL = ("llava", "paligemma")  # a row of `pixel_values` is an image of theirs
 
 
 def run(name: str, batch: Batch, **options: Any) -> Any:
@@ -117,6 +119,35 @@ def test_gradients_of_whole_images(name: str, scene: str, checkpointing: bool) -
     model = make_model(name)
     count = apply_pre(model, level="global").count(batch.inputs)
     assert count.item() == len(batch.images) and count.dtype == torch.int64
+
+
+COUNTED = [name for name in TELLING if name not in (*EQUAL, "internvl")]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_images_that_touch(name: str) -> None:
+    """No chat template writes them so, a text of the user's may: they are not one image."""
+    model = make_model(name)
+    batch = make_batch(name, model)
+    ids, visual = batch.inputs["input_ids"][0], batch.visual[0]
+    first, last = visual.nonzero()[[0, -1], 0].tolist()
+    part, among = ids[first : last + 1], visual[first : last + 1]
+    assert (~among).sum() == 3
+    part.copy_(torch.cat((part[among], part[~among])))
+    apply_pre(model, level="global")
+    with pytest.raises(ValueError, match="got 2 runs of them for 3 images"):
+        model(**batch.inputs)
+
+
+def test_internvl_has_a_token_around_every_image() -> None:
+    """So that its images, which the batch does not count, cannot touch."""
+    from transformers import InternVLProcessor
+
+    words = SimpleNamespace(
+        start_image_token="<img>", end_image_token="</img>", image_token="x", image_seq_length=2
+    )
+    text = InternVLProcessor.replace_image_token(words, {"num_patches": [1, 3]}, 1)
+    assert text == "<img>xxxxxx</img>"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in TELLING])
