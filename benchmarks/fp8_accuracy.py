@@ -1,6 +1,6 @@
 """Would the head's matmuls do in fp8? What each would cost in accuracy, and could save in time.
 
-    python -m benchmarks.fp8_accuracy             # about 15 minutes on one core with AMX
+    python -m benchmarks.fp8_accuracy             # about half an hour on one core with AMX
     python -m benchmarks.fp8_accuracy --table     # prints what is there
 
 Every subset of the six matmuls runs on fp8 operands, the others on bfloat16 ones, everything
