@@ -24,8 +24,7 @@ class StepFlops:
     lm_head: int
     projector: int
     tower: int  # forward alone
-    head: int  # PRe's: six matmuls
-    tap_again: int  # by the tap in a checkpointed layer, whose recomputation it makes go to the end
+    head: int  # PRe's: six matmuls, which is all that `apply_pre` adds
 
     @property
     def without_head(self) -> int:
@@ -36,17 +35,11 @@ class StepFlops:
         """PRe's matmuls, of a step without it."""
         return 100 * self.head / self.without_head
 
-    @property
-    def added_percent(self) -> float:
-        """All that `apply_pre` adds, of a step without it."""
-        return 100 * (self.head + self.tap_again) / self.without_head
-
     def describe(self) -> dict[str, float]:
         """For JSON."""
         return asdict(self) | {
             "without_head": self.without_head,
             "head_percent": self.head_percent,
-            "added_percent": self.added_percent,
         }
 
 
@@ -68,7 +61,6 @@ def count_flops(recipe: Recipe, config: Any, samples: int, checkpointing: bool) 
         projector=_projector(config, visual),
         tower=_tower(recipe, config, samples),
         head=6 * visual * 2 * width**2,
-        tap_again=2 * tokens * last if checkpointing else 0,
     )
 
 

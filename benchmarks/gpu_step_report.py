@@ -58,8 +58,8 @@ def _setting_lines(setting: Json) -> list[str]:
     lines = [
         f"\n{setting['name']}: {setting['batch']} x {setting['positions']} positions, "
         f"{setting['visual_tokens']} visual; {flops['without_head'] / 1e12:.4g} TFLOP and the "
-        f"head's {flops['head'] / 1e12:.3g} ({flops['head_percent']:.2f}%; with what the tap has "
-        f"recomputed {flops['added_percent']:.2f}%); the tower alone {setting['tower_ms']:.1f} ms"
+        f"head's {flops['head'] / 1e12:.3g} ({flops['head_percent']:.2f}%); "
+        f"the tower alone {setting['tower_ms']:.1f} ms"
     ]
     lines += [
         f"  batch {found['batch']} does not fit: {found['reason']}"

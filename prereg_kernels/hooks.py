@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from prereg_kernels import distributed
 from prereg_kernels.anchors import function_rows, projector_rows
+from prereg_kernels.checkpointing import outside_checkpoint
 from prereg_kernels.handle import PRe, Record
 from prereg_kernels.images import Images, find_images
 from prereg_kernels.pooling import pool_images
@@ -40,8 +42,16 @@ def attach_hooks(pre: PRe) -> None:
         hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
         pre.hooks.append(hook)
     for number in pre.heads:
-        see = partial(hooks.see_layer, number)
+        see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
         pre.hooks.append(layers[number - 1].register_forward_hook(see))
+
+
+def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:
+    """Whether this layer's output, as it is, is the input of the next layer."""
+    vision: Any = getattr(getattr(model, "config", None), "vision_config", None)
+    # Qwen3-VL adds features to copies of the first outputs
+    added = getattr(vision, "deepstack_visual_indexes", None) or ()
+    return len(added) < layer < layers
 
 
 @dataclass
@@ -206,10 +216,18 @@ class _Hooks:
             return rows if is_pooled else pool_images(rows, images.of_token, images.count)
         return rows if current.chosen is None else rows[current.chosen.to(rows.device)]
 
-    def see_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def see_layer(
+        self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        is_pooled = self._pre.config.level == "global"
-        tapped = self._pool(layer, hidden) if is_pooled else self._tap(layer, hidden)
+        if self._pre.config.level == "global":
+            tapped = self._pool(layer, hidden)
+        else:
+            # The next layer's checkpoint holds its input, this output: saved beside it, it is held
+            # once, and this layer's recomputation need not go to its end to bring it back.
+            is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
+            with outside_checkpoint() if is_held else nullcontext():
+                tapped = self._tap(layer, hidden)
         current = self._pass
         if tapped is not None and current is not None:
             _note(tapped, current.reached, "layer")

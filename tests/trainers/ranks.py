@@ -87,12 +87,15 @@ def fsdp_loop(
     reshard: bool = True,
     own_unit: bool = False,
     mixed: bool = False,
+    checkpointing: bool = False,
     **settings: Any,
 ) -> Any:
     """FSDP2 on the decoder layers and the rest; the rank without images trains what it uses."""
     model = tiny_llava()
     freeze_vision(model)
     pre = apply_pre(model, weight=WEIGHT, **settings)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else None
     options = {"reshard_after_forward": reshard} | ({"mp_policy": policy} if policy else {})
     units = list(model.model.language_model.layers)
@@ -197,6 +200,10 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     "fsdp loop, whole images": lambda rank, out: fsdp_loop(rank, out, level="global"),
     "fsdp loop, kept": lambda rank, out: fsdp_loop(rank, out, reshard=False),
     "fsdp loop, head apart": lambda rank, out: fsdp_loop(rank, out, own_unit=True),
+    "fsdp loop, checkpointing": lambda rank, out: fsdp_loop(rank, out, checkpointing=True),
+    "fsdp loop, checkpointing, head apart": lambda rank, out: fsdp_loop(
+        rank, out, own_unit=True, checkpointing=True
+    ),
     "fsdp loop, mixed": lambda rank, out: fsdp_loop(rank, out, own_unit=True, mixed=True),
     "fsdp files": fsdp_files,
 }

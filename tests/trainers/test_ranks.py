@@ -96,6 +96,8 @@ def test_gradients_of_whole_images_and_one_head(out: Path) -> None:
         ("fsdp loop, whole images", "global"),
         ("fsdp loop, kept", "patch"),
         ("fsdp loop, head apart", "patch"),
+        ("fsdp loop, checkpointing", "patch"),
+        ("fsdp loop, checkpointing, head apart", "patch"),
     ),
 )
 def test_gradients_under_fully_shard(out: Path, heads: Any, case: str, level: str) -> None:
