@@ -157,8 +157,10 @@ def load_sweep(name: str) -> SweepConfig:
         OSError: the file cannot be read.
     """
     with as_file(_find("sweeps", name)) as path:
-        values: dict[str, Any] = dict(read_yaml(path) or {})
+        values = read_yaml(path)
         try:
+            if not isinstance(values, dict):
+                raise ValueError(f"expected a mapping, got {values!r}")
             if not isinstance(values.get("preset"), str):
                 raise ValueError(f"preset: expected a preset's name, got {values.get('preset')!r}")
             experiment = to_dict(load_preset(values.pop("preset")))

@@ -246,8 +246,8 @@ def claim(out: Path, kind: str, settings: dict[str, Any], free: Sequence[str]) -
                 values.pop(name, None)
         if there != asked:
             raise ValueError(
-                f"{out}: holds an {kind} with other settings; expected the same ones, another "
-                "--out, or --fresh"
+                f"{out}: holds results of other settings; expected the same ones, another --out, "
+                "or --fresh"
             )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
