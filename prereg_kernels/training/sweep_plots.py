@@ -78,12 +78,8 @@ def _panel(
             color=colour, marker="os"[position], markersize=5, capsize=3, linewidth=1.2,
             linestyle="none" if axis == "anchors" else "-", label=column.heading,
         )  # fmt: skip
-    centre = [point.name for point in values.values()].index(CENTRE) if _has(values) else None
-    if centre is not None:
-        panel.axvline(centre, color=GREY, alpha=0.15, linewidth=8)
+    points = [point.name for point in values.values()]
+    if CENTRE in points:
+        panel.axvline(points.index(CENTRE), color=GREY, alpha=0.15, linewidth=8)
     panel.set_xticks(range(len(values)), names)
     panel.set_xlabel(AXES[axis])
-
-
-def _has(values: dict[object, Point]) -> bool:
-    return any(point.name == CENTRE for point in values.values())
