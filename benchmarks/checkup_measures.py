@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe_machine
 from prereg_kernels.diagnostics import (
     LensSums,
     MeanSums,
@@ -32,6 +31,7 @@ from prereg_kernels.diagnostics import (
     probe,
 )
 from prereg_kernels.files import write_whole
+from prereg_kernels.machine import describe_machine
 from prereg_kernels.training.memory import peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "checkup_measures.json"

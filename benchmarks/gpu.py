@@ -31,7 +31,7 @@ from benchmarks.gpu_run import run_until_stopped
 from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_stages import time_stages, triton_kinds
 from benchmarks.gpu_timing import Effort, make_clock
-from benchmarks.machine import describe_machine
+from prereg_kernels.machine import describe_machine
 from prereg_kernels.rows import choose_rows
 
 RESULTS = Path(__file__).parent / "results"

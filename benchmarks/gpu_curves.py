@@ -30,8 +30,8 @@ from benchmarks.gpu_report import bar, bar_lines, write_json
 from benchmarks.gpu_run import make_parser, parse_device, run_until_stopped
 from benchmarks.gpu_step_models import Batch
 from benchmarks.gpu_step_variants import eager_terms
-from benchmarks.machine import describe_machine
 from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels.machine import describe_machine
 from prereg_kernels.training.data import Packer, TrainStream, build_tokenizer
 from prereg_kernels.training.model import ModelConfig, build_model
 from prereg_kernels.training.questions import COMMON_FAMILIES

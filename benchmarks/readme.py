@@ -1,6 +1,7 @@
 """Write README's and docs' figures from benchmarks/results/, between their markers.
 
-    python benchmarks/readme.py --keep-demo runs/scenes     # first: keep a demo's summary
+    python benchmarks/readme.py --keep-demo runs/scenes           # first: keep a demo's summary
+    python benchmarks/readme.py --keep-sweep runs/sweep-scenes    # first: keep a sweep's results
 
 Nothing is measured here.
 """
@@ -11,6 +12,7 @@ import argparse
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,13 @@ def keep_demo(directory: Path, commit: str) -> None:
     stamp = {"commit": commit, "processor": platform.processor() or platform.machine()}
     text = json.dumps({"stamp": stamp, **summary}, indent=1)
     (RESULTS / "demo.json").write_text(text + "\n")
+
+
+def keep_sweep(directory: Path) -> None:
+    """Copy a sweep's results, which say where they were made, and its pictures."""
+    shutil.copy(directory / "results.json", RESULTS / "fidelity.json")
+    for picture in (directory / "plots").glob("*.png"):
+        shutil.copy(picture, ROOT / "docs" / "images" / f"sweep-{picture.name}")
 
 
 def demo_section() -> str:
@@ -69,9 +78,14 @@ def cpu_section() -> str:
 
 
 def sweep_section() -> str:
-    """The answers sweep as a table."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "answers_sweep.py"), "--table"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """The sweep's tables."""
+    from prereg_kernels.training.config import from_dict
+    from prereg_kernels.training.sweep import SweepConfig
+    from prereg_kernels.training.sweep_report import SweepResults, markdown
+
+    stored = json.loads((RESULTS / "fidelity.json").read_text())
+    results = SweepResults(from_dict(SweepConfig, stored["config"]), stored["runs"])
+    return markdown(results, [run["stamp"] for run in stored["runs"]])
 
 
 def token_fraction_section() -> str:
@@ -95,15 +109,18 @@ def main() -> None:
     """Fill every marker."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep-demo", type=Path, metavar="DIR")
+    parser.add_argument("--keep-sweep", type=Path, metavar="DIR")
     parser.add_argument("--commit", help="of that demo; default: this checkout's")
     options = parser.parse_args()
     if options.keep_demo:
         describe = ["git", "describe", "--always", "--dirty"]
         found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
         keep_demo(options.keep_demo, options.commit or found.stdout.strip())
+    if options.keep_sweep:
+        keep_sweep(options.keep_sweep)
     fill(ROOT / "README.md", "demo", demo_section())
     fill(ROOT / "README.md", "cpu-table", cpu_section())
-    fill(ROOT / "docs" / "demo.md", "sweep", sweep_section())
+    fill(ROOT / "docs" / "fidelity.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 
 

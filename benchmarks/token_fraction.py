@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe_machine
+from prereg_kernels.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "token_fraction.json"
 BASELINE, FRACTIONS = "baseline", (1.0, 0.5, 0.25)

@@ -1,13 +1,9 @@
-"""The command line: `prereg train`, `prereg diagnose`, `prereg doctor`."""
+"""The command line: `prereg train`, `prereg sweep`, `prereg diagnose`, `prereg doctor`."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-from dataclasses import replace
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +25,7 @@ def main() -> None:
         from rich.console import Console
 
         from prereg_kernels.training.checkpoint import CheckpointError
+        from prereg_kernels.training.commands import sweep, train
         from prereg_kernels.training.loop import TrainingInterrupted
         from prereg_kernels.training.workers import Interrupted, UnitError
     except ModuleNotFoundError as error:
@@ -36,7 +33,8 @@ def main() -> None:
 
     try:
         console = Console()
-        train(arguments, console if console.is_terminal else Console(width=120))
+        command = {"train": train, "sweep": sweep}[arguments.command]
+        command(arguments, console if console.is_terminal else Console(width=120))
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
@@ -80,16 +78,20 @@ def _parser() -> argparse.ArgumentParser:
         "Run again after an interruption: it goes on from the last checkpoint.",
     )
     source = train.add_mutually_exclusive_group(required=True)
-    source.add_argument("--preset", help="a paired experiment: scenes, or a YAML file of your own")
+    source.add_argument(
+        "--preset",
+        help="a paired experiment: scenes, scenes-gpu, scenes-gpu-text, or a YAML file of your own",
+    )
     source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
     train.add_argument("--out", type=Path, help="where everything goes; default: runs/<name>")
-    train.add_argument("--device", help="with --config: cpu, cuda, ...; default: cuda if there")
+    train.add_argument(
+        "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
+    )
     train.add_argument("--fresh", action="store_true", help="do not resume what is there")
     group = train.add_argument_group("with --preset")
-    group.add_argument("--seeds", type=int, help="number of paired seeds")
-    group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
+    _add_size(group)
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
-    group.add_argument("--workers", type=int, help="processes, a thread each; default: one a core")
+    _add_sweep(commands)
     _add_diagnose(commands)
     doctor = commands.add_parser(
         "doctor",
@@ -98,6 +100,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
+
+
+def _add_size(group: Any) -> None:
+    group.add_argument("--seeds", type=int, help="number of paired seeds")
+    group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
+    group.add_argument(
+        "--workers", type=int, help="processes, a thread each; default: one a core, or one a GPU"
+    )
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="how PRe's effect moves with its settings",
+        description="Train over PRe's weights, layers, anchors and token fractions, one at a time, "
+        "against baselines paired by seed; writes results.json, tables.md and plots/. Run again "
+        "after an interruption: it goes on with what is not finished.",
+    )
+    parser.add_argument(
+        "--preset", required=True, help="scenes, scenes-gpu, or a YAML file of your own"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where everything goes; default: runs/sweep-<name>"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ...; default: the preset's")
+    parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: only report what is finished"
+    )
+    _add_size(parser)
 
 
 def _add_diagnose(commands: Any) -> None:
@@ -157,99 +189,3 @@ def _add_diagnose(commands: Any) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
     parser.add_argument("--json", action="store_true", help="print checkup.json, nothing else")
-
-
-def train(arguments: argparse.Namespace, console: Any) -> None:
-    """The command `prereg train`."""
-    if arguments.preset is not None:
-        if arguments.device is not None:
-            raise ValueError("--device: goes with --config; a preset runs on the CPU")
-        _experiment(arguments, console)
-        return
-    for name in ("seeds", "steps", "weight", "workers"):
-        if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name}: goes with --preset; with --config, set it in the file")
-    _single(arguments, console)
-
-
-def _single(arguments: argparse.Namespace, console: Any) -> None:
-    import torch
-
-    from prereg_kernels.training.config import RunConfig, load_config
-    from prereg_kernels.training.evaluation import evaluate
-    from prereg_kernels.training.loop import train as train_run
-    from prereg_kernels.training.scenes import Scenes
-
-    settings = load_config(arguments.config, RunConfig)
-    out = arguments.out or Path("runs") / arguments.config.stem
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} is not usable here: {error}") from None
-    result = train_run(settings, out, resume=not arguments.fresh, device=device)
-    test = Scenes("test", settings.seed, settings.scenes)
-    answers = evaluate(result.model, result.packer, test, list(settings.families))
-    for family, accuracy in answers.accuracy.items():
-        console.print(
-            f"{family}: {accuracy:.1%} (always the commonest: {answers.majority[family]:.1%})"
-        )
-    console.print(f"LM loss {answers.lm_loss:.3f} nats; model in {result.checkpoint}")
-
-
-def _experiment(arguments: argparse.Namespace, console: Any) -> None:
-    import torch
-
-    from prereg_kernels.training.cost import measure_cost
-    from prereg_kernels.training.experiment import open_experiment
-    from prereg_kernels.training.report import write_report
-    from prereg_kernels.training.tower import trained_tower
-    from prereg_kernels.training.workers import run_units
-
-    start = time.perf_counter()
-    settings = _with_overrides(_load_preset(arguments.preset), arguments)
-    run = settings.run
-    out = arguments.out or Path("runs") / Path(arguments.preset).stem
-    workers = arguments.workers or len(os.sched_getaffinity(0))
-    if workers < 1:
-        raise ValueError(f"--workers: expected at least 1, got {workers}")
-    open_experiment(settings, out, arguments.fresh)
-
-    torch.set_num_threads(1)  # at these widths a second thread costs more than it brings
-    with console.status("the vision tower learns to see"):
-        tower = trained_tower(run.model, run.scenes, run.tower, out / "cache")
-    seen = ", ".join(f"{name} {share:.1%}" for name, share in tower.accuracy.items())
-    console.print(f"vision tower ({tower.seconds:.0f} s): {seen}", highlight=False)
-    run_units(settings, out, workers, console)
-    with console.status("measuring what a step costs"):
-        cost = measure_cost(settings, out)
-    page = write_report(settings, cost, time.perf_counter() - start, out, console)
-    console.print(f"report: {page}")
-
-
-def _with_overrides(settings: Any, arguments: argparse.Namespace) -> Any:
-    run = settings.run
-    if arguments.steps is not None:
-        stages = (*run.stages[:-1], replace(run.stages[-1], steps=arguments.steps))
-        run = replace(run, stages=stages)
-    if arguments.weight is not None:
-        run = replace(run, pre=replace(run.pre, weight=arguments.weight))
-    seeds = settings.seeds if arguments.seeds is None else arguments.seeds
-    return replace(settings, run=run, seeds=seeds)
-
-
-def _load_preset(name: str) -> Any:
-    """The experiment of that name, or of a YAML file."""
-    from prereg_kernels.training.config import load_config
-    from prereg_kernels.training.experiment import ExperimentConfig
-
-    if name.endswith((".yaml", ".yml")):
-        return load_config(Path(name), ExperimentConfig)
-    folder = files("prereg_kernels.training") / "presets"
-    known = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir())
-    if name not in known:
-        raise ValueError(
-            f"--preset: expected one of {', '.join(known)}, or a YAML file; got {name}"
-        )
-    with as_file(folder / f"{name}.yaml") as path:
-        return load_config(path, ExperimentConfig)

@@ -36,8 +36,8 @@ from benchmarks.gpu_timing import (
     interleave,
     time_limit,
 )
-from benchmarks.machine import describe_source
 from prereg_kernels import eager_pre_loss
+from prereg_kernels.machine import describe_source
 from prereg_kernels.rows.base import Rows
 from prereg_kernels.rows.torch_rows import TorchRows
 

@@ -23,7 +23,8 @@ from prereg_kernels.training.scenes import SceneConfig
 T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16")
-ANCHORS = ("pre_llm", "other_scene")
+ANCHORS = ("pre_llm", "pre_projector", "other_scene")
+DATA = ("scenes", "text")
 
 
 def _require(name: str, holds: bool, expected: str, value: object) -> None:
@@ -70,8 +71,9 @@ class PRESettings:
     Attributes:
         weight: of L_PRe beside L_LM.
         layer: decoder layer whose output predicts, counted from 1.
-        anchor: "pre_llm", the image's own features as they enter the LLM, or "other_scene", those
-            of another image: a control with the right statistics and the wrong content.
+        anchor: "pre_llm", the image's own features as they enter the LLM; "pre_projector", the
+            tower's output; or "other_scene", the features of another image as they enter the LLM: a
+            control with the right statistics and the wrong content.
         token_fraction: part of the visual tokens that each step draws, in (0, 1].
     """
 
@@ -99,6 +101,8 @@ class StageConfig:
         trainable: parts that train, of "tower", "projector", "llm".
         frozen_layers: so many of the first decoder layers, and the embeddings, stay frozen.
         pre: whether PRe is on (its settings are the run's).
+        data: "scenes", or "text": questions about a description of the scene in words, without an
+            image; of other scenes, so that the other stages see what they would see without it.
     """
 
     name: str
@@ -108,13 +112,19 @@ class StageConfig:
     trainable: tuple[str, ...] = ("projector", "llm")
     frozen_layers: int = 0
     pre: bool = False
+    data: str = "scenes"
 
     def __post_init__(self) -> None:
         _require("steps", self.steps >= 1, "at least 1", self.steps)
         _require("lr", self.lr > 0, "a positive number", self.lr)
         _require("warmup", self.warmup >= 0, "at least 0", self.warmup)
+        _require("data", self.data in DATA, f"one of {DATA}", self.data)
+        text = self.data == "text"
+        _require("pre", not (text and self.pre), "false where data is text: no visual token", True)
         known = bool(self.trainable) and set(self.trainable) <= set(MODULES)
         _require("trainable", known, f"some of {MODULES}", self.trainable)
+        alone = self.trainable == ("llm",)
+        _require("trainable", alone or not text, "[llm] where data is text", self.trainable)
         _require("frozen_layers", self.frozen_layers >= 0, "at least 0", self.frozen_layers)
 
 
@@ -273,15 +283,24 @@ def load_config(path: str | Path, kind: type[T]) -> T:
         ValueError: not YAML, or as in `from_dict`; the message names the file.
         OSError: the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    values = read_yaml(path)
     try:
         return from_dict(kind, values if values is not None else {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain values of a YAML file.
+
+    Raises:
+        ValueError: not YAML; the message names the file.
+        OSError: the file cannot be read.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

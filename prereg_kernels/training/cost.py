@@ -27,6 +27,8 @@ _WARMUP_STEPS, _MEMORY_STEPS = 3, 6
 def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
     """Median seconds of a step and peak memory in bytes, without and with PRe, one thread.
 
+    On a GPU the memory is what torch allocates there.
+
     Args:
         out: the experiment's directory, whose cached tower is used; cost.json there keeps the
             result, which is not measured again.
@@ -43,6 +45,7 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
         "step_ratio": statistics.median(ratios),
         "step_ratio_error": statistics.stdev(ratios) / math.sqrt(len(ratios)),
         "steps": config.cost_steps,
+        "device": config.device,
         "peak_bytes": dict(zip(variants, peaks, strict=True)),
     }
     write_whole(path, json.dumps(cost, indent=1))
@@ -72,7 +75,11 @@ def _peak_memory(config: ExperimentConfig, out: Path, variant: str) -> int:
     stepper = _stepper(config, out, variant)
     for step in range(_MEMORY_STEPS):
         stepper(step)
-    return peak_memory()
+    if config.device == "cpu":
+        return peak_memory()
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 def _stepper(config: ExperimentConfig, out: Path, variant: str) -> Callable[[int], float]:
@@ -85,5 +92,5 @@ def _stepper(config: ExperimentConfig, out: Path, variant: str) -> Callable[[int
     run = run_config(config, Unit(0, variant))
     stages = zip(run.stages, config.run.stages, strict=True)  # the baseline's have no PRe
     measured = [mine for mine, with_pre in stages if with_pre.pre][-1]
-    stepper = Stepper(replace(run, stages=(measured,)), out / "cache")
+    stepper = Stepper(replace(run, stages=(measured,)), out / "cache", config.device)
     return stepper.timed_step

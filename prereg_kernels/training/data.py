@@ -7,6 +7,8 @@ One sequence holds one image and many questions about it:
 A block mask lets each question see the image and itself, never another question, and positions
 restart after the image, so that each question is answered exactly as if it were asked alone. The
 image, most of the tokens, is encoded once for all of them.
+
+Training on text alone puts a description of the scene where the image would be.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from prereg_kernels.training.draws import stream_key
-from prereg_kernels.training.questions import Question, check_families, questions, words
+from prereg_kernels.training.questions import (
+    Question,
+    check_families,
+    description,
+    questions,
+    words,
+)
 from prereg_kernels.training.scenes import SceneBatch, SceneConfig, Scenes
 
 PAD, UNKNOWN, IMAGE = "<pad>", "<unk>", "<image>"
@@ -33,6 +41,7 @@ IGNORE = -100
 Batch = dict[str, Tensor]
 
 _PIXEL_MEAN, _PIXEL_STD = 0.5, 0.25
+_FIRST_DESCRIBED = 1 << 40  # scenes that are described are never shown
 
 
 def build_tokenizer(config: SceneConfig) -> PreTrainedTokenizerFast:
@@ -110,21 +119,33 @@ class Packer:
             raise ValueError(
                 f"asked: expected one list for each of {len(images)} images, got {len(asked)}"
             )
-        V = self.image_tokens
-        longest = max(sum(len(q.prompt) + 1 for q in row) for row in asked)
-        shape = (len(images), V + longest)
+        image = [self._image_id] * self.image_tokens
+        return self._pack([image] * len(images), asked) | {"pixel_values": pixel_values(images)}
+
+    def pack_text(
+        self, described: Sequence[Sequence[str]], asked: Sequence[Sequence[Question]]
+    ) -> Batch:
+        """The same with a description in place of each image, of any length: no image token, no
+        pixels, and labels on the answers alone."""
+        return self._pack([self.encode(text) for text in described], asked)
+
+    def _pack(self, seen: Sequence[list[int]], asked: Sequence[Sequence[Question]]) -> Batch:
+        """A row for each of `seen`, the tokens that all of its questions look at."""
+        rows = zip(seen, asked, strict=True)
+        longest = max(len(head) + sum(len(q.prompt) + 1 for q in row) for head, row in rows)
+        shape = (len(seen), longest)
         ids = np.full(shape, self._pad_id, dtype=np.int64)
         labels = np.full(shape, IGNORE, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
-        blocks = np.full(shape, -1, dtype=np.int64)  # 0: image, 1, 2, ...: question, -1: padding
-        ids[:, :V], positions[:, :V], blocks[:, :V] = self._image_id, np.arange(V), 0
-        for b, row in enumerate(asked):
-            start = V
+        blocks = np.full(shape, -1, dtype=np.int64)  # 0: seen, 1, 2, ...: question, -1: padding
+        for b, (head, row) in enumerate(zip(seen, asked, strict=True)):
+            start = len(head)
+            ids[b, :start], positions[b, :start], blocks[b, :start] = head, range(start), 0
             for j, question in enumerate(row):
                 tokens = [*self.encode(question.prompt), self._ids[question.answer]]
                 end = start + len(tokens)
                 ids[b, start:end] = tokens
-                positions[b, start:end] = range(V, V + len(tokens))
+                positions[b, start:end] = range(len(head), len(head) + len(tokens))
                 blocks[b, start:end] = j + 1
                 labels[b, end - 1] = tokens[-1]
                 start = end
@@ -135,7 +156,6 @@ class Packer:
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(positions),
             "attention_mask": mask,
-            "pixel_values": pixel_values(images),
         }
 
     def prompts(self, images: NDArray[np.float32], asked: Sequence[Question]) -> Batch:
@@ -185,6 +205,8 @@ class TrainStream:
         micro_batch: scenes in a micro-batch.
         accumulation: micro-batches in a step.
         distinct_scenes: scenes in all, with fixed questions; None: always new ones.
+        text: describe scenes, always new ones and none of those that are shown, in place of
+            showing them.
     """
 
     scenes: Scenes
@@ -194,6 +216,7 @@ class TrainStream:
     micro_batch: int
     accumulation: int = 1
     distinct_scenes: int | None = None
+    text: bool = False
 
     def __post_init__(self) -> None:
         check_families(self.families)
@@ -205,11 +228,20 @@ class TrainStream:
     def _micro_batch(self, step: int, micro: int) -> Batch:
         first = (step * self.accumulation + micro) * self.micro_batch
         indices = list(range(first, first + self.micro_batch))
-        if self.distinct_scenes is not None:
+        if self.text:
+            indices = [_FIRST_DESCRIBED + index for index in indices]
+        elif self.distinct_scenes is not None:
             indices = [index % self.distinct_scenes for index in indices]
         batch = self.scenes.batch(indices)
         asked = [self._ask(batch, b, index) for b, index in enumerate(indices)]
+        if self.text:
+            told = [self._describe(batch, b, index) for b, index in enumerate(indices)]
+            return self.packer.pack_text(told, asked)
         return self.packer.pack(batch.images, asked)
+
+    def _describe(self, batch: SceneBatch, b: int, index: int) -> tuple[str, ...]:
+        rng = random.Random(stream_key("description", self.scenes.split, self.scenes.seed, index))
+        return description(batch.scenes[b], rng, grid=self.scenes.config.grid)
 
     def _ask(self, batch: SceneBatch, b: int, index: int) -> list[Question]:
         # The generator is the scene's, not the batch's: accumulation 1 x 8 and 4 x 2 ask the same.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 from prereg_kernels.files import write_whole
 from prereg_kernels.training.config import RunConfig, StageConfig, to_dict
 from prereg_kernels.training.evaluation import evaluate
-from prereg_kernels.training.loop import train
+from prereg_kernels.training.loop import RunResult, train
 from prereg_kernels.training.measure import measure
-from prereg_kernels.training.questions import COMMON_FAMILIES, check_families
+from prereg_kernels.training.questions import COMMON_FAMILIES, FAMILIES, check_families
 from prereg_kernels.training.scenes import Scenes
 
 VARIANTS = ("baseline", "pre", "other_scene")
@@ -68,6 +68,7 @@ class ExperimentConfig:
         evaluation_scenes: test scenes, a question of each family about each.
         probe_train_scenes, probe_test_scenes: scenes whose objects train and test the probes.
         cost_steps: training steps of baseline and PRe that are timed.
+        device: that it is meant for, such as "cpu" or "cuda".
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -77,6 +78,7 @@ class ExperimentConfig:
     probe_train_scenes: int = 256
     probe_test_scenes: int = 256
     cost_steps: int = 40
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -127,9 +129,9 @@ _ANCHORS = {"pre": "pre_llm", "other_scene": "other_scene"}
 
 
 def transfer_config(
-    config: ExperimentConfig, unit: Unit, transfer: str, checkpoint: Path
+    config: ExperimentConfig, seed: int, transfer: str, checkpoint: Path
 ) -> RunConfig:
-    """The fine-tuning run on the new family, from a checkpoint of the unit, PRe switched off."""
+    """The fine-tuning run on the new family, from a run's checkpoint, PRe switched off."""
     settings = config.transfer
     frozen = transfer == TRANSFERS[0]
     stage = StageConfig(
@@ -142,7 +144,7 @@ def transfer_config(
     )
     return replace(
         config.run,
-        seed=unit.seed + 1000,  # scenes that the first training did not see
+        seed=seed + 1000,  # scenes that the first training did not see
         stages=(stage,),
         families={settings.family: 1.0},
         questions_per_scene=settings.questions_per_scene,
@@ -152,7 +154,7 @@ def transfer_config(
 
 
 def run_unit(
-    config: ExperimentConfig, unit: Unit, out: Path, report: Report, *, progress: bool = False
+    config: ExperimentConfig, unit: Unit, out: Path, report: Report, device: str
 ) -> dict[str, Any]:
     """Train, evaluate and measure a unit; what `result.json` already has is not done again."""
     directory = unit.directory(out)
@@ -160,16 +162,39 @@ def run_unit(
     if done is not None:
         return done
     run = run_config(config, unit)
+    trained, found = train_and_measure(config, run, directory, out / "cache", report, device)
+    result: dict[str, Any] = {"seed": unit.seed, "variant": unit.variant, **found}
+    if unit.variant != "other_scene":
+        result["transfer"] = {
+            name: transfer_test(config, unit.seed, name, trained, directory, report, device)
+            for name in TRANSFERS
+        }
+    write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
+    return result
+
+
+def train_and_measure(
+    config: ExperimentConfig,
+    run: RunConfig,
+    directory: Path,
+    cache: Path,
+    report: Report,
+    device: str,
+) -> tuple[RunResult, dict[str, Any]]:
+    """Train a run, ask it the common questions and those of its own mix, and measure its layers.
+
+    Returns:
+        The trained run, and what a result holds of it.
+    """
     report("training", directory, run.steps)
-    trained = train(run, directory, cache_dir=out / "cache", progress=progress)
+    trained = train(run, directory, cache_dir=cache, progress=False, device=device)
     report("measuring", directory, 0)
-    test = Scenes("test", unit.seed, run.scenes)
+    test = Scenes("test", run.seed, run.scenes)
+    asked = [name for name in FAMILIES if name in COMMON_FAMILIES or run.families.get(name, 0) > 0]
     answers = evaluate(
-        trained.model, trained.packer, test, COMMON_FAMILIES, n_scenes=config.evaluation_scenes
+        trained.model, trained.packer, test, asked, n_scenes=config.evaluation_scenes
     )
-    result: dict[str, Any] = {
-        "seed": unit.seed,
-        "variant": unit.variant,
+    return trained, {
         "accuracy": answers.accuracy,
         "majority": answers.majority,
         "mean_accuracy": answers.mean_accuracy,
@@ -177,19 +202,12 @@ def run_unit(
         "train_step_seconds": trained.step_seconds,
         **measure(
             trained.model,
-            Scenes("train", unit.seed, run.scenes),
+            Scenes("train", run.seed, run.scenes),
             test,
             train_scenes=config.probe_train_scenes,
             test_scenes=config.probe_test_scenes,
         ),
     }
-    if unit.variant != "other_scene":
-        result["transfer"] = {
-            name: _transfer(config, unit, name, trained.checkpoint, directory, report)
-            for name in TRANSFERS
-        }
-    write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
-    return result
 
 
 def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
@@ -205,19 +223,34 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
         for unit_directory in out.glob("seed-*"):
             shutil.rmtree(unit_directory)
         (out / "cost.json").unlink(missing_ok=True)
-    settings = json.loads(json.dumps(to_dict(config)))
-    path = out / "experiment.json"
-    if path.exists() and any(out.glob("seed-*")):
-        there = json.loads(path.read_text(encoding="utf-8"))
-        for values in (there, settings):
-            values.pop("seeds")  # more seeds can be added later
-        if there != settings:
+    claim(out, "experiment", to_dict(config), free=("seeds",))
+
+
+def claim(out: Path, kind: str, settings: dict[str, Any], free: Sequence[str]) -> None:
+    """Write down what the results in `out` are made with, in `<kind>.json`.
+
+    Args:
+        free: settings that may differ from those of the results that are there: what else is run.
+
+    Raises:
+        ValueError: there are results made with other settings, or of another kind.
+    """
+    path = out / f"{kind}.json"
+    text = json.dumps(settings, indent=1)
+    if any(out.glob("seed-*")):
+        if not path.exists():
+            raise ValueError(f"{out}: holds results of something else; expected another --out")
+        there, asked = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        for values in (there, asked):
+            for name in free:
+                values.pop(name, None)
+        if there != asked:
             raise ValueError(
-                f"{out}: holds an experiment with other settings; expected the same ones, another "
-                "--out, or --fresh"
+                f"{out}: holds results of other settings; expected the same ones, another --out, "
+                "or --fresh"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(to_dict(config), indent=1))
+    write_whole(path, text)
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
@@ -226,23 +259,25 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _transfer(
+def transfer_test(
     config: ExperimentConfig,
-    unit: Unit,
+    seed: int,
     transfer: str,
-    checkpoint: Path,
+    trained: RunResult,
     directory: Path,
     report: Report,
+    device: str,
 ) -> dict[str, Any]:
-    run = transfer_config(config, unit, transfer, checkpoint)
+    """Fine-tune a trained run on the new family, one of `TRANSFERS`; what it then answers."""
+    run = transfer_config(config, seed, transfer, trained.checkpoint)
     path = directory / f"transfer-{transfer.replace(' ', '-')}"
     report(f"transfer, {transfer}", path, run.steps)
-    tuned = train(run, path, cache_dir=path, progress=False, tensorboard=False)
+    tuned = train(run, path, cache_dir=path, progress=False, tensorboard=False, device=device)
     family = config.transfer.family
     found = evaluate(
         tuned.model,
         tuned.packer,
-        Scenes("test", unit.seed, run.scenes),
+        Scenes("test", seed, run.scenes),
         [family],
         n_scenes=config.transfer.evaluation_scenes,
     )

@@ -1,4 +1,5 @@
-"""The reference training loop: LLaVA's stages, with or without PRe, resumable bit for bit.
+"""The reference training loop: LLaVA's stages, with or without PRe, resumable bit for bit. A stage
+on descriptions of scenes in words can come before them.
 
 What a step minimises: the mean cross-entropy over all the step's answers + weight * the mean of
 L_PRe over all its visual tokens. Both means are over the step: each micro-batch sums and divides by
@@ -122,7 +123,6 @@ def train(
     model = _initial_model(config, tokenizer, saved, Path(cache_dir or run_dir), target)
     model.train()
     packer = Packer(tokenizer, config.scenes.patches)
-    stream = _stream(config, packer)
     step = saved.step if saved is not None else 0
     path = saved.path if saved is not None else run_dir
     pre: PRe | None = None
@@ -151,10 +151,14 @@ def train(
                 restore_optimizer(saved, optimizer if saved.stage == index else None)
                 saved = None
             times = []
+            stream = _stream(config, stage, packer)
+            # each kind of data is counted by itself: a stage of text shifts no other's scenes
+            before = sum(s.steps for s in config.stages[:index] if s.data == stage.data)
             while step < last:
                 start = time.perf_counter()
                 lr = stage.lr * cosine_with_warmup(step - first, stage.steps, stage.warmup)
-                values = _step(model, optimizer, stream.micro_batches(step), lr, config, pre)
+                batches = stream.micro_batches(before + step - first)
+                values = _step(model, optimizer, batches, lr, config, pre)
                 times.append(time.perf_counter() - start)
                 seconds += times[-1]
                 step += 1
@@ -193,33 +197,38 @@ def train(
 
 
 class Stepper:
-    """A single stage's training step by itself, on the CPU, to measure what it costs.
+    """A single stage's training step by itself, to measure what it costs.
 
     Args:
         config: the run.
         cache_dir: where trained towers are kept.
     """
 
-    def __init__(self, config: RunConfig, cache_dir: str | Path) -> None:
+    def __init__(
+        self, config: RunConfig, cache_dir: str | Path, device: str | torch.device = "cpu"
+    ) -> None:
         tokenizer = build_tokenizer(config.scenes)
         stage = config.stages[0]
         self._config, self._lr = config, stage.lr
-        self._model = _initial_model(config, tokenizer, None, Path(cache_dir), torch.device("cpu"))
+        target = torch.device(device)
+        self._model = _initial_model(config, tokenizer, None, Path(cache_dir), target)
         self._model.train()
         set_trainable(self._model, stage.trainable, stage.frozen_layers)
         self._pre = _attach_pre(self._model, config, stage, None)
         self._optimizer = _optimizer(self._model, config, stage)
-        self._stream = _stream(config, Packer(tokenizer, config.scenes.patches))
+        self._stream = _stream(config, stage, Packer(tokenizer, config.scenes.patches))
 
     def timed_step(self, i: int) -> float:
         """Do training step `i` (from 0) at the peak learning rate; returns its seconds."""
         start = time.perf_counter()
         batches = self._stream.micro_batches(i)
         _step(self._model, self._optimizer, batches, self._lr, self._config, self._pre)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)  # the optimizer is still at work
         return time.perf_counter() - start
 
 
-def _stream(config: RunConfig, packer: Packer) -> TrainStream:
+def _stream(config: RunConfig, stage: StageConfig, packer: Packer) -> TrainStream:
     return TrainStream(
         Scenes("train", config.seed, config.scenes),
         packer,
@@ -228,6 +237,7 @@ def _stream(config: RunConfig, packer: Packer) -> TrainStream:
         config.micro_batch,
         config.accumulation,
         config.distinct_scenes,
+        text=stage.data == "text",
     )
 
 
@@ -246,7 +256,7 @@ def _initial_model(
     if source is not None:
         return load_model(source, attention=attention).to(device)
     model = build_model(config.model, config.scenes, tokenizer, config.seed, attention=attention)
-    tower = trained_tower(config.model, config.scenes, config.tower, cache_dir)
+    tower = trained_tower(config.model, config.scenes, config.tower, cache_dir, device=device)
     model.model.vision_tower.load_state_dict(tower.state)
     return model.to(device)
 
@@ -278,8 +288,8 @@ def _attach_pre(
     if pre is not None:
         pre.heads[config.pre.layer].requires_grad_(True)  # set_trainable froze all there was
         return pre
-    anchor: Any = "pre_llm"
-    if config.pre.anchor == "other_scene":
+    anchor: Any = config.pre.anchor
+    if anchor == "other_scene":
         anchor = other_scene_anchor(model)
     return apply_pre(
         model,

@@ -109,7 +109,8 @@ def build_model(
         num_hidden_layers=config.decoder_layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
-        max_position_embeddings=scenes.patches + 16,
+        # a description has six words a digit
+        max_position_embeddings=max(scenes.patches, 6 * scenes.max_digits) + 16,
         initializer_range=config.initializer_range,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,

@@ -44,16 +44,31 @@ def words(config: SceneConfig) -> tuple[str, ...]:
     """Every word that a question or an answer about such scenes can hold, once each."""
     fixed = ("how", "many", "digit", "at", "is", "there", "larger", YES, NO)
     values = tuple(value for names in ATTRIBUTES.values() for value in names)
+    counts = tuple(str(count) for count in range(config.max_digits + 1))
     return tuple(
-        dict.fromkeys(fixed + DIGITS + cell_names(config.grid) + TRANSFER_FAMILIES + values)
+        dict.fromkeys(
+            fixed + DIGITS + cell_names(config.grid) + TRANSFER_FAMILIES + values + counts
+        )
     )
+
+
+def description(scene: Scene, rng: random.Random, *, grid: int = 3) -> tuple[str, ...]:
+    """A scene in words: for each digit, in an order drawn from `rng`, its cell, its class and its
+    attributes ("top-left 3 dark upright striped thin"). It says more than the questions ask for, as
+    an image does."""
+    cells = cell_names(grid)
+    told: list[str] = []
+    for item in rng.sample(scene.objects, len(scene.objects)):
+        told += (cells[item.cell], DIGITS[item.digit])
+        told += (values[getattr(item, name)] for name, values in ATTRIBUTES.items())
+    return tuple(told)
 
 
 def _count(scene: Scene, cells: tuple[str, ...], rng: random.Random) -> Question:
     """ "how many 3": mostly of a class that is there, else "0" would be the best guess."""
     digits = [item.digit for item in scene.objects]
     asked = rng.choice(digits) if rng.random() < 0.8 else rng.randrange(10)
-    return Question("count", ("how", "many", DIGITS[asked]), DIGITS[digits.count(asked)])
+    return Question("count", ("how", "many", DIGITS[asked]), str(digits.count(asked)))
 
 
 def _read(scene: Scene, cells: tuple[str, ...], rng: random.Random) -> Question:

@@ -68,7 +68,8 @@ def write_report(
         "scenes a step": config.run.micro_batch * config.run.accumulation,
         "PRe": f"layer {layer} of {config.run.model.decoder_layers}, weight {pre.weight:g}",
         "took": f"{seconds / 60:.1f} min",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        + (f", {torch.cuda.get_device_name()}" if config.device.startswith("cuda") else ""),
         "prereg_kernels": __version__,
     }
     for sentence in sentences:
@@ -183,7 +184,7 @@ def _cost(cost: dict[str, Any]) -> Table:
             f"± {100 * cost['step_ratio_error']:.1f}% (standard error, {cost['steps']} pairs)",
         ],
         [
-            "peak memory of the process (MiB)",
+            f"peak memory of the {'process' if cost['device'] == 'cpu' else 'device'} (MiB)",
             f"{peaks['baseline'] / 2**20:.0f}",
             f"{peaks['pre'] / 2**20:.0f}",
             f"{extra:+.0f} MiB",

@@ -37,12 +37,15 @@ class Effect:
     Attributes:
         before, after: each one's spread. difference: after - before, over the seeds.
         half_width: of the 95% t interval of the mean difference; NaN for a single seed.
+        p_value: two-sided, of the paired t test: below 0.05 where the interval excludes 0. NaN for
+            a single seed.
     """
 
     before: Spread
     after: Spread
     difference: Spread
     half_width: float
+    p_value: float
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float]) -> Effect:
@@ -52,14 +55,33 @@ class Effect:
         differences = [b - a for a, b in zip(before, after, strict=True)]
         spread = Spread.of(differences)
         n = len(differences)
-        half = float(t.ppf(0.975, n - 1)) * spread.deviation / math.sqrt(n) if n > 1 else math.nan
-        return cls(Spread.of(before), Spread.of(after), spread, half)
+        error = spread.deviation / math.sqrt(n)  # NaN for a single seed, as what follows from it
+        half = float(t.ppf(0.975, n - 1)) * error if n > 1 else math.nan
+        if error == 0:
+            p_value = float(spread.mean == 0)
+        else:
+            p_value = 2 * float(t.sf(abs(spread.mean) / error, n - 1)) if n > 1 else math.nan
+        return cls(Spread.of(before), Spread.of(after), spread, half, p_value)
 
     @property
     def direction(self) -> int:
         """1 or -1 where the interval of the difference excludes 0, else 0."""
         clear = abs(self.difference.mean) > self.half_width  # False for NaN
         return 0 if not clear else (1 if self.difference.mean > 0 else -1)
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of many tests still reject, when no more than `level` is the chance that any of them
+    does so wrongly (Holm 1979). NaN never does."""
+    order = sorted(
+        (i for i, p in enumerate(p_values) if not math.isnan(p)), key=p_values.__getitem__
+    )
+    rejected = [False] * len(p_values)
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(order) - rank):
+            break
+        rejected[i] = True
+    return rejected
 
 
 class Results:

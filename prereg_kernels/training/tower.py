@@ -52,10 +52,12 @@ def trained_tower(
     cache_dir: str | Path,
     *,
     on_step: Callable[[int, int], None] | None = None,
+    device: str | torch.device = "cpu",
 ) -> TowerResult:
-    """The tower for these settings, from `cache_dir` where it was trained before.
+    """The tower for these settings, on the CPU, from `cache_dir` where it was trained before.
 
     Args:
+        device: where it is trained if it is not there.
         on_step: called with (steps done, steps in all) after each step.
     """
     settings = json.dumps([to_dict(model), to_dict(scenes), to_dict(tower)], sort_keys=True)
@@ -64,7 +66,7 @@ def trained_tower(
     if path.exists():
         report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return TowerResult(load_file(path), report["accuracy"], 0.0)
-    result = train_tower(model, scenes, tower, on_step=on_step)
+    result = train_tower(model, scenes, tower, on_step=on_step, device=device)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The weights come last and by rename: a file under the final name is always whole.
     path.with_suffix(".json").write_text(
@@ -82,17 +84,19 @@ def train_tower(
     tower: TowerConfig,
     *,
     on_step: Callable[[int, int], None] | None = None,
+    device: str | torch.device = "cpu",
 ) -> TowerResult:
     """Train a tower from random weights. A function of its arguments alone."""
     start = time.perf_counter()
     vision = build_model(model, scenes, build_tokenizer(scenes), tower.seed).model.vision_tower
+    vision.to(device)
     classes = {"digit": 10, **{name: len(values) for name, values in ATTRIBUTES.items()}}
     # Questions ask for cells, so patches should know theirs; position embeddings alone say it less
     # directly, since a jittered tile crosses the borders of its cell.
     classes["cell"] = scenes.grid**2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(tower.seed)
-        head = nn.Linear(model.width, sum(classes.values()))
+        head = nn.Linear(model.width, sum(classes.values())).to(device)
     dense = replace(
         scenes,
         min_digits=min(tower.min_digits, scenes.grid**2),
@@ -107,7 +111,7 @@ def train_tower(
         for group in optimizer.param_groups:
             group["lr"] = tower.lr * cosine_with_warmup(step, tower.steps, tower.warmup)
         batch = train.batch(range(step * tower.batch, (step + 1) * tower.batch))
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=device)
         for name, (logits, labels) in _logits_and_labels(vision, head, classes, batch).items():
             weight = tower.digit_weight if name == "digit" else 1.0
             loss = loss + weight * F.cross_entropy(logits, labels)
@@ -124,7 +128,9 @@ def train_tower(
         name: float((logits.argmax(dim=1) == labels).float().mean())
         for name, (logits, labels) in pairs.items()
     }
-    state = {name: tensor.detach().clone() for name, tensor in vision.state_dict().items()}
+    state = {
+        name: tensor.detach().to("cpu", copy=True) for name, tensor in vision.state_dict().items()
+    }
     return TowerResult(state, accuracy, time.perf_counter() - start)
 
 
@@ -132,12 +138,14 @@ def _logits_and_labels(
     vision: nn.Module, head: nn.Module, classes: dict[str, int], batch: SceneBatch
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """{property: (logits (N, C), labels (N,))} over the N patches that belong to a digit."""
-    features = vision(pixel_values(batch.images)).last_hidden_state[:, 1:]  # without the CLS token
+    device = next(head.parameters()).device
+    # without the CLS token
+    features = vision(pixel_values(batch.images).to(device)).last_hidden_state[:, 1:]
     owned = batch.patch_objects >= 0
-    logits = head(features[torch.from_numpy(owned)]).split(list(classes.values()), dim=1)
+    logits = head(features[torch.from_numpy(owned).to(device)]).split(list(classes.values()), dim=1)
     slots = np.maximum(batch.patch_objects, 0)
-    labels = {
-        name: torch.from_numpy(np.take_along_axis(batch.fields[name], slots, axis=1)[owned])
-        for name in classes
+    fields = {
+        name: np.take_along_axis(batch.fields[name], slots, axis=1)[owned] for name in classes
     }
+    labels = {name: torch.from_numpy(values).to(device) for name, values in fields.items()}
     return {name: (out, labels[name]) for name, out in zip(classes, logits, strict=True)}

@@ -1,4 +1,4 @@
-"""Runs the units of an experiment in parallel processes, one thread each, and shows how they do."""
+"""Runs units of work in parallel processes, one thread each, and shows how they do."""
 
 from __future__ import annotations
 
@@ -10,19 +10,35 @@ import queue
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_unit, units
+from prereg_kernels.training.experiment import Report
 from prereg_kernels.training.interrupts import sigint_ignored
 from prereg_kernels.training.loop import TrainingInterrupted
 from prereg_kernels.training.metrics import METRICS_FILE
+
+
+class Unit(Protocol):
+    """One run with all that is measured on it, an experiment's or a sweep's."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    def directory(self, out: Path) -> Path:
+        """Where its files are."""
+
+
+Run = Callable[[Any, Path, Report, str], dict[str, Any]]
+"""Does a unit in a directory, reporting its phases, on a device, or reads what is finished there.
+It is pickled."""
 
 _INTERRUPTED = 130  # exit code of a worker that a signal stopped
 
@@ -35,8 +51,13 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for i
     """SIGINT or SIGTERM: every worker was asked to save and stop."""
 
 
-def run_units(config: ExperimentConfig, out: Path, workers: int, console: Console) -> None:
-    """Run all units of the experiment; those that are finished already are not run again.
+def run_units(
+    todo: Sequence[Unit], run: Run, out: Path, devices: Sequence[str], console: Console
+) -> None:
+    """Run all units; those that are finished already are not run again.
+
+    Args:
+        devices: of each worker.
 
     Raises:
         UnitError: one of them raised; the others were stopped and can be resumed.
@@ -44,14 +65,12 @@ def run_units(config: ExperimentConfig, out: Path, workers: int, console: Consol
     """
     context = multiprocessing.get_context("spawn")
     work, news = context.Queue(), context.Queue()
-    todo = units(config)
     for unit in todo:
         work.put(unit)
-    workers = min(workers, len(todo))
     with _one_thread_each(), sigint_ignored():  # the parent decides, and sends SIGTERM
         processes = [
-            context.Process(target=_worker, args=(config, out, work, news), daemon=True)
-            for _ in range(workers)
+            context.Process(target=_worker, args=(run, out, device, work, news), daemon=True)
+            for device in devices[: len(todo)]
         ]
         for process in processes:
             work.put(None)
@@ -121,15 +140,15 @@ def _last_step(directory: Path) -> tuple[int, str]:
     )
 
 
-def _worker(config: ExperimentConfig, out: Path, work: Any, news: Any) -> None:
+def _worker(run: Run, out: Path, device: str, work: Any, news: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
     me = os.getpid()
     while (unit := work.get()) is not None:
         try:
-            result = run_unit(
-                config, unit, out, lambda *phase, unit=unit: news.put(("phase", me, unit, *phase))
+            result = run(
+                unit, out, lambda *phase, unit=unit: news.put(("phase", me, unit, *phase)), device
             )
         except TrainingInterrupted:
             sys.exit(_INTERRUPTED)
@@ -140,10 +159,10 @@ def _worker(config: ExperimentConfig, out: Path, work: Any, news: Any) -> None:
                 log.write_text(traceback.format_exc(), encoding="utf-8")
             news.put(("failed", me, unit, f"{type(error).__name__}: {error} (see {log})"))
             return
-        news.put(("done", me, unit, summary(unit, result)))
+        news.put(("done", me, unit, summary(result)))
 
 
-def summary(unit: Unit, result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """A finished unit in a line."""
     parts = [f"answers {result['mean_accuracy']:.1%}"]
     for name, found in result.get("transfer", {}).items():

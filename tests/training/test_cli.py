@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-TINY = """
-seeds: 2
-run:
-  tower: {steps: 3, batch: 4}
-  stages:
-    - {name: projector, steps: 1, trainable: [projector]}
-    - {name: projector and llm, steps: 3, warmup: 1, pre: true}
-  micro_batch: 4
-  questions_per_scene: 4
-transfer: {frozen_steps: 2, steps: 2, warmup: 1, evaluation_scenes: 8}
-evaluation_scenes: 8
-probe_train_scenes: 24
-probe_test_scenes: 24
-cost_steps: 2
-"""
-
-
-def prereg(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from prereg_kernels.cli import main; main()", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+from tests.training.cli import TINY, prereg
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +58,7 @@ def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
         (["train"], "one of the arguments --preset --config is required"),
         (
             ["train", "--preset", "nope"],
-            "--preset: expected one of scenes, or a YAML file; got nope",
+            "expected one of scenes, scenes-gpu, scenes-gpu-text, or a YAML file; got nope",
         ),
         (["train", "--preset", "absent.yaml"], "absent.yaml"),
         (["train", "--config", "bad.yaml"], "bad.yaml: stepz: unknown key"),
@@ -90,7 +67,8 @@ def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
             ["train", "--preset", "tiny.yaml", "--weight", "-1"],
             "weight: expected a positive number",
         ),
-        (["train", "--preset", "tiny.yaml", "--weight", "3"], "holds an experiment with other"),
+        (["train", "--preset", "tiny.yaml", "--weight", "3"], "holds results of other settings"),
+        (["train", "--preset", "tiny.yaml", "--device", "abacus"], "--device: 'abacus' is not"),
         (["train", "--preset", "tiny.yaml", "--nope"], "unrecognized arguments: --nope"),
         (["nope"], "invalid choice: 'nope'"),
     ],

@@ -67,6 +67,18 @@ def test_integers_do_for_numbers() -> None:
         ),
         ({"stages": [{"name": "a", "steps": 1, "frozen_layers": 7}]}, r"^frozen_layers: .*got 7"),
         ({"stages": [{"name": "a", "steps": 1, "pre": 1}]}, r"pre: expected true or false, got 1"),
+        (
+            {"stages": [{"name": "a", "steps": 1, "data": "sound"}]},
+            r"data: expected one of .*got 'sound'",
+        ),
+        (
+            {"stages": [{"name": "a", "steps": 1, "data": "text"}]},
+            r"trainable: expected \[llm\] where data is text",
+        ),
+        (
+            {"stages": [{"name": "a", "steps": 1, "data": "text", "pre": True}]},
+            r"pre: expected false where data is text",
+        ),
         ({"pre": 2.0}, r"^pre: expected a mapping, got 2.0"),
         ({"pre": {"anchor": "self"}}, r"^pre\.anchor: expected one of .*got 'self'"),
         ({"families": {"weather": 1}}, r"^families: unknown \['weather'\]"),

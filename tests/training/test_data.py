@@ -15,10 +15,11 @@ from prereg_kernels.training.questions import (
     COMMON_FAMILIES,
     FAMILIES,
     Question,
+    description,
     questions,
     words,
 )
-from prereg_kernels.training.scenes import SceneConfig, Scenes
+from prereg_kernels.training.scenes import ATTRIBUTES, SceneConfig, Scenes
 from tests.training.tiny import MODEL
 
 MIX = dict.fromkeys(COMMON_FAMILIES, 1.0)
@@ -180,3 +181,73 @@ def test_distinct_scenes_come_again_with_their_questions() -> None:
         assert torch.equal(rows[index], rows[index - 2])
         assert torch.equal(pictures[index], pictures[index - 2])
     assert not torch.equal(pictures[0], pictures[1])
+
+
+def _described(
+    count: int = 6, micro_batch: int = 3
+) -> tuple[list[dict[str, torch.Tensor]], Packer]:
+    stream = _stream(text=True, micro_batch=micro_batch, accumulation=count // micro_batch)
+    return stream.micro_batches(2), stream.packer
+
+
+def test_a_description_holds_the_scene_and_no_image() -> None:
+    """Read back from the tokens: every digit with its attributes, then the answers, worked out anew
+    from the description alone."""
+    batches, packer = _described()
+    assert sum(len(batch["input_ids"]) for batch in batches) == 6
+    for batch in batches:
+        assert batch.keys() == {"input_ids", "labels", "position_ids", "attention_mask"}
+        for ids, labels, positions, mask in zip(
+            batch["input_ids"], batch["labels"], batch["position_ids"], batch["attention_mask"],
+            strict=True,
+        ):  # fmt: skip
+            text = packer.tokenizer.convert_ids_to_tokens(ids.tolist())
+            assert "<image>" not in text and "<unk>" not in text
+            asked = next(
+                i for i, word in enumerate(text) if word in ("how", "digit", "is", "larger")
+            )
+            told = [tuple(text[i : i + 6]) for i in range(0, asked, 6)]
+            at = {cell: int(digit) for cell, digit, *_ in told}
+            assert asked == 6 * len(at)  # no cell twice
+            for _, _, *attributes in told:
+                pairs = zip(attributes, ATTRIBUTES.values(), strict=True)
+                assert all(word in values for word, values in pairs)
+            for j in range(5):
+                place = asked + 4 * j
+                first, second, third, answer = text[place : place + 4]
+                match first:
+                    case "how":
+                        expected = str(list(at.values()).count(int(third)))
+                    case "digit":
+                        expected = str(at[third])
+                    case "is":
+                        expected = "yes" if int(third) in at.values() else "no"
+                    case _:
+                        expected = "yes" if at[second] > at[third] else "no"
+                assert answer == expected
+                assert labels[place : place + 4].tolist() == [IGNORE] * 3 + [int(ids[place + 3])]
+                assert positions[place : place + 4].tolist() == list(range(asked, asked + 4))
+                seen = set(torch.nonzero(mask[0, place + 3]).flatten().tolist())
+                assert seen == {*range(asked), *range(place, place + 4)}
+            assert (labels != IGNORE).sum() == 5
+            assert set(text[asked + 20 :]) <= {"<pad>"}
+
+
+def test_described_scenes_are_others_and_a_function_of_the_step() -> None:
+    batches, _ = _described()
+    again, _ = _described()
+    for a, b in zip(batches, again, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    [whole], _ = _described(micro_batch=6)  # cut otherwise, but for the padding
+    rows = [row for batch in batches for row in batch["input_ids"]]
+    for row, same in zip(rows, whole["input_ids"], strict=True):
+        assert row[row != 0].tolist() == same[same != 0].tolist()
+    packer = Packer(build_tokenizer(SceneConfig()), 36)
+    grid = range(2 * 6, 2 * 6 + 6)
+    shown = {
+        frozenset(description(scene, random.Random(0)))
+        for scene in Scenes("train", 4).batch(grid).scenes
+    }
+    for row in rows:
+        text = packer.tokenizer.convert_ids_to_tokens(row[row != 0].tolist())
+        assert frozenset(text[: len(text) - 20]) not in shown

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from prereg_kernels.reference import eager_pre_loss
 from prereg_kernels.regularizer import apply_pre
 from prereg_kernels.training.checkpoint import latest_checkpoint
 from prereg_kernels.training.config import PRESettings, StageConfig, save_config
@@ -24,6 +25,7 @@ from prereg_kernels.training.loop import (
     PRE_DIR,
     Stepper,
     TrainingInterrupted,
+    _attach_pre,
     accumulate_gradients,
     load_model,
     train,
@@ -311,6 +313,31 @@ def test_control_run_differs_from_pre(tmp_path: Path, cache_dir: Path, unbroken:
     control, pre = read_metrics(tmp_path), read_metrics(unbroken)
     assert [line["lm_loss"] for line in control[:4]] == [line["lm_loss"] for line in pre[:4]]
     assert control[3]["pre_loss"] != pre[3]["pre_loss"]
+
+
+def test_the_towers_output_can_be_the_target(
+    tmp_path: Path, cache_dir: Path, unbroken: Path
+) -> None:
+    """Of an untrained model the value is that of the head against what the tower gives."""
+    config = tiny_run(pre=PRESettings(layer=1, anchor="pre_projector"))
+    train(config, tmp_path, cache_dir=cache_dir, progress=False, tensorboard=False)
+    lines, others = read_metrics(tmp_path), read_metrics(unbroken)
+    assert [line["lm_loss"] for line in lines[:4]] == [line["lm_loss"] for line in others[:4]]
+    assert lines[3]["pre_loss"] != others[3]["pre_loss"]
+    packer = Packer(build_tokenizer(SceneConfig()), 36)
+    [batch] = TrainStream(Scenes("train", 0), packer, MIX, 2, 3).micro_batches(0)
+    model = build_model(MODEL, SceneConfig(), packer.tokenizer, seed=0).train()
+    pre = _attach_pre(model, config, config.stages[1], None)
+    assert pre is not None
+    accumulate_gradients(model, [batch], pre)
+    found = pre.metrics()["pre_loss"]
+    with torch.no_grad():
+        hidden = model(**batch, output_hidden_states=True).hidden_states[1][:, :36].flatten(0, 1)
+        tower = model.model.vision_tower(batch["pixel_values"]).last_hidden_state[:, 1:]
+        expected = eager_pre_loss(
+            hidden, tower.flatten(0, 1), pre.heads[1].weights, pre.heads[1].biases
+        )
+    assert found == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_bf16_trains(tmp_path: Path, cache_dir: Path) -> None:

@@ -77,6 +77,17 @@ def test_the_rng_is_the_only_chance() -> None:
     assert first != questions(scene, mix, 12, random.Random(6))
 
 
+def test_counts_above_nine_have_words() -> None:
+    config = SceneConfig(image_size=96, grid=6, min_digits=12, max_digits=12, classes_per_scene=1)
+    vocabulary = words(config)
+    assert len(set(vocabulary)) == len(vocabulary) and {"10", "11", "12"} <= set(vocabulary)
+    scene = Scenes("train", 0, config).scene(0)
+    asked = questions(scene, {"count": 1.0}, 20, random.Random(0), grid=6)
+    assert {question.answer for question in asked} == {"0", "12"}
+    # the words of small scenes are those of always: checkpoints keep their numbers
+    assert words(SceneConfig(max_digits=9)) == words(SceneConfig(max_digits=2))
+
+
 def test_bad_mixes_are_named() -> None:
     scene = Scenes("train", 2).scene(0)
     with pytest.raises(ValueError, match="unknown \\['colour'\\]; expected some of"):

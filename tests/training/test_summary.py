@@ -10,7 +10,14 @@ import pytest
 
 from prereg_kernels.training.experiment import TRANSFERS
 from prereg_kernels.training.scenes import PROPERTIES
-from prereg_kernels.training.summary import Effect, Results, Spread, headline, unasked
+from prereg_kernels.training.summary import (
+    Effect,
+    Results,
+    Spread,
+    headline,
+    holm,
+    unasked,
+)
 
 
 def test_effect_is_a_paired_t_interval() -> None:
@@ -23,6 +30,25 @@ def test_effect_is_a_paired_t_interval() -> None:
     assert effect.direction == 1
     assert Effect.of([2.0, 3.5, 4.0], [1.0, 2.0, 3.0]).direction == -1
     assert Effect.of([1.0, 2.0, 3.0], [2.0, 1.0, 3.0]).direction == 0
+
+
+def test_the_p_value_and_the_interval_agree() -> None:
+    # t = 5 / (sqrt(3) * 1 / sqrt(4)) = 5.773503, three degrees of freedom: 2 * sf = 0.010339
+    effect = Effect.of([0.0] * 4, [5 - 1.5, 5 - 1.5, 5 + 1.5, 5 + 1.5])
+    assert effect.p_value == pytest.approx(0.010339, abs=1e-5)
+    at_the_edge = Effect.of([0.0] * 4, [x + effect.half_width - 5 for x in (3.5, 3.5, 6.5, 6.5)])
+    assert at_the_edge.p_value == pytest.approx(0.05)
+    assert Effect.of([1.0, 2.0], [1.0, 2.0]).p_value == 1.0
+    assert Effect.of([1.0, 2.0], [2.0, 3.0]).p_value == 0.0
+    assert math.isnan(Effect.of([1.0], [2.0]).p_value)
+
+
+def test_holm_steps_down() -> None:
+    # 0.05 / 4, / 3, / 2: the third fails, and with it the fourth, which alone would pass
+    assert holm([0.012, 0.049, 0.03, 0.016]) == [True, False, False, True]
+    assert holm([0.04, math.nan]) == [True, False]
+    assert holm([0.03, 0.03]) == [False, False]
+    assert holm([]) == []
 
 
 def test_a_single_seed_decides_nothing() -> None:

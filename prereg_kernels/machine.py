@@ -44,8 +44,10 @@ def describe_source(commit: str | None) -> dict[str, Any]:
     """The commit, and whether files differ from it; None where nobody knows."""
     if commit is not None:
         return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
-    head = _output("git", "rev-parse", "--short", "HEAD")
-    if head is None:
+    # an installed package may lie within somebody else's repository
+    ours = _output("git", "ls-files", "--error-unmatch", "prereg_kernels/machine.py")
+    head = ours and _output("git", "rev-parse", "--short", "HEAD")
+    if not head:
         return {"commit": "unknown", "dirty": None}
     changed = _output("git", "status", "--short", "prereg_kernels", "benchmarks", "tests")
     return {"commit": head, "dirty": None if changed is None else bool(changed)}
