@@ -12,7 +12,6 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,8 @@ from prereg_kernels import distributed
 from prereg_kernels.anchors import function_rows, projector_rows
 from prereg_kernels.checkpointing import outside_checkpoint
 from prereg_kernels.handle import PRe, Record
-from prereg_kernels.images import Images, find_images
+from prereg_kernels.images import find_images
+from prereg_kernels.passes import Pass
 from prereg_kernels.pooling import pool_images
 from prereg_kernels.sampling import choose_tokens
 
@@ -54,40 +54,13 @@ def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:
     return len(added) < layer < layers
 
 
-@dataclass
-class _Pass:
-    """What one forward pass of the model needs to remember; gone when it ends."""
-
-    inputs: Mapping[str, Any]
-    training: bool
-    denominator: float | Tensor | None
-    index: Tensor  # (N,) visual positions in the flattened batch; or, in a graph, the mask of them
-    values: dict[int, Tensor]  # per layer, where its loss will be
-    again: bool = False  # it has been counted, and backward brings back what its graph needs
-    chosen: Tensor | None = None  # (K,) of them, by which L_PRe is estimated; None: all
-    images: Images | None = None  # with level="global"
-    encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
-    # (batch, positions, A), or a row for each of those that L_PRe reads
-    anchor: Tensor | None = None
-    pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
-    losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
-    reached: set[str] = field(default_factory=set)  # by backward, as Record has it
-
-    @property
-    def tokens(self) -> Tensor:
-        """0-dim, float32: the visual tokens."""
-        if self.index.dtype == torch.bool:
-            return self.index.sum(dtype=torch.float32)
-        return torch.full((), float(self.index.numel()), device=self.index.device)
-
-
 class _Hooks:
     """In the order in which a forward pass meets them."""
 
     def __init__(self, pre: PRe) -> None:
         language_model = pre.family.language_model_of(pre.model)
         self._pre = pre
-        self._pass: _Pass | None = None  # while the model's forward runs
+        self._pass: Pass | None = None  # while the model's forward runs
         self._arguments = tuple(inspect.signature(pre.model.forward).parameters)
         self._decoder_arguments = tuple(inspect.signature(language_model.forward).parameters)
         self._saw_finite_anchor = self._has_warned = False
@@ -130,12 +103,12 @@ class _Hooks:
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
             if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
                 denominator = mask.new_zeros((), dtype=torch.float32)
-            self._pass = _Pass(inputs, training, denominator, mask, values)
+            self._pass = Pass(inputs, training, denominator, mask, values)
             return
         index = mask.flatten().nonzero().squeeze(1)
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
-        current = _Pass(inputs, training, denominator, index, values, again)
+        current = Pass(inputs, training, denominator, index, values, again)
         if config.level == "global":
             current.images = find_images(pre.family, inputs, input_ids, index)
         if training:
@@ -191,7 +164,7 @@ class _Hooks:
         with torch.no_grad():
             current.anchor = self._anchor(current, embeddings.detach())
 
-    def _anchor(self, current: _Pass, embeddings: Tensor) -> Tensor:
+    def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:
         """For each row that L_PRe reads, or, for what entered the LLM, of the whole batch."""
         pre, source, images = self._pre, self._pre.config.anchor, current.images
         tokens, width = current.index.numel(), pre.anchor_features
@@ -263,7 +236,7 @@ class _Hooks:
         index = current.index if current.chosen is None else current.index[current.chosen]
         return self._loss(layer, current, hidden, index.to(hidden.device))
 
-    def _check(self, layer: int, current: _Pass) -> None:
+    def _check(self, layer: int, current: Pass) -> None:
         if current.anchor is None:
             raise RuntimeError(
                 f"PRe: layer {layer} runs, but the language model, "
@@ -277,7 +250,7 @@ class _Hooks:
             )
 
     def _loss(
-        self, layer: int, current: _Pass, hidden: Tensor, index: Tensor | None
+        self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
     ) -> Tensor | None:
         """The layer's loss, into `current`; in training, returns the tapped `hidden`."""
         head, config = self._pre.heads[layer], self._pre.config
@@ -350,7 +323,7 @@ class _Hooks:
         output.loss = total
         return output
 
-    def _label_share(self, current: _Pass) -> float | Tensor:
+    def _label_share(self, current: Pass) -> float | Tensor:
         """This micro-batch's share of the step's label tokens.
 
         Where the caller gives the step's count (transformers' Trainer does under gradient
