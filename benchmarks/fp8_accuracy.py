@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe_machine
 from prereg_kernels import PReHead
 from prereg_kernels.inputs import Spec
+from prereg_kernels.machine import describe_machine
 from prereg_kernels.rows.torch_rows import TorchRows
 from tests.helpers import Problem, relative_error, run_tap, run_truth
 
