@@ -98,4 +98,4 @@ def work(rank: int, port: int, out: Path) -> None:
         torch.save(
             trainer(rank, out / f"trainer {stage}", stage), out / f"trainer {stage} {rank}.pt"
         )
-    torch.distributed.destroy_process_group()
+    ranks.leave()

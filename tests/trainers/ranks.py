@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,7 +225,19 @@ def work(rank: int, port: int, out: Path) -> None:
     dist.init_process_group("gloo")
     for name, case in CASES.items():
         torch.save(case(rank, out / name), out / f"{name} {rank}.pt")
+    leave()
+
+
+def leave() -> None:
+    """End a rank, models before their process group, and without Python's finalisation.
+
+    Where either waits for gloo's threads with the interpreter's lock, a thread that drops a tensor
+    waits for the lock: torch then hangs or aborts (pytorch #190489), after all is written.
+    """
+    gc.collect()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def run(out: Path, work: Callable[[int, int, Path], None] = work) -> None:
