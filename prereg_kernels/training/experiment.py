@@ -219,17 +219,16 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
     Raises:
         ValueError: what is there was made with other settings.
     """
-    if fresh and (out / "experiment.json").exists():
-        for unit_directory in out.glob("seed-*"):
-            shutil.rmtree(unit_directory)
-        (out / "cost.json").unlink(missing_ok=True)
-    claim(out, "experiment", to_dict(config), free=("seeds",))
+    claim(out, "experiment", to_dict(config), free=("seeds",), fresh=fresh)
 
 
-def claim(out: Path, kind: str, settings: dict[str, Any], free: Sequence[str]) -> None:
+def claim(
+    out: Path, kind: str, settings: dict[str, Any], *, free: Sequence[str], fresh: bool
+) -> None:
     """Write down what the results in `out` are made with, in `<kind>.json`.
 
     Args:
+        fresh: remove the results that are there, where they are of this kind.
         free: settings that may differ from those of the results that are there: what else is run.
 
     Raises:
@@ -237,6 +236,10 @@ def claim(out: Path, kind: str, settings: dict[str, Any], free: Sequence[str]) -
     """
     path = out / f"{kind}.json"
     text = json.dumps(settings, indent=1)
+    if fresh and path.exists():
+        for unit_directory in out.glob("seed-*"):
+            shutil.rmtree(unit_directory)
+        (out / "cost.json").unlink(missing_ok=True)
     if any(out.glob("seed-*")):
         if not path.exists():
             raise ValueError(f"{out}: holds results of something else; expected another --out")

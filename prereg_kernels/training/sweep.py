@@ -202,12 +202,9 @@ def open_sweep(config: SweepConfig, out: Path, fresh: bool) -> None:
     Raises:
         ValueError: what is there was made with other settings.
     """
-    if fresh and (out / "sweep.json").exists():
-        for directory in out.glob("seed-*"):
-            shutil.rmtree(directory)
     settings = to_dict(config)
     settings["seeds"] = settings["experiment"].pop("seeds")
-    claim(out, "sweep", settings, free=("seeds", *AXES))
+    claim(out, "sweep", settings, free=("seeds", *AXES), fresh=fresh)
 
 
 def finished(config: SweepConfig, out: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -35,7 +34,7 @@ from prereg_kernels.training.model import build_model, other_scene_anchor, set_t
 from prereg_kernels.training.questions import COMMON_FAMILIES
 from prereg_kernels.training.scenes import SceneConfig, Scenes
 from prereg_kernels.training.schedule import cosine_with_warmup
-from tests.training.tiny import MODEL, tiny_run
+from tests.training.tiny import MODEL, signal_in_step, tiny_run
 
 MIX = dict.fromkeys(COMMON_FAMILIES, 1.0)
 
@@ -173,17 +172,8 @@ def test_a_signal_ends_the_step_and_saves(
     after_step: int,
 ) -> None:
     """In the first stage, at the border between the stages, in the second, and at the end."""
-    from prereg_kernels.training import loop
 
-    original, calls = loop._step, []
-
-    def interrupted(*args):  # type: ignore[no-untyped-def]
-        calls.append(1)
-        if len(calls) == after_step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
+    signal_in_step(monkeypatch, after_step)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingInterrupted, match=f"stopped after step {after_step}; saved"):
         train(tiny_run(), tmp_path, cache_dir=cache_dir, progress=False, tensorboard=False)

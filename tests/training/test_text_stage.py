@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from prereg_kernels.training.loop import TrainingInterrupted, train
 from prereg_kernels.training.metrics import read_metrics
 from prereg_kernels.training.model import build_model
 from prereg_kernels.training.scenes import SceneConfig
-from tests.training.tiny import MODEL, tiny_run
+from tests.training.tiny import MODEL, signal_in_step, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +84,7 @@ def test_a_text_stage_resumes_bitwise(
     """Stopped within it, at its end, and in the stage after it."""
     quiet = {"cache_dir": cache_dir, "progress": False, "tensorboard": False}
     train(with_text(), tmp_path / "unbroken", **quiet)
-    original, calls = loop._step, []
-
-    def interrupted(*args):  # type: ignore[no-untyped-def]
-        calls.append(1)
-        if len(calls) == after_step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
+    signal_in_step(monkeypatch, after_step)
     with pytest.raises(TrainingInterrupted, match=f"stopped after step {after_step}; saved"):
         train(with_text(), tmp_path / "stopped", **quiet)
     monkeypatch.undo()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
+import pytest
+
+from prereg_kernels.training import loop
 from prereg_kernels.training.config import PRESettings, RunConfig, StageConfig, TowerConfig
 from prereg_kernels.training.model import ModelConfig
 
@@ -29,3 +34,16 @@ def tiny_run(**overrides: Any) -> RunConfig:
         "checkpoint_every": 2,
     }
     return RunConfig(**{**settings, **overrides})
+
+
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM while the loop is in its `number`-th step."""
+    original, calls = loop._step, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
