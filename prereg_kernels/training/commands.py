@@ -162,7 +162,9 @@ def load_sweep(name: str) -> SweepConfig:
             if not isinstance(values, dict):
                 raise ValueError(f"expected a mapping, got {values!r}")
             if not isinstance(values.get("preset"), str):
-                raise ValueError(f"preset: expected a preset's name, got {values.get('preset')!r}")
+                raise ValueError(
+                    f"preset: expected a preset's name or a YAML file, got {values.get('preset')!r}"
+                )
             experiment = to_dict(load_preset(values.pop("preset")))
             experiment["seeds"] = values.pop("seeds", experiment["seeds"])
             return from_dict(SweepConfig, {"experiment": experiment, **values})

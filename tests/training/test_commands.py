@@ -43,7 +43,7 @@ def test_sweeps_are_of_their_preset(name: str) -> None:
 def test_a_sweep_names_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     for text, message in (
-        ("weights: [1]", r"sweep\.yaml: preset: expected a preset's name, got None"),
+        ("weights: [1]", r"sweep\.yaml: preset: expected a preset's name or a YAML file, got None"),
         ("preset: nope", r"sweep\.yaml: --preset: expected one of scenes, .*got nope"),
         ("{preset: scenes, seeds: 0}", r"sweep\.yaml: experiment\.seeds: expected at least 1"),
         ("{preset: scenes, weights: 2}", r"sweep\.yaml: weights: expected a list, got 2"),

@@ -277,7 +277,10 @@ def test_stopped_and_run_again_it_ends_where_an_unbroken_one_does(
     [
         ([], "the following arguments are required: --preset"),
         (["--preset", "nope"], "--preset: expected one of scenes, scenes-gpu, or a YAML file"),
-        (["--preset", "tiny.yaml"], "tiny.yaml: preset: expected a preset's name, got None"),
+        (
+            ["--preset", "tiny.yaml"],
+            "tiny.yaml: preset: expected a preset's name or a YAML file, got None",
+        ),
         (["--preset", "typo.yaml"], "typo.yaml: weight: unknown key"),
         (["--preset", "sweep.yaml", "--steps", "9"], "holds results of other settings"),
         (["--preset", "sweep.yaml", "--workers", "0"], "--workers: expected at least 1, got 0"),
