@@ -15,6 +15,7 @@ from tests.attached import eager_term
 from tests.tiny import IMAGE_TOKEN, tiny_llava
 from tests.trainers.rows import collate, make_rows, make_trainer
 
+FILES = ("trainer", "handle", "hooks")  # of the package, that see each step on the GPU
 STEPS = 2  # of the two windows that the rows make
 
 
@@ -91,6 +92,27 @@ def test_windows_do_not_leak_into_each_other(tmp_path: Path) -> None:
             assert log["pre_loss"] == pytest.approx(term.item(), rel=1e-5)
 
 
+def test_a_run_has_nothing_of_one_that_was_interrupted(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model, stop = tiny_llava(), Stop()
+    apply_pre(model)
+    trainer = make_trainer(
+        model, tmp_path, per_device_train_batch_size=4, logging_steps=STEPS, learning_rate=0.0,
+        callbacks=[stop],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    lm, term, _ = expected(trainer.pre.heads)
+    assert log["lm_loss"] == pytest.approx(lm, rel=1e-5)
+    assert log["pre_loss"] == pytest.approx(term, rel=1e-5)
+
+
 def test_other_logs_are_left_alone(tmp_path: Path) -> None:
     """A user's log of some loss takes no figures, nor does that of an evaluation."""
 
@@ -123,7 +145,7 @@ def test_the_figures_are_read_at_logging_alone(
 
         def counted(self: Any, *args: Any, name: str = name, original: Any = original) -> Any:
             caller = sys._getframe(1).f_code.co_filename
-            if caller.endswith(("prereg_kernels/trainer.py", "prereg_kernels/regularizer.py")):
+            if caller.endswith(tuple(f"prereg_kernels/{x}.py" for x in FILES)):
                 reads.append(name)
             return original(self, *args)
 
