@@ -123,6 +123,15 @@ def test_value_in_forward_adds_the_term() -> None:
     compare(gradients(model), with_value)
 
 
+def test_a_tuple_keeps_what_follows_the_loss() -> None:
+    model, batch = tiny_llava(), make_batch()
+    plain = model(**batch, return_dict=False)
+    apply_pre(model)
+    ours = model(**batch, return_dict=False)
+    assert len(ours) == len(plain) > 1
+    assert torch.equal(ours[0], plain[0]) and torch.equal(ours[1], plain[1])
+
+
 def test_without_labels_the_term_is_on_the_handle() -> None:
     model, batch = tiny_llava(), make_batch()
     pre = apply_pre(model)

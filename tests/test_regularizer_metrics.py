@@ -58,6 +58,17 @@ def test_no_figure_of_pre_before_backward(layers: Any) -> None:
     assert pre.metrics()["pre_loss"] != 0
 
 
+def test_no_figure_of_pre_where_backward_reaches_one_layer_of_two() -> None:
+    """The mean would take the other's loss for 0."""
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model, layers=(1, 3))
+    loss = model(**batch).loss
+    torch.autograd.grad(loss, list(pre.heads[3].parameters()), retain_graph=True)
+    assert "pre_loss" not in pre.metrics() and pre.totals() is None
+    loss.backward()
+    assert pre.metrics()["pre_loss/layer_1"] != 0
+
+
 def test_value_in_forward_has_its_figure_before_backward() -> None:
     model, batch = tiny_llava(), make_batch()
     pre = apply_pre(model, value_in_forward=True)

@@ -131,6 +131,14 @@ def test_each_pass_draws_anew_and_a_loaded_handle_goes_on(tmp_path: Any) -> None
     assert drawn(again, resumed, batch) == third
 
 
+def test_the_seed_is_that_of_the_draw() -> None:
+    batch, draws = make_batch((2, 2)), []
+    for seed in (0, 1, 1):
+        model = tiny_llava()
+        draws.append(drawn(model, apply_pre(model, token_fraction=0.5, seed=seed), batch))
+    assert draws[0] != draws[1] == draws[2]
+
+
 def test_ranks_draw_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for those that share a batch, under tensor parallelism."""
     batch, draws = make_batch((2, 2)), []

@@ -224,6 +224,20 @@ def test_load_best_model_at_end(tmp_path: Path) -> None:
     assert same(state_of_heads(trainer), heads[best])
 
 
+def test_the_best_heads_are_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As on a node that did not write them: a warning, and the heads stay."""
+    trainer_on(tmp_path).train()
+    trainer = trainer_on(tmp_path, seed=4)
+    before = state_of_heads(trainer)
+    best = tmp_path / "checkpoint-3"
+    trainer.state.best_model_checkpoint = str(best)
+    (best / "pre" / "pre_heads.safetensors").unlink()
+    (best / "pre").rmdir()
+    trainer._load_best_model()
+    assert f"Could not locate the heads of the best model at {best}/pre" in caplog.text
+    assert same(state_of_heads(trainer), before)
+
+
 @pytest.mark.parametrize("each", (False, True))
 def test_every_node_that_writes_a_model_writes_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: bool

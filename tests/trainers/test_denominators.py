@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels.trainer import PreTrainer, PreTrainerMixin
 from tests.attached import compare
-from tests.tiny import tiny_llava
+from tests.tiny import PATCHES, gradients, tiny_llava
 from tests.trainers.rows import (
+    IMAGES,
     WEIGHT,
     Row,
+    collate,
     eager_gradients,
     make_rows,
     make_trainer,
@@ -161,6 +165,70 @@ def test_evaluation_has_no_term(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == plain
 
 
+def test_a_loss_without_grad_has_no_term(tmp_path: Path) -> None:
+    """Of a model in training mode, as a callback may ask for it."""
+    model, batch = tiny_llava(), collate(make_rows())
+    plain = model(**batch).loss
+    apply_pre(model, value_in_forward=True)
+    trainer = make_trainer(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(trainer.compute_loss(model, batch), plain)
+
+
+class UnknownItems(Trainer):
+    """One that does not know the labels of a step, so it divides by the micro-batches."""
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        return super().get_batch_samples(*args)[0], None
+
+
+class PreUnknownItems(PreTrainerMixin, UnknownItems):
+    pass
+
+
+def test_a_step_of_unknown_labels(tmp_path: Path) -> None:
+    """The LM loss is a mean of means, and so is its figure."""
+    (ours,), heads = steps_of(tmp_path, 2, 4, cls=PreUnknownItems)
+    compare(ours, eager_gradients(heads, make_rows(), groups=cut(2)))
+    model = tiny_llava()
+    apply_pre(model)
+    trainer = make_trainer(
+        model, tmp_path, cls=PreUnknownItems, per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["lm_loss"] == pytest.approx(log["loss"], rel=1e-5)
+
+
+def test_ranks_that_share_a_batch_count_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four ranks, two by two under tensor parallelism: gradients are averaged over two."""
+    model = tiny_llava()
+    pre = apply_pre(model)
+    trainer = make_trainer(model, tmp_path, average_tokens_across_devices=False)
+    parallelism = SimpleNamespace(tp_size=2, non_data_parallel_size=2)
+    ranks = SimpleNamespace(
+        num_processes=4, parallelism_config=parallelism, reduce=lambda rows, reduction: 4 * rows
+    )
+    monkeypatch.setattr(trainer, "accelerator", ranks)
+    trainer.get_batch_samples(iter([collate(make_rows())]), 1, torch.device("cpu"))
+    assert pre.denominator == 2 * sum(IMAGES) * PATCHES / 2
+
+
+def test_a_trained_model_has_its_term_again(tmp_path: Path) -> None:
+    """A loop of the user's own may follow, and no graph of the last step is kept for it."""
+    model, batch = tiny_llava(), collate(make_rows())
+    pre = apply_pre(model)
+    trainer = make_trainer(model, tmp_path, per_device_train_batch_size=4)
+    trainer.train()
+    assert pre.loss is None
+    model.zero_grad()
+    model(**batch).loss.backward()
+    assert gradients(model)["pre_heads.2.weight_0"].norm() > 0 and pre.loss is None
+
+
 def test_a_model_without_pre(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: .* plain Llava.*call prereg_kernels\.apply_pre"):
         make_trainer(tiny_llava(), tmp_path)
@@ -191,13 +259,48 @@ def test_several_gpus_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         make_trainer(model, tmp_path)
 
 
+@pytest.mark.parametrize("name", ("cp_enabled", "sp_enabled"))
+def test_pieces_of_sequences(tmp_path: Path, name: str) -> None:
+    parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, name: True})
+
+    class Pieces(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.accelerator = SimpleNamespace(parallelism_config=parallelism)
+
+    class PrePieces(PreTrainerMixin, Pieces):
+        pass
+
+    model = tiny_llava()
+    apply_pre(model)
+    with pytest.raises(ValueError, match="whole sequences on each rank, got context or sequence"):
+        make_trainer(model, tmp_path, cls=PrePieces)
+
+
+class OtherLoss(PreTrainer):
+    """One that puts a loss of its own in the place of PreTrainer's."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        _, outputs = super().compute_loss(model, inputs, True)
+        return outputs.logits.mean()
+
+
+def test_a_loss_without_the_term(tmp_path: Path) -> None:
+    model = tiny_llava()
+    apply_pre(model)
+    trainer = make_trainer(model, tmp_path, cls=OtherLoss)
+    with pytest.raises(RuntimeError, match="the backward pass has not reached the term"):
+        trainer.train()
+
+
 def test_a_loss_that_misses_the_model(tmp_path: Path) -> None:
     model = tiny_llava()
     apply_pre(model)
     trainer = make_trainer(model, tmp_path)
-    other = tiny_llava()
+    other, batch = tiny_llava(), trainer.data_collator(make_rows()[:2])
+    trainer.compute_loss(model, batch)  # the term of an earlier call is not this one's
     with pytest.raises(RuntimeError, match="made no training forward pass through the model"):
-        trainer.training_step(other, trainer.data_collator(make_rows()[:2]))
+        trainer.training_step(other, batch)
 
 
 def test_model_init(tmp_path: Path) -> None:
