@@ -223,10 +223,14 @@ def test_frozen_llm_still_trains_the_head_and_the_projector() -> None:
     assert min(differences) > 1e-3
 
 
-def test_everything_frozen_but_the_head() -> None:
+@pytest.mark.parametrize("level", ("patch", "global"))
+def test_everything_frozen_but_the_head(level: str) -> None:
+    """Then there is no graph of the model's layers."""
     model, batch = tiny_llava().requires_grad_(False), make_batch()
-    pre = apply_pre(model)
-    model(**batch).loss.backward()
+    pre = apply_pre(model, level=level)
+    output = model(**batch)
+    assert not output.logits.requires_grad
+    output.loss.backward()
     ours = pre.heads[2].weight_0.grad
     assert ours.norm() > 0
     assert all(p.grad is None for n, p in model.named_parameters() if "pre_heads" not in n)

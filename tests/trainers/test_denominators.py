@@ -201,6 +201,17 @@ def test_a_step_of_unknown_labels(tmp_path: Path) -> None:
     assert log["lm_loss"] == pytest.approx(log["loss"], rel=1e-5)
 
 
+def test_a_stream_that_ends_within_a_step(tmp_path: Path) -> None:
+    """Its length is not known, so Trainer asks for three micro-batches, and gets two."""
+    model = tiny_llava()
+    model.accepts_loss_kwargs = False
+    pre = apply_pre(model)
+    trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=3)
+    batches = [collate(rows) for rows in cut(4)]
+    trainer.get_batch_samples(iter(batches), 3, torch.device("cpu"))
+    assert pre.denominator == sum(IMAGES) * PATCHES / 2
+
+
 def test_ranks_that_share_a_batch_count_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
