@@ -280,11 +280,11 @@ class PreTrainer(PreTrainerMixin, Trainer):
 @contextmanager
 def _term_apart(pre: PRe) -> Iterator[None]:
     """The model's loss stays L_LM, and the term is in `pre.loss`."""
-    pre.add_to_loss = False
+    before, pre.add_to_loss = pre.add_to_loss, False
     try:
         yield
     finally:
-        pre.add_to_loss = True
+        pre.add_to_loss = before
 
 
 def _load_weights(model: Any, path: str) -> Any:

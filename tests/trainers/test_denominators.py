@@ -240,6 +240,16 @@ def test_a_trained_model_has_its_term_again(tmp_path: Path) -> None:
     assert gradients(model)["pre_heads.2.weight_0"].norm() > 0 and pre.loss is None
 
 
+def test_a_term_that_is_kept_apart_stays_so(tmp_path: Path) -> None:
+    """In a loop of the user's own that follows, which adds it."""
+    model, batch = tiny_llava(), collate(make_rows())
+    pre = apply_pre(model)
+    pre.add_to_loss = False
+    make_trainer(model, tmp_path, per_device_train_batch_size=4).train()
+    model(**batch)
+    assert pre.loss is not None
+
+
 def test_a_model_without_pre(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: .* plain Llava.*call prereg_kernels\.apply_pre"):
         make_trainer(tiny_llava(), tmp_path)
