@@ -104,10 +104,15 @@ def test_gradients_under_fully_shard(out: Path, heads: Any, case: str, level: st
     """Resharded after the forward pass or not, the head in the root's unit or one of its own."""
     expected = eager_gradients(heads, make_rows(), level=level)
     expected = {name: x for name, x in expected.items() if not ranks.vision(name)}
+    with torch.no_grad():
+        images = [PATCHES] * sum(IMAGES) if level == "global" else None
+        lm, term = eager_term(tiny_llava(), collate(make_rows()), heads, images=images)
     for sharded, ours, metrics in read(out, case):
         assert sharded
         compare(ours, expected)
         assert metrics["visual_tokens"] == sum(IMAGES) * PATCHES
+        assert metrics["lm_loss"] == pytest.approx(lm.item(), rel=1e-5)
+        assert metrics["pre_loss"] == pytest.approx(term.item(), rel=1e-5)
 
 
 def test_gradients_under_fully_shard_in_mixed_precision(out: Path) -> None:
