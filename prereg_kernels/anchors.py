@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,12 @@ def _input_width(family: Family, projector: nn.Module) -> int:
 
 
 def projector_rows(
-    seen: list[Tensor], tokens: int, width: int, family: Family, like: Tensor
+    seen: list[Tensor],
+    tokens: int,
+    width: int,
+    family: Family,
+    like: Tensor,
+    shown: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """(N, A): what entered the projector, a row for each visual token, in their order.
 
@@ -56,6 +62,7 @@ def projector_rows(
         seen: (..., A) each, the projector's inputs in the order of its calls.
         tokens: N.
         like: its dtype and device are those of the result where there are no visual tokens.
+        shown: takes out the rows of tokens that attention hides.
 
     Raises:
         ValueError: other than a row for each visual token.
@@ -63,6 +70,7 @@ def projector_rows(
     if not tokens:
         return like.new_zeros(0, width)
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]) if seen else like.new_zeros(0, 0)
+    rows = shown(rows)
     if tuple(rows.shape) != (tokens, width):
         raise ValueError(
             "anchor: 'pre_projector' expected a row of the vision encoder for each visual token, "
@@ -72,7 +80,13 @@ def projector_rows(
 
 
 def function_rows(
-    anchor: Any, tokens: int, images: int | None, width: int, device: torch.device, finite: bool
+    anchor: Any,
+    tokens: int,
+    images: int | None,
+    width: int,
+    device: torch.device,
+    finite: bool,
+    shown: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """What an anchor function returned, checked.
 
@@ -80,6 +94,7 @@ def function_rows(
         tokens: N. images: their number, where the anchor may have a row for each; else None.
         device: of the batch.
         finite: also look for NaN and infinity, which is a sync.
+        shown: takes out the rows of tokens and images that attention hides.
 
     Raises:
         TypeError: no Tensor, or not of floating numbers.
@@ -89,6 +104,7 @@ def function_rows(
         raise TypeError(f"anchor: expected the function to return a Tensor, got {anchor!r:.80}")
     if not anchor.is_floating_point():
         raise TypeError(f"anchor: expected floating numbers, got {anchor.dtype}")
+    anchor = shown(anchor) if anchor.dim() else anchor
     expected = [(tokens, width)]
     if images is not None and images != tokens:
         expected.append((images, width))

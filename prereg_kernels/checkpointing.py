@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what is held anyway need not be computed again."""
+"""Gradient checkpointing: stepping out of it, for what it must not hold or compute again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils import _python_dispatch as dispatch
+from torch.utils import checkpoint
 
 
 @contextmanager
@@ -25,3 +27,29 @@ def outside_checkpoint() -> Iterator[None]:
         yield
     finally:
         autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+@contextmanager
+def outside_selection() -> Iterator[None]:
+    """Within selective checkpointing: unseen by it.
+
+    Its recomputation expects the ops of the first run one by one, and PRe's differ: backward shows
+    the tap no visual token. Elsewhere this changes nothing.
+    """
+    selections = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    modes = dispatch._get_current_dispatch_mode_stack()
+    if not any(isinstance(mode, selections) for mode in modes):
+        yield
+        return
+    for _ in modes:
+        dispatch._pop_mode()
+    others = [mode for mode in modes if not isinstance(mode, selections)]
+    for mode in others:
+        dispatch._push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in others:
+            dispatch._pop_mode()
+        for mode in modes:
+            dispatch._push_mode(mode)

@@ -16,6 +16,7 @@ from prereg_kernels.inputs import check_name, check_spec
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 ANCHORS = ("pre_llm", "pre_projector")
 LEVELS = ("patch", "global")
+GRADIENTS = ("auto", "loss", "tap")
 # What a head is: under another of these its parameters have other shapes or mean something else.
 HEAD_SETTINGS = ("layers", "share_head", "head_features", "depth", "activation")
 
@@ -50,6 +51,12 @@ class PReConfig:
         value_in_forward: also compute the value of L_PRe in the training forward, and add it to
             the loss's value, at two more matmuls a step. By default the value of the loss is L_LM
             and only its gradient is that of the sum; `metrics()` has L_PRe after backward.
+        gradient: how the term's gradient reaches the parameters. "loss": through the loss that the
+            term is added to, the model's or, by `pre.loss`, yours. "tap": backward adds it by
+            itself at layer l, whatever loss you differentiate, times `pre.loss_scale`; the model's
+            loss is left alone. (Megatron-LM treats the losses of its routers so.) "auto": "loss",
+            but where a call gets no labels, and your loss does not hold `pre.loss`, "tap". A
+            backward pass that keeps its graph may be one of several, and then adds nothing.
         value_in_eval: compute L_PRe for `metrics()` in evaluation too, of all visual tokens; of
             what generation appends to a prompt there is none.
         seed: of the heads' initialisation, so that it leaves the global generator alone, and of
@@ -70,6 +77,7 @@ class PReConfig:
     normalize: str = "none"
     value_in_forward: bool = False
     value_in_eval: bool = False
+    gradient: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +109,7 @@ class PReConfig:
                 f"got {self.anchor_features!r}"
             )
         check_name("level", self.level, LEVELS)
+        check_name("gradient", self.gradient, GRADIENTS)
         if not _is_number(self.token_fraction) or not 0 < self.token_fraction <= 1:
             raise ValueError(
                 f"token_fraction: expected a number in (0, 1], got {self.token_fraction!r}"

@@ -72,6 +72,14 @@ class Family:
         """
         return self._follow(model, "language_model")
 
+    def parts_around_language_model(self, model: nn.Module) -> list[nn.Module]:
+        """The modules between the model and the language model, outermost first."""
+        parts, module = [], model
+        for name in self.language_model.split(".")[:-1]:
+            module = module.get_submodule(name)
+            parts.append(module)
+        return parts
+
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from prereg_kernels import distributed
 from prereg_kernels.anchors import anchor_width, llm_width
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family
+from prereg_kernels.figures import figures_of
 from prereg_kernels.head import PReHead
 from prereg_kernels.images import check_images, count_images
+from prereg_kernels.passes import Record
 from prereg_kernels.storage import (
     PRE_DIR,
     Saved,
@@ -27,12 +30,11 @@ from prereg_kernels.storage import (
     load_heads,
     save_heads,
 )
+from prereg_kernels.visual import find_visual
 
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
-# Attributes that the model gets of its own while PRe is attached.
 _HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SHADOWED = ("_keys_to_ignore_on_save", "save_pretrained")
 
 
 def get_pre(model: nn.Module) -> PRe | None:
@@ -58,26 +60,6 @@ def find_pre(model: nn.Module) -> PRe:
     return pre
 
 
-class Record(NamedTuple):
-    """What `metrics` reads after a pass: a few numbers on the device, no graph, no batch."""
-
-    tokens: Tensor  # visual tokens
-    rows: Tensor  # what L_PRe is the mean over: these, or their images
-    denominator: float | Tensor | None
-    lm_loss: Tensor | None
-    values: dict[int, Tensor]  # written by backward
-    reached: set[str]  # of "layer" and "term", what backward has come to
-
-    def sums(self) -> list[Tensor]:
-        """0-dim, for each layer: the sum of the loss over the rows."""
-        divisor = self.rows if self.denominator is None else self.denominator
-        return [value.to(self.rows) * divisor for value in self.values.values()]
-
-    def is_complete(self) -> bool:
-        """Whether backward has written the values."""
-        return all(value._version for value in self.values.values())
-
-
 class PRe:
     """PRe on a model: made by `apply_pre`.
 
@@ -90,9 +72,13 @@ class PRe:
             sets it every step.
         loss: the weighted term of the last training call where it was not added to the model's
             loss: the model got no labels and so computed none, or `add_to_loss` is False. Add it
-            to your loss. None otherwise.
+            to your loss. Where you do not, and the call had no labels, backward adds its gradient
+            by itself (`PReConfig.gradient`). None otherwise.
         add_to_loss: False: leave the model's loss alone, for loops that compute their own from
-            other outputs.
+            other outputs, and add `loss` to it.
+        loss_scale: what your loop multiplies its loss by before backward, such as a GradScaler's
+            scale or 1 / accumulation steps: a number or 0-dim Tensor. It scales the gradient that
+            backward adds by itself, which is in no loss of yours.
         passes: training calls so far, by which `token_fraction` draws; saved with the heads.
     """
 
@@ -106,11 +92,13 @@ class PRe:
         self.anchor_features = anchor_width(config, family, model)
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
+        self.loss_scale: float | Tensor = 1.0
         self.add_to_loss = True
         self.passes = 0
         self.last: Record | None = None
+        self.collected: list[tuple[Tensor, Record]] | None = None  # while `collecting`
         self.hooks: list[RemovableHandle] = []
-        self._visual_tokens = family.visual_token_ids(model)
+        family.visual_token_ids(model)  # raises where there are none
 
         if config.share_head:
             shared = self._make_head(layers[numbers[0] - 1])
@@ -119,14 +107,15 @@ class PRe:
             self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
             names = {str(number): head for number, head in self.heads.items()}
         model.add_module(HEADS, nn.ModuleDict(names))
-        self._before = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
+        self._before: dict[str, Any] = {}
+        self._ours: dict[str, Any] = {}
         # `save_pretrained` then writes a plain model, and the heads to a file of their own
         self._shapes = {name: tuple(x.shape) for name, x in self._state().items()}
         ignored = {f"{HEADS}.{name}" for name in self._shapes}
         before = getattr(model, "_keys_to_ignore_on_save", None) or ()
-        model._keys_to_ignore_on_save = {*before, *ignored}
+        self.shadow("_keys_to_ignore_on_save", {*before, *ignored})
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained = self._save_pretrained
+            self.shadow("save_pretrained", self._save_pretrained)
         setattr(model, ATTRIBUTE, self)
 
     def __repr__(self) -> str:
@@ -137,6 +126,22 @@ class PRe:
             f"level={config.level!r}, head_parameters={parameters:,})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a term that waits for backward belongs to this one alone."""
+        return vars(self) | {"loss": None, "collected": None}
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model has this PRe; not after `remove_pre`."""
+        return vars(self.model).get(ATTRIBUTE) is self
+
+    def shadow(self, name: str, value: Any) -> None:
+        """Give the model an attribute of its own, until `detach`."""
+        if name in vars(self.model):
+            self._before[name] = vars(self.model)[name]
+        self._ours[name] = value
+        setattr(self.model, name, value)
+
     def metrics(self) -> dict[str, float]:
         """Figures of the last training call; with `value_in_eval`, of an evaluating one too.
 
@@ -144,34 +149,14 @@ class PRe:
             "pre_loss": L_PRe, averaged over the visual tokens, or images (and the layers; each
             layer has "pre_loss/layer_16" too where there are several), once backward has computed
             it, with `token_fraction` as estimated from those drawn; "lm_loss", where the model
-            computed it; "visual_tokens"; "images" with level="global". Under torch.distributed
-            these are reduced over all ranks, so call it on every rank. Empty before the first call.
+            computed it, averaged over the tokens with a label; "visual_tokens"; "images" with
+            level="global". Under torch.distributed
+            these are reduced over all ranks, so call it on every rank; ranks that share a batch
+            count once. Empty before the first call.
         """
-        last = self.last
-        if last is None:
+        if self.last is None:
             return {}
-        columns = [last.tokens, last.rows, torch.ones_like(last.tokens)]
-        if last.lm_loss is not None:
-            columns.append(last.lm_loss.to(last.tokens))
-        totals = torch.stack(columns + last.sums())  # sums, so that ranks can be added up
-        if distributed.is_running():
-            torch.distributed.all_reduce(totals)
-        tokens, rows, ranks, *rest = totals.tolist()
-
-        figures = {"visual_tokens": tokens}
-        if self.config.level == "global":
-            figures["images"] = rows
-        if last.lm_loss is not None:
-            figures["lm_loss"] = rest.pop(0) / ranks
-        if not last.is_complete():
-            return figures
-        per_layer = [total / max(rows, 1.0) for total in rest]
-        if per_layer:
-            figures["pre_loss"] = sum(per_layer) / len(per_layer)
-        if len(per_layer) > 1:
-            named = zip(last.values, per_layer, strict=True)
-            figures |= {f"pre_loss/layer_{layer}": value for layer, value in named}
-        return figures
+        return figures_of(self.last, self.config.level, distributed.copies(self.model))
 
     def totals(self) -> Tensor | None:
         """Sums over the rows of the last training call, without a sync or a collective.
@@ -193,18 +178,35 @@ class PRe:
         Args:
             batch: the keyword arguments of the model's forward.
         """
-        ids = batch["input_ids"]
-        visual = self.visual_mask(ids)
+        ids, attention = batch["input_ids"], batch.get("attention_mask")
         if self.config.level == "global":
-            return count_images(self.family, batch, ids, visual)
-        return visual.sum()
+            by_id = self.visual_mask(ids)
+            return count_images(self.family, batch, ids, by_id, self.visual_mask(ids, attention))
+        return self.visual_mask(ids, attention).sum()
 
-    def visual_mask(self, input_ids: Tensor) -> Tensor:
-        """Where the visual tokens are: bool, the shape of `input_ids`."""
-        visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in self._visual_tokens:
-            visual |= input_ids == token
-        return visual
+    def visual_mask(self, input_ids: Tensor, attention_mask: Any = None) -> Tensor:
+        """Where the visual tokens are: bool, the shape of `input_ids`.
+
+        Args:
+            attention_mask: as the model takes it; a token that it hides is padding, not visual.
+        """
+        tokens = self.family.visual_token_ids(self.model)
+        return find_visual(input_ids, tokens, attention_mask)
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[tuple[Tensor, Record]]]:
+        """Within it, training calls leave the model's loss alone and hand over their terms.
+
+        For a trainer whose loss may take several calls of the model.
+
+        Yields:
+            A list that gets the weighted term and the record of each training call.
+        """
+        before, self.collected = self.collected, []
+        try:
+            yield self.collected
+        finally:
+            self.collected = before
 
     def check_heads_train(self) -> None:
         """Raise ValueError if a head is frozen."""
@@ -267,10 +269,12 @@ class PRe:
             hook.remove()
         delattr(self.model, HEADS)
         delattr(self.model, ATTRIBUTE)
-        for name in _SHADOWED:
+        for name, ours in self._ours.items():
+            if vars(self.model).get(name) != ours:  # replaced, or wrapped, by somebody since
+                continue
             if name in self._before:
                 setattr(self.model, name, self._before[name])
-            elif name in vars(self.model):
+            else:
                 delattr(self.model, name)
 
     def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -285,6 +289,8 @@ class PRe:
         bound.apply_defaults()
         options = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         state = options.get("state_dict")
+        if not self.is_attached:  # somebody has kept this method
+            return original(save_directory, *args, **kwargs)
         heads = None if state is None else heads_of(state)  # before they are taken out of it
         result = original(save_directory, *args, **kwargs)
         if heads != {}:

@@ -9,10 +9,8 @@ model's result gets the term added to its loss.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,147 +18,170 @@ from torch import Tensor, nn
 
 from prereg_kernels import distributed
 from prereg_kernels.anchors import function_rows, projector_rows
-from prereg_kernels.checkpointing import outside_checkpoint
-from prereg_kernels.handle import PRe, Record
+from prereg_kernels.checkpointing import outside_checkpoint, outside_selection
+from prereg_kernels.handle import PRe
+from prereg_kernels.identity import use
 from prereg_kernels.images import find_images
-from prereg_kernels.passes import Pass
+from prereg_kernels.passes import Calls, Pass
 from prereg_kernels.pooling import pool_images
 from prereg_kernels.sampling import choose_tokens
+from prereg_kernels.terms import add_to_loss, carry_in, carry_of, label_share, record_of
+from prereg_kernels.visual import find_visible
+from prereg_kernels.watch import Watch
 
 
-def attach_hooks(pre: PRe) -> None:
-    """Put the hooks on `pre.model`; `pre.detach` removes them."""
-    model, family, hooks = pre.model, pre.family, _Hooks(pre)
-    language_model, layers = family.language_model_of(model), family.layers_of(model)
-    pre.hooks += [
-        model.register_forward_pre_hook(hooks.begin, with_kwargs=True),
-        language_model.register_forward_pre_hook(hooks.see_embeddings, with_kwargs=True),
-        model.register_forward_hook(hooks.end, always_call=True),
-    ]
-    if pre.config.anchor == "pre_projector":
-        projector = family.projector_of(model)
-        hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
-        pre.hooks.append(hook)
-    for number in pre.heads:
-        see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
-        pre.hooks.append(layers[number - 1].register_forward_hook(see))
-
-
-def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:
-    """Whether this layer's output, as it is, is the input of the next layer."""
-    vision: Any = getattr(getattr(model, "config", None), "vision_config", None)
-    # Qwen3-VL adds features to copies of the first outputs
-    added = getattr(vision, "deepstack_visual_indexes", None) or ()
-    return len(added) < layer < layers
-
-
-class _Hooks:
+class Hooks:
     """In the order in which a forward pass meets them."""
 
     def __init__(self, pre: PRe) -> None:
-        language_model = pre.family.language_model_of(pre.model)
         self._pre = pre
-        self._pass: Pass | None = None  # while the model's forward runs
-        self._arguments = tuple(inspect.signature(pre.model.forward).parameters)
-        self._decoder_arguments = tuple(inspect.signature(language_model.forward).parameters)
-        self._saw_finite_anchor = self._has_warned = False
+        self._calls, self._watch = Calls(), Watch(pre)
+        self._saw_finite_anchor = False
         config = pre.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
         embeddings = pre.model.get_input_embeddings()
         self._compiled_values = _zeros(pre.heads, embeddings.weight.device)
-        # Not a decorator: it would load the compiler with the package
-        self._move_compiled_values = torch.compiler.disable(self._renew_compiled_values)
+        language_model = pre.family.language_model_of(pre.model)
+        self._names = _parameters(pre.model), _parameters(language_model)  # a graph cannot ask
+        self._move_compiled_values = _outside_of_graphs(_move)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the calls that run are this one's."""
+        state = dict(vars(self))
+        del state["_calls"], state["_move_compiled_values"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._calls, self._move_compiled_values = Calls(), _outside_of_graphs(_move)
+
+    @property
+    def model(self) -> Any:
+        """The one that PRe is, or was, attached to."""
+        return self._pre.model
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether PRe is still."""
+        return self._pre.is_attached
+
+    @property
+    def _pass(self) -> Pass | None:
+        call = self._calls.current
+        return None if call is None else call.current
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._calls.enter(model)
+        call.current = self._read(model, self._named(0, model, args) | kwargs)
+
+    def claim(self) -> bool:
+        """Whether a hook has begun the call whose `forward` this is."""
+        call = self._calls.current
+        if call is None or call.owner is not self.model or call.is_claimed:
+            return False
+        call.is_claimed = True
+        return True
+
+    def begin_inside(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of a call that goes past the model, to its part that takes `input_ids`."""
+        if torch.compiler.is_compiling() or self._calls.current is not None:
+            return
+        inputs = self._named(None, inner, args) | kwargs
+        if inputs.get("input_ids") is not None:
+            call = self._calls.enter(inner)
+            call.current = self._read(inner, inputs)
+
+    def _named(self, known: int | None, module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+        if not args:
+            return {}
+        ask = known is None or not torch.compiler.is_compiling()
+        names = _parameters(module) if ask or known is None else self._names[known]
+        return dict(zip(names, args, strict=False))
+
+    def _read(self, module: nn.Module, inputs: dict[str, Any]) -> Pass | None:
         pre, config = self._pre, self._pre.config
-        if getattr(model, "_is_replica", False):
+        if getattr(module, "_is_replica", False):
             raise ValueError(
                 "model: expected the model that PRe is attached to, got a replica of "
                 "torch.nn.DataParallel, whose threads share the hooks of one; use "
                 "DistributedDataParallel, a process per GPU"
             )
-        training = model.training and torch.is_grad_enabled()
-        self._pass = None
-        if not training and not config.value_in_eval:
-            return
+        training = module.training and torch.is_grad_enabled()
         compiled = torch.compiler.is_compiling()
+        if not training and not config.value_in_eval:
+            return None
         again = training and not compiled and _is_recomputation()
         if training and not again:
             pre.check_heads_train()
             if not compiled:
-                self._warn_of_an_unused_term()
+                self._watch.training()
             pre.loss = pre.last = None
-        inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
         if not training and _goes_on(inputs):
-            return
-        input_ids = inputs.get("input_ids")
+            return None
+        input_ids, attention = inputs.get("input_ids"), inputs.get("attention_mask")
         if input_ids is None:
             raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
-        mask = pre.visual_mask(input_ids)
+        mask = pre.visual_mask(input_ids, attention)
         values = self._values_in_graph(mask.device) if compiled else _zeros(pre.heads, mask.device)
         denominator = pre.denominator if training else None  # of a training step
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
             if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
                 denominator = mask.new_zeros((), dtype=torch.float32)
-            self._pass = Pass(inputs, training, denominator, mask, values)
-            return
+            current = Pass(inputs, training, denominator, mask, values)
+            current.carry = carry_of(pre, current) if training else None
+            return current
         index = mask.flatten().nonzero().squeeze(1)
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
         current = Pass(inputs, training, denominator, index, values, again)
+        if not self._reads_batch and find_visible(attention, input_ids) is not None:
+            current.by_id = pre.visual_mask(input_ids)
         if config.level == "global":
-            current.images = find_images(pre.family, inputs, input_ids, index)
+            by_id = mask if current.by_id is None else current.by_id
+            current.images = find_images(pre.family, inputs, input_ids, by_id, index)
         if training:
             if config.token_fraction < 1:
                 current.chosen = self._choose(index)
+            current.carry = carry_of(pre, current)
             pre.passes += not again
-        self._pass = current
-
-    def _warn_of_an_unused_term(self) -> None:
-        last = self._pre.last
-        if last is None or last.reached != {"layer"} or self._has_warned:
-            return
-        self._has_warned = True
-        warnings.warn(
-            "PRe: the last backward pass came from a loss without the term, so the heads do not "
-            "train. Such a loss is computed elsewhere than in the model, as TRL's SFTTrainer does, "
-            "or the model got no labels: pass labels and use the loss that the model returns; or "
-            "set pre.add_to_loss = False, and after each call of the model add pre.loss to yours, "
-            "as prereg_kernels.trainer.PreTrainerMixin does for a Trainer",
-            stacklevel=2,
-        )
+        return current
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
         """The same in each pass: a graph's backward can write into the graph's inputs alone."""
         if any(value.device != device for value in self._compiled_values.values()):
-            self._move_compiled_values(device)
+            self._move_compiled_values(self._compiled_values, device)
         return dict(self._compiled_values)
-
-    def _renew_compiled_values(self, device: torch.device) -> None:
-        self._compiled_values = _zeros(self._pre.heads, device)
 
     def _choose(self, index: Tensor) -> Tensor:
         pre = self._pre
-        # Ranks that share a batch, as under tensor parallelism, draw the same.
-        copies = getattr(pre.model, "tp_size", None) or 1
-        address = (pre.config.seed, distributed.rank() // copies, pre.passes)
+        # Ranks that share a batch draw the same.
+        address = (pre.config.seed, distributed.rank() // distributed.copies(pre.model), pre.passes)
         return choose_tokens(index.numel(), pre.config.token_fraction, address, index.device)
 
     def see_projector(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._pass is not None:
-            self._pass.encoded.append((args or tuple(kwargs.values()))[0].detach())
+        current = self._pass
+        if current is not None:
+            current.encoded.append((args or tuple(kwargs.values()))[0].detach())
 
     def see_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         current = self._pass
-        inputs = dict(zip(self._decoder_arguments, args, strict=False)) | kwargs
-        embeddings = inputs.get("inputs_embeds")
+        embeddings = (self._named(1, module, args) | kwargs).get("inputs_embeds")
         if current is None or embeddings is None:
             return
+        ids = current.inputs["input_ids"]
+        if embeddings.shape[:-1] != ids.shape:
+            raise ValueError(
+                "input_ids: PRe finds the visual tokens by it; expected the decoder's sequence "
+                f"to have its shape, {tuple(ids.shape)}, got inputs_embeds of "
+                f"{tuple(embeddings.shape[:-1])}. This model expands or splits its sequence; train "
+                "it with an id for each position, or call prereg_kernels.pre_tap with a mask of "
+                "your own"
+            )
         with torch.no_grad():
             current.anchor = self._anchor(current, embeddings.detach())
 
@@ -174,15 +195,20 @@ class _Hooks:
                 return embeddings
             return pool_images(embeddings, images.of_token, images.count, index=current.index)
         if callable(source):
-            self._pass = None  # the function may call parts of the model
+            self._calls.enter(None)  # the function may call parts of the model
+            try:
+                rows = source(current.inputs)
+            finally:
+                self._calls.leave(None)
             rows = function_rows(
-                source(current.inputs), tokens, count, width,
-                current.index.device, finite=not self._saw_finite_anchor,
+                rows, tokens, count, width, current.index.device,
+                finite=not self._saw_finite_anchor, shown=current.shown,
             )  # fmt: skip
-            self._pass = current
             self._saw_finite_anchor |= tokens > 0
         else:
-            rows = projector_rows(current.encoded, tokens, width, pre.family, embeddings)
+            rows = projector_rows(
+                current.encoded, tokens, width, pre.family, embeddings, current.shown
+            )
             current.encoded.clear()
         if images is not None:
             is_pooled = rows.shape[0] == images.count
@@ -193,17 +219,20 @@ class _Hooks:
         self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        if self._pre.config.level == "global":
-            tapped = self._pool(layer, hidden)
-        else:
-            # The next layer's checkpoint holds its input, this output: saved beside it, it is held
-            # once, and this layer's recomputation need not go to its end to bring it back.
-            is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
-            with outside_checkpoint() if is_held else nullcontext():
-                tapped = self._tap(layer, hidden)
-        current = self._pass
+        compiled, current = torch.compiler.is_compiling(), self._pass
+        if not compiled and self._calls.current is None:
+            self._watch.bypassed(layer, module)
+        # The next layer's checkpoint holds its input, this output: saved beside it, it is held
+        # once, and this layer's recomputation need not go to its end to bring it back.
+        is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
+        is_global = self._pre.config.level == "global"
+        with (
+            outside_checkpoint() if is_held and not is_global else nullcontext(),
+            nullcontext() if compiled else outside_selection(),
+        ):
+            tapped = (self._pool if is_global else self._tap)(layer, hidden)
         if tapped is not None and current is not None:
-            _note(tapped, current.reached, "layer")
+            self._watch.gradient(tapped, current)
         if tapped is None or not isinstance(output, tuple):
             return tapped
         return (tapped, *output[1:])
@@ -218,9 +247,7 @@ class _Hooks:
         of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
         with torch.set_grad_enabled(current.training):
             current.pooled[layer] = pool_images(hidden, of_token, current.images.count, index=index)
-        if not current.training:
-            return None
-        return _Use.apply(hidden, *self._pre.heads[layer].parameters())
+        return use(hidden, *self._pre.heads[layer].parameters()) if current.training else None
 
     def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
         head, current = self._pre.heads[layer], self._pass
@@ -278,29 +305,26 @@ class _Hooks:
             denominator=denominator,
             compute_value=config.value_in_forward,
             value_out=value,
+            carry=current.carry,
+            carry_always=config.gradient == "tap",
             **options,
         )
         if config.value_in_forward:
             value.copy_(current.losses[layer].detach())
         return tapped
 
-    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        pre, current, self._pass = self._pre, self._pass, None
-        if current is None or output is None:  # the forward raised
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        pre, current = self._pre, self._calls.leave(module)
+        if output is None:  # the forward raised
             return None
-        for layer, pooled in current.pooled.items():
-            self._loss(layer, current, pooled, None)
-        tokens = current.tokens
-        rows = tokens if current.images is None else torch.full_like(tokens, current.images.count)
-        is_tuple = isinstance(output, tuple)
-        lm_loss = None
-        if current.inputs.get("labels") is not None:
-            lm_loss = output[0] if is_tuple else output.loss
-        detached = None if lm_loss is None else lm_loss.detach().clone()
+        if not torch.compiler.is_compiling():
+            self._watch.evaluated(module, output)
+        if current is None:
+            return None
+        pooled = [self._loss(layer, current, x, None) for layer, x in current.pooled.items()]
+        record = record_of(current, output)
         if not current.again:
-            pre.last = Record(
-                tokens, rows, current.denominator, detached, current.values, current.reached
-            )
+            pre.last = record
         if not current.training:
             return None
         if len(current.losses) < len(pre.heads):
@@ -310,36 +334,42 @@ class _Hooks:
                 "call; and those of checkpointed layers: there, compile the other layers alone, "
                 "each by layer.compile(), or train without checkpointing"
             )
-        values = [value.to(tokens.device) for value in current.losses.values()]
-        term = torch.stack(values).mean() * pre.config.weight * self._label_share(current)
-        _note(term, current.reached, "term")
-        if lm_loss is None or not pre.add_to_loss:
+        if current.carry is not None:
+            output = carry_in(output, [x for x in pooled if x is not None])
+        if current.carry is not None and pre.config.gradient == "tap":
+            return output
+        values = [value.to(record.tokens.device) for value in current.losses.values()]
+        term = torch.stack(values).mean() * pre.config.weight * label_share(current)
+        self._watch.term(term, current)
+        if pre.collected is not None:
+            if not current.again:
+                pre.collected.append((term, record))
+            return output
+        if current.inputs.get("labels") is None or not pre.add_to_loss:
             if not current.again:
                 pre.loss = term
-            return None
-        total = lm_loss + term.to(lm_loss.device)
-        if is_tuple:
-            return (total, *output[1:])
-        output.loss = total
-        return output
-
-    def _label_share(self, current: Pass) -> float | Tensor:
-        """This micro-batch's share of the step's label tokens.
-
-        Where the caller gives the step's count (transformers' Trainer does under gradient
-        accumulation, and then does not divide the loss), L_LM is a share of the step's mean: so
-        must L_PRe be. `denominator` makes this exact, and the share is then not needed.
-        """
-        items = current.inputs.get("num_items_in_batch")
-        labels = current.inputs.get("labels")
-        if items is None or labels is None or current.denominator is not None:
-            return 1.0
-        return (labels[..., 1:] != -100).sum() / items
+            return output
+        return add_to_loss(output, term)
 
 
 def _zeros(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
     """{layer: 0-dim, float32}"""
     return {layer: torch.zeros((), dtype=torch.float32, device=device) for layer in layers}
+
+
+def _move(values: dict[int, Tensor], device: torch.device) -> None:
+    with torch.inference_mode(False):  # backward of training will write into them
+        values.update(_zeros(list(values), device))
+
+
+def _outside_of_graphs(function: Any) -> Any:
+    """Not a decorator: it would load the compiler with the package."""
+    return torch.compiler.disable(function)
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of what its forward takes."""
+    return tuple(inspect.signature(module.forward).parameters)
 
 
 def _is_recomputation() -> bool:
@@ -351,33 +381,7 @@ def _is_recomputation() -> bool:
     return node is not None and node.name() != "CheckpointFunctionBackward"
 
 
-def _note(x: Tensor, reached: set[str], name: str) -> None:
-    """Once backward comes to `x`, `reached` has the name; not in a graph, which has no hooks."""
-    if x.requires_grad and not torch.compiler.is_compiling():
-        x.register_hook(lambda _: reached.add(name))
-
-
 def _goes_on(inputs: Mapping[str, Any]) -> bool:
     """Whether these are tokens that generation appends: none is visual, whatever its id."""
     cache: Any = inputs.get("past_key_values")
     return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())
-
-
-class _Use(torch.autograd.Function):
-    """The identity on `hidden`, whose backward has no gradient for the parameters.
-
-    DDP looks for what a step uses in the graph of what the model returns. The tap puts a head's
-    parameters there; with level="global" nothing that is returned needs to depend on them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = len(parameters)
-        same = hidden.view_as(hidden)
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(same)
-        return same
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (gradient, *[None] * ctx.parameters)

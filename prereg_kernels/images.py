@@ -29,10 +29,15 @@ class Images:
     Attributes:
         of_token: (N,) int64, the number of the image of each visual token; ascending.
         count: how many there are.
+        shown: (count,) int64, which of the batch's images these are, where attention hides others.
+            None: all of them.
+        in_batch: how many the batch has.
     """
 
     of_token: Tensor
     count: int
+    shown: Tensor | None
+    in_batch: int
 
 
 def check_images(family: Family) -> None:
@@ -44,49 +49,55 @@ def check_images(family: Family) -> None:
         )
 
 
-def count_images(family: Family, batch: Mapping[str, Any], ids: Tensor, visual: Tensor) -> Tensor:
-    """0-dim, int64: how many images there are, without a sync.
+def count_images(
+    family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, visual: Tensor
+) -> Tensor:
+    """0-dim, int64: how many images have a visual token, without a sync.
 
     Args:
         batch: the keyword arguments of the model's forward.
-        ids: (rows, length), the `input_ids`. visual: bool, where they are visual tokens.
+        ids: (rows, length), the `input_ids`. by_id: bool, where they are ids of visual tokens.
+        visual: bool, where they are and attention does not hide them.
     """
-    if family.images == "runs":
-        return _starts(ids, visual).sum()
-    return torch.full((), _counted(family, batch) or 0, dtype=torch.int64, device=ids.device)
+    numbers = _numbers(family, batch, ids, by_id)
+    if numbers is None:
+        return torch.zeros((), dtype=torch.int64, device=ids.device)
+    nowhere = ids.numel()  # as an image's number, which is smaller
+    flags = torch.zeros(nowhere + 1, dtype=torch.int64, device=ids.device)
+    flags[torch.where(visual.flatten(), numbers, nowhere)] = 1
+    return flags[:nowhere].sum()
 
 
-def find_images(family: Family, batch: Mapping[str, Any], ids: Tensor, index: Tensor) -> Images:
-    """The images of a batch.
+def find_images(
+    family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, index: Tensor
+) -> Images:
+    """The images of a batch that attention shows, in part at least.
 
-    One sync, and one more for videos that are cut into runs, neither of which has anything to wait
-    for right after the one that found `index`.
+    Two or three syncs, none of which has anything to wait for right after the one that found
+    `index`.
 
     Args:
-        batch, ids: as for `count_images`.
+        batch, ids, by_id: as for `count_images`.
         index: (N,) int64, the visual positions in the flattened `ids`, ascending.
 
     Raises:
         ValueError: what the batch holds does not agree with its visual tokens.
     """
-    tokens = index.numel()
-    if not tokens:
-        return Images(index, 0)
-    counted = _counted(family, batch)
-    if family.images == "equal":
-        if not counted or tokens % counted or batch.get("image_sizes") is not None:
-            names = " and ".join(family.counted_by)
-            raise ValueError(
-                f"level: 'global' needs images of equally many tokens of {family.name}; got "
-                f"{tokens} visual tokens for {counted or 'no'} images ({names}), "
-                f"image_sizes {'not ' * (batch.get('image_sizes') is None)}given"
-            )
-        each = tokens // counted
-        return Images(torch.arange(tokens, device=ids.device) // each, counted)
-    visual = torch.zeros_like(ids, dtype=torch.bool).flatten().index_fill(0, index, True)
-    starts = _starts(ids, visual.view_as(ids)).flatten()
-    of_token = starts.cumsum(0)[index] - 1
-    count = int(of_token[-1]) + 1
+    if not index.numel():
+        return Images(index, 0, None, 0)
+    counted, tokens = _counted(family, batch), int(by_id.sum())
+    numbers = _numbers(family, batch, ids, by_id)
+    if family.images == "equal" and (
+        numbers is None or tokens % (counted or 1) or batch.get("image_sizes") is not None
+    ):
+        names = " and ".join(family.counted_by)
+        raise ValueError(
+            f"level: 'global' needs images of equally many tokens of {family.name}; got "
+            f"{tokens} visual tokens for {counted or 'no'} images ({names}), "
+            f"image_sizes {'not ' * (batch.get('image_sizes') is None)}given"
+        )
+    assert numbers is not None
+    count = int(numbers[-1]) + 1
     if counted is not None and counted != count:
         arguments = " and ".join(family.counted_by + family.cut_by)
         raise ValueError(
@@ -94,7 +105,25 @@ def find_images(family: Family, batch: Mapping[str, Any], ids: Tensor, index: Te
             f"them for {counted} images ({arguments}); expected another "
             "token between any two images, or level='patch'"
         )
-    return Images(of_token, count)
+    of_token = numbers[index]
+    if tokens == index.numel():
+        return Images(of_token, count, None, count)
+    shown, of_token = torch.unique(of_token, return_inverse=True)
+    return Images(of_token, shown.numel(), shown, count)
+
+
+def _numbers(family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor) -> Tensor | None:
+    """(positions,) int64: at a visual id its image's number, at the last position the last one's.
+
+    None: the batch counts no images, where that is how they are told apart.
+    """
+    if family.images == "runs":
+        return _starts(ids, by_id).flatten().cumsum(0) - 1
+    counted = _counted(family, batch)
+    if not counted:
+        return None
+    each = (by_id.sum() // counted).clamp(min=1)
+    return (by_id.flatten().cumsum(0) - 1) // each
 
 
 def _starts(ids: Tensor, visual: Tensor) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from prereg_kernels import distributed
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family, find_family
+from prereg_kernels.forward import ModelForward
 from prereg_kernels.handle import PRe, get_pre
-from prereg_kernels.hooks import attach_hooks
+from prereg_kernels.hooks import Hooks
 from prereg_kernels.storage import load_heads
 
 
@@ -59,6 +62,7 @@ def apply_pre(
         raise ValueError("config: expected None with from_pretrained, which has settings; got both")
     if get_pre(model) is not None:
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
+    distributed.check_whole(model)
     family = family or find_family(model)
     if from_pretrained is None:
         pre = PRe(model, (config or PReConfig()).replace(**overrides), family)
@@ -70,7 +74,7 @@ def apply_pre(
         except BaseException:
             pre.detach()
             raise
-    attach_hooks(pre)
+    _attach_hooks(pre)
     return pre
 
 
@@ -87,3 +91,35 @@ def remove_pre(model: nn.Module) -> None:
     if pre is None:
         raise ValueError("model: PRe is not attached; expected a model that apply_pre was given")
     pre.detach()
+
+
+def _attach_hooks(pre: PRe) -> None:
+    """Put the hooks on `pre.model`; `pre.detach` removes them."""
+    model, family, hooks = pre.model, pre.family, Hooks(pre)
+    language_model, layers = family.language_model_of(model), family.layers_of(model)
+    pre.shadow("forward", ModelForward(hooks, vars(model).get("forward")))
+    pre.hooks += [
+        model.register_forward_pre_hook(hooks.begin, with_kwargs=True),
+        language_model.register_forward_pre_hook(hooks.see_embeddings, with_kwargs=True),
+        model.register_forward_hook(hooks.end, always_call=True),
+    ]
+    for inner in family.parts_around_language_model(model):
+        pre.hooks += [
+            inner.register_forward_pre_hook(hooks.begin_inside, with_kwargs=True),
+            inner.register_forward_hook(hooks.end, always_call=True),
+        ]
+    if pre.config.anchor == "pre_projector":
+        projector = family.projector_of(model)
+        hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
+        pre.hooks.append(hook)
+    for number in pre.heads:
+        see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
+        pre.hooks.append(layers[number - 1].register_forward_hook(see))
+
+
+def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:
+    """Whether this layer's output, as it is, is the input of the next layer."""
+    vision: Any = getattr(getattr(model, "config", None), "vision_config", None)
+    # Qwen3-VL adds features to copies of the first outputs
+    added = getattr(vision, "deepstack_visual_indexes", None) or ()
+    return len(added) < layer < layers

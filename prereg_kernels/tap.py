@@ -49,6 +49,8 @@ def pre_tap(
     backend: str = "auto",
     compute_value: bool = False,
     value_out: Tensor | None = None,
+    carry: float | Tensor | None = None,
+    carry_always: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pass `hidden` on unchanged, and return a scalar whose gradient is that of the PRe loss.
 
@@ -64,6 +66,12 @@ def pre_tap(
             more matmuls. The gradient is the same.
         value_out: a 0-dim Tensor without gradient that backward writes the loss into. Under
             torch.compile this is the one way to read it, as the scalar itself stays as it was.
+        carry: a number or 0-dim Tensor: the gradient of your objective with respect to the loss,
+            for where you do not use the loss. Backward then adds `carry * dL/dhidden` by itself, as
+            long as `hidden` is used. A backward pass that keeps the graph, and so may be one of
+            several, adds nothing. None: what is not used has no gradient.
+        carry_always: the loss is for reading: backward adds `carry * dL/dhidden` always, and the
+            loss itself has no gradient. So it is under torch.compile, too, where `carry` is given.
         The others: as for `fused_pre_loss` with reduction="mean".
 
     Returns:
@@ -89,6 +97,8 @@ def pre_tap(
         inputs.bias_layers,
         compute_value,
         value_out,
+        carry,
+        carry_always or (carry is not None and torch.compiler.is_compiling()),
         *inputs.weights,
         *inputs.biases,
     )
@@ -124,6 +134,8 @@ class _Tap(torch.autograd.Function):
         bias_layers: list[int],
         compute_value: bool,
         value_out: Tensor | None,
+        carry: float | Tensor | None,
+        carry_always: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.spec, ctx.bias_layers = spec, bias_layers
@@ -141,9 +153,12 @@ class _Tap(torch.autograd.Function):
         if value_out is None and not compute_value and not torch.compiler.is_compiling():
             value_out = value.detach()  # shares the memory of the scalar that the caller gets
         ctx.value_out = value_out
+        ctx.carry, ctx.carry_always, ctx.was_used = carry, carry_always, False
         ctx.set_materialize_grads(False)
         tapped = hidden.view_as(hidden)
-        if not ctx.needs_input_grad[0]:
+        if carry_always:
+            ctx.mark_non_differentiable(value)
+        elif not ctx.needs_input_grad[0] and carry is None:
             ctx.mark_non_differentiable(tapped)
         return tapped, value
 
@@ -151,7 +166,8 @@ class _Tap(torch.autograd.Function):
     def backward(
         ctx: Any, grad_hidden: Tensor | None, grad_value: Tensor | None
     ) -> tuple[Any, ...]:
-        if grad_value is None:  # the caller did not use the loss
+        factor = _factor(ctx, grad_value)
+        if factor is None:  # the caller did not use the loss
             return (grad_hidden, *[None] * (len(ctx.needs_input_grad) - 1))
         hidden, *parameters = ctx.saved_tensors
         anchor, select, coefficient = ctx.constants
@@ -169,19 +185,31 @@ class _Tap(torch.autograd.Function):
                 anchor,
                 inputs,
                 ctx.spec,
-                coefficient * grad_value,
+                coefficient * factor,
                 needs[0],
-                needs[8 : 8 + depth],
-                needs[8 + depth :],
+                needs[10 : 10 + depth],
+                needs[10 + depth :],
                 residual=grad_hidden,
             )
             if ctx.value_out is not None:
                 store_value(ctx.value_out, (losses * coefficient).sum())
         gradients = forbid_double_backward(gradients, [hidden, *parameters])
         dh, *rest = (
-            x if n else None for x, n in zip(gradients, (needs[0], *needs[8:]), strict=True)
+            x if n else None for x, n in zip(gradients, (needs[0], *needs[10:]), strict=True)
         )
-        return (dh, *[None] * 7, *rest)
+        return (dh, *[None] * 9, *rest)
+
+
+def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:
+    """The gradient of the loss: the caller's, or where there is none, what `carry` says."""
+    ctx.was_used |= grad_value is not None
+    if not ctx.carry_always:
+        if ctx.was_used or ctx.carry is None:
+            return grad_value
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return None
+    carry, (_, _, coefficient) = ctx.carry, ctx.constants
+    return carry.to(coefficient.device) if isinstance(carry, Tensor) else carry
 
 
 def _inputs(

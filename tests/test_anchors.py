@@ -123,10 +123,10 @@ def _without_ids(forward: Any) -> Any:
 
 def test_rows_of_several_calls_follow_each_other() -> None:
     parts = [torch.zeros(1, 2, 3), torch.ones(2, 3)]
-    rows = projector_rows(parts, 4, 3, LLAVA, torch.zeros(1))
+    rows = projector_rows(parts, 4, 3, LLAVA, torch.zeros(1), lambda rows: rows)
     assert rows[:, 0].tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match=r"shape \(5, 3\), got \(4, 3\)"):
-        projector_rows(parts, 5, 3, LLAVA, torch.zeros(1))
+        projector_rows(parts, 5, 3, LLAVA, torch.zeros(1), lambda rows: rows)
 
 
 @pytest.mark.parametrize(

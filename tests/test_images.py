@@ -24,8 +24,8 @@ def find(family: Family, ids: Any, **batch: Any) -> tuple[list[int], int]:
     ids = torch.tensor(ids)
     visual = ids > T
     index = visual.flatten().nonzero().squeeze(1)
-    images = find_images(family, batch, ids, index)
-    counted = count_images(family, batch, ids, visual)
+    images = find_images(family, batch, ids, visual, index)
+    counted = count_images(family, batch, ids, visual, visual)
     assert counted.item() == images.count and counted.dtype == torch.int64
     return images.of_token.tolist(), images.count
 

@@ -1,4 +1,4 @@
-"""A loss without the term trains no head: PRe says so, once, and to nobody else."""
+"""A loss without the term would train no head: an error, and for nobody else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.attached import NON_REENTRANT
 from tests.tiny import make_batch, tiny_llava
 from tests.trainers.rows import make_trainer
 
-MESSAGE = "PRe: the last backward pass came from a loss without the term"
+MESSAGE = "PRe: the backward pass came from a loss without the term"
 
 
 def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
@@ -47,16 +47,28 @@ def make_model(checkpointing: bool = False, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
-@pytest.mark.parametrize("labels", (False, True))
-@pytest.mark.parametrize("settings", ({}, {"level": "global"}, {"value_in_forward": True}))
-def test_a_loss_of_the_users_alone(
-    checkpointing: bool, labels: bool, settings: dict[str, Any]
-) -> None:
-    """In the second step, and not again."""
-    model = make_model(checkpointing, layers=(1, 3), **settings)
-    batch = make_batch() if labels else without_labels(make_batch())
+def test_a_loss_beside_that_of_the_model(checkpointing: bool) -> None:
+    """The model computed one, which somebody dropped: raises in the first backward pass."""
+    model, batch = make_model(checkpointing, layers=(1, 3)), make_batch()
+    with pytest.raises(RuntimeError, match=f"{MESSAGE}.*PreTrainerMixin"):
+        loss_of(model(**batch)).backward()
+
+
+@pytest.mark.parametrize("settings", ({"level": "global"}, {"value_in_forward": True}, {}))
+def test_a_loss_beside_that_of_the_model_whose_graph_is_kept(settings: dict[str, Any]) -> None:
+    """The term might still come: raises in the second step, and goes on if asked again."""
+    model, batch = make_model(layers=(1, 3), **settings), make_batch()
+    loss_of(model(**batch)).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        model(**batch)
+    model(**batch).loss.backward()
+    assert all(p.grad is not None for p in model.pre_heads.parameters())
+
+
+def test_who_asks_for_the_loss_alone_is_told_once() -> None:
+    model, batch = make_model(gradient="loss"), make_batch()
     loss_of(model(**batch)).backward()
-    with pytest.warns(UserWarning, match=f"{MESSAGE}.*PreTrainerMixin"):
+    with pytest.warns(UserWarning, match=MESSAGE):
         loss = loss_of(model(**batch))
     loss.backward()
     assert not messages_of(lambda: loss_of(model(**batch)).backward())
@@ -64,13 +76,17 @@ def test_a_loss_of_the_users_alone(
 
 
 def test_a_trainer_that_computes_its_own_loss(tmp_path: Path) -> None:
-    """transformers' warns, PreTrainer has the term."""
-    for cls, count in ((Trainer, 1), (PreTrainer, 0)):
-        trainer = make_trainer(
+    """transformers' cannot tell the micro-batch's share of the step; PreTrainer counts."""
+
+    def make_smoothing(cls: Any) -> Any:
+        return make_trainer(
             make_model(), tmp_path, cls=cls, label_smoothing_factor=0.1,
             per_device_train_batch_size=2,
         )  # fmt: skip
-        assert len(messages_of(trainer.train)) == count
+
+    with pytest.raises(ValueError, match="labels: the call has num_items_in_batch without them"):
+        make_smoothing(Trainer).train()
+    assert not messages_of(make_smoothing(PreTrainer).train)
 
 
 def labelled(model: Any) -> None:
@@ -94,6 +110,7 @@ def left_to_the_user(model: Any) -> None:
     loss = model(**make_batch()).loss
     loss.backward(retain_graph=True)
     pre.loss.backward()
+    pre.add_to_loss = True
 
 
 def several_forwards(model: Any) -> None:

@@ -130,7 +130,7 @@ def _run(model: nn.Module, batch: Batch) -> _Run | None:
     inputs = {
         name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.inputs.items()
     }
-    mask = visual_mask(model, inputs["input_ids"])
+    mask = visual_mask(model, inputs)
     image = mask.nonzero()[:, 0].cpu()
     if len(batch.images) != len(mask):
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels.families import find_family
+from prereg_kernels.visual import find_visual
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
         final norm); rows in the order of the visual tokens in `input_ids`.
     """
     family = find_family(model)
-    visual = visual_mask(model, batch["input_ids"])
+    visual = visual_mask(model, batch)
     kept: list[Tensor] = []
 
     def keep(states: Tensor) -> None:
@@ -57,7 +58,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     return kept
 
 
-def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
+def visual_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Bool, the shape of `input_ids`: where its tokens are visual. ValueError as `find_family`."""
-    ids = find_family(model).visual_token_ids(model)
-    return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+    tokens = find_family(model).visual_token_ids(model)
+    return find_visual(batch["input_ids"], tokens, batch.get("attention_mask"))

@@ -182,8 +182,8 @@ def test_a_checkpointed_layer_without_its_hooks_raises() -> None:
 
 def test_hooks_that_came_after_compilation_raise() -> None:
     """torch.compile does not look for new ones; PRe attached to a compiled model would be none."""
-    model = make_model("llava")
-    batch = make_batch("llava", model, "text only").inputs
+    model = with_the_tower_in_eager("llava")
+    batch = make_batch("llava", model, "images").inputs
     model(**batch)
     call = whole(model)
     call(**batch)

@@ -1,0 +1,49 @@
+"""Which positions of a batch are visual tokens: by their ids, but for what attention hides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def find_visual(input_ids: Tensor, tokens: tuple[int, ...], attention_mask: Any = None) -> Tensor:
+    """Bool, the shape of `input_ids`: where a visual token is that takes part in the model.
+
+    A position that the attention mask hides is padding, whatever its id: some trainers append an
+    image to every batch of text alone, for their vision tower's sake, and hide it.
+
+    Args:
+        input_ids: (rows, length). tokens: the ids of visual tokens.
+        attention_mask: as the model's forward takes it, see `find_visible`.
+    """
+    visual = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in tokens:
+        visual |= input_ids == token
+    visible = find_visible(attention_mask, input_ids)
+    return visual if visible is None else visual & visible
+
+
+def find_visible(attention_mask: Any, input_ids: Tensor) -> Tensor | None:
+    """Bool, the shape of `input_ids`: what the attention mask shows. None: it hides nothing.
+
+    Args:
+        attention_mask: (rows, keys), 0 where a position is hidden; or (rows, heads, queries, keys),
+            bool or added to the scores, where a position is hidden that no query sees; or a mapping
+            of such masks by the kind of attention, of which the fullest counts. The last keys are
+            those of `input_ids`. Other kinds, which say nothing by position, hide nothing.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = attention_mask.get("full_attention")
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        return None
+    rows, length = input_ids.shape
+    if attention_mask.shape[-1] < length or attention_mask.shape[0] not in (1, rows):
+        return None
+    keys = attention_mask[..., -length:].to(input_ids.device)
+    if keys.is_floating_point() and keys.dim() == 4:
+        keys = keys > torch.finfo(keys.dtype).min / 2
+    visible = keys.bool()
+    return (visible.flatten(1, 2).any(dim=1) if keys.dim() == 4 else visible).expand(rows, length)
