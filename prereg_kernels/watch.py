@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from prereg_kernels.handle import PRe
 from prereg_kernels.passes import Pass
@@ -28,9 +30,17 @@ class Watch:
     def __init__(self, pre: PRe) -> None:
         self._pre = pre
         self._said: set[str] = set()
-        self._versions: tuple[int, int] | None = None  # of heads, of the others, a call before
-        self._steps = 0  # in which the others moved and the heads did not
         self._ddp: Any = None
+        self._steps_without_heads: int | None = 0  # None: an optimizer has the heads, or is told
+        _look_at_steps(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which look for themselves."""
+        return vars(self) | {"_ddp": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _look_at_steps(self)
 
     def training(self) -> None:
         """Of a training call.
@@ -41,7 +51,6 @@ class Watch:
         """
         self._look_at_the_last_term()
         self._look_at_ddp()
-        self._look_at_the_optimizer()
 
     def evaluated(self, module: nn.Module, output: Any) -> None:
         """Of a call in eval mode: its loss is not meant to be trained by."""
@@ -101,31 +110,22 @@ class Watch:
             )
         self._ddp = ddp
 
-    def _look_at_the_optimizer(self) -> None:
-        """A step of an optimizer changes the versions of its parameters."""
-        if self._steps < 0:
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Of an optimizer that is about to take a step."""
+        if self._steps_without_heads is None or not self._pre.is_attached:
             return
-        heads = {id(p) for p in self._heads()}
-        mine = sum(p._version for p in self._heads())
-        others = sum(
-            p._version
-            for p in self._pre.model.parameters()
-            if p.requires_grad and id(p) not in heads
-        )
-        before, self._versions = self._versions, (mine, others)
-        if before is None:
-            return
-        if before[0] != mine:
-            self._steps = -1  # they move: look no more
-        elif before[1] != others:
-            self._steps += 1
-            if self._steps == 2:
-                self._steps = -1
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in stepped for p in self._heads()):
+            self._steps_without_heads = None
+        elif any(id(p) in stepped for p in self._pre.model.parameters() if p.requires_grad):
+            self._steps_without_heads += 1
+            if self._steps_without_heads == 3:
+                self._steps_without_heads = None
                 self._warn(
-                    "PRe: two steps changed the model and not pre.heads, so no optimizer has them. "
-                    "L_PRe falls all the same, as the model adapts to random heads. Call apply_pre "
-                    "before you make the optimizer, and see that its parameter groups take in "
-                    "'pre_heads'"
+                    "PRe: three steps of the model's optimizer left out pre.heads, so they do not "
+                    "train. L_PRe falls all the same, as the model adapts to random heads. Call "
+                    "apply_pre before you make the optimizer, and see that its parameter groups "
+                    "take in 'pre_heads'"
                 )
 
     def _heads(self) -> list[nn.Parameter]:
@@ -135,6 +135,18 @@ class Watch:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _look_at_steps(watch: Watch) -> None:
+    """Of every optimizer, as none knows its model, for as long as the watch lives."""
+    reference = weakref.ref(watch)
+
+    def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        watch = reference()
+        if watch is not None:
+            watch.step(optimizer)
+
+    weakref.finalize(watch, register_optimizer_step_pre_hook(look).remove)
 
 
 def is_in_backward() -> bool:

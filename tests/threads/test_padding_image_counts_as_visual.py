@@ -80,7 +80,7 @@ def test_an_image_among_others(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("level", ("patch", "global"))
-@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl", "gemma3"))
+@pytest.mark.parametrize("name", ("llava", "internvl", "gemma3"))
 def test_the_count_is_what_the_pass_sees(name: str, level: str) -> None:
     model = make_model(name)
     batch = family_batch(name, model, "several images")
