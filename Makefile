@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 TRITON_OLDEST := 3.4.0
 TRITON_NEWEST := 3.9.0
 TRITON := .triton
+# Beside the newest, which is in the environment: what LLaMA-Factory and axolotl pin.
+PEFTS := 0.18.1 0.20.0
+PEFT := .peft
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -31,17 +34,27 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 ANY_BACKEND := rows triton_aot gpu diagnostics test_benchmarks_gpu.py test_docs.py \
     trainers/test_ranks.py
 OWN_PROCESSES := training/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
-test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready  ## the tests
+test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
+    $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%) \
 	    $(OWN_PROCESSES:%=--deselect=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/rows/test_triton_*.py
+	for version in $(PEFTS); do \
+	    PYTHONPATH=$(PEFT)/$$version $(BIN)/python -m pytest -n 2 tests/integrations/test_peft.py \
+	        --peft $$version || exit 1; \
+	done
 
 # Beside the environment, not in it: on CPUs the package has to work without Triton.
 $(TRITON)/%/.ready: constraints.txt | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$*
+	touch $@
+
+$(PEFT)/%/.ready: constraints.txt | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) peft==$*
 	touch $@
 
 lint: $(READY)  ## ruff and mypy
@@ -108,5 +121,5 @@ gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, wh
 	fi
 
 clean:  ## remove the environment, build products and caches (not runs/)
-	rm -rf $(VENV) $(TRITON) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEFT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

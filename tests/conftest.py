@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,13 @@ if importlib.util.find_spec("hypothesis"):  # tests/gpu runs where only torch an
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=("torch", "cpp"), help="what backend='auto' is here")
+    parser.addoption("--peft", help="the version of PEFT that has to be the one imported")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    expected = config.getoption("--peft")
+    if expected is not None and (found := importlib.metadata.version("peft")) != expected:
+        raise pytest.UsageError(f"--peft {expected}: found {found}")
     backend = config.getoption("--backend")
     if backend is None:
         return

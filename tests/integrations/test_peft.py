@@ -1,4 +1,8 @@
-"""LoRA and QLoRA with PRe: PEFT before or after it; what trains, what is saved, what is left."""
+"""LoRA and QLoRA with PRe: PEFT before or after it; what trains, what is saved, what is left.
+
+`make test` runs this with older PEFTs as well, which trainers pin: with a `task_type` these call
+`model.forward`, past the hooks of the model.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,9 @@ each_family = pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
 def with_lora(model: Any, seed: int = 0) -> Any:
     """LoRA on the decoder's matrices, not zero at the start."""
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=2, target_modules=DECODER, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=DECODER, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     return peft.get_peft_model(model, config)
 
 
