@@ -13,6 +13,7 @@ import ast
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -41,13 +42,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """`spans`: the code in backticks. `prose`: the text outside of code. `links`: their targets."""
+    """`spans`: the code in backticks. `prose`: the text outside of code. `links`: their targets.
+    `headings`: as links name them."""
 
     name: str
     blocks: tuple[Block, ...]
     spans: tuple[str, ...]
     prose: str
     links: tuple[str, ...]
+    headings: tuple[str, ...] = ()
 
 
 def read_page(name: str, text: str) -> Page:
@@ -55,7 +58,8 @@ def read_page(name: str, text: str) -> Page:
     blocks: list[Block] = []
     inline: list[Token] = []
     markers: dict[str, str] = {}
-    for token in MarkdownIt("commonmark").enable("table").parse(text):
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    for token in tokens:
         if token.type == "html_block" and (found := MARKER.fullmatch(token.content.strip())):
             markers[found["where"] or ""] = " ".join(found["reason"].split())
             continue
@@ -65,12 +69,14 @@ def read_page(name: str, text: str) -> Page:
         assert not markers or token.type == "fence", f"{name}: a marker without a block: {markers}"
         markers = {}
         inline += token.children or []
+    titles = [after.content for before, after in pairwise(tokens) if before.type == "heading_open"]
     return Page(
         name,
         tuple(blocks),
         tuple(" ".join(token.content.split()) for token in inline if token.type == "code_inline"),
         " ".join(token.content for token in inline if token.type in ("text", "html_inline")),
         tuple(str(token.attrs[a]) for token in inline for a in ("href", "src") if a in token.attrs),
+        tuple(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles),
     )
 
 

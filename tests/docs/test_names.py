@@ -22,7 +22,7 @@ from prereg_kernels.families import Family
 from prereg_kernels.handle import PRe
 from tests.docs import test_commands, test_snippets
 from tests.docs.commands import PROGRAMS, help_of
-from tests.docs.pages import ROOT, Page, is_snippet, pages
+from tests.docs.pages import ROOT, Page, is_snippet, page_of, pages
 from tests.tiny import tiny_llava
 from tests.trainers.test_examples import NEEDS
 
@@ -59,9 +59,9 @@ def test_links() -> None:
                 continue
             path = (ROOT / page.name).parent / target if target else ROOT / page.name
             assert path.exists(), f"{page.name}: {link}"
-            headings = re.findall(r"^#+ (.*)", path.read_text(), re.M) if heading else [""]
-            slugs = {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
-            assert heading in slugs, f"{page.name}: {link}"
+            if heading:
+                to = page_of(str(path.resolve().relative_to(ROOT)))
+                assert heading in to.headings, f"{page.name}: {link}"
 
 
 def test_tests() -> None:
