@@ -116,11 +116,12 @@ def test_code() -> None:
 
 
 def test_imports() -> None:
-    """Of snippets and examples: of this package all, of others those that are installed."""
-    snippets = {page.name: b.text for page in pages() for b in page.blocks if is_snippet(b)}
-    examples = {str(path): path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    """Of the text and of examples: of this package all, of others those that are installed."""
+    texts = [(page.name, b.text) for page in pages() for b in page.blocks if is_snippet(b)]
+    texts += [(page.name, span) for page, span in spans() if re.match(r"(from|import) \w", span)]
+    texts += [(str(path), path.read_text()) for path in (ROOT / "examples").glob("*.py")]
     with mock.patch.object(sys, "path", [str(ROOT / "examples"), *sys.path]):
-        for where, text in (snippets | examples).items():
+        for where, text in texts:
             for node in ast.walk(ast.parse(text)):
                 match node:
                     case ast.ImportFrom(str(module), names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,8 @@ def trains_the_heads(text: str, namespace: Namespace, place: Path) -> None:
     model, batch = load_tiny(place), make_batch()
     namespace |= {"model": model, "batch": batch}
     exec(text, namespace)
+    for name, parameter in model.pre_heads.named_parameters():
+        assert parameter.grad is not None and parameter.grad.norm() > 0, name
     pre, ours, metrics = namespace["pre"], gradients(model), namespace["pre"].metrics()
     model.zero_grad()
     remove_pre(model)
@@ -180,6 +183,35 @@ CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("docs/checkup.md", 0): measures,
     ("prereg_kernels/tap.py", 0): taps,
 }
+
+
+def test_calls_in_backticks(tmp_path: Path) -> None:
+    """Those of the package, of `model` and of `pre`, whose arguments the text has made."""
+    tiny = load_tiny(tmp_path)
+    given = {"batch": make_batch(), "path": str(tmp_path / "saved"), "torch": torch}
+    apply_pre(tiny)
+    tiny.save_pretrained(tmp_path / "saved")
+    remove_pre(tiny)
+    evaluated: list[str] = []
+    for page in pages():
+        for span in page.spans if page.name.endswith(".md") else ():
+            try:
+                tree = ast.parse(span, mode="eval")
+            except SyntaxError:
+                continue
+            names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            of_us = names & {"apply_pre", "remove_pre", "model", "pre"}
+            is_whole = names <= of_us | given.keys() and "..." not in span
+            if isinstance(tree.body, ast.Call) and of_us and is_whole:
+                evaluated.append(span)
+                model = load_tiny(tmp_path)
+                namespace = {**vars(prereg_kernels), **given, "model": model}
+                namespace["pre"] = None if "apply_pre" in names else apply_pre(model)
+                try:
+                    eval(span, namespace)
+                except Exception as error:
+                    raise AssertionError(f"{page.name}: {span}") from error
+    assert len(evaluated) > 9
 
 
 @pytest.mark.parametrize("name, number, block", blocks("yaml"))
