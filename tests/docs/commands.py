@@ -114,6 +114,7 @@ def run(command: Command, directory: Path) -> str:
         "HF_HOME": str(directory),  # no settings of Accelerate's but its own
         "OMP_NUM_THREADS": "1",
         "PET_STANDALONE": "1",
+        "ACCELERATE_TORCH_DEVICE": "cpu",  # a rank's own would be cpu:0, unknown to torch.load
     }
     done = subprocess.run(
         command, cwd=directory, env=os.environ | environment, capture_output=True, text=True,

@@ -200,6 +200,11 @@ def l_pre_falls(place: Path, output: str) -> None:
     assert last < first - 0.3
 
 
+def falls_and_resumes_on_both_ranks(place: Path, output: str) -> None:
+    l_pre_falls(place, output)
+    assert output.splitlines().count("resumed, the same: True") == 2
+
+
 OUTCOMES = {
     "MODEL --images photos": has_no_probe,
     "--images imagenet-val": has_an_image_probe,
@@ -210,6 +215,6 @@ OUTCOMES = {
     "--config run.yaml": is_a_run,
     "make help": lists_the_targets,
     "benchmarks/readme.py": leaves_the_pages,
-    "torchrun": l_pre_falls,
+    "torchrun": falls_and_resumes_on_both_ranks,
     "accelerate launch": l_pre_falls,
 }
