@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,4 +37,7 @@ def plot(source: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    plot(*map(Path, sys.argv[1:3]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("picture", type=Path)
+    plot(*vars(parser.parse_args()).values())

@@ -5,6 +5,7 @@ A process of its own for each measurement: the peak resident size never goes dow
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -34,4 +35,7 @@ def main(name: str, tokens: str, width: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    for argument in ("name", "tokens", "width", "dtype"):
+        parser.add_argument(argument)
+    main(**vars(parser.parse_args()))

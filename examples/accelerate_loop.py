@@ -1,6 +1,6 @@
 """PRe in a loop with Accelerate: gradient accumulation and ranks, exactly.
 
-On several GPUs: accelerate launch accelerate_loop.py (without `cpu=True`).
+On several GPUs: `accelerate launch accelerate_loop.py`, without `cpu=True`.
 """
 
 from __future__ import annotations

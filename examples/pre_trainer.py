@@ -1,6 +1,6 @@
 """PRe with PreTrainer: exact over micro-batches and ranks, in the logs, in the checkpoints.
 
-On several GPUs: torchrun --nproc-per-node 8 pre_trainer.py (without `use_cpu`).
+On several GPUs: `torchrun --nproc-per-node 8 pre_trainer.py`, without `use_cpu`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ CHAT = (  # a template of its own, as the tokenizer knows few words
 
 
 def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """A CLIP tower of two layers, a projector, a Llama of four layers."""
+    """A CLIP tower of two layers, a projector, a Llama of four; in eval mode, as `from_pretrained`
+    gives a model."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -65,7 +66,7 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=2, image_seq_length=4, pad_token_id=0
     )
-    return LlavaForConditionalGeneration(config)
+    return LlavaForConditionalGeneration(config).eval()
 
 
 def make_samples(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ PAD, IMAGE, VIDEO, START, END, ASK = range(6)  # the words; the colours follow
 
 
 def make_qwen(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """A tower of two layers, a Qwen2.5 of four."""
+    """A tower of two layers, a Qwen2.5 of four; in eval mode, as `from_pretrained` gives it."""
     torch.manual_seed(seed)
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
@@ -36,7 +36,7 @@ def make_qwen(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
         vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=START, vision_end_token_id=END,
     )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(config)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 class QwenCollator:

@@ -29,8 +29,8 @@ def apply_pre(
 
     The heads become parameters of the model: call this before building the optimizer. In training
     the *value* of the loss stays L_LM, unless `value_in_forward=True`; in evaluation nothing
-    changes. `model.save_pretrained` writes a plain model, as before, and the heads to `pre/` beside
-    it.
+    changes. So call `model.train()`, as `from_pretrained` returns a model in eval mode.
+    `model.save_pretrained` writes a plain model, as before, and the heads to `pre/` beside it.
 
     Args:
         model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`. Not one in

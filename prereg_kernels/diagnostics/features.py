@@ -21,7 +21,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
 
     Args:
         model: of a supported family. It runs as it is; call `model.eval()` first.
-        batch: keyword arguments of its forward, `input_ids` among them.
+        batch: keyword arguments of its forward, `input_ids` among them; `labels` are left out.
 
     Returns:
         One (N, D) tensor a layer, layer 0 being the LLM's input and layer l the output of decoder
@@ -50,8 +50,10 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     ]
     accepted = inspect.signature(model.forward).parameters
     frugal = {"use_cache": False, "logits_to_keep": 1}
+    arguments = {name: x for name, x in frugal.items() if name in accepted} | dict(batch)
+    arguments.pop("labels", None)  # a training batch's: no loss is needed, and one logit has none
     try:
-        model(**{**{name: x for name, x in frugal.items() if name in accepted}, **batch})
+        model(**arguments)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,162 @@
+"""Commands of the text: as a shell reads them, by their programs' own parsers, and to their end."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from prereg_kernels.cli import main
+from tests.docs.pages import ROOT
+
+PROGRAMS = ("prereg", "make", "python", "python3", "torchrun", "accelerate")
+BEGINNING = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)})(?: |$)")
+# Each program prints what it is given. Nothing else runs, as there is no path to look on.
+STUBS = [f"{name}() {{ printf '%s\\0' {name} \"$@\"; echo; }}" for name in PROGRAMS]
+STUBS += ['timeout() { shift; "$@"; }', "git() { :; }"]
+
+Command = tuple[str, ...]
+
+
+@contextmanager
+def chdir(directory: Path) -> Iterator[None]:
+    """Within: there."""
+    before = Path.cwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def read_shell(text: str) -> list[Command]:
+    """The commands of a piece of shell: loops are followed, variables and `[--options]` given."""
+    script = "\n".join([*STUBS, "set -eu", re.sub(r"\[(--[^\]]*)\]", r"\1", text)])
+    environment = {"PATH": "", "OUT": "out"}
+    done = subprocess.run(["/bin/bash", "-c", script], env=environment, capture_output=True)
+    assert done.returncode == 0, f"{text}\n{done.stderr.decode()}"
+    return [tuple(line.split("\0")[:-1]) for line in done.stdout.decode().splitlines()]
+
+
+def check(command: Command) -> None:
+    """Have a command's arguments read by its program's own parser, and no more.
+
+    A name alone, such as `prereg train`, has to be known.
+    """
+    program, *arguments = (part for part in command if part != "...")
+    if program == "make":
+        done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif program in ("torchrun", "accelerate"):
+        parser = get_args_parser() if program == "torchrun" else launch_command_parser()
+        script = parser.parse_args(arguments[program == "accelerate" :]).training_script
+        assert (ROOT / "examples" / script).is_file(), f"no examples/{script}"
+    elif not is_name(command):
+        with chdir(ROOT):
+            _parse((program, *arguments))
+
+
+def is_name(command: Command) -> bool:
+    """Whether it is no more than the name of a command, such as `prereg train`."""
+    program, *arguments = (part for part in command if part != "...")
+    if not ((program == "prereg" and len(arguments) < 2) or "-c" in arguments[:1]):
+        return False
+    try:
+        with redirect_stderr(io.StringIO()):
+            _parse((program, *arguments))
+    except SystemExit:
+        return help_of(command) != ""
+    return False
+
+
+def help_of(command: Command) -> str:
+    """What `--help` prints of a command of ours, its subcommand included; "" of others."""
+    program, *arguments = (part for part in command if part != "...")
+    if program not in ("prereg", "python", "python3"):
+        return ""
+    names = {"-c": 3, "-m": 2}.get(arguments[0] if arguments else "", 1)
+    output = io.StringIO()
+    with redirect_stdout(output), suppress(SystemExit):
+        _run_here((program, *arguments[:names], "--help"))
+    return output.getvalue()
+
+
+def run(command: Command, directory: Path) -> str:
+    """Run a command in a directory to its end, and return what it prints.
+
+    Python runs in this process, as importing everything takes seconds. Of ranks there are two, on
+    the CPU, at a free port.
+    """
+    if command[0] in ("prereg", "python", "python3"):
+        output = io.StringIO()
+        with redirect_stdout(output), chdir(directory):
+            try:
+                _run_here(command)
+            except SystemExit as stop:
+                assert not stop.code, output.getvalue()
+        return output.getvalue()
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(directory),
+        "HF_HOME": str(directory),  # no settings of Accelerate's but its own
+        "OMP_NUM_THREADS": "1",
+        "PET_STANDALONE": "1",
+        "ACCELERATE_TORCH_DEVICE": "cpu",  # a rank's own would be cpu:0, unknown to torch.load
+    }
+    done = subprocess.run(
+        command, cwd=directory, env=os.environ | environment, capture_output=True, text=True,
+        timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def _run_here(command: Command) -> None:
+    """As the program would run: `prereg ...`, `python -m MODULE ...`, `-c CODE ...`, `FILE ...`."""
+    program, *arguments = command
+    with mock.patch.object(sys, "argv", [program, *arguments]):
+        if program == "prereg":
+            main()
+        elif arguments[0] == "-m":
+            sys.argv = [arguments[1], *arguments[2:]]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            exec(arguments[1], {})
+        else:
+            sys.argv, script = arguments, Path(arguments[0]).resolve()
+            paths = mock.patch.object(sys, "path", [str(script.parent), *sys.path])
+            with paths, mock.patch.dict(sys.modules):  # with the modules beside it, for once
+                runpy.run_path(str(script), run_name="__main__")
+
+
+class _ParsedError(BaseException):
+    """The arguments have been read."""
+
+
+def _parse(command: Command) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parse(self, *args, **kwargs)
+        raise _ParsedError
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        try:
+            _run_here(command)
+        except _ParsedError:
+            return
+    raise AssertionError(f"{command}: nothing was parsed")

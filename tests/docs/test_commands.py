@@ -1,0 +1,221 @@
+"""The commands of the text run as it says, or are listed here with the reason why they do not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.docs.commands import BEGINNING, Command, check, help_of, is_name, read_shell, run
+from tests.docs.pages import ROOT, Block, Page, page_of, pages
+from tests.docs.places import PLACES
+
+# Why a command is not run. Before a fenced block the page says the same: see tests/docs/pages.py.
+NOT_RUN = {
+    "takes minutes or hours": (
+        "make demo",
+        "prereg train --preset scenes",
+        "prereg train --preset scenes --seeds 5",
+        "prereg train --preset scenes --weight 0.5 --out runs/weight-0.5",
+        "prereg train --preset scenes-gpu",
+        "prereg sweep --preset scenes",
+        "prereg sweep --preset scenes-gpu",
+        "make bench",
+        "python -m benchmarks.cpu_primitives",
+        "python -m benchmarks.cpu_primitives --json FILE",
+        "python -m benchmarks.fp8_accuracy",
+        "python -m benchmarks.token_fraction",
+    ),
+    "needs a GPU": (
+        "prereg train --preset scenes-gpu --workers 4",
+        "prereg train --preset scenes-gpu-text --workers 4",
+        "prereg sweep --preset scenes-gpu --workers 4",
+        "make gpu-check",
+        "make gpu-step",
+        "make gpu-step MODEL=qwen",
+        "make gpu-sanitize",
+        "python3 -m benchmarks.gpu_step --model llava --seconds 240 --out out/gpu_step_llava.json",
+        "python3 -m benchmarks.gpu_step --model qwen --seconds 240 --out out/gpu_step_qwen.json",
+        "python3 -m benchmarks.gpu_accuracy --out out/gpu_accuracy.json",
+        "python3 -m benchmarks.gpu_curves --seconds 400 --out out/gpu_curves.json",
+        "python3 -m benchmarks.gpu_curves --out out/gpu_curves.json",
+        "python -m benchmarks.gpu --out FILE --quick",
+        "python -m benchmarks.gpu_accuracy --out FILE",
+        "python -m benchmarks.gpu_curves --out FILE",
+        "python -m benchmarks.gpu_step --out FILE",
+    ),
+    "runs these tests": ("make test",),
+    "a check of every change, beside these tests": ("make lint",),
+    "compiles for minutes, and runs tests of tests/rows": ("make sanitize",),
+    "tests/training/test_cli.py::test_experiment_writes_its_report runs it": (
+        "prereg train --preset mine.yaml",
+    ),
+}
+# What stands for something in a command, and what does at a tiny size.
+INSTEAD = {
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "--images 174 --columns 4096": "--images 3 --columns 32",
+    "NAME N D DTYPE": "fused 512 32 float32",
+    "--scenes": "--scenes --limit 24 --splits 2",
+}
+
+
+SUBCOMMANDS = re.findall(r"^    (\w+) ", help_of(("prereg",)), re.M)
+
+
+def commands(page: Page) -> list[tuple[Command, Block | None]]:
+    """Those of a page, and the fenced block that each is in."""
+    found: list[tuple[Command, Block | None]] = []
+    for block in page.blocks:
+        if block.language == "sh":
+            found += [(command, block) for command in read_shell(block.text)]
+        elif not block.language and BEGINNING.match(block.text):
+            found += [(command, None) for command in read_shell(block.text)]
+    spans = [span for span in page.spans if BEGINNING.match(span)]
+    return found + [(command, None) for span in spans for command in read_shell(span)]
+
+
+def documented() -> dict[str, list[tuple[str, Block | None]]]:
+    """{command: the page and fenced block of each time that it is named}."""
+    found: dict[str, list[tuple[str, Block | None]]] = {}
+    for page in pages():
+        for command, block in commands(page):
+            if not is_name(command):
+                found.setdefault(shlex.join(command), []).append((page.name, block))
+    for name in SUBCOMMANDS:
+        for line in map(str.strip, help_of(("prereg", name)).splitlines()):
+            for command in read_shell(line) if BEGINNING.match(line) else ():
+                found.setdefault(shlex.join(command), []).append((f"prereg {name} --help", None))
+    return found
+
+
+DOCUMENTED = documented()
+REASONS = {command: reason for reason, several in NOT_RUN.items() for command in several}
+
+
+def test_what_is_not_run_is_listed_here() -> None:
+    """With the reasons of the markers, which stand for what is there."""
+    assert REASONS.keys() <= DOCUMENTED.keys()
+    for command, places in DOCUMENTED.items():
+        for page, block in places:
+            if block is not None:
+                assert block.why_not(command) == REASONS.get(command), f"{page}: {command}"
+    for page, block in {(name, b) for several in DOCUMENTED.values() for name, b in several if b}:
+        for text in block.markers:
+            assert any(text in shlex.join(c) for c in read_shell(block.text)), f"{page}: {text}"
+
+
+@pytest.mark.parametrize("command", REASONS)
+def test_what_is_not_run_is_accepted(command: str) -> None:
+    """By the parser of the program that it names."""
+    check(tuple(shlex.split(command)))
+
+
+@pytest.mark.parametrize("command", [c for c in DOCUMENTED if c not in REASONS])
+def test_the_rest_runs(command: str, place: Path) -> None:
+    page = DOCUMENTED[command][0][0]
+    prepare = PLACES.get(page) or PLACES.get(page.partition("/")[0])
+    if prepare:
+        prepare(place)
+    at_a_tiny_size = command
+    for text, instead in INSTEAD.items():
+        at_a_tiny_size = at_a_tiny_size.replace(text, instead)
+    output = run(tuple(shlex.split(at_a_tiny_size)), place)
+    for text, check_outcome in OUTCOMES.items():
+        if text in command:
+            check_outcome(place, output)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """Where a command runs. `make clean` has no environment to remove there."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    yield tmp_path
+    torch.set_num_threads(1)
+
+
+# What the text says of a command's outcome.
+
+
+def curves(place: Path) -> list[set[str]]:
+    """The names of each model's."""
+    numbers = json.loads((place / "checkup" / "checkup.json").read_text())
+    assert (place / "checkup" / "checkup.html").is_file()
+    return [set(model["curves"]) for model in numbers["models"]]
+
+
+def has_no_probe(place: Path, output: str) -> None:
+    for names in curves(place):
+        assert {"median norm", "CKA with input", "silenced tokens"} <= names
+        assert not any("image:" in name or "object:" in name for name in names)
+
+
+def has_an_image_probe(place: Path, output: str) -> None:
+    assert "image: class" in curves(place)[0]
+
+
+def has_objects(place: Path, output: str) -> None:
+    [names] = curves(place)
+    assert "contrast" in names and any("object: " in name for name in names)
+
+
+def has_structure(place: Path, output: str) -> None:
+    assert "contrast" in curves(place)[0]
+
+
+def has_two_models(place: Path, output: str) -> None:
+    assert len(curves(place)) == 2
+
+
+def is_a_run(place: Path, output: str) -> None:
+    there = {path.name for path in (place / "runs" / "mine").iterdir()}
+    named = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "checkups.jsonl"}
+    assert named <= there and named <= {
+        name.strip("/") for name in page_of("docs/training.md").spans
+    }
+
+
+def lists_the_targets(place: Path, output: str) -> None:
+    listed = {line.split()[0] for line in output.splitlines()}
+    assert {f"make {target}" for target in listed} == set(page_of("Makefile").spans)
+
+
+def leaves_the_pages(place: Path, output: str) -> None:
+    """The figures on the pages are those of benchmarks/results, but for the new demo's commit."""
+    for name in ("README.md", "docs/fidelity.md", "docs/anchors.md"):
+        before, after = (
+            re.sub(r"Commit \w+", "", (root / name).read_text()) for root in (ROOT, place)
+        )
+        assert before == after, name
+
+
+def l_pre_falls(place: Path, output: str) -> None:
+    first, last = map(float, output.splitlines()[-1].split()[1::2])
+    assert last < first - 0.3
+
+
+def l_pre_falls_and_is_resumed(place: Path, output: str) -> None:
+    l_pre_falls(place, output)
+    lines = {line for line in output.splitlines() if "resumed" in line}
+    assert lines == {"resumed, the same: True"}
+
+
+OUTCOMES = {
+    "MODEL --images photos": has_no_probe,
+    "--images imagenet-val": has_an_image_probe,
+    "instances_val2017.json": has_objects,
+    "stuffthingmaps": has_structure,
+    "--scenes": has_objects,
+    "--compare": has_two_models,
+    "--config run.yaml": is_a_run,
+    "make help": lists_the_targets,
+    "benchmarks/readme.py": leaves_the_pages,
+    "torchrun": l_pre_falls_and_is_resumed,
+    "accelerate launch": l_pre_falls,
+}
