@@ -12,8 +12,8 @@ A plain `transformers.Trainer` trains a model with PRe attached, too, with three
   multimodal models Trainer (5.17) restores no weight at all, and says so in a warning about missing
   keys; PreTrainer restores them.
 - Losses that Trainer computes itself from the logits, with `label_smoothing_factor` or
-  `compute_loss_func`, do not hold the term: the heads do not train, and a warning says so. TRL's
-  SFTTrainer computes its own loss always.
+  `compute_loss_func`, do not hold the term, and PRe raises an error. TRL's SFTTrainer computes its
+  own loss always.
 """
 
 from __future__ import annotations
