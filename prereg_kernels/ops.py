@@ -211,7 +211,8 @@ def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 def _gradients_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     count = len(ctx.needs)
-    inputs, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: a checkpoint around the loss gives them out once
+    inputs, gradients = saved[:count], saved[count:]
     scale = grads[0]
     if scale is None:  # the total was not used
         return _as_inputs(ctx, [False] * count, gradients, inputs)
