@@ -60,6 +60,7 @@ def fused_pre_loss(
         visual_index: int64 (N,), unique, into the flattened leading dimensions; instead of a mask,
             and free of the device synchronisation that a mask needs. Neither: every position.
         token_weight: non-negative, the leading shape or (N,); where both fit, the leading shape.
+            A constant, as the denominator is: no gradient flows into it.
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
         loss: "cosine" (its negative, `F.cosine_similarity`'s value), "mse" or "smooth_l1" (beta 1),
             both averaged over the features.
@@ -114,7 +115,8 @@ def fused_pre_loss(
 
     coefficient = token_coefficients(inputs, reduction, denominator, hidden)
     needs = [x.requires_grad for x in (hidden, *inputs.weights, *inputs.biases)]
-    if recompute or not any(needs) or not torch.is_grad_enabled():
+    later = recompute or torch.compiler.is_exporting()  # what needs a gradient then is not known
+    if later or not any(needs) or not torch.is_grad_enabled():
         return (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
 
     # The gradients wait for the upstream factor: keep 1/N from underflowing in float16.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.transforms import is_transforming
+from prereg_kernels.transforms import forgets_functions
 from prereg_kernels.versions import check_versions, versions_of
 
 _CHUNK_ROWS = 4096  # converted to float32 at a time: 64 MiB at a width of 4096
@@ -28,7 +28,7 @@ def pool_images(
         (images, D), in the dtype of `x`, zeros for an image without rows; computed in float32, for
         float64 in float64. The same on every run: the sums are matrix products, without atomics.
     """
-    if is_transforming():
+    if forgets_functions():
         return _means(x, image_of_row, images, index)[0]
     return _Pool.apply(x, image_of_row, images, index)
 

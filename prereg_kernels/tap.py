@@ -26,7 +26,7 @@ from prereg_kernels.inputs import (
 from prereg_kernels.loss import fused_pre_loss
 from prereg_kernels.ops import call_gradients, call_losses, store_value
 from prereg_kernels.rows import BACKENDS
-from prereg_kernels.transforms import forbid_double_backward, is_transforming
+from prereg_kernels.transforms import forbid_double_backward, forgets_functions
 from prereg_kernels.versions import check_versions, versions_of
 
 
@@ -60,7 +60,8 @@ def pre_tap(
     Args:
         compute_value: False: the scalar is 0 in the forward pass, and holds the loss once backward
             has been through it, so combine it linearly. True: it holds the loss at once, at two
-            more matmuls, as always within torch.func's transforms. The gradient is the same.
+            more matmuls, as always within torch.func's transforms and
+            torch.export. The gradient is the same.
         value_out: a 0-dim Tensor without gradient that backward writes the loss into. Under
             torch.compile this is the one way to read it, as the scalar itself stays as it was.
         The others: as for `fused_pre_loss` with reduction="mean".
@@ -79,7 +80,7 @@ def pre_tap(
     )
     spec = check_spec(activation, loss, normalize, eps, matmul_dtype(hidden), chunk_rows, backend)
     _check_value_out(value_out, hidden)
-    if is_transforming():
+    if forgets_functions():
         value = fused_pre_loss(
             hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
             token_weight=token_weight, activation=activation, loss=loss, normalize=normalize,

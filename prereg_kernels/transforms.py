@@ -1,4 +1,4 @@
-"""What torch does with a function besides calling it: torch.func, forward mode, double backward.
+"""What torch does with a function besides calling it: torch.func, forward mode, torch.export, ...
 
 The fused loss has one derivative, in reverse mode. Elsewhere torch would take what runs below
 autograd for a constant, so each of the others has to raise.
@@ -20,6 +20,11 @@ def is_transforming() -> bool:
     They need code of plain differentiable operations, or an error.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def forgets_functions() -> bool:
+    """Whether an autograd.Function is no way to have a derivative here: torch.export drops it."""
+    return is_transforming() or torch.compiler.is_exporting()
 
 
 def is_wrapped(x: Tensor) -> bool:

@@ -244,3 +244,44 @@ def test_compiled_transforms(schedule: str, fullgraph: bool) -> None:
     )
     with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*eager_pre_loss"):
         forward(x, v)
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function: Callable[..., Tensor], problem: Problem) -> None:
+        super().__init__()
+        self.function, self.anchor = function, problem.anchor
+        self.weight = torch.nn.Parameter(problem.weights[0].clone())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.function(hidden, self.anchor, [self.weight])
+
+
+def tapped_loss(*arguments: Any) -> Tensor:
+    tapped, loss = pre_tap(*arguments)
+    return loss + 0.1 * tapped.sum()
+
+
+def pooled_loss(hidden: Tensor, *others: Any) -> Tensor:
+    return eager_pre_loss(pool_images(hidden, torch.arange(6), 6), *others) + 0.1 * hidden.sum()
+
+
+def plain_loss(hidden: Tensor, *others: Any) -> Tensor:
+    return fused_pre_loss(hidden, *others) + 0.1 * hidden.sum()
+
+
+@pytest.mark.parametrize("strict", (False, True))
+@pytest.mark.parametrize("function", (plain_loss, tapped_loss, pooled_loss))
+def test_export(function: Callable[..., Tensor], strict: bool) -> None:
+    """What is exported trains: its gradients are those of the loss."""
+    problem = make_problem((6,), (4, 3), dtype=torch.float64, bias=False)
+    module = Exported(function, problem)
+    exported = torch.export.export(module, (torch.zeros_like(problem.hidden),), strict=strict)
+    hidden = problem.hidden.clone().requires_grad_()
+    loss = exported.module()(hidden)
+    (weight,) = [x for name, x in exported.module().named_parameters() if name == "weight"]
+    leaves = problem.leaves()
+    expected = eager_pre_loss(*problem.arguments(leaves)) + 0.1 * leaves["hidden"].sum()
+    assert relative_error(loss.detach(), expected.detach()) < 1e-9
+    ours = torch.autograd.grad(loss, [hidden, weight])
+    for x, y in zip(ours, torch.autograd.grad(expected, list(leaves.values())), strict=True):
+        assert relative_error(x, y) < 1e-9
