@@ -195,6 +195,22 @@ def test_tangents_of_what_is_constant_are_none_of_the_loss() -> None:
     assert relative_error(loss.detach(), expected.detach()) < 1e-6
 
 
+@pytest.mark.parametrize("function", (eager_pre_loss, fused_pre_loss))
+@pytest.mark.parametrize("name", ("visual_index", "token_weight", "denominator"))
+def test_vmap_over_a_constant(function: Callable[..., Tensor], name: str) -> None:
+    """Whose values are a batch's, so that none can be looked at."""
+    problem = make_problem((6,), (4, 3), dtype=torch.float64)
+    arguments = problem.arguments({k: x.detach() for k, x in problem.leaves().items()})
+    values = {
+        "visual_index": torch.tensor([[4, 0], [5, 1], [0, 3]]),
+        "token_weight": torch.rand(3, 6, dtype=torch.float64),
+        "denominator": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64),
+    }[name]
+    losses = vmap(lambda value: function(*arguments, **{name: value}))(values)
+    for loss, value in zip(losses, values, strict=True):
+        assert relative_error(loss, eager_pre_loss(*arguments, **{name: value})) < 1e-9
+
+
 @pytest.mark.parametrize("tap", (False, True))
 def test_a_head_by_functional_call(tap: bool) -> None:
     """Gradients of each sample, as torch.func's users compute them."""
