@@ -59,9 +59,9 @@ def pre_tap(
 
     Args:
         compute_value: False: the scalar is 0 in the forward pass, and holds the loss once backward
-            has been through it, so combine it linearly. True: it holds the loss at once, at two
-            more matmuls, as always within torch.func's transforms and
-            torch.export. The gradient is the same.
+            has been through it, so combine it linearly, by factors that are not trained. True: it
+            holds the loss at once, at two more matmuls. The gradient is the same. Within
+            torch.func's transforms and torch.export it is always True.
         value_out: a 0-dim Tensor without gradient that backward writes the loss into. Under
             torch.compile this is the one way to read it, as the scalar itself stays as it was.
         The others: as for `fused_pre_loss` with reduction="mean".

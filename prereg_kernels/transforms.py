@@ -1,7 +1,7 @@
-"""What torch does with a function besides calling it: torch.func, forward mode, torch.export, ...
+"""What torch does with a function besides calling it: torch.func, forward mode, torch.export.
 
-The fused loss has one derivative, in reverse mode. Elsewhere torch would take what runs below
-autograd for a constant, so each of the others has to raise.
+The fused loss has one derivative, in reverse mode. For the others, torch takes what runs below
+autograd for a constant: each of them needs code of plain operations, or an error.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from torch.autograd import forward_ad
 
 
 def is_transforming() -> bool:
-    """Whether one of torch.func's transforms (grad, vmap, ...) or forward mode runs this code.
-
-    They need code of plain differentiable operations, or an error.
-    """
+    """Whether one of torch.func's transforms (grad, vmap, ...) or forward mode runs this code."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
