@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from prereg_kernels.transforms import is_wrapped
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 LOSSES = ("cosine", "mse", "smooth_l1")
@@ -30,7 +32,7 @@ class Spec(NamedTuple):
     @property
     def stat_dtype(self) -> torch.dtype:
         """Of row statistics, losses and everything elementwise."""
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        return _stat_dtype(self.compute_dtype)
 
 
 class Inputs(NamedTuple):
@@ -71,6 +73,9 @@ def check_spec(
         raise TypeError(f"eps: expected a positive number, got {type(eps).__name__}")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
+    least = torch.finfo(_stat_dtype(compute_dtype)).tiny
+    if eps < least:  # a row of zeros is divided by it
+        raise ValueError(f"eps: expected at least {least:.1e}, the least normal number, got {eps}")
     if chunk_rows is not None:
         if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
             raise TypeError(
@@ -151,15 +156,10 @@ def check_inputs(
         check_anchor_rows(anchor, leading, tokens if select is not None else -1)
     weights = _check_weights(weights, hidden, anchor)
     present, bias_layers = _check_biases(biases, weights)
-    _check_denominator(denominator, hidden)
-    return Inputs(
-        weights,
-        present,
-        bias_layers,
-        select,
-        _check_token_weight(token_weight, hidden, select, slots),
-        slots,
-    )
+    token_weight = _check_token_weight(token_weight, hidden, select, slots)
+    inputs = Inputs(weights, present, bias_layers, select, token_weight, slots)
+    _check_denominator(denominator, hidden, inputs)
+    return inputs
 
 
 def check_anchor_rows(anchor: Tensor, leading: Sequence[int], tokens: int | None) -> None:
@@ -178,23 +178,30 @@ def check_anchor_rows(anchor: Tensor, leading: Sequence[int], tokens: int | None
     )
 
 
+def is_mask(select: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether this selection (`Inputs.select`) is a mask: no index, and not every position."""
+    return select is not None and select.dtype == torch.bool
+
+
 def token_coefficients(
     inputs: Inputs, reduction: str, denominator: float | Tensor | None, like: Tensor
 ) -> Tensor:
     """(S,): what each slot's loss is multiplied by in the sum that is the reduced loss.
 
-    A weight sum of zero gives zeros, so that a batch without visual tokens adds exactly 0. Equal
-    coefficients are one expanded number: the tap holds them until backward. The dtype is float32,
-    or float64 for float64 `like`. Nothing here waits for the device.
+    A weight sum or a denominator of zero gives zeros, so that a batch without visual tokens adds
+    exactly 0. Equal coefficients are one expanded number: the tap holds them until backward. The
+    dtype is float32, or float64 for float64 `like`. Nothing here waits for the device.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = _stat_dtype(like.dtype)
     select, weight = inputs.select, inputs.token_weight
-    mask = select if select is not None and select.dtype == torch.bool else None
+    mask = select if is_mask(select) else None
     if weight is not None:
         weight = weight.to(dtype) if mask is None else weight.to(dtype) * mask
     total: float | Tensor = 1.0
     if reduction == "mean" and denominator is not None:
-        total = denominator.detach() if isinstance(denominator, Tensor) else denominator
+        total = denominator
+        if isinstance(total, Tensor):  # divided by infinity where it is 0
+            total = torch.threshold(total.detach().to(dtype), 0.0, math.inf)
     elif reduction == "mean":
         counted = mask if weight is None else weight
         total = max(inputs.slots, 1)
@@ -202,12 +209,8 @@ def token_coefficients(
             total = counted.sum()
             total = torch.where(total > 0, total, torch.ones_like(total))
     if weight is None:
-        coefficient = (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
-    else:
-        coefficient = weight / total
-    if mask is not None and isinstance(denominator, Tensor):  # x/0 where nothing is visual
-        return torch.where(mask, coefficient, torch.zeros_like(coefficient))
-    return coefficient
+        return (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
+    return weight / total
 
 
 def _check_tensor(argument: str, value: Any, hidden: Tensor) -> None:
@@ -315,28 +318,34 @@ def _check_token_weight(
         return None
     _check_tensor("token_weight", weight, hidden)
     weight = weight.detach()
-    masked = select is not None and select.dtype == torch.bool
     readable = _values_readable(weight)
-    if readable and weight.numel() and not bool((weight >= 0).all()):
-        raise ValueError(
-            f"token_weight: expected non-negative values, got a minimum of {float(weight.min())}"
-        )
+    if readable and weight.numel():
+        least, dtype = float(weight.min()), _stat_dtype(hidden.dtype)
+        if not least >= 0:
+            raise ValueError(
+                f"token_weight: expected non-negative values, got a minimum of {least}"
+            )
+        if not float(weight.sum(dtype=dtype)) < math.inf:
+            raise ValueError(
+                f"token_weight: expected values with a finite sum in {dtype}, "
+                f"got a maximum of {float(weight.max())}"
+            )
     if weight.shape == hidden.shape[:-1]:
         weight = weight.reshape(-1)
-        return weight if masked or select is None else weight.index_select(0, select)
-    count = int(select.sum()) if masked and readable and select is not None else slots
-    if weight.dim() != 1 or (weight.shape[0] != count and (readable or not masked)):
-        tokens = "N" if masked and not readable else count
+        return weight if select is None or is_mask(select) else weight.index_select(0, select)
+    count = int(select.sum()) if is_mask(select) and readable else slots
+    if weight.dim() != 1 or (weight.shape[0] != count and (readable or not is_mask(select))):
+        tokens = "N" if is_mask(select) and not readable else count
         raise ValueError(
             f"token_weight: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, "
             f"or ({tokens},), one for each visual token; got {tuple(weight.shape)}"
         )
-    if masked and select is not None:
+    if is_mask(select):
         return weight.new_zeros(slots).masked_scatter(select, weight)
     return weight
 
 
-def _check_denominator(denominator: Any, hidden: Tensor) -> None:
+def _check_denominator(denominator: Any, hidden: Tensor, inputs: Inputs) -> None:
     if denominator is None:
         return
     if isinstance(denominator, Tensor):
@@ -351,11 +360,18 @@ def _check_denominator(denominator: Any, hidden: Tensor) -> None:
             raise ValueError(
                 f"denominator: is on {denominator.device}, but hidden is on {hidden.device}"
             )
+        if not _values_readable(denominator):
+            return
+        number = float(denominator)
         # 0 is what a step without visual tokens counts
-        if _values_readable(denominator) and not 0 <= float(denominator) < math.inf:
+        if number == 0 and (tokens := _weighted_tokens(inputs)):
             raise ValueError(
-                f"denominator: expected a positive finite number, got {float(denominator)}"
+                f"denominator: got 0 for a batch of {tokens} visual tokens; expected a positive "
+                "number, such as the count of the visual tokens of all micro-batches and ranks of "
+                "the step"
             )
+        if not 0 <= number < math.inf:
+            raise ValueError(f"denominator: expected a positive finite number, got {number}")
         return
     if isinstance(denominator, bool) or not isinstance(denominator, (int, float)):
         raise TypeError(
@@ -365,6 +381,23 @@ def _check_denominator(denominator: Any, hidden: Tensor) -> None:
         raise ValueError(f"denominator: expected a positive finite number, got {denominator}")
 
 
+def _weighted_tokens(inputs: Inputs) -> int:
+    """The visual tokens of a weight above 0; 0 where looking at them would wait for the device."""
+    select, weight = inputs.select, inputs.token_weight
+    mask = select if is_mask(select) else None
+    if not all(_values_readable(x) for x in (mask, weight) if x is not None):
+        return 0
+    if weight is None:
+        return inputs.slots if mask is None else int(mask.sum())
+    return int((weight > 0).sum() if mask is None else (mask & (weight > 0)).sum())
+
+
+def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _values_readable(tensor: Tensor) -> bool:
-    """Whether looking at values is free: on the CPU, and not while a graph is being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at values is free: on the CPU, and not in a graph or a transform."""
+    return (
+        tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(tensor)
+    )

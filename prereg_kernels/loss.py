@@ -17,7 +17,9 @@ from prereg_kernels.inputs import (
 )
 from prereg_kernels.ops import call_gradients, call_losses
 from prereg_kernels.pipeline import power_of_two
+from prereg_kernels.reference import eager_pre_loss
 from prereg_kernels.rows import BACKENDS
+from prereg_kernels.transforms import forbid_forward_mode, is_transforming
 
 
 def fused_pre_loss(
@@ -58,6 +60,7 @@ def fused_pre_loss(
         visual_index: int64 (N,), unique, into the flattened leading dimensions; instead of a mask,
             and free of the device synchronisation that a mask needs. Neither: every position.
         token_weight: non-negative, the leading shape or (N,); where both fit, the leading shape.
+            A constant, as the denominator is: no gradient flows into it.
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
         loss: "cosine" (its negative, `F.cosine_similarity`'s value), "mse" or "smooth_l1" (beta 1),
             both averaged over the features.
@@ -66,7 +69,9 @@ def fused_pre_loss(
         reduction: "mean", "sum", or "none" for (N,) losses in index order.
         denominator: what "mean" divides by, a positive number or a 0-dim Tensor: the visual-token
             count of the global batch under data parallelism or gradient accumulation. None: the
-            sum of the token weights (N where there are none).
+            sum of the token weights (N where there are none). A Tensor may be 0, as in a step
+            without visual tokens. With visual tokens that is an error on the CPU; elsewhere, where
+            the value cannot be seen without waiting, the loss and its gradients are 0.
         eps: positive; norms are clamped from below by it, variances are increased by it.
         recompute: False computes the gradients together with the loss (six matmuls; holds them
             until backward, which multiplies them by the upstream factor: one more rounding in
@@ -79,10 +84,12 @@ def fused_pre_loss(
     Returns:
         The loss, float32 (float64 for float64 `hidden`), 0-dim, or (N,) for reduction="none".
         Without visual tokens it is exactly 0, with zero gradients for `hidden` and every weight.
+        Within torch.func's transforms (grad, vjp, jacrev, vmap) `eager_pre_loss` computes it.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what came and what was expected.
-            Values (weights, indices) are looked at on the CPU only.
+            Values (weights, indices, the denominator) are looked at on the CPU only.
+        RuntimeError: for forward-mode derivatives and double backward: use `eager_pre_loss`.
     """
     check_reduction(reduction, denominator)
     check_name("backend", backend, BACKENDS)
@@ -91,6 +98,13 @@ def fused_pre_loss(
     )
     dtype = matmul_dtype(hidden)
     spec = check_spec(activation, loss, normalize, eps, dtype, chunk_rows, backend)
+    if is_transforming():
+        forbid_forward_mode(hidden, *inputs.weights, *inputs.biases)
+        return eager_pre_loss(
+            hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
+            token_weight=token_weight, activation=activation, loss=loss, normalize=normalize,
+            reduction=reduction, denominator=denominator, eps=eps,
+        )  # fmt: skip
     anchor = anchor.detach()
 
     if reduction == "none":
@@ -101,7 +115,8 @@ def fused_pre_loss(
 
     coefficient = token_coefficients(inputs, reduction, denominator, hidden)
     needs = [x.requires_grad for x in (hidden, *inputs.weights, *inputs.biases)]
-    if recompute or not any(needs) or not torch.is_grad_enabled():
+    later = recompute or torch.compiler.is_exporting()  # what needs a gradient then is not known
+    if later or not any(needs) or not torch.is_grad_enabled():
         return (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
 
     # The gradients wait for the upstream factor: keep 1/N from underflowing in float16.

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.heuristics import choose_chunk_rows, chunk_budget, operand_dtype
-from prereg_kernels.inputs import Inputs, Spec, check_anchor_rows
+from prereg_kernels.inputs import Inputs, Spec, check_anchor_rows, is_mask
 from prereg_kernels.pipeline import Head, Needs, Problem, losses_and_gradients, losses_only
 from prereg_kernels.rows import choose_rows
 from prereg_kernels.rows.base import Rows
+from prereg_kernels.transforms import forbid_double_backward, forbid_forward_mode
 
 
 def call_losses(hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
@@ -42,6 +43,7 @@ def call_gradients(
 
     dh has the shape of `hidden` and is added to `residual`, if given; what is not needed is empty.
     """
+    forbid_forward_mode(hidden, *inputs.weights, *inputs.biases, coefficient, residual)
     return pre_gradients(
         hidden, anchor, inputs.select, inputs.weights, inputs.biases, inputs.bias_layers, *spec,
         coefficient, residual, need_hidden, list(need_weights), list(need_biases),
@@ -108,7 +110,7 @@ def pre_gradients(
             spec,
             rows,
             _chunk_rows(problem, spec, rows),
-            coefficient[problem.hidden_index] if _is_mask(select) else coefficient,
+            coefficient[problem.hidden_index] if is_mask(select) else coefficient,
             needs,
             None if residual is None else residual.reshape(-1, hidden.shape[-1]),
         )
@@ -194,7 +196,7 @@ def _losses_backward(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
             hidden, anchor, inputs, ctx.spec, grad_losses, need_hidden, need_weights, need_biases
         )
     needs = [need_hidden, *need_weights, *need_biases]
-    return _as_inputs(ctx, needs, gradients, [hidden, *parameters])
+    return _as_inputs(ctx, needs, gradients, [hidden, *parameters, grad_losses])
 
 
 def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -209,13 +211,15 @@ def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 def _gradients_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     count = len(ctx.needs)
-    inputs, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: a checkpoint around the loss gives them out once
+    inputs, gradients = saved[:count], saved[count:]
     scale = grads[0]
     if scale is None:  # the total was not used
         return _as_inputs(ctx, [False] * count, gradients, inputs)
+    forbid_forward_mode(scale)
     with torch.no_grad():
         scaled = [scale_by(x, scale, ctx.backend) for x in gradients]
-    return _as_inputs(ctx, ctx.needs, scaled, inputs)
+    return _as_inputs(ctx, ctx.needs, scaled, [*inputs, scale])
 
 
 pre_losses.register_autograd(_losses_backward, setup_context=_losses_context)
@@ -229,26 +233,6 @@ def scale_by(x: Tensor, scale: Tensor, backend: str) -> Tensor:
     if torch.compiler.is_compiling():  # which makes one pass of it
         return (x.to(scale.dtype) * scale).to(x.dtype)
     return scale_rounding_once(x, scale, backend)
-
-
-def forbid_double_backward(gradients: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, such that differentiating them again raises instead of giving zeros."""
-    if not torch.is_grad_enabled():
-        return gradients
-    return list(_ForbidDoubleBackward.apply(len(gradients), *gradients, *inputs))
-
-
-class _ForbidDoubleBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.clone() for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "the PRe loss has no second derivative: double backward (create_graph=True followed "
-            "by backward through the gradients) is supported by eager_pre_loss only"
-        )
 
 
 def _as_inputs(
@@ -270,7 +254,7 @@ def _flatten(
     biases: Sequence[Tensor],
     bias_layers: Sequence[int],
 ) -> Problem:
-    index = select.nonzero().squeeze(1) if _is_mask(select) and select is not None else select
+    index = select.nonzero().squeeze(1) if is_mask(select) else select
     aligned = anchor.shape[:-1] != hidden.shape[:-1]  # one anchor row per visual token
     if aligned and index is not None:
         check_anchor_rows(anchor, hidden.shape[:-1], index.shape[0])
@@ -294,16 +278,12 @@ def _chunk_rows(problem: Problem, spec: Spec, rows: Rows) -> int:
     return choose_chunk_rows(problem.tokens, columns, shapes, itemsize, budget)
 
 
-def _is_mask(select: Tensor | None) -> bool:
-    return select is not None and select.dtype == torch.bool
-
-
 def _slots(hidden: Tensor, select: Tensor | None) -> Any:
     return select.shape[0] if select is not None else hidden.shape[:-1].numel()
 
 
 def _to_slots(losses: Tensor, select: Tensor | None, index: Tensor | None) -> Tensor:
     """(N,) -> (S,)."""
-    if not _is_mask(select) or select is None or index is None:
+    if not is_mask(select) or index is None:
         return losses
     return losses.new_zeros(select.shape[0]).index_copy_(0, index, losses)

@@ -19,16 +19,15 @@ from prereg_kernels.inputs import (
     check_inputs,
     check_name,
     check_spec,
+    is_mask,
     matmul_dtype,
     token_coefficients,
 )
-from prereg_kernels.ops import (
-    call_gradients,
-    call_losses,
-    forbid_double_backward,
-    store_value,
-)
+from prereg_kernels.loss import fused_pre_loss
+from prereg_kernels.ops import call_gradients, call_losses, store_value
 from prereg_kernels.rows import BACKENDS
+from prereg_kernels.transforms import forbid_double_backward, forgets_functions
+from prereg_kernels.versions import check_versions, versions_of
 
 
 def pre_tap(
@@ -62,8 +61,9 @@ def pre_tap(
 
     Args:
         compute_value: False: the scalar is 0 in the forward pass, and holds the loss once backward
-            has been through it, so combine it linearly. True: it holds the loss at once, at two
-            more matmuls. The gradient is the same.
+            has been through it, so combine it linearly, by factors that are not trained. True: it
+            holds the loss at once, at two more matmuls. The gradient is the same. Within
+            torch.func's transforms and torch.export it is always True.
         value_out: a 0-dim Tensor without gradient that backward writes the loss into. Under
             torch.compile this is the one way to read it, as the scalar itself stays as it was.
         carry: a number or 0-dim Tensor: the gradient of your objective with respect to the loss,
@@ -79,7 +79,8 @@ def pre_tap(
         float64 `hidden`).
 
     Raises:
-        TypeError, ValueError, IndexError: as `fused_pre_loss`.
+        TypeError, ValueError, IndexError, RuntimeError: as `fused_pre_loss`. RuntimeError in
+            backward, too: if a tensor that it reads was changed in place since.
     """
     check_name("backend", backend, BACKENDS)
     inputs = check_inputs(
@@ -87,6 +88,15 @@ def pre_tap(
     )
     spec = check_spec(activation, loss, normalize, eps, matmul_dtype(hidden), chunk_rows, backend)
     _check_value_out(value_out, hidden)
+    if forgets_functions():
+        value = fused_pre_loss(
+            hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
+            token_weight=token_weight, activation=activation, loss=loss, normalize=normalize,
+            denominator=denominator, eps=eps, chunk_rows=chunk_rows, backend=backend,
+        )  # fmt: skip
+        if value_out is not None:
+            value_out.copy_(value.detach())
+        return hidden.view_as(hidden), value
     coefficient = token_coefficients(inputs, "mean", denominator, hidden)
     return _Tap.apply(
         hidden,
@@ -139,12 +149,16 @@ class _Tap(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.spec, ctx.bias_layers = spec, bias_layers
-        # The constants stay outside of the saved-tensor hooks: under activation checkpointing the
-        # recomputed forward then only has to bring back `hidden`, whatever anchor it is shown.
-        ctx.constants = anchor, select, coefficient
-        if not torch.compiler.is_compiling():
-            ctx.anchor_version = anchor._version
-        ctx.save_for_backward(hidden, *parameters)
+        constants = anchor, select, coefficient
+        ctx.in_graph = torch.compiler.is_compiling()
+        if ctx.in_graph:  # which saves what it has to, and watches the versions of these alone
+            ctx.save_for_backward(*constants, hidden, *parameters)
+        else:
+            # The constants stay outside of the saved-tensor hooks: under activation checkpointing
+            # the recomputed forward then only has to bring back `hidden`, whatever anchor it is
+            # shown.
+            ctx.constants, ctx.versions = constants, versions_of(anchor, select)
+            ctx.save_for_backward(hidden, *parameters)
         if compute_value:
             inputs = _inputs(parameters, bias_layers, select, coefficient)
             value = (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
@@ -169,13 +183,16 @@ class _Tap(torch.autograd.Function):
         factor = _factor(ctx, grad_value)
         if factor is None:  # the caller did not use the loss
             return (grad_hidden, *[None] * (len(ctx.needs_input_grad) - 1))
-        hidden, *parameters = ctx.saved_tensors
-        anchor, select, coefficient = ctx.constants
-        if not torch.compiler.is_compiling():
-            if anchor._version != ctx.anchor_version:
-                raise RuntimeError("anchor: was modified in place between forward and backward")
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
-                ctx.constants = None  # as autograd frees what it saved
+        if ctx.in_graph:
+            anchor, select, coefficient, hidden, *parameters = ctx.saved_tensors
+        else:
+            hidden, *parameters = ctx.saved_tensors
+            anchor, select, coefficient = ctx.constants
+            if not torch.compiler.is_compiling():
+                selector = "visual_mask" if is_mask(select) else "visual_index"
+                check_versions(ctx.versions, {"anchor": anchor, selector: select})
+                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                    ctx.constants = None  # as autograd frees what it saved
         needs = ctx.needs_input_grad
         inputs = _inputs(parameters, ctx.bias_layers, select, coefficient)
         depth = len(inputs.weights)
@@ -193,7 +210,8 @@ class _Tap(torch.autograd.Function):
             )
             if ctx.value_out is not None:
                 store_value(ctx.value_out, (losses * coefficient).sum())
-        gradients = forbid_double_backward(gradients, [hidden, *parameters])
+        upstream = [x for x in (grad_hidden, grad_value) if x is not None]
+        gradients = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
         dh, *rest = (
             x if n else None for x, n in zip(gradients, (needs[0], *needs[10:]), strict=True)
         )

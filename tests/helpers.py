@@ -367,3 +367,16 @@ def call_tensors(problem: Problem) -> list[Tensor]:
     """Every tensor that a call could wrongly write into."""
     tensors = [problem.hidden, problem.anchor, *problem.weights, *(problem.biases or [])]
     return [x for x in (*tensors, *problem.options.values()) if isinstance(x, Tensor)]
+
+
+def restride(x: Tensor, how: str) -> Tensor:
+    """The same shape with other strides (and, expanded, other values)."""
+    if how == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "sliced":
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if how == "expanded":
+        return x[:1].expand_as(x)
+    return x

@@ -201,6 +201,18 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"token_weight": torch.full((6,), float("nan"))},
         ValueError, "token_weight: expected non-negative values, got a minimum of nan",
     ),
+    "token_weight infinite": (
+        {"token_weight": torch.tensor([1, 1, float("inf"), 1, 1, 1])},
+        ValueError, "token_weight: expected .* a finite sum in torch.float32, got a maximum of inf",
+    ),
+    "token_weight with a sum beyond float32": (
+        {"token_weight": torch.full((6,), 1e38)},
+        ValueError, "token_weight: expected .* a finite sum .* got a maximum of 9.99",
+    ),
+    "token_weight beyond float32": (
+        {"token_weight": torch.full((6,), 1e60, dtype=torch.float64)},
+        ValueError, r"token_weight: expected .* a finite sum .* got a maximum of 1e\+60",
+    ),
     "token weight device": (
         {"token_weight": zeros(6, device="meta")},
         ValueError, "token_weight: is on meta",
@@ -222,6 +234,25 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "denominator zero": (
         {"denominator": 0},
         ValueError, "denominator: expected a positive finite number, got 0",
+    ),
+    "denominator zero Tensor": (
+        {"denominator": torch.tensor(0)},
+        ValueError, "denominator: got 0 for a batch of 6 visual tokens; expected a positive number",
+    ),
+    "denominator zero Tensor of a mask": (
+        {"denominator": torch.tensor(0.0), "visual_mask": MASK},
+        ValueError, "denominator: got 0 for a batch of 3 visual tokens",
+    ),
+    "denominator zero Tensor of an index": (
+        {"denominator": torch.tensor(0.0), "visual_index": index(4, 1)},
+        ValueError, "denominator: got 0 for a batch of 2 visual tokens",
+    ),
+    "denominator zero Tensor of weights": (
+        {
+            "denominator": torch.tensor(0.0), "visual_mask": MASK,
+            "token_weight": torch.tensor([0.5, 0.0, 0.0]),
+        },
+        ValueError, "denominator: got 0 for a batch of 1 visual tokens",
     ),
     "denominator infinite": (
         {"denominator": float("inf")},
@@ -257,6 +288,7 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError, "denominator: is on meta, but hidden is on cpu",
     ),
     "eps zero": ({"eps": 0.0}, ValueError, "eps: expected a positive finite number, got 0.0"),
+    "eps subnormal": ({"eps": 1e-40}, ValueError, r"eps: expected at least 1.2e-38, .* got 1e-40"),
     "eps NaN": ({"eps": float("nan")}, ValueError, "eps: expected a positive .* got nan"),
     "eps string": ({"eps": "small"}, TypeError, "eps: expected a positive number, got str"),
 }  # fmt: skip

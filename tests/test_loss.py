@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
+from prereg_kernels import eager_pre_loss, fused_pre_loss, inputs, pre_tap
 from prereg_kernels.inputs import ACTIVATIONS
 from tests.helpers import (
     assert_as_good_as_eager,
@@ -225,6 +225,60 @@ def test_a_mask_without_tokens_and_a_denominator_of_zero(schedule: str, weighted
     results = run(eager_pre_loss, problem) if eager else run_schedule(schedule, problem)
     assert results.keys() == {"loss", *(f"d{name}" for name in problem.leaves())}
     assert all(torch.equal(x, torch.zeros_like(x)) for x in results.values())
+
+
+@pytest.mark.parametrize("schedule", (*SCHEDULES, "eager"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("selector", (None, "visual_mask", "visual_index"))
+def test_a_denominator_of_zero_that_cannot_be_seen(
+    schedule: str, dtype: torch.dtype, weighted: bool, selector: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On a GPU, and in a graph: nothing, rather than infinity in every weight."""
+    monkeypatch.setattr(inputs, "_values_readable", lambda _: False)
+    select = {
+        None: {}, "visual_mask": {"visual_mask": torch.arange(6).view(2, 3) % 2 == 0},
+        "visual_index": {"visual_index": torch.tensor([4, 1])},
+    }[selector]  # fmt: skip
+    problem = make_problem((2, 3), dtype=dtype, denominator=torch.tensor(0), **select)
+    if weighted:
+        problem = problem.with_options(token_weight=torch.rand(2, 3))
+    eager = schedule == "eager"
+    results = run(eager_pre_loss, problem) if eager else run_schedule(schedule, problem)
+    assert results.keys() == {"loss", *(f"d{name}" for name in problem.leaves())}
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in results.values())
+
+
+@pytest.mark.parametrize("schedule", (*SCHEDULES, "eager"))
+def test_a_denominator_that_is_not_a_number_shows(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_values_readable", lambda _: False)
+    problem = make_problem((6,), denominator=torch.tensor(float("nan")))
+    eager = schedule == "eager"
+    results = run(eager_pre_loss, problem) if eager else run_schedule(schedule, problem)
+    assert all(x.isnan().all() for x in results.values())
+
+
+@pytest.mark.parametrize("schedule", (*SCHEDULES, "eager"))
+def test_token_weights_and_a_denominator_of_zero(schedule: str) -> None:
+    """Nothing weighs anything: 0 is what the step's weights add up to."""
+    problem = make_problem((6,), denominator=torch.tensor(0.0), token_weight=torch.zeros(6))
+    eager = schedule == "eager"
+    results = run(eager_pre_loss, problem) if eager else run_schedule(schedule, problem)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in results.values())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("of", (torch.float64, torch.int64, torch.bfloat16), ids=str)
+def test_the_dtype_of_the_denominator_is_not_that_of_the_result(
+    schedule: str, of: torch.dtype
+) -> None:
+    plain = run_schedule(schedule, make_problem((6,), denominator=torch.tensor(8.0)))
+    results = run_schedule(schedule, make_problem((6,), denominator=torch.tensor(8, dtype=of)))
+    assert results["loss"].dtype == torch.float32
+    assert all(torch.equal(results[name], plain[name]) for name in plain)
 
 
 @pytest.mark.parametrize("function", (fused_pre_loss, eager_pre_loss))

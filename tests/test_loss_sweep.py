@@ -8,13 +8,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from prereg_kernels import heuristics
 from prereg_kernels.inputs import ACTIVATIONS, LOSSES, NORMALIZATIONS
-from tests.helpers import Problem, check, check_tap, make_problem, residual_like
+from tests.fuzzing import fuzz
+from tests.helpers import Problem, check, check_tap, make_problem, residual_like, restride
 
 LOW = (torch.bfloat16, torch.float16)
 FLAVOURS = st.sampled_from(
@@ -32,19 +32,6 @@ FLAVOURS = st.sampled_from(
     ]
 )
 STRIDES = ("contiguous", "transposed", "sliced", "expanded")
-
-
-def restride(x: Tensor, how: str) -> Tensor:
-    """The same shape with other strides (and, expanded, other values)."""
-    if how == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "sliced":
-        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
-        wide[..., 1::2] = x
-        return wide[..., 1::2]
-    if how == "expanded":
-        return x[:1].expand_as(x)
-    return x
 
 
 def low_precision(problem: Problem) -> bool:
@@ -121,7 +108,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(max_examples=250)
+@fuzz(250)
 @given(
     problem=problems(),
     chunk_rows=st.one_of(st.none(), st.integers(1, 20)),

@@ -72,3 +72,11 @@ def test_no_images() -> None:
     assert means.shape == (0, 6)
     means.sum().backward()
     assert x.grad.count_nonzero() == 0
+
+
+def test_an_image_without_rows() -> None:
+    x = torch.randn(2, 6).requires_grad_()
+    means = pool_images(x, torch.tensor([0, 2]), 3)
+    assert torch.equal(means, torch.stack((x[0], torch.zeros(6), x[1])))
+    means.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x)

@@ -1,0 +1,82 @@
+"""What torch does with a function besides calling it: torch.func, forward mode, torch.export.
+
+The fused loss has one derivative, in reverse mode. For the others, torch takes what runs below
+autograd for a constant: each of them needs code of plain operations, or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transforming() -> bool:
+    """Whether one of torch.func's transforms (grad, vmap, ...) or forward mode runs this code."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def forgets_functions() -> bool:
+    """Whether an autograd.Function is no way to have a derivative here: torch.export drops it."""
+    return is_transforming() or torch.compiler.is_exporting()
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform sees `x`: under vmap its values are those of a whole batch."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def forbid_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise if one of them carries a tangent, which an op below autograd would drop."""
+    if forward_ad._current_level >= 0:  # else nothing does, and there is no call to pay for
+        _ForbidForwardMode.apply(*[x for x in tensors if x is not None])
+
+
+def forbid_double_backward(gradients: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, such that differentiating them again raises instead of giving zeros.
+
+    Args:
+        inputs: all that the gradients depend on, the upstream gradients among them.
+    """
+    if not torch.is_grad_enabled():
+        return gradients
+    return list(_ForbidDoubleBackward.apply(len(gradients), *gradients, *inputs))
+
+
+class _Forbid(torch.autograd.Function):
+    """In the form that torch.func takes, each level of its transforms by itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+
+class _ForbidForwardMode(_Forbid):
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(0) for x in tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(
+            "the PRe loss has no forward-mode derivative: torch.func.jvp, jacfwd, linearize and "
+            "hessian, and torch.autograd.forward_ad, are supported by eager_pre_loss only"
+        )
+
+
+class _ForbidDoubleBackward(_Forbid):
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "the PRe loss has no second derivative: double backward (create_graph=True followed "
+            "by backward through the gradients) is supported by eager_pre_loss only"
+        )
