@@ -76,9 +76,12 @@ def inside(root: Path, name: str) -> Path:
     """The file of that name below `root`.
 
     Raises:
-        SkipImage: the name leads out of it.
+        SkipImage: the name, or a link, leads out of it; or it is no name of a file.
     """
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, RuntimeError, ValueError):  # loops of links, NUL, lone surrogates
+        raise SkipImage("a name that no file can have, or links in a circle") from None
     if not path.is_relative_to(root.resolve()):
-        raise SkipImage("a name that leads out of the image directory")
+        raise SkipImage("a name or a link that leads out of the directory")
     return path

@@ -82,7 +82,7 @@ def test_polygons() -> None:
         ({"size": [4, 5], "counts": [20]}, ValueError),
         ({"size": [4, 4], "counts": "~~"}, ValueError),
         ({"size": [4, 4], "counts": "P"}, ValueError),  # says that more follows
-        ({"size": [4, 4], "counts": [10**30]}, OverflowError),
+        ({"size": [4, 4], "counts": [10**30]}, ValueError),
         ({"counts": [16]}, KeyError),
         ([[0, 0, 1, 1]], ValueError),
         ([["a"] * 6], ValueError),
