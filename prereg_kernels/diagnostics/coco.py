@@ -150,7 +150,7 @@ def decode(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
 def _regions(segmentation: Any, size: tuple[int, int]) -> Iterator[_Region]:
     """The parts of one annotation, which may overlap."""
     if isinstance(segmentation, Mapping):
-        yield (slice(None), slice(None)), _run_lengths(segmentation, size)
+        yield _run_lengths(segmentation, size)
     elif isinstance(segmentation, str):
         raise TypeError("segmentation: expected polygons or a run-length code, got text")
     else:
@@ -184,13 +184,14 @@ def _polygon(polygon: Any, size: tuple[int, int]) -> _Region:
         edge = part[edge]
         (x, y), (width, height) = low[edge].T, (high - low)[edge].T
         column = np.clip(np.ceil(x + (row - y) * width / height), left, right).astype(np.int64)
-        np.add.at(toggles, (row - top, column - left), 1)  # modulo 256: only parity counts
+        at = (row - top) * toggles.shape[1] + column - left
+        np.add.at(toggles.reshape(-1), at, np.uint8(1))  # modulo 256: only parity counts
     region = np.cumsum(toggles[:, :-1], axis=1, dtype=np.uint8) % 2 == 1
     return (slice(top, bottom), slice(left, right)), region
 
 
-def _run_lengths(code: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Runs of background and object in turn, down the columns."""
+def _run_lengths(code: Mapping[str, Any], size: tuple[int, int]) -> _Region:
+    """Runs of background and object in turn, down the columns; the columns with an object."""
     given = code["size"]
     if not isinstance(given, list | tuple) or [*map(type, given)] != [int, int]:
         raise ValueError(f"size: expected [height, width], got {reprlib.repr(given)}")
@@ -200,7 +201,10 @@ def _run_lengths(code: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.b
     runs = _unpack(counts) if isinstance(counts, (str, bytes)) else counts
     _check_runs(runs, size[0] * size[1])
     inside_object = np.arange(len(runs)) % 2 == 1
-    return np.repeat(inside_object, np.array(runs, np.int64)).reshape(size[1], size[0]).T
+    whole = np.repeat(inside_object, np.array(runs, np.int64)).reshape(size[1], size[0]).T
+    behind = runs[-1] if len(runs) % 2 else 0
+    window = slice(None), slice(runs[0] // size[0], size[1] - behind // size[0])
+    return window, whole[window]
 
 
 def _check_runs(runs: Any, pixels: int) -> None:
@@ -208,15 +212,13 @@ def _check_runs(runs: Any, pixels: int) -> None:
 
     In Python's integers: sums of int64 wrap, and decoders that believe one write past a buffer.
     """
-    if not isinstance(runs, list | tuple):
-        raise ValueError(f"counts: expected a list or a string, got {reprlib.repr(runs)}")
-    for run in runs:
-        if type(run) is not int or not 0 <= run <= pixels:
-            raise ValueError(
-                f"counts: expected whole numbers from 0 to {pixels}, got {reprlib.repr(run)}"
-            )
-    if sum(runs) != pixels:
-        raise ValueError(f"counts: expected runs of {pixels} pixels in all, got {sum(runs)}")
+    if not isinstance(runs, list | tuple) or not {*map(type, runs)} <= {int}:
+        raise ValueError(f"counts: expected whole numbers, got {reprlib.repr(runs)}")
+    if min(runs, default=0) < 0 or sum(runs) != pixels:  # so none is larger than that
+        raise ValueError(
+            f"counts: expected runs of {pixels} pixels in all, none negative, got "
+            f"{reprlib.repr(runs)}"
+        )
 
 
 def _unpack(text: str | bytes) -> list[int]:
