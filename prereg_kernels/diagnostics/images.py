@@ -80,8 +80,11 @@ def inside(root: Path, name: str) -> Path:
     """
     try:
         path = (root / name).resolve()
-    except (OSError, RuntimeError, ValueError):  # loops of links, NUL, lone surrogates
+        special = path.exists() and not path.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, loops of links, NUL, lone surrogates
         raise SkipImage("a name that no file can have, or links in a circle") from None
     if not path.is_relative_to(root.resolve()):
         raise SkipImage("a name or a link that leads out of the directory")
+    if special:  # a pipe would be waited for
+        raise SkipImage("no file, but a directory or a device")
     return path
