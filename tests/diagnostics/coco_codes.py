@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import pickle
+import multiprocessing
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -83,20 +85,20 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
 
     The process must not die of it.
     """
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            answer: tuple[str, Any] = ("", function(*arguments))
-        except Exception as error:
-            answer = (type(error).__name__, str(error))
-        with os.fdopen(write, "wb") as pipe:
-            pickle.dump(answer, pipe)
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        content = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == 0, f"the process died of signal {-code} with {arguments}"
-    found: tuple[str, Any] = pickle.loads(content)
-    return found
+    try:
+        return _child().submit(_answer, function, *arguments).result()
+    except BrokenProcessPool:
+        _child.cache_clear()
+        raise AssertionError(f"the process died with {arguments}") from None
+
+
+@cache
+def _child() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
+
+
+def _answer(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
+    try:
+        return "", function(*arguments)
+    except Exception as error:
+        return type(error).__name__, str(error)
