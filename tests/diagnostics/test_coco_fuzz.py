@@ -31,16 +31,19 @@ junk = st.one_of(
 
 @st.composite
 def codes(draw: st.DrawFn) -> tuple[list[Any], tuple[int, int]]:
-    """Counts that add up to their size, or do in some width of integers, or do not."""
+    """Counts that add up to their size, or do where integers have 64 bits, or do not."""
     size = draw(SIZES)
     pixels = size[0] * size[1]
-    counts: list[Any] = draw(
-        st.lists(st.one_of(st.integers(0, pixels), powers, st.integers(-3, 99)), max_size=8)
-    )
+    kind = draw(st.sampled_from(("fit", "wrap", "any")))
+    small, large = st.integers(0, max(1, pixels // 4)), st.integers(2**61, 2**63 - 1)
+    one = {"fit": small, "wrap": large | small, "any": small | large | powers}[kind]
+    counts: list[Any] = draw(st.lists(one, max_size=6))
     rest = pixels - sum(counts)
-    bits = draw(st.sampled_from((None, 32, 63, 64)))
-    counts.append(rest if bits is None else rest % 2**bits)
-    if draw(st.integers(0, 4)) == 0:
+    if kind == "wrap":  # in two parts that have no sign in 64 bits
+        counts += [rest % 2**64 // 2, (rest % 2**64 + 1) // 2]
+    elif kind == "fit" or draw(st.booleans()):
+        counts.append(rest)
+    if kind == "any" and draw(st.booleans()):
         counts.insert(draw(st.integers(0, len(counts))), draw(junk))
     return counts, size
 
