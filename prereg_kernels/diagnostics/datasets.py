@@ -208,7 +208,7 @@ def _pair(row: Sequence[str]) -> tuple[str, str]:
         raise ValueError(f"expected name,class, got {len(row)} fields")
     name, label = (text.strip() for text in row)
     if not label:
-        raise ValueError(f"expected a class of {printable(name)}, got none")
+        raise ValueError(f"expected a class of {printable(name)[:60]}, got none")
     return name, label
 
 
@@ -252,10 +252,10 @@ def read_object(
 def _one_class_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, label in pairs:
-        if table.setdefault(name, label) != label:
-            raise ValueError(
-                f"expected one class of {printable(name)}, got {table[name]} and {label}"
-            )
+        if name in table and table[name] != label:
+            both = " and ".join(printable(given)[:60] for given in (table[name], label))
+            raise ValueError(f"expected one class of {printable(name)[:60]}, got {both}")
+        table[name] = label
     return table
 
 
