@@ -310,9 +310,25 @@ def test_images_are_in_a_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", "no", '{"images": [], "categories": []}', '{"images": 3}']
+    "content",
+    [
+        *("[]", "{}", "no", "", "3", '{"images": [], "categories": []}', '{"images": 3}'),
+        *('{"images": ' * 200_000, '{"images": [' + 5000 * "9" + "]}", '{"images": ["caf\xe9"]}'),
+    ],
+    ids=lambda content: content[:20],
 )
 def test_files_that_are_none(tmp_path: Path, content: str) -> None:
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=r"a\.json: expected"):
+    (tmp_path / "a.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"^\S+a\.json: ") as refused:
         CocoImages(tmp_path, tmp_path / "a.json")
+    assert len(str(refused.value)) < len(str(tmp_path)) + 200
+
+
+def test_a_large_file_of_nothing_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").touch()
+    os.truncate(tmp_path / "a.json", 100_000_000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"a\.json: expected COCO annotations"):
+        CocoImages(tmp_path, tmp_path / "a.json")
+    assert tracemalloc.get_traced_memory()[1] < 2e7
+    tracemalloc.stop()
