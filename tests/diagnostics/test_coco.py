@@ -106,10 +106,12 @@ def test_runs_whose_sum_wraps(form: str) -> None:
     assert in_child(decode, code, (4, 4))[0] == "ValueError"
 
 
-def test_polygons_hold_the_centres_inside() -> None:
+@pytest.mark.parametrize("at_a_time", [1 << 20, 40])
+def test_polygons_hold_the_centres_inside(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
     """Pixels whose centre no edge touches, against fractions; crossing outlines, holes and all."""
+    monkeypatch.setattr("prereg_kernels.diagnostics.coco._CROSSINGS", at_a_time, raising=False)
     rng = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(20):
         points = (rng.random((rng.integers(3, 12), 2)) * [37, 28] - 3).round(2).ravel().tolist()
         assert (decode([points], (22, 31)) == centres_inside(points, (22, 31))).all()
 

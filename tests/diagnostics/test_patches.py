@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 
@@ -116,6 +117,24 @@ def test_owners_of_any_boxes_by_the_definition(dtype: str, largest: int) -> None
     expected = [-1 if np.isnan(box[0]) else owner_of(box, mask, 0.25) for box in boxes.tolist()]
     assert found.tolist() == expected
     assert len(set(expected)) > 2
+
+
+def test_rounding_decides_no_tie() -> None:
+    mask = np.array([[7, 7, 7, 2, 2, 2]])
+    index = np.zeros(99, dtype=np.int64)
+    cut = np.arange(1, 100) / 100
+    boxes = np.stack([0 * cut, cut, 0 * cut + 1, 6 - cut], axis=1)  # as much of 7 as of 2
+    assert owners(TokenGrid((1, 6), (1, 1), index, index, boxes), mask, 0.5).tolist() == 99 * [2]
+
+
+def test_owners_of_many_ids_take_bounded_memory() -> None:
+    mask = np.arange(60_000).reshape(20, 3000)
+    grid = regular_grid((20, 3000), (1, 600), resized=(20, 3000))
+    tracemalloc.start()
+    found = owners(grid, mask, 0.01)
+    assert tracemalloc.get_traced_memory()[1] < 1.5e8  # 36 million pairs of box and id
+    tracemalloc.stop()
+    assert (found == np.arange(600) * 5).all()
 
 
 def test_owners_take_one_pass_however_many_objects() -> None:
