@@ -202,7 +202,9 @@ class _Tap(torch.autograd.Function):
                 anchor,
                 inputs,
                 ctx.spec,
-                coefficient * factor,
+                coefficient * (
+                    factor.to(coefficient.device) if isinstance(factor, Tensor) else factor
+                ),
                 needs[0],
                 needs[10 : 10 + depth],
                 needs[10 + depth :],
@@ -226,8 +228,7 @@ def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:
             return grad_value
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return None
-    carry, (_, _, coefficient) = ctx.carry, ctx.constants
-    return carry.to(coefficient.device) if isinstance(carry, Tensor) else carry
+    return ctx.carry
 
 
 def _inputs(

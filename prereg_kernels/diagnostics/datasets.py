@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterable, Mapping
+import os
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prereg_kernels.diagnostics.images import IMAGE_SUFFIXES, SkipImage, read_image, read_mask
+from prereg_kernels.diagnostics.images import (
+    IMAGE_SUFFIXES,
+    SkipImage,
+    inside,
+    read_image,
+    read_mask,
+)
 from prereg_kernels.diagnostics.patches import check_mask
+from prereg_kernels.files import printable
 
 MASKS_ARE = ("instances", "classes")
+_LINE = 1 << 18  # characters of a CSV line that are read at a time
 TARGET = "class"
 """What the image-level probe reads, and the object-level one where masks hold classes."""
 
@@ -87,15 +98,11 @@ class ImageFolder:
             raise ValueError(f"masks: expected a directory or COCO's JSON file, got {masks}")
         self._root, self._masks = root, masks
         self._masks_are, self._background = masks_are, tuple(background)
-        self._files = sorted(
-            path.relative_to(root)
-            for path in root.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        )
+        self._files = sorted(_image_files(root))
         if not self._files:
             raise ValueError(f"images: expected image files below {root}, got none")
         if masks is not None and not any(self._mask_path(file).exists() for file in self._files):
-            example = self._mask_path(self._files[0])
+            example = printable(self._mask_path(self._files[0]))
             raise ValueError(f"masks: expected a file such as {example} for each image, got none")
         self._labels = self._classes(labels)
 
@@ -104,18 +111,18 @@ class ImageFolder:
 
     def name(self, index: int) -> str:
         """The path of an image below the directory."""
-        return self._files[index].as_posix()
+        return printable(self._files[index].as_posix())
 
     def __getitem__(self, index: int) -> Sample:
         """One image. Raises SkipImage where it, or its mask, cannot be used."""
         file = self._files[index]
-        image = read_image(self._root / file)
+        image = read_image(inside(self._root, str(file)))
         label = self._labels.get(file.as_posix())
         labels = {} if label is None else {TARGET: label}
         if self._masks is None:
-            return Sample(file.as_posix(), image, None, labels)
+            return Sample(self.name(index), image, None, labels)
         try:
-            mask = read_mask(self._mask_path(file))
+            mask = read_mask(inside(self._masks, str(file.with_suffix(".png"))))
             check_mask(mask, image.shape[:2])
         except SkipImage as reason:
             raise SkipImage(f"mask: {reason}") from None
@@ -125,7 +132,7 @@ class ImageFolder:
         classes: dict[str, dict[int, str]] = {}
         if self._masks_are == "classes":
             classes[TARGET] = {int(value): str(value) for value in np.unique(mask) if value >= 0}
-        return Sample(file.as_posix(), image, mask, labels, classes)
+        return Sample(self.name(index), image, mask, labels, classes)
 
     def _mask_path(self, file: Path) -> Path:
         assert self._masks is not None
@@ -135,7 +142,7 @@ class ImageFolder:
         names = [file.as_posix() for file in self._files]
         if labels is None:
             if all(len(file.parts) > 1 for file in self._files):
-                return {name: name.split("/")[0] for name in names}
+                return {name: printable(name.split("/")[0]) for name in names}
             return {}
         given = read_labels(labels)
         found = {
@@ -145,10 +152,22 @@ class ImageFolder:
         }
         if not found:
             raise ValueError(
-                f"{labels}: expected labels of images such as {names[0]}, got labels of "
-                f"{len(given)} others, such as {next(iter(given))}"
+                f"{labels}: expected labels of images such as {printable(names[0])}, got labels of "
+                f"{len(given)} others, such as {printable(next(iter(given)))}"
             )
         return found
+
+
+def _image_files(root: Path) -> Iterator[Path]:
+    """Images below it; links that lead nowhere too, so that they are counted as skipped."""
+    for directory, _, names in os.walk(root):
+        below = Path(directory).relative_to(root)
+        for name in names:
+            path = os.path.join(directory, name)
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and (
+                os.path.isfile(path) or not os.path.exists(path)
+            ):
+                yield below / name
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -158,40 +177,85 @@ def read_labels(path: Path) -> dict[str, str]:
         ValueError: neither, or two classes of one image.
         OSError: it cannot be read.
     """
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
-        try:
-            found = json.loads(text, object_pairs_hook=_one_class_each)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        scalars = (str, int)
-        if not isinstance(found, dict) or not all(isinstance(v, scalars) for v in found.values()):
-            raise ValueError(f'{path}: expected an object such as {{"a.jpg": "cat"}}')
-        table = {str(name): str(label) for name, label in found.items()}
+        like = 'an object such as {"a.jpg": "cat"}'
+        table = read_object(path, like, _one_class_each)
+        for label in table.values():
+            if not isinstance(label, (str, int)):
+                raise ValueError(f"{path}: expected {like}; got the class {reprlib.repr(label)}")
     else:
-        pairs = []
-        for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-            if not row:
-                continue
-            if len(row) != 2:
-                raise ValueError(f"{path}:{number}: expected name,class, got {len(row)} fields")
-            pairs.append((row[0].strip(), row[1].strip()))
-        try:
-            table = _one_class_each(pairs)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        table = _read_pairs(path)
     if not table:
         raise ValueError(f"{path}: expected labels, got none")
-    return table
+    return {name: printable(label) for name, label in table.items()}
+
+
+def _read_pairs(path: Path) -> dict[str, str]:
+    """{name: class} of CSV lines."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # what is longer has a field that the reader refuses
+        lines = csv.reader(iter(partial(file.readline, _LINE), ""), strict=True)
+        try:
+            return _one_class_each(_pair(row) for row in lines if row)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}:{lines.line_num}: {error}") from None
+
+
+def _pair(row: Sequence[str]) -> tuple[str, str]:
+    if len(row) != 2:
+        raise ValueError(f"expected name,class, got {len(row)} fields")
+    name, label = (text.strip() for text in row)
+    if not label:
+        raise ValueError(f"expected a class of {printable(name)[:60]}, got none")
+    return name, label
+
+
+def read_object(
+    path: Path,
+    like: str,
+    pairs_hook: Callable[[Iterable[tuple[str, Any]]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        like: what is expected, for the message.
+        pairs_hook: makes an object of its pairs, in place of dict.
+
+    Raises:
+        ValueError: none, or one that JSON does not allow; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            # a large file of something else is not read whole
+            while (start := file.read(1 << 20)).isspace():
+                pass
+            if not start.lstrip().startswith("{"):
+                raise ValueError(f"expected {like}; got {reprlib.repr(start.strip())}")
+            file.seek(0)
+            found: dict[str, Any] = json.load(file, object_pairs_hook=pairs_hook)
+            return found
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected {like}; got one that is nested too deeply") from None
+    except MemoryError:
+        raise ValueError(f"{path}: expected {like}; got more than fits into memory") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _one_class_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, label in pairs:
-        if table.setdefault(name, label) != label:
-            raise ValueError(f"expected one class of {name}, got {table[name]} and {label}")
+        if name in table and table[name] != label:
+            both = " and ".join(printable(given)[:60] for given in (table[name], label))
+            raise ValueError(f"expected one class of {printable(name)[:60]}, got {both}")
+        table[name] = label
     return table
 
 

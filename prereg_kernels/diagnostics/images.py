@@ -13,6 +13,9 @@ from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
+# What a file is its content says, not its name. Others are not tried: EPS would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+
 # What Pillow's decoders raise on damaged files, beside OSError.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -61,7 +64,7 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             # a warning between one and two times the limit, an error above: one limit here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -76,9 +79,15 @@ def inside(root: Path, name: str) -> Path:
     """The file of that name below `root`.
 
     Raises:
-        SkipImage: the name leads out of it.
+        SkipImage: the name, or a link, leads out of it; or it is no name of a file.
     """
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        special = path.exists() and not path.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, loops of links, NUL, lone surrogates
+        raise SkipImage("a name that no file can have, or links in a circle") from None
     if not path.is_relative_to(root.resolve()):
-        raise SkipImage("a name that leads out of the image directory")
+        raise SkipImage("a name or a link that leads out of the directory")
+    if special:  # a pipe would be waited for
+        raise SkipImage("no file, but a directory or a device")
     return path

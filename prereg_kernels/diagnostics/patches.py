@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_COUNTED = 1 << 16  # ids below are counted as they are, larger ones by their rank
+_CELLS = 1 << 22  # boxes x ids that are counted at a time
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -81,20 +84,64 @@ def owners(grid: TokenGrid, mask: NDArray[np.integer], purity: float = 0.5) -> N
         raise ValueError(f"purity: expected a share in (0, 1], got {purity}")
     check_mask(mask, grid.size)
     scale = np.array([mask.shape[0] / grid.size[0], mask.shape[1] / grid.size[1]] * 2)
-    placed = np.isfinite(grid.boxes).all(axis=1)
+    ids = None
+    if mask.max() >= _COUNTED:
+        ids, ranks = np.unique(mask, return_inverse=True)
+        background = np.searchsorted(ids, 0)
+        ids, mask = ids[background:], ranks.reshape(mask.shape) - background
+    owner = np.full(len(grid), -1, dtype=np.int64)
+    placed = np.flatnonzero(np.isfinite(grid.boxes).all(axis=1))
     boxes = grid.boxes[placed] * scale
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    best = np.zeros(len(boxes))
-    owner = np.full(len(boxes), -1, dtype=np.int64)
-    for thing in np.unique(mask[mask >= 0]):
-        share = _area_in(mask == thing, boxes) / area
-        # of equal shares, computed by different sums, the first wins whatever the rounding
-        better = share > best + 1e-9
-        owner[better], best[better] = thing, share[better]
-    owner[best < purity - 1e-9] = -1
-    found = np.full(len(grid), -1, dtype=np.int64)
-    found[placed] = owner
-    return found
+    _, line, sizes = np.unique(boxes[:, [0, 2]], axis=0, return_inverse=True, return_counts=True)
+    count = max(int(mask.max()), -1) + 2
+    for tokens in np.split(line.ravel().argsort(kind="stable"), np.cumsum(sizes)[:-1]):
+        parts = min(len(tokens), -(-len(tokens) * count // _CELLS))
+        for part in np.array_split(tokens, parts) if parts else ():
+            owner[placed[part]] = _owners(mask, boxes[part], purity)
+    if ids is not None:
+        owner[owner >= 0] = ids[owner[owner >= 0]]
+    return owner
+
+
+def _owners(
+    mask: NDArray[np.integer], boxes: NDArray[np.float64], purity: float
+) -> NDArray[np.int64]:
+    """The owners of boxes between the same top and bottom, in pixels of the mask."""
+    top, left, bottom, right = boxes.T
+    _, y, height = _pixels(top[:1], bottom[:1], mask.shape[0])
+    box, x, width = _pixels(left, right, mask.shape[1])
+    touched = mask[y[0] : y[-1] + 1, x] if len(y) else mask[:0, x]
+    ids = np.maximum(touched.astype(np.int64), -1) + 1
+    count = int(ids.max(initial=0)) + 1
+    covered = np.bincount(
+        (ids + box * count).ravel(), np.outer(height, width).ravel(), len(boxes) * count
+    ).reshape(len(boxes), count)
+    covered[:, 0] = 0  # background
+    area = (bottom - top) * (right - left)
+    # sums of equal shares may differ by rounding
+    enough = np.maximum(covered.max(axis=1), purity * area) - 1e-9 * area
+    found = (covered >= enough[:, None]) & (area[:, None] > 0)
+    return np.asarray(np.where(found.any(axis=1), found.argmax(axis=1) - 1, -1), dtype=np.int64)
+
+
+def _pixels(
+    low: NDArray[np.float64], high: NDArray[np.float64], size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """What intervals touch of a line of pixels: the interval's number, the pixel, and how much of
+    it is covered."""
+    first = np.clip(np.floor(low), 0, size).astype(np.int64)
+    interval, pixel = ranges(first, np.clip(np.ceil(high), 0, size).astype(np.int64))
+    return interval, pixel, np.minimum(pixel + 1, high[interval]) - np.maximum(pixel, low[interval])
+
+
+def ranges(
+    first: NDArray[np.int64], end: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The whole numbers from each `first` up to its `end`, all in a row, behind the index of the
+    range that each is of."""
+    counts = np.maximum(end - first, 0)
+    index = np.repeat(np.arange(len(first)), counts)
+    return index, np.arange(len(index)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
 
 
 def check_mask(mask: NDArray[np.integer], size: tuple[int, int]) -> None:
@@ -109,21 +156,3 @@ def check_mask(mask: NDArray[np.integer], size: tuple[int, int]) -> None:
             f"mask: its {W} x {H} pixels do not have the proportions of the image's "
             f"{size[1]} x {size[0]}"
         )
-
-
-def _area_in(region: NDArray[np.bool_], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many pixels of the region each box covers, parts of pixels counted as parts."""
-    integral = np.zeros((region.shape[0] + 1, region.shape[1] + 1))
-    np.cumsum(np.cumsum(region, axis=0, dtype=np.float64), axis=1, out=integral[1:, 1:])
-
-    def upto(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-        y, x = np.clip(y, 0, region.shape[0]), np.clip(x, 0, region.shape[1])
-        i = np.minimum(y.astype(np.int64), region.shape[0] - 1)
-        j = np.minimum(x.astype(np.int64), region.shape[1] - 1)
-        v, u = y - i, x - j
-        upper = integral[i, j] * (1 - u) + integral[i, j + 1] * u
-        lower = integral[i + 1, j] * (1 - u) + integral[i + 1, j + 1] * u
-        return upper * (1 - v) + lower * v
-
-    top, left, bottom, right = boxes.T
-    return upto(bottom, right) - upto(top, right) - upto(bottom, left) + upto(top, left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,43 @@ def test_labels_of_a_file(tmp_path: Path, kind: str, by: str) -> None:
         ("a.json", "{", "not valid JSON"),
         ("a.csv", "x,cat\ny,dog\nx,cat\nx,cow", "expected one class of x, got cat and cow"),
         ("a.json", '{"x": "cat", "x": "cow"}', "expected one class of x, got cat and cow"),
+        ("a.csv", f"x,cat\nx,{9000 * 'c'}", "expected one class of x, got cat and ccc"),
+        ("a.json", "3", "expected an object"),
+        ("a.json", '{"x": NaN}', "expected an object"),
+        ("a.json", '{"x": null}', "expected an object"),
+        ("a.json", 200_000 * '{"x":' + "1", "nested too deeply"),
+        ("a.json", 200_000 * "[", "expected an object"),
+        ("a.json", '{"x": ' + 5000 * "9" + "}", "4300 digits"),
+        ("a.json", b'{"x": "caf\xe9"}', "expected UTF-8 text"),
+        ("a.json", '{"x": "cat"}'.encode("utf-16"), "expected UTF-8 text"),
+        ("a.json", 4_000_000 * b"\0", "expected an object"),
+        ("a.json", 4_000_000 * b" ", "expected an object"),
+        ("a.csv", "x,cat\ny," + 200_000 * "z", r"a\.csv:2: field larger than field limit"),
+        ("a.csv", 4_000_000 * b"\0", r"a\.csv:1: "),
+        ("a.csv", 'x,"cat\ny,dog\n', r"a\.csv:2: unexpected end of data"),
+        ("a.csv", "x,cat\ny, \n", r"a\.csv:2: expected a class of y, got none"),
+        ("a.csv", "file,class,box\nx,cat,3\n", r"a\.csv:1: expected name,class, got 3 fields"),
+        ("a.csv", "x;cat\n", r"a\.csv:1: expected name,class, got 1 fields"),
+        ("a.csv", b"x,caf\xe9\n", r"a\.csv: expected UTF-8 text"),
+        ("a.csv", "x,cat\n".encode("utf-16"), r"a\.csv: expected UTF-8 text"),
     ],
+    ids=lambda value: str(value)[:20].encode("unicode_escape").decode(),
 )
-def test_labels_that_are_none(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
+def test_labels_that_are_none(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as refused:
         read_labels(tmp_path / name)
+    assert str(refused.value).startswith(str(tmp_path / name))
+    assert len(str(refused.value)) < len(str(tmp_path)) + 200
+
+
+def test_classes_are_text_that_can_be_shown(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"x": "\\ud800\\u001b[31m", "y": 3}')
+    assert read_labels(tmp_path / "a.json") == {"x": r"\ud800\x1b[31m", "y": "3"}
+    (tmp_path / "a.csv").write_text('x,"two\u2028lines"\r\n"a,b",cat\r\n', encoding="utf-8-sig")
+    assert read_labels(tmp_path / "a.csv") == {"x": r"two\u2028lines", "a,b": "cat"}
 
 
 def test_labels_of_other_images(tmp_path: Path) -> None:
@@ -96,6 +128,77 @@ def test_masks_that_do_not_fit_are_skipped(tmp_path: Path) -> None:
             images[i]
     half = images[4].mask
     assert half is not None and half.shape == (16, 20)
+
+
+@pytest.mark.parametrize("mode", ["P", "I;16", "1"])
+def test_masks_of_any_mode_of_numbers(tmp_path: Path, mode: str) -> None:
+    root = save_folder(tmp_path, 1)
+    expected = two_objects(32, 40) > 1 if mode == "1" else two_objects(32, 40)
+    pixels = expected.astype({"P": "uint8", "I;16": "uint16", "1": "bool"}[mode])
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image.putpalette([255 - i // 3 for i in range(768)])  # colours are not looked at
+    assert image.mode == mode
+    image.save(next((root / "masks").rglob("*.png")))
+    mask = ImageFolder(root / "images", masks=root / "masks")[0].mask
+    assert mask is not None
+    assert (mask == np.where(expected == 0, -1, expected)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB"])
+def test_masks_with_colours_are_skipped(tmp_path: Path, mode: str) -> None:
+    root = save_folder(tmp_path, 1)
+    Image.new(mode, (40, 32)).save(next((root / "masks").rglob("*.png")))
+    with pytest.raises(SkipImage, match=f"mask: a mask in mode {mode}"):
+        ImageFolder(root / "images", masks=root / "masks")[0]
+
+
+def test_links_out_of_the_directory_are_skipped(tmp_path: Path) -> None:
+    root = save_folder(tmp_path, 3)
+    secret = tmp_path / "secret.png"
+    Image.fromarray(noise(32, 40)).save(secret)
+    image, inside = root / "images" / "light" / "00.png", root / "images" / "dark" / "01.png"
+    image.unlink()
+    image.symlink_to(secret)
+    (root / "images" / "light" / "within.png").symlink_to(inside)
+    mask = root / "masks" / "light" / "02.png"
+    mask.unlink()
+    mask.symlink_to(secret)
+    images = ImageFolder(root / "images", masks=root / "masks")
+    names = {images.name(i): i for i in range(len(images))}
+    with pytest.raises(SkipImage, match=r"^a name or a link that leads out"):
+        images[names["light/00.png"]]
+    with pytest.raises(SkipImage, match=r"^mask: a name or a link that leads out"):
+        images[names["light/02.png"]]
+    plain = ImageFolder(root / "images")
+    assert (plain[names["light/within.png"]].image == plain[names["dark/01.png"]].image).all()
+
+
+def test_links_that_lead_nowhere_are_skipped_and_counted(tmp_path: Path) -> None:
+    root = save_folder(tmp_path, 1) / "images"
+    (root / "light" / "circle.png").symlink_to("circle.png")
+    (root / "light" / "gone.png").symlink_to("absent.png")
+    (root / "light" / "again").symlink_to(root)
+    os.mkfifo(root / "light" / "pipe.png")
+    images = ImageFolder(root)
+    assert [images.name(i) for i in range(len(images))] == [
+        "light/00.png", "light/circle.png", "light/gone.png",
+    ]  # fmt: skip
+    for i in (1, 2):
+        with pytest.raises(SkipImage):
+            images[i]
+
+
+def test_names_that_are_not_text_can_be_shown(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    Image.fromarray(noise(4, 4)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", folder + b"/\x1b[31m\xff.png")
+    images = ImageFolder(tmp_path)
+    sample = images[0]
+    assert sample.name == images.name(0) == r"caf\udce9/\x1b[31m\udcff.png"
+    assert sample.labels == {"class": r"caf\udce9"}
+    assert (sample.image == noise(4, 4)).all()
 
 
 def test_sets_that_are_none(tmp_path: Path) -> None:

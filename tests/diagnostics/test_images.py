@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from prereg_kernels.diagnostics.images import SkipImage, inside, read_image, read_mask
 
@@ -109,6 +110,20 @@ def test_masks_are_numbers(tmp_path: Path) -> None:
     assert found.tolist() == [[0, 600], [51000, 1400]]
     with pytest.raises(SkipImage, match="mode RGB"):
         read_mask(saved(tmp_path / "c.png", Image.fromarray(RGB)))
+
+
+def test_other_formats_start_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their content, whatever their name: Pillow hands EPS to Ghostscript, if it is there."""
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
+    with pytest.raises(SkipImage, match="damaged, or not an image"):
+        read_image(path)
+    assert not started.exists()
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "link/x"])

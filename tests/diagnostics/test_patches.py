@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+from collections import Counter
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -76,6 +81,71 @@ def test_ties_go_to_the_smaller_id_and_no_place_has_no_owner() -> None:
     grid = TokenGrid((1, 3), (1, 1), index, index, boxes)
     mask = np.array([[7, 2, 7]])
     assert owners(grid, mask, 0.5).tolist() == [7, -1, 2]
+
+
+def owner_of(box: list[float], mask: np.ndarray, purity: float) -> int:
+    """By the definition: each pixel adds the part of it that the box covers."""
+    top, left, bottom, right = map(Fraction, box)
+    shares: Counter[int] = Counter()
+    for (y, x), thing in np.ndenumerate(mask):
+        height = min(y + 1, bottom) - max(y, top)
+        width = min(x + 1, right) - max(x, left)
+        if thing >= 0 and height > 0 and width > 0:
+            shares[int(thing)] += height * width
+    area = (bottom - top) * (right - left)
+    best = max(shares.values(), default=Fraction(0))
+    if not area or best < Fraction(purity) * area:
+        return -1
+    return min(thing for thing, share in shares.items() if share == best)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "uint16", "int32"])
+@pytest.mark.parametrize("largest", [3, 100, 60_000, 2_000_000_000])
+def test_owners_of_any_boxes_by_the_definition(dtype: str, largest: int) -> None:
+    info = np.iinfo(dtype)
+    rng = np.random.default_rng(0)
+    largest = min(largest, info.max)
+    things = np.array([-3, -1, 0, largest // 3, largest // 2, largest])
+    things = things[things >= info.min]
+    mask = rng.choice(things, (7, 9)).astype(dtype)
+    corner = rng.integers(-16, 80, (60, 2)) / 8
+    boxes = np.hstack([corner, corner + rng.integers(0, 40, (60, 2)) / 8])
+    boxes[::7, :] = np.nan
+    boxes[1::7, [0, 2]] = boxes[1, [0, 2]]  # several between the same top and bottom
+    index = np.zeros(60, dtype=np.int64)
+    found = owners(TokenGrid((7, 9), (1, 1), index, index, boxes), mask, 0.25)
+    expected = [-1 if np.isnan(box[0]) else owner_of(box, mask, 0.25) for box in boxes.tolist()]
+    assert found.tolist() == expected
+    assert len(set(expected)) > 2
+
+
+def test_rounding_decides_no_tie() -> None:
+    mask = np.array([[7, 7, 7, 2, 2, 2]])
+    index = np.zeros(99, dtype=np.int64)
+    cut = np.arange(1, 100) / 100
+    boxes = np.stack([0 * cut, cut, 0 * cut + 1, 6 - cut], axis=1)  # as much of 7 as of 2
+    assert owners(TokenGrid((1, 6), (1, 1), index, index, boxes), mask, 0.5).tolist() == 99 * [2]
+
+
+def test_owners_of_many_ids_take_bounded_memory() -> None:
+    mask = np.arange(60_000).reshape(20, 3000)
+    grid = regular_grid((20, 3000), (1, 600), resized=(20, 3000))
+    tracemalloc.start()
+    found = owners(grid, mask, 0.01)
+    assert tracemalloc.get_traced_memory()[1] < 1.5e8  # 36 million pairs of box and id
+    tracemalloc.stop()
+    assert (found == np.arange(600) * 5).all()
+
+
+def test_owners_take_one_pass_however_many_objects() -> None:
+    def seconds(objects: int) -> float:
+        start = time.process_time()
+        owners(grid, mask % objects)
+        return time.process_time() - start
+
+    grid = regular_grid((240, 320), (24, 24), resized=(240, 320))
+    mask = np.arange(240 * 320).reshape(240, 320)
+    assert min(seconds(500) for _ in range(3)) < 10 * min(seconds(1) for _ in range(3))
 
 
 @pytest.mark.parametrize("purity", [0.0, -1.0, 1.1, float("nan")])
