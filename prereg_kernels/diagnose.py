@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -78,7 +77,7 @@ def _measure(
         device=_device(arguments.device),
         dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
     )
-    batches, settings, notes = _batches(loaded, samples, arguments)
+    batches, notes = _batches(loaded, samples, arguments)
     with _bar(name, console, shown=not arguments.json) as progress:
         return checkup(
             loaded.model,
@@ -88,11 +87,6 @@ def _measure(
             images=arguments.limit if samples is None else len(samples),
             tokenizer=loaded.tokenizer,
             splits=arguments.splits,
-            settings={
-                "model": _fingerprint(directory),
-                "dtype": str(loaded.model.dtype),
-                **settings,
-            },
             notes=notes,
             progress=progress,
         )
@@ -100,23 +94,14 @@ def _measure(
 
 def _batches(
     loaded: Loaded, samples: Samples | None, arguments: argparse.Namespace
-) -> tuple[Batches, dict[str, Any], Sequence[str]]:
+) -> tuple[Batches, Sequence[str]]:
     if samples is not None:
         batches = ImageBatches(loaded, samples, size=arguments.batch, purity=arguments.purity)
-        data = {
-            "data": batches.identity,
-            "masks": None if arguments.masks is None else str(arguments.masks.resolve()),
-            "masks_are": arguments.masks_are,
-            "background": arguments.background,
-            "labels": _file_fingerprint(arguments.labels),
-            "processor": hashlib.sha256(str(loaded.processor).encode()).hexdigest()[:16],
-        }
-        return batches, data, loaded.notes
+        return batches, loaded.notes
     from prereg_kernels.training.scene_batches import SceneBatches
     from prereg_kernels.training.scenes import Scenes
 
-    scenes = SceneBatches(loaded.model, Scenes("test"), arguments.limit)
-    return scenes, {"data": f"{arguments.limit} test scenes"}, ()
+    return SceneBatches(loaded.model, Scenes("test"), arguments.limit), ()
 
 
 def _samples(arguments: argparse.Namespace) -> Samples:
@@ -176,19 +161,6 @@ def _device(name: str | None) -> torch.device:
         return torch.empty(0, device=chosen).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {chosen!r} is not usable here: {error}") from None
-
-
-def _fingerprint(directory: Path) -> str:
-    """Changes when a model's files do: their names, sizes and times, and the config's text."""
-    parts = [(directory / "config.json").read_text(encoding="utf-8")]
-    for path in sorted(directory.glob("*.safetensors")):
-        status = path.stat()
-        parts.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _file_fingerprint(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _facts(found: Sequence[Diagnosis], arguments: argparse.Namespace) -> dict[str, str]:

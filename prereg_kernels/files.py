@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,6 +21,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def content_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of what the files hold, one after the other in the order of their paths."""
+    content = hashlib.sha256()
+    for path in sorted(paths):
+        content.update(path.read_bytes())
+    return content.hexdigest()
 
 
 def printable(name: object) -> str:

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prereg_kernels.diagnostics.datasets import Sample
+from prereg_kernels.diagnostics.fingerprint import digest, of_files
 from prereg_kernels.diagnostics.images import SkipImage, inside, read_image
+from prereg_kernels.files import content_digest
 
 _FINE = 5  # Pillow fills the outline's pixels too: draw this many times larger, look at centres
 
@@ -36,7 +38,7 @@ class CocoImages:
     """
 
     def __init__(self, root: Path, annotations: Path) -> None:
-        self._root = root
+        self._root, self._annotations = root, annotations
         try:
             with annotations.open(encoding="utf-8") as file:
                 content = json.load(file)
@@ -60,6 +62,20 @@ class CocoImages:
     def name(self, index: int) -> str:
         """The file name of an image."""
         return self._items[index][0]
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """Of the images' names and files, and of the annotations."""
+        names = [self._items[i][0] for i in indices]
+        return {
+            "images": digest(names, of_files(map(self._path, names))),
+            "annotations": content_digest([self._annotations]),
+        }
+
+    def _path(self, name: str) -> Path | None:
+        try:
+            return inside(self._root, name)
+        except SkipImage:
+            return None
 
     def __getitem__(self, index: int) -> Sample:
         """One image. Raises SkipImage where it, or its annotations, cannot be used."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.datasets import Sample, Samples
+from prereg_kernels.diagnostics.fingerprint import digest
 from prereg_kernels.diagnostics.images import SkipImage
 from prereg_kernels.diagnostics.layouts import layout_of
 from prereg_kernels.diagnostics.loading import Loaded, process
@@ -56,11 +56,15 @@ class ImageBatches:
         return -(-len(self._samples) // self._size)
 
     @property
-    def identity(self) -> str:
-        """Changes with the images' names, their number and the settings: what resuming compares."""
-        names = [self._samples.name(i) for i in range(len(self._samples))]
-        settings = [self._size, self._purity, *names]
-        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    def fingerprint(self) -> dict[str, str]:
+        """Of the files of the images, of what is known of them, and of what prepares them."""
+        return {
+            **self._samples.fingerprint(range(len(self._samples))),
+            "processor": digest(type(self._loaded.processor).__name__, str(self._loaded.processor)),
+            "prompt": digest(self._before, self._token, self._after),
+            "batch": str(self._size),
+            "purity": str(self._purity),
+        }
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index`; images that cannot be used are left out of it and named."""

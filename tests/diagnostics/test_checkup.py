@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +30,12 @@ from prereg_kernels.diagnostics import (
 )
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.checkup import checkup, report
-from prereg_kernels.diagnostics.datasets import ImageFolder
+from prereg_kernels.diagnostics.datasets import ImageFolder, Subset
 from prereg_kernels.diagnostics.findings import comparison, headline, middle_layer, sentences, tiles
 from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
 from prereg_kernels.diagnostics.page import as_json
 from prereg_kernels.diagnostics.results import Diagnosis, differences
-from prereg_kernels.diagnostics.shards import Shards
 from tests.diagnostics.pictures import QWEN_PROCESSOR, make_loaded, save_folder
 from tests.families.models import LAYERS
 
@@ -247,10 +247,26 @@ def test_goes_on_after_a_kill(
     assert again.curves == found.curves
 
 
-def test_shards_of_another_version_are_not_read(batches: ImageBatches, tmp_path: Path) -> None:
-    Shards(tmp_path / "shards" / "model", {"prereg_kernels": "0.0.1"})
-    with pytest.raises(ValueError, match=r"holds a checkup with another .*prereg_kernels"):
-        checkup(batches._loaded.model, batches, tmp_path)
+def _doubled(model: torch.nn.Module, inputs: Any) -> list[torch.Tensor]:
+    return [2 * x for x in visual_features(model, inputs)]
+
+
+@pytest.mark.parametrize("what", ["code", "libraries", "device"])
+def test_shards_of_other_code_are_not_read(
+    batches: ImageBatches, found: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, what: str,
+) -> None:  # fmt: skip
+    """Another commit has the same version."""
+    model = batches._loaded.model
+    with monkeypatch.context() as patch:
+        module = sys.modules[checkup.__module__]  # the package has a function of its name
+        patch.setattr(module, "of_code", lambda: {what: "other"})
+        patch.setattr(collecting, "visual_features", _doubled)
+        checkup(model, batches, tmp_path, splits=3)
+    again = checkup(model, batches, tmp_path, splits=3)
+    assert again.curves == found.curves
+    (record,) = caplog.records
+    assert "had other" in record.getMessage() and what in record.getMessage()
 
 
 def test_two_models_are_compared_image_by_image(
@@ -440,3 +456,14 @@ def test_features_that_are_not_finite_are_named(batches: ImageBatches, tmp_path:
     finally:
         with torch.no_grad():
             norm.copy_(kept)
+
+
+def test_settings_of_batches_are_in_their_fingerprint(batches: ImageBatches) -> None:
+    loaded, images = batches._loaded, batches._samples
+    before = batches.fingerprint
+    assert ImageBatches(loaded, images, size=5).fingerprint == before
+    for settings, what in (({"size": 4}, "batch"), ({"size": 5, "purity": 0.9}, "purity")):
+        after = ImageBatches(loaded, images, **settings).fingerprint
+        assert {key for key in before if before[key] != after[key]} == {what}
+    fewer = ImageBatches(loaded, Subset(images, 7), size=5).fingerprint
+    assert {key for key in before if before[key] != fewer[key]} == {"images", "masks", "labels"}
