@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from prereg_kernels.diagnostics.loading import Loaded
 from tests.families.models import make_model
@@ -75,9 +75,9 @@ def save_tokenizer(directory: Path, template: str) -> None:
     and the model's image token, "<image>"."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    config = json.loads((directory / "config.json").read_text())
+    image = AutoConfig.from_pretrained(directory).image_token_id
     words = ["hello", "bye", "look", "<image>"]
-    ids = [*range(3, 2 + len(words)), config["image_token_id"]]
+    ids = [*range(3, 2 + len(words)), image]
     vocabulary = dict(zip(words, ids, strict=True)) | {"unknown": 0}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

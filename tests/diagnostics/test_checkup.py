@@ -251,7 +251,7 @@ def _doubled(model: torch.nn.Module, inputs: Any) -> list[torch.Tensor]:
     return [2 * x for x in visual_features(model, inputs)]
 
 
-@pytest.mark.parametrize("what", ["code", "libraries", "device"])
+@pytest.mark.parametrize("what", ["code", "libraries"])
 def test_shards_of_other_code_are_not_read(
     batches: ImageBatches, found: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, what: str,

@@ -96,7 +96,10 @@ def test_a_model_without_processor_files(place: Path, prereg: Callable[..., Run]
         (["text", "--images", "images"], "text: model_type 'llama': the places of its visual"),
         (["bare", "--images", "images"], "bare: expected weights in *.safetensors files, got none"),
         (["blind", "--images", "images"], "model: expected an embedding of the image token"),
-        (["cut", "--images", "images"], "cut: "),
+        (
+            ["cut", "--images", "images"],
+            "cut/model.safetensors: expected a whole safetensors file:",
+        ),
         (["part", "--images", "images"], "part: expected weights of the whole model, 2 are miss"),
         (["a/model", "--images", "absent"], "images: expected a directory, got absent"),
         (["a/model", "--images", "images", "--masks", "no.json"], "no.json"),
