@@ -27,6 +27,7 @@ from prereg_kernels.diagnostics.loading import Loaded, load
 from prereg_kernels.diagnostics.page import NUMBERS
 from prereg_kernels.diagnostics.results import Diagnosis
 from prereg_kernels.diagnostics.shards import Shards
+from prereg_kernels.files import printable
 
 _CHECKPOINT = re.compile(r"checkpoints?|(checkpoint|step)-\d+")
 
@@ -54,14 +55,14 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     found: list[Diagnosis] = []
     for directory, name in zip(directories, names, strict=True):
         if not arguments.json:
-            console.print(f"{name}: {directory}", highlight=False)
+            console.print(f"{printable(name)}: {printable(directory)}", highlight=False)
         found.append(_measure(directory, name, samples, arguments, console))
     page = report(arguments.out, found, _facts(found, arguments))
     if arguments.json:
         console.out((arguments.out / NUMBERS).read_text(encoding="utf-8"), highlight=False)
         return
     _print(found, console)
-    console.print(f"page: {page}", highlight=False)
+    console.print(f"page: {printable(page)}", highlight=False)
 
 
 def _measure(
@@ -178,13 +179,13 @@ def _facts(found: Sequence[Diagnosis], arguments: argparse.Namespace) -> dict[st
 
 @contextmanager
 def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown) as progress:
         tasks: dict[str, Any] = {}
 
         def update(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(f"{name}: {phase}", total=total or None)
+                tasks[phase] = progress.add_task(f"{printable(name)}: {phase}", total=total or None)
             progress.update(tasks[phase], completed=done)
 
         yield update
@@ -193,7 +194,7 @@ def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
 def _print(found: Sequence[Diagnosis], console: Console) -> None:
     layer = middle_layer(found[0].layers)
     last = found[0].layers - 1
-    table = Table(title=headline(found[0]), title_justify="left")
+    table = Table(title=printable(headline(found[0])), title_justify="left")
     table.add_column("")
     for diagnosis in found:
         for depth in dict.fromkeys((0, layer, last)):
@@ -205,7 +206,7 @@ def _print(found: Sequence[Diagnosis], console: Console) -> None:
         for diagnosis in found:
             for depth in dict.fromkeys((0, layer, last)):
                 cells.append(f"{diagnosis.curves[key][depth].value:.3f}")
-        table.add_row(key, *cells)
+        table.add_row(printable(key), *cells)
     console.print(table)
     for diagnosis in found:
         for reason, names in diagnosis.measured.skipped.items():
@@ -213,7 +214,6 @@ def _print(found: Sequence[Diagnosis], console: Console) -> None:
                 f"{diagnosis.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
                 highlight=False,
             )
-        for target, reason in diagnosis.missing.items():
-            console.print(f"{diagnosis.name}: no probe of {target}: {reason}", highlight=False)
-        for note in diagnosis.notes:
-            console.print(f"{diagnosis.name}: {note}", highlight=False)
+        lines = [f"no probe of {target}: {reason}" for target, reason in diagnosis.missing.items()]
+        for line in (*lines, *diagnosis.notes):
+            console.print(printable(f"{diagnosis.name}: {line}"), highlight=False)

@@ -102,7 +102,7 @@ def checkup(
         steps += 1
         progress("measures", steps, 0)
 
-    return diagnose(name, measured, tokenizer, notes, step)
+    return diagnose(printable(name), measured, tokenizer, notes, step)
 
 
 def _data(batches: Batches, count: bool) -> tuple[Mapping[str, str], int]:
