@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from prereg_kernels.diagnostics.findings import comparison, headline, middle_lay
 from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
 from prereg_kernels.diagnostics.page import as_json
+from prereg_kernels.diagnostics.plots import CURVES
 from prereg_kernels.diagnostics.results import Diagnosis, differences
+from prereg_kernels.diagnostics.style import theme
 from tests.diagnostics.pictures import QWEN_PROCESSOR, make_loaded, save_folder
 from tests.families.models import LAYERS
 
@@ -330,6 +333,20 @@ def test_small_and_negative_numbers(found: Diagnosis) -> None:
     assert any("is −0.001 at the input and −0.072 at layer" in line for line in sentences(negative))
     (tile,) = (tile for tile in tiles(negative) if tile.title == "contrast")
     assert (tile.before, tile.after) == ("0.00", "−0.07")
+
+
+def test_legends_have_the_names_letter_for_letter(found: Diagnosis) -> None:
+    """Also those that matplotlib takes for a formula, or for the name of a line without one."""
+    names = ["$..^^$", "_x"]
+    two = [replace(found, name=name) for name in names]
+    with theme("light") as colours:
+        for draw in CURVES.values():
+            figure = draw(two, colours)
+            assert figure is not None
+            figure.savefig(BytesIO())
+            (legend,) = figure.legends
+            texts = [text._preprocess_math(text.get_text()) for text in legend.get_texts()]
+            assert texts == [(name, False) for name in names]
 
 
 def test_which_cka_is_named(found: Diagnosis) -> None:
