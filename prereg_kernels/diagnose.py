@@ -159,8 +159,10 @@ def _names(directories: Sequence[Path], given: Sequence[str] | None) -> list[str
 def _device(name: str | None) -> torch.device:
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=chosen).device
-    except (RuntimeError, AssertionError) as error:
+        usable = torch.zeros(1, device=chosen)
+        usable.item()  # not on the meta device
+        return usable.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device: {chosen!r} is not usable here: {error}") from None
 
 

@@ -62,8 +62,8 @@ def checkup(
         notes: for the page's reader.
 
     Raises:
-        ValueError: features that are not finite, facts that do not fit the tokens, or no image
-            that can be used.
+        ValueError: features that are not finite, facts that do not fit the tokens, a forward that
+            fails, or no image that can be used.
         OSError: a file cannot be written.
     """
     if model.training:

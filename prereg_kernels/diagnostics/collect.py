@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from prereg_kernels.diagnostics.batches import Batch, Batches, ImageFacts
 from prereg_kernels.diagnostics.features import visual_features, visual_mask
 from prereg_kernels.diagnostics.lens import LensSums
+from prereg_kernels.diagnostics.model_files import in_words
 from prereg_kernels.diagnostics.norms import MassiveDimension, NormSums
 from prereg_kernels.diagnostics.pool import pool
 from prereg_kernels.diagnostics.shards import Shards
@@ -151,7 +152,13 @@ def _run(model: nn.Module, batch: Batch) -> _Run | None:
                     f"{facts.name}: expected {name} of its {count} visual tokens, got "
                     f"{len(known)} of them"
                 )
-    layers = visual_features(model, inputs)
+    try:
+        layers = visual_features(model, inputs)
+    except ValueError:
+        raise
+    except Exception as error:  # a config that does not fit the weights' use, no memory, ...
+        names = f"{batch.images[0].name} to {batch.images[-1].name}"
+        raise ValueError(f"{names}: the model's forward failed: {in_words(error)}") from error
     for depth, layer in enumerate(layers):
         bad = ~torch.isfinite(layer).all(dim=1)
         if bad.any():

@@ -94,6 +94,10 @@ def load(
             "There is no tokenizer in the model directory: tokens are shown as numbers, and "
             "images are put in without the words of a chat template before them."
         )
+    if processor is not None and _processor_settings(processor)[1] is None:
+        raise ValueError(
+            f"{processor}: expected an image processor, {' or '.join(_PROCESSOR_FILES)}, got none"
+        )
     image_processor, note = _image_processor(processor or directory, config)
     with naming(directory):
         model.eval().to(device)

@@ -484,3 +484,19 @@ def test_settings_of_batches_are_in_their_fingerprint(batches: ImageBatches) -> 
         assert {key for key in before if before[key] != after[key]} == {what}
     fewer = ImageBatches(loaded, Subset(images, 7), size=5).fingerprint
     assert {key for key in before if before[key] != fewer[key]} == {"images", "masks", "labels"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, MemoryError])
+def test_a_forward_that_fails_is_one_error(
+    batches: ImageBatches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Such as of a config whose layers are others than those that it selects."""
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise error("no such layer")
+
+    model = batches._loaded.model
+    monkeypatch.setattr(model.model.visual, "forward", forward)
+    message = rf"^dark/01.png to dark/09.png: the model's forward failed: {error.__name__}: no such"
+    with pytest.raises(ValueError, match=message):
+        checkup(model, batches, tmp_path)

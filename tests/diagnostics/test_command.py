@@ -107,6 +107,8 @@ def test_a_model_without_processor_files(place: Path, prereg: Callable[..., Run]
         (["a/model", "--images", "images", "--limit", "0"], "--limit: expected at least 1, got 0"),
         (["a/model", "--images", "images", "--purity", "2"], "purity: expected a share in (0, 1]"),
         (["a/model", "--images", "images", "--device", "moon"], "--device: 'moon' is not usable"),
+        (["a/model", "--images", "images", "--device", "meta"], "--device: 'meta' is not usable"),
+        (["a/model", "--images", "images", "--processor", "no"], "no: expected an image processor"),
         (["a/model", "--images", "images", "--compare", "a/model"], "--compare: expected another"),
         (["a/model", "--images", "images", "--names", "x", "y"], "--names: expected 1 different"),
         (["a/model", "--images", "images", "--names", "../x"], "--names: expected names without"),
