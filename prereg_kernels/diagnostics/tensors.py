@@ -24,7 +24,7 @@ def check_features(features: Tensor, name: str = "features", columns: int | None
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(features.shape)}")
     if not features.is_floating_point() or features.element_size() < 2:
         raise ValueError(
-            f"{name}: expected a floating dtype of 16 bits or more, got {features.dtype}"
+            f"{name}: expected a floating dtype, got {features.dtype}; it takes 16 bits or more"
         )
     if not features.shape[1]:
         raise ValueError(f"{name}: expected at least 1 column, got 0")
