@@ -49,8 +49,9 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         _fail(f"{error}; diagnose needs: pip install 'prereg-kernels[diagnostics]'")
     try:
-        console = Console()
-        run(arguments, console if console.is_terminal else Console(width=120))
+        # what is printed has names from outside in it: no markup, no emoji by their names
+        width = None if Console().is_terminal else 120
+        run(arguments, Console(width=width, markup=False, emoji=False))
     except KeyboardInterrupt:
         _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
     except (ValueError, OSError) as error:

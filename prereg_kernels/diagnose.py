@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from prereg_kernels.diagnostics.loading import Loaded, load
 from prereg_kernels.diagnostics.page import NUMBERS
 from prereg_kernels.diagnostics.results import Diagnosis
 from prereg_kernels.diagnostics.shards import Shards
+from prereg_kernels.files import printable
 
 _CHECKPOINT = re.compile(r"checkpoints?|(checkpoint|step)-\d+")
 
@@ -55,14 +55,14 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     found: list[Diagnosis] = []
     for directory, name in zip(directories, names, strict=True):
         if not arguments.json:
-            console.print(f"{name}: {directory}", highlight=False)
+            console.print(f"{printable(name)}: {printable(directory)}", highlight=False)
         found.append(_measure(directory, name, samples, arguments, console))
     page = report(arguments.out, found, _facts(found, arguments))
     if arguments.json:
         console.out((arguments.out / NUMBERS).read_text(encoding="utf-8"), highlight=False)
         return
     _print(found, console)
-    console.print(f"page: {page}", highlight=False)
+    console.print(f"page: {printable(page)}", highlight=False)
 
 
 def _measure(
@@ -78,7 +78,7 @@ def _measure(
         device=_device(arguments.device),
         dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
     )
-    batches, settings, notes = _batches(loaded, samples, arguments)
+    batches, notes = _batches(loaded, samples, arguments)
     with _bar(name, console, shown=not arguments.json) as progress:
         return checkup(
             loaded.model,
@@ -88,11 +88,6 @@ def _measure(
             images=arguments.limit if samples is None else len(samples),
             tokenizer=loaded.tokenizer,
             splits=arguments.splits,
-            settings={
-                "model": _fingerprint(directory),
-                "dtype": str(loaded.model.dtype),
-                **settings,
-            },
             notes=notes,
             progress=progress,
         )
@@ -100,23 +95,14 @@ def _measure(
 
 def _batches(
     loaded: Loaded, samples: Samples | None, arguments: argparse.Namespace
-) -> tuple[Batches, dict[str, Any], Sequence[str]]:
+) -> tuple[Batches, Sequence[str]]:
     if samples is not None:
         batches = ImageBatches(loaded, samples, size=arguments.batch, purity=arguments.purity)
-        data = {
-            "data": batches.identity,
-            "masks": None if arguments.masks is None else str(arguments.masks.resolve()),
-            "masks_are": arguments.masks_are,
-            "background": arguments.background,
-            "labels": _file_fingerprint(arguments.labels),
-            "processor": hashlib.sha256(str(loaded.processor).encode()).hexdigest()[:16],
-        }
-        return batches, data, loaded.notes
+        return batches, loaded.notes
     from prereg_kernels.training.scene_batches import SceneBatches
     from prereg_kernels.training.scenes import Scenes
 
-    scenes = SceneBatches(loaded.model, Scenes("test"), arguments.limit)
-    return scenes, {"data": f"{arguments.limit} test scenes"}, ()
+    return SceneBatches(loaded.model, Scenes("test"), arguments.limit), ()
 
 
 def _samples(arguments: argparse.Namespace) -> Samples:
@@ -173,22 +159,11 @@ def _names(directories: Sequence[Path], given: Sequence[str] | None) -> list[str
 def _device(name: str | None) -> torch.device:
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=chosen).device
-    except (RuntimeError, AssertionError) as error:
+        usable = torch.zeros(1, device=chosen)
+        usable.item()  # not on the meta device
+        return usable.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device: {chosen!r} is not usable here: {error}") from None
-
-
-def _fingerprint(directory: Path) -> str:
-    """Changes when a model's files do: their names, sizes and times, and the config's text."""
-    parts = [(directory / "config.json").read_text(encoding="utf-8")]
-    for path in sorted(directory.glob("*.safetensors")):
-        status = path.stat()
-        parts.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _file_fingerprint(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _facts(found: Sequence[Diagnosis], arguments: argparse.Namespace) -> dict[str, str]:
@@ -206,13 +181,13 @@ def _facts(found: Sequence[Diagnosis], arguments: argparse.Namespace) -> dict[st
 
 @contextmanager
 def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown) as progress:
         tasks: dict[str, Any] = {}
 
         def update(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(f"{name}: {phase}", total=total or None)
+                tasks[phase] = progress.add_task(f"{printable(name)}: {phase}", total=total or None)
             progress.update(tasks[phase], completed=done)
 
         yield update
@@ -221,7 +196,7 @@ def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
 def _print(found: Sequence[Diagnosis], console: Console) -> None:
     layer = middle_layer(found[0].layers)
     last = found[0].layers - 1
-    table = Table(title=headline(found[0]), title_justify="left")
+    table = Table(title=printable(headline(found[0])), title_justify="left")
     table.add_column("")
     for diagnosis in found:
         for depth in dict.fromkeys((0, layer, last)):
@@ -233,7 +208,7 @@ def _print(found: Sequence[Diagnosis], console: Console) -> None:
         for diagnosis in found:
             for depth in dict.fromkeys((0, layer, last)):
                 cells.append(f"{diagnosis.curves[key][depth].value:.3f}")
-        table.add_row(key, *cells)
+        table.add_row(printable(key), *cells)
     console.print(table)
     for diagnosis in found:
         for reason, names in diagnosis.measured.skipped.items():
@@ -241,7 +216,6 @@ def _print(found: Sequence[Diagnosis], console: Console) -> None:
                 f"{diagnosis.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
                 highlight=False,
             )
-        for target, reason in diagnosis.missing.items():
-            console.print(f"{diagnosis.name}: no probe of {target}: {reason}", highlight=False)
-        for note in diagnosis.notes:
-            console.print(f"{diagnosis.name}: {note}", highlight=False)
+        lines = [f"no probe of {target}: {reason}" for target, reason in diagnosis.missing.items()]
+        for line in (*lines, *diagnosis.notes):
+            console.print(printable(f"{diagnosis.name}: {line}"), highlight=False)

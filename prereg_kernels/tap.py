@@ -202,9 +202,8 @@ class _Tap(torch.autograd.Function):
                 anchor,
                 inputs,
                 ctx.spec,
-                coefficient * (
-                    factor.to(coefficient.device) if isinstance(factor, Tensor) else factor
-                ),
+                coefficient
+                * (factor.to(coefficient.device) if isinstance(factor, Tensor) else factor),
                 needs[0],
                 needs[10 : 10 + depth],
                 needs[10 + depth :],

@@ -50,7 +50,11 @@ class Batch:
 
 
 class Batches(Protocol):
-    """A list of batches, or what looks like one: batch i is the same whenever it is asked for."""
+    """A list of batches, or what looks like one: batch i is the same whenever it is asked for.
+
+    It may have a `fingerprint`, {what: text}, of which a text changes whenever what it stands for
+    does. Without one, every batch is made once more to see whether any has changed.
+    """
 
     def __len__(self) -> int: ...
 

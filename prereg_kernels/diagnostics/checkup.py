@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from prereg_kernels._version import __version__
 from prereg_kernels.diagnostics.batches import Batches
 from prereg_kernels.diagnostics.collect import collect
+from prereg_kernels.diagnostics.fingerprint import digest, of_code, of_model
 from prereg_kernels.diagnostics.measured import Measured
 from prereg_kernels.diagnostics.results import Diagnosis, diagnose, differences
 from prereg_kernels.diagnostics.shards import Shards
+from prereg_kernels.files import printable
+
+_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Told of (phase, steps done, steps in all)."""
@@ -39,40 +43,49 @@ def checkup(
     """Measure every layer of a model on images, in bounded memory, and remember it on disk.
 
     Run again with the same arguments after an interruption, it goes on from the last whole batch.
-    `report` makes the page of one diagnosis or of two.
+    What was measured with other weights, batches or code, or another config or device, is not
+    touched: everything is measured anew beside it, and a line of the log says why. `report` makes
+    the page of one diagnosis or of two.
 
     Args:
         model: of a supported family, in eval mode, on the device to run on.
         batches: a list of `Batch`, or an object that makes each when asked for.
-        out: a directory; what is measured goes to `shards/<name>/` in it.
+        out: a directory; what is measured goes to a directory below `shards/<name>/` in it.
         name: of the model, on the page and in the file names.
         images: in all batches, about; by default they are counted. It decides how many patches of
             an image the spectrum is sampled from.
         tokenizer: to show the logit lens's words.
         splits: of the linear probes.
         shown: images of which every patch is kept, for maps.
-        settings: what distinguishes this checkup from others in the same directory, such as the
-            weights and the data: a resumed one must have the same.
+        settings: what else the numbers depend on, such as what forward hooks of yours do: a
+            checkup that goes on has the same.
         notes: for the page's reader.
 
     Raises:
-        ValueError: features that are not finite, facts that do not fit the tokens, no image that
-            can be used, or shards of other settings.
+        ValueError: features that are not finite, facts that do not fit the tokens, a forward that
+            fails, or no image that can be used.
         OSError: a file cannot be written.
     """
     if model.training:
         raise ValueError("model: expected eval mode, got training mode; call model.eval()")
     count = len(batches)
-    if images is None:
-        images = sum(len(batches[i].images) for i in range(count))
-    asked = {
-        "prereg_kernels": __version__,  # another may measure, or keep, something else
-        "batches": count,
-        "images": images,
+    data, counted = _data(batches, images is None)
+    images = counted if images is None else images
+    depends_on = {
+        **of_code(),
+        **of_model(model),
+        "device": next(model.parameters()).device.type,
+        **data,
+        "limit": images,
         "shown": shown,
         **(settings or {}),
     }
-    shards = Shards(Path(out) / "shards" / name, asked)
+    shards = Shards(Path(out) / "shards" / name, depends_on)
+    if shards.changed:
+        _LOG.warning(
+            f"{printable(name)}: measured anew, for what was measured in {printable(out)} before "
+            f"had other {' and '.join(shards.changed)}"
+        )
     collect(
         model,
         batches,
@@ -89,7 +102,21 @@ def checkup(
         steps += 1
         progress("measures", steps, 0)
 
-    return diagnose(name, measured, tokenizer, notes, step)
+    return diagnose(printable(name), measured, tokenizer, notes, step)
+
+
+def _data(batches: Batches, count: bool) -> tuple[Mapping[str, str], int]:
+    """The fingerprint of the batches, and, where it is asked for, how many images are in them."""
+    given: Mapping[str, str] | None = getattr(batches, "fingerprint", None)
+    if given is not None and not count:
+        return given, 0
+    images, content = 0, []
+    for i in range(len(batches)):
+        batch = batches[i]
+        images += len(batch.images)
+        if given is None:
+            content.append(digest(batch))
+    return ({"batches": digest(content)} if given is None else given), images
 
 
 def report(

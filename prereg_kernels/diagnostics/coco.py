@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prereg_kernels.diagnostics.datasets import Sample, read_object
+from prereg_kernels.diagnostics.fingerprint import digest, of_files
 from prereg_kernels.diagnostics.images import SkipImage, inside, read_image
 from prereg_kernels.diagnostics.patches import ranges
-from prereg_kernels.files import printable
+from prereg_kernels.files import content_digest, printable
 
 _LIKE = "COCO annotations, a JSON object with images, annotations and categories"
 _FAR = 1 << 31  # coordinates beyond are no pixels
@@ -43,7 +44,7 @@ class CocoImages:
     def __init__(self, root: Path, annotations: Path) -> None:
         if not root.is_dir():
             raise ValueError(f"images: expected a directory, got {root}")
-        self._root = root
+        self._root, self._annotations = root, annotations
         content = read_object(annotations, _LIKE)
         try:
             self._names = _named(content, "categories", "name")
@@ -68,6 +69,20 @@ class CocoImages:
     def name(self, index: int) -> str:
         """The file name of an image."""
         return printable(self._items[index][0])
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """Of the images' names and files, and of the annotations."""
+        names = [self._items[i][0] for i in indices]
+        return {
+            "images": digest(names, of_files(map(self._path, names))),
+            "annotations": content_digest([self._annotations]),
+        }
+
+    def _path(self, name: str) -> Path | None:
+        try:
+            return inside(self._root, name)
+        except SkipImage:
+            return None
 
     def __getitem__(self, index: int) -> Sample:
         """One image. Raises SkipImage where it, or its annotations, cannot be used."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from prereg_kernels.diagnostics.batches import Batch, Batches, ImageFacts
 from prereg_kernels.diagnostics.features import visual_features, visual_mask
 from prereg_kernels.diagnostics.lens import LensSums
+from prereg_kernels.diagnostics.model_files import in_words
 from prereg_kernels.diagnostics.norms import MassiveDimension, NormSums
 from prereg_kernels.diagnostics.pool import pool
 from prereg_kernels.diagnostics.shards import Shards
@@ -110,8 +111,11 @@ def mean_patch(shards: Shards, count: int) -> Tensor:
     """(L + 1, D) float64: the mean over all patches of all images."""
     total: Tensor | None = None
     rows = 0
+    skipped: Counter[str] = Counter()
     for index in range(count):
-        if not shards.facts(first_pass(index))["images"]:
+        facts = shards.facts(first_pass(index))
+        skipped.update(reason for _, reason in facts["skipped"])
+        if not facts["images"]:
             continue
         tokens = shards.read(first_pass(index), "tokens")
         means = shards.read(first_pass(index), "image_means").double()
@@ -119,7 +123,8 @@ def mean_patch(shards: Shards, count: int) -> Tensor:
         total = part if total is None else total + part
         rows += int(tokens.sum())
     if total is None:
-        raise ValueError("images: expected at least one that can be used, got none")
+        reasons = "; ".join(f"{times} {reason}" for reason, times in skipped.most_common(3))
+        raise ValueError(f"images: expected at least one that can be used, got none: {reasons}")
     return total / rows
 
 
@@ -147,7 +152,13 @@ def _run(model: nn.Module, batch: Batch) -> _Run | None:
                     f"{facts.name}: expected {name} of its {count} visual tokens, got "
                     f"{len(known)} of them"
                 )
-    layers = visual_features(model, inputs)
+    try:
+        layers = visual_features(model, inputs)
+    except ValueError:
+        raise
+    except Exception as error:  # a config that does not fit the weights' use, no memory, ...
+        names = f"{batch.images[0].name} to {batch.images[-1].name}"
+        raise ValueError(f"{names}: the model's forward failed: {in_words(error)}") from error
     for depth, layer in enumerate(layers):
         bad = ~torch.isfinite(layer).all(dim=1)
         if bad.any():
@@ -283,5 +294,5 @@ def _drawn(facts: ImageFacts, b: int) -> Mapping[str, Tensor]:
 def _draw(name: str, count: int, wanted: int) -> Tensor:
     """`wanted` of `count` indices, drawn by the image's name: equal for every model; all of them
     where there are no more."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(errors="surrogatepass")))
     return torch.randperm(count, generator=generator)[:wanted].sort().values

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from prereg_kernels.diagnostics.fingerprint import digest, of_files
 from prereg_kernels.diagnostics.images import (
     IMAGE_SUFFIXES,
     SkipImage,
@@ -58,6 +59,9 @@ class Samples(Protocol):
 
     def name(self, index: int) -> str:
         """Its name, without reading the image."""
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """{what: text} of those samples; a text changes when what they would give does."""
 
     def __getitem__(self, index: int) -> Sample:
         """One sample. Raises SkipImage where it cannot be used."""
@@ -112,6 +116,17 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """The path of an image below the directory."""
         return printable(self._files[index].as_posix())
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """Of the images' names and files, and of their labels and masks."""
+        files = [self._files[i] for i in indices]
+        names = [file.as_posix() for file in files]
+        masks = [self._mask_path(file) for file in files] if self._masks else []
+        return {
+            "images": digest(names, of_files(self._root / file for file in files)),
+            "masks": digest(self._masks_are, self._background, of_files(masks)),
+            "labels": digest([self._labels.get(name) for name in names]),
+        }
 
     def __getitem__(self, index: int) -> Sample:
         """One image. Raises SkipImage where it, or its mask, cannot be used."""
@@ -274,6 +289,10 @@ class Subset:
     def name(self, index: int) -> str:
         """As the whole set has it."""
         return self._samples.name(self._order[index])
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """As the whole set has it."""
+        return self._samples.fingerprint([self._order[i] for i in indices])
 
     def __getitem__(self, index: int) -> Sample:
         return self._samples[self._order[index]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +10,13 @@ from torch import Tensor
 
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.datasets import Sample, Samples
+from prereg_kernels.diagnostics.fingerprint import digest
 from prereg_kernels.diagnostics.images import SkipImage
-from prereg_kernels.diagnostics.layouts import layout_of
-from prereg_kernels.diagnostics.loading import Loaded, process
+from prereg_kernels.diagnostics.layouts import check_tower, layout_of
+from prereg_kernels.diagnostics.loading import Loaded
+from prereg_kernels.diagnostics.model_files import naming
 from prereg_kernels.diagnostics.patches import owners
+from prereg_kernels.diagnostics.processing import place
 
 QUESTION = "Describe the image."
 """What stands behind the image in a chat template. Tokens before it cannot see it."""
@@ -41,7 +43,8 @@ class ImageBatches:
         if not 0 < purity <= 1:
             raise ValueError(f"purity: expected a share in (0, 1], got {purity}")
         self._loaded, self._samples, self._size, self._purity = loaded, samples, size, purity
-        self._layout = layout_of(loaded.config.model_type)
+        layout_of(loaded.config.model_type)
+        check_tower(loaded.config.model_type, loaded.config.vision_config.model_type)
         self._before, self._after, self._token = _surroundings(loaded)
         model: Any = loaded.model
         rows = model.get_input_embeddings().num_embeddings
@@ -56,11 +59,15 @@ class ImageBatches:
         return -(-len(self._samples) // self._size)
 
     @property
-    def identity(self) -> str:
-        """Changes with the images' names, their number and the settings: what resuming compares."""
-        names = [self._samples.name(i) for i in range(len(self._samples))]
-        settings = [self._size, self._purity, *names]
-        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    def fingerprint(self) -> dict[str, str]:
+        """Of the files of the images, of what is known of them, and of what prepares them."""
+        return {
+            **self._samples.fingerprint(range(len(self._samples))),
+            "processor": digest(type(self._loaded.processor).__name__, str(self._loaded.processor)),
+            "prompt": digest(self._before, self._token, self._after),
+            "batch": str(self._size),
+            "purity": str(self._purity),
+        }
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index`; images that cannot be used are left out of it and named."""
@@ -77,12 +84,7 @@ class ImageBatches:
         return Batch(self._inputs(rows), tuple(facts for facts, _ in rows), tuple(skipped))
 
     def _image(self, sample: Sample) -> tuple[ImageFacts, Mapping[str, Tensor]]:
-        try:
-            processed = process(self._loaded.processor, sample.image)
-        except ValueError as error:  # such as Qwen's limit on the aspect ratio
-            raise SkipImage(f"refused by the image processor: {_first_words(error)}") from None
-        size = sample.image.shape[:2]
-        grid = self._layout(self._loaded.config, self._loaded.processor, size, processed)
+        grid, processed = place(self._loaded.config, self._loaded.processor, sample.image)
         objects = None
         if sample.mask is not None:
             objects = owners(grid, sample.mask, self._purity)
@@ -137,10 +139,11 @@ def _surroundings(loaded: Loaded) -> tuple[list[int], list[int], int]:
     tokenizer = loaded.tokenizer
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with naming(f"{tokenizer.name_or_path}: chat template"):  # code, in a sandbox
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(token) == 1:
             at = ids.index(token)
             return ids[:at], ids[at + 1 :], token
@@ -163,7 +166,3 @@ def _padding(config: Any, token: int) -> int:
     if isinstance(padding, int) and 0 <= padding < text.vocab_size and padding != token:
         return padding
     return 0 if token != 0 else 1
-
-
-def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split()).split(",")[0][:80]

@@ -35,9 +35,14 @@ class Bootstrap:
     Args:
         images: how many there are. The draws depend on it alone, so that two models measured on the
             same images are resampled alike, and their difference is paired.
+
+    Raises:
+        ValueError: no images.
     """
 
     def __init__(self, images: int) -> None:
+        if images < 1:
+            raise ValueError(f"images: expected at least 1, got {images}")
         rng = np.random.default_rng(0)
         drawn = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
         self._weights = drawn.astype(np.float64)
@@ -50,7 +55,13 @@ class Bootstrap:
         Args:
             per_image: {name: (images, layers)}.
             measure: from {name: (..., layers)}, the sums over images, to (..., layers).
+
+        Raises:
+            ValueError: sums that are not finite: one would drop out of the draws unseen.
         """
+        for name, values in per_image.items():
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name}: expected finite sums, got NaN or infinity")
         with np.errstate(all="ignore"):  # 0 / 0 where there is no pair
             whole = measure({name: values.sum(axis=0) for name, values in per_image.items()})
         images = self._weights.shape[1]
@@ -76,9 +87,16 @@ def over_splits(values: Sequence[float], test_share: float) -> Estimate:
     """The mean of accuracies, or of paired differences, over the repeated splits of a probe.
 
     The t interval with Nadeau and Bengio's correction (2003): splits share most of their rows.
+
+    Raises:
+        ValueError: no values, some that are not finite, or a share outside of (0, 1).
     """
     from scipy.stats import t
 
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"values: expected finite values, at least 1, got {list(values)}")
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share: expected a share between 0 and 1, got {test_share}")
     n = len(values)
     mean = float(np.mean(values))
     if n < 2:

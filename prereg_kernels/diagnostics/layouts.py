@@ -11,6 +11,9 @@ from torch import Tensor
 
 from prereg_kernels.diagnostics.patches import TokenGrid, centre_window, regular_grid
 
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Those of LLaVA and LLaVA-NeXT whose tokens' places are known, by `model_type`."""
+
 Layout = Callable[[Any, Any, tuple[int, int], Mapping[str, Tensor]], TokenGrid]
 """From the model's config, its image processor, an image's (height, width) and what the processor
 made of that image alone, to the places of its tokens."""
@@ -31,25 +34,25 @@ def layout_of(model_type: str) -> Layout:
     return LAYOUTS[model_type]
 
 
+def check_tower(model_type: str, tower: object) -> None:
+    """Raise ValueError unless the layout of a tower of that `model_type` is known."""
+    if model_type in ("llava", "llava_next") and tower not in TOWERS:
+        raise ValueError(
+            f"model_type {model_type!r} with a tower of model_type {tower!r}: the places of its "
+            f"visual tokens are not known here; expected {' or '.join(TOWERS)}"
+        )
+
+
 def llava(
     config: Any, processor: Any, size: tuple[int, int], processed: Mapping[str, Tensor]
 ) -> TokenGrid:
     """One token a patch, row by row, of the resized and centre-cropped image."""
     vision = config.vision_config
-    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(
-            f"model_type 'llava' with a tower of model_type {vision.model_type!r}: the places of "
-            "its visual tokens are not known here; expected clip_vision_model or "
-            "siglip_vision_model"
-        )
     height, width = processed["pixel_values"].shape[-2:]
     seen = (int(height), int(width))
     shape = (seen[0] // vision.patch_size, seen[1] // vision.patch_size)
-    source = size
-    offset = (0, 0)
-    if getattr(processor, "do_pad", False):  # LLaVA's own: first to a square, around the centre
-        source = (max(size), max(size))
-        offset = ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2)
+    source = _padded(processor, size)
+    offset = ((source[0] - size[0]) // 2, (source[1] - size[1]) // 2)
     resized = _resized(processor, source)
     crop = getattr(processor, "do_center_crop", False)
     window = centre_window(resized, seen) if crop else (0, 0, *resized)
@@ -109,6 +112,26 @@ def qwen(
     return regular_grid(
         size, (rows // merge, columns // merge), resized=(rows * patch, columns * patch)
     )
+
+
+def pixels_made(model_type: str, processor: Any, size: tuple[int, int]) -> int:
+    """Of the largest picture that the processor makes of an image on its way.
+
+    LLaVA's processors pad to a square or resize by the shorter edge, and crop later: of a strip of
+    1 x 60,000 pixels they make billions.
+    """
+    target = getattr(processor, "size", None) or {}
+    if model_type == "llava":
+        source = _padded(processor, size)
+        sizes = [source, _resized(processor, source)]
+    else:
+        sizes = [(target.get("height") or 0, target.get("width") or 0)]
+    return max(height * width for height, width in sizes)
+
+
+def _padded(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) before resizing: LLaVA's own pads to a square, around the centre."""
+    return (max(size), max(size)) if getattr(processor, "do_pad", False) else size
 
 
 def _resized(processor: Any, size: tuple[int, int]) -> tuple[int, int]:

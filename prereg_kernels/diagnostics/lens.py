@@ -38,8 +38,10 @@ class Lens(NamedTuple):
             listed: how many of them to return.
 
         Raises:
-            ValueError: where no visual token was counted.
+            ValueError: where no visual token was counted, or fewer than none.
         """
+        if min(times.values(), default=0) < 0:
+            raise ValueError(f"times: expected counts, got {min(times.values())}")
         rows = sum(times.values())
         if not rows:
             raise ValueError("features: expected at least 1 row in all, got 0")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from prereg_kernels.diagnostics.layouts import layout_of
+from prereg_kernels.diagnostics.model_files import check_weights, naming, offline, read_config
+from prereg_kernels.diagnostics.processing import place
+from prereg_kernels.files import read_json
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -57,23 +59,17 @@ def load(
         ValueError: no such directory, a family or processor that is not supported, or weights that
             are missing, incomplete or not safetensors.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: expected a model directory, with a config.json in it")
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(), _naming(directory):
-        config = AutoConfig.from_pretrained(directory, **local)
-    with _naming(directory):
-        layout_of(config.model_type)
-    if not any(directory.glob("*.safetensors")):
-        raise ValueError(f"{directory}: expected weights in *.safetensors files, got none")
+    config, left_out = read_config(directory)
+    check_weights(directory, config)
+    local = {"config": config, "local_files_only": True, "trust_remote_code": False}
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    with _quiet(), _naming(directory):
+    with _quiet(), offline(), naming(directory):
         model, found = AutoModelForImageTextToText.from_pretrained(
             directory,
-            config=config,
+            generation_config=GenerationConfig(),  # else its file is read as well
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -85,28 +81,38 @@ def load(
             f"{directory}: expected weights of the whole model, {len(missing)} are missing, such "
             f"as {missing[0]}"
         )
-    notes = []
+    notes = [
+        f"{', '.join(left_out)} in config.json may name code, and was left out: attention and "
+        "everything else are transformers' own."
+    ] * bool(left_out)
     tokenizer = None
     if (directory / "tokenizer_config.json").is_file():
-        with _quiet(), _naming(directory):
+        with _quiet(), offline(), naming(directory):
             tokenizer = AutoTokenizer.from_pretrained(directory, **local)
     else:
         notes.append(
             "There is no tokenizer in the model directory: tokens are shown as numbers, and "
             "images are put in without the words of a chat template before them."
         )
+    if processor is not None and _processor_settings(processor)[1] is None:
+        raise ValueError(
+            f"{processor}: expected an image processor, {' or '.join(_PROCESSOR_FILES)}, got none"
+        )
     image_processor, note = _image_processor(processor or directory, config)
-    return Loaded(model.eval().to(device), image_processor, tokenizer, (*notes, *note))
+    with naming(directory):
+        model.eval().to(device)
+    return Loaded(model, image_processor, tokenizer, (*notes, *note))
 
 
 def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
     """The directory's image processor, or, where it has none, the family's usual one and a note."""
     import transformers
 
-    settings = _processor_settings(directory)
+    path, settings = _processor_settings(directory)
     note: tuple[str, ...] = ()
     if settings is None:
-        name, settings = _usual_processor(config)
+        with naming(directory / "config.json"):
+            name, settings = _usual_processor(config)
         note = (
             f"There is no image processor in {directory.name}: the family's usual one was used "
             f"({name}, {', '.join(f'{key} {value}' for key, value in settings.items())}). If the "
@@ -117,27 +123,30 @@ def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]
     kind = getattr(transformers, f"{name.removesuffix('Fast')}Pil", None)
     if not name.removesuffix("Fast").endswith("ImageProcessor") or kind is None:
         raise ValueError(
-            f"{directory}: expected an image_processor_type of transformers that runs on Pillow, "
+            f"{path}: expected an image_processor_type of transformers that runs on Pillow, "
             f"got {name}"
         )
     kwargs = {k: v for k, v in settings.items() if k not in ("image_processor_type", "auto_map")}
-    return kind(**kwargs), note
+    with naming(path):
+        made = kind(**kwargs)
+        place(config, made, np.zeros((64, 64, 3), dtype=np.uint8))  # what fails always fails here
+    return made, note
 
 
-def _processor_settings(directory: Path) -> dict[str, Any] | None:
+def _processor_settings(directory: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The file with an image processor's settings, and those; the directory where there is none."""
     for file in _PROCESSOR_FILES:
         path = directory / file
         if not path.is_file():
             continue
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            # newer checkpoints keep the image processor's settings inside the processor's
-            settings = settings.get("image_processor", settings)
-            if "image_processor_type" in settings:
-                return dict(settings)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: expected the JSON of a processor: {error}") from None
-    return None
+        settings = read_json(path)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: expected the JSON of a processor, got {settings!r:.40}")
+        # newer checkpoints keep the image processor's settings inside the processor's
+        settings = settings.get("image_processor", settings)
+        if isinstance(settings, dict) and "image_processor_type" in settings:
+            return path, settings
+    return directory, None
 
 
 def _usual_processor(config: Any) -> tuple[str, dict[str, Any]]:
@@ -155,15 +164,6 @@ def _usual_processor(config: Any) -> tuple[str, dict[str, Any]]:
     return "CLIPImageProcessor", {"size": {"shortest_edge": side}, "crop_size": square}
 
 
-def process(processor: Any, image: Any) -> Mapping[str, Any]:
-    """What the processor makes of one (H, W, 3) image, as tensors."""
-    from transformers.image_utils import ChannelDimension
-
-    # Said, not guessed: an image of three rows looks like one of three channels.
-    result = processor([image], return_tensors="pt", input_data_format=ChannelDimension.LAST)
-    return dict(result)
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars and advice."""
@@ -178,12 +178,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _naming(directory: Path) -> Iterator[None]:
-    """Errors of transformers, as one ValueError that names the directory."""
-    try:
-        yield
-    except Exception as error:  # safetensors, OSError, KeyError of unknown model types, ...
-        raise ValueError(f"{directory}: {' '.join(str(error).split())}") from error

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from prereg_kernels.diagnostics.measured import Shown
 from prereg_kernels.diagnostics.results import Diagnosis
+from prereg_kernels.diagnostics.style import plain
+from prereg_kernels.diagnostics.tensors import check_features
 
 COLUMNS = 7
 """Layers in a row of maps, at most."""
@@ -69,7 +71,7 @@ def maps(found: Sequence[Diagnosis], shown: Sequence[Shown], colours: Mapping[st
         sheet.picture(row, image, None)
         for column, x in enumerate(scores, start=1):
             _overlay(sheet.axes[row][column], image, _as_colours(x).numpy(), alpha=1.0)
-    names = [diagnosis.name if len(found) > 1 else "" for diagnosis in found]
+    names = [plain(diagnosis.name) if len(found) > 1 else "" for diagnosis in found]
     kinds = ("similarity", "components")
     sheet.label(
         ["image", *(f"layer {layer}" if layer else "input" for layer in layers)],
@@ -96,10 +98,14 @@ def aligned_components(
 
     Returns:
         (N, 3) float64 a layer, in standard deviations of the sample.
+
+    Raises:
+        ValueError: patches that are not finite.
     """
     scores: list[Tensor] = []
     before = first
     for layer in layers:
+        check_features(image.patches[layer], "patches")
         sample = diagnosis.measured.sample(layer).double()
         mean = sample.mean(dim=0)
         kept = min(3, *sample.shape)

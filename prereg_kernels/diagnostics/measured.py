@@ -20,6 +20,7 @@ from prereg_kernels.diagnostics.probe import NoProbeError, Probe, probe
 from prereg_kernels.diagnostics.shards import Shards
 from prereg_kernels.diagnostics.similarity import Similarity, SimilaritySums
 from prereg_kernels.diagnostics.spectrum import Spectrum, SpectrumSums
+from prereg_kernels.files import printable
 
 TEST_SHARE = 0.25
 """Of the images, in each split of a probe."""
@@ -64,7 +65,7 @@ class Measured:
         self.skipped: dict[str, list[str]] = {}
         for found in facts:
             for name, reason in found["skipped"]:
-                self.skipped.setdefault(reason, []).append(name)
+                self.skipped.setdefault(printable(reason), []).append(printable(name))
         self.tokens = self._cat("tokens", 0).numpy()
         self.norms = self._cat("norms", 1)
         self.cosines = self._cat("cosines", 1).double().numpy().T
@@ -213,7 +214,7 @@ class Measured:
             found[what] = None if tensor is None else tensor.numpy()
         grid = found.pop("grid")
         shape = None if grid is None else (int(grid[0]), int(grid[1]))
-        return Shown(name, self._shards.read(shard, f"patches_{b}"), grid=shape, **found)
+        return Shown(printable(name), self._shards.read(shard, f"patches_{b}"), grid=shape, **found)
 
     def _cat(self, tensor: str, dim: int) -> Tensor:
         return torch.cat([self._shards.read(first_pass(i), tensor) for i in self._used], dim=dim)

@@ -49,10 +49,12 @@ class Norms(NamedTuple):
             dimensions: those of each batch; of one that repeats, the tokens are added up.
 
         Raises:
-            ValueError: no norms.
+            ValueError: no norms, or some that are not finite.
         """
         if not len(norms):
             raise ValueError("features: expected at least 1 row in all, got 0")
+        if not bool(torch.isfinite(norms).all()):
+            raise ValueError("norms: expected finite values, got NaN or infinity")
         found: dict[int, MassiveDimension] = {}
         for more in dimensions:
             had = found.get(more.dimension, MassiveDimension(more.dimension, 0, 0.0))

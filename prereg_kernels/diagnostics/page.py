@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -27,7 +28,7 @@ from prereg_kernels.diagnostics.measured import Shown
 from prereg_kernels.diagnostics.plots import CURVES, Colours
 from prereg_kernels.diagnostics.results import Curve, Diagnosis
 from prereg_kernels.diagnostics.style import THEMES, theme
-from prereg_kernels.files import write_whole
+from prereg_kernels.files import printable, write_whole
 
 PAGE, NUMBERS, PLOTS = "checkup.html", "checkup.json", "plots"
 
@@ -59,6 +60,7 @@ def write_page(
         loader=PackageLoader("prereg_kernels.diagnostics", "."),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -159,7 +161,9 @@ def _draw(found: Sequence[Diagnosis], directory: Path) -> dict[str, dict[str, Pa
     files: dict[str, dict[str, Path]] = {}
     images = list(zip(*(d.measured.shown() for d in found), strict=True))
     for name in THEMES:
-        with theme(name) as colours:
+        with theme(name) as colours, warnings.catch_warnings():
+            # names of models and images in scripts that the font does not have
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
             for picture, figure in _figures(found, images, colours):
                 path = directory / f"{picture}{'' if name == 'light' else '-' + name}.png"
                 buffer = BytesIO()

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prereg_kernels.diagnostics.findings import middle_layer
 from prereg_kernels.diagnostics.results import Diagnosis
+from prereg_kernels.diagnostics.style import plain
 
 Colours = Mapping[str, str]
 
@@ -30,7 +31,7 @@ def probes(found: Sequence[Diagnosis], colours: Colours) -> Figure | None:
                 _line(axis, diagnosis, target, position, found, colours, scale=100)
                 chance = 100 * diagnosis.probes[target][0].chance
                 axis.axhline(chance, color=colours["soft"], linestyle=":", linewidth=1)
-        axis.set_title(target)
+        axis.set_title(plain(target))
         _percent(axis)
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, 0), min(high, 102))  # a t interval may leave what is possible
@@ -169,7 +170,7 @@ def _line(
         linewidth=1.8,
         marker=MARKERS[position] if len(values) <= 16 else None,
         markersize=4,
-        label=diagnosis.name if linestyle == "-" else None,
+        label=str(position) if linestyle == "-" else None,
     )
     axis.fill_between(depth, low, high, color=colour, alpha=0.18, linewidth=0)
 
@@ -188,4 +189,9 @@ def _finish(figure: Figure, axes: Sequence[Axes], found: Sequence[Diagnosis]) ->
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     if len(found) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+        legend = figure.legend(
+            handles, labels, loc="outside upper left", ncols=len(labels), frameon=False
+        )
+        for text, position in zip(legend.get_texts(), labels, strict=True):
+            # not as a label: matplotlib leaves out those that begin with an underscore
+            text.set_text(plain(found[int(position)].name))

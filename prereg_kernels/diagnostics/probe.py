@@ -114,7 +114,8 @@ def linear_probe(
         The share of right answers on the test set, in [0, 1].
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, a single class.
+        ValueError: shapes that do not fit, features that are not finite, labels that are no
+            integers, a single class, a strength that is not above 0.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -126,6 +127,14 @@ def linear_probe(
                 f"{name}_x, {name}_y: expected shapes (N, D) and (N,), "
                 f"got {tuple(x.shape)} and {tuple(y.shape)}"
             )
+        check_ids(y, f"{name}_y", len(x))
+    if not len(test_x) or test_x.shape[1] != train_x.shape[1]:
+        raise ValueError(
+            f"test_x: expected at least 1 row of {train_x.shape[1]} columns, got "
+            f"{tuple(test_x.shape)}"
+        )
+    if not strength > 0:
+        raise ValueError(f"strength: expected a number above 0, got {strength}")
     classes = train_y.unique().numel()
     if classes < 2:
         raise ValueError(f"train_y: expected at least 2 classes, got {classes}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,43 +13,48 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from prereg_kernels.diagnostics.fingerprint import digest
 from prereg_kernels.files import write_whole
 
 _SETTINGS = "settings.json"
+_OURS = re.compile(r"[0-9a-f]{16}")
+"""What a directory of shards is called: the digest of what they depend on."""
 
 
 class Shards:
     """A directory of safetensors files, one a batch and pass, that a run can go on from.
 
     Args:
-        directory: made if it is not there.
-        settings: what the shards depend on. Shards of other settings are never mixed in.
+        parent: of the directory; both are made if they are not there.
+        settings: what the shards depend on. Those of other settings are in other directories.
+
+    Attributes:
+        directory: named by the digest of the settings.
+        changed: the settings that differ from those of the latest shards below `parent`; none
+            where there are shards of these settings, or no shards at all.
 
     Raises:
-        ValueError: the directory holds shards of other settings.
         OSError: it cannot be written.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
-        self._directory = directory
-        path = directory / _SETTINGS
-        asked = json.loads(json.dumps(settings))
-        if path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
-            different = sorted(k for k in {*there, *asked} if there.get(k) != asked.get(k))
-            if different:
-                raise ValueError(
-                    f"{directory}: holds a checkup with another {', '.join(different)}; expected "
-                    "the same, another --out, or --fresh"
-                )
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asked, indent=1))
+    def __init__(self, parent: Path, settings: Mapping[str, Any]) -> None:
+        text = json.dumps(settings, indent=1)
+        self.directory = parent / digest(text)
+        self.changed: list[str] = []
+        if not self.directory.exists():
+            before = _latest(parent)
+            wanted = json.loads(text)
+            self.changed = [key for key in wanted if before and before.get(key) != wanted[key]]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.directory / _SETTINGS, text)
 
     def has(self, name: str) -> bool:
-        """Whether that shard is there, whole."""
+        """Whether that shard is there, whole, as it was written."""
         try:
-            with safe_open(self._path(name), framework="pt"):
-                return True
+            with safe_open(self._path(name), framework="pt") as file:
+                found = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return found.get("checksum") == _checksum(tensors, found.get("facts"))
         except (FileNotFoundError, SafetensorError):
             return False
 
@@ -60,8 +66,10 @@ class Shards:
         """
         plain = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
         path = self._path(name)
+        text = json.dumps(facts)
+        metadata = {"facts": text, "checksum": _checksum(plain, text)}
         try:
-            write_whole(path, save(plain, metadata={"facts": json.dumps(facts)}))
+            write_whole(path, save(plain, metadata=metadata))
         except OSError as error:
             raise OSError(
                 f"could not write {path}: {error.strerror or error}; what was measured before is "
@@ -92,10 +100,35 @@ class Shards:
             return part[0]
 
     @staticmethod
-    def clear(directory: Path) -> None:
-        """Delete the shards there, if any: a new checkup must not go on from them."""
-        if (directory / _SETTINGS).exists():
-            shutil.rmtree(directory)
+    def clear(parent: Path) -> None:
+        """Delete the shards of all settings there: a new checkup must not go on from them. What
+        else is there stays."""
+        for directory in _directories(parent):
+            for pattern in ("*.safetensors", "*.tmp", _SETTINGS):
+                for path in directory.glob(pattern):
+                    path.unlink()
+            with contextlib.suppress(OSError):  # something else is in it
+                directory.rmdir()
 
     def _path(self, name: str) -> Path:
-        return self._directory / f"{name}.safetensors"
+        return self.directory / f"{name}.safetensors"
+
+
+def _directories(parent: Path) -> list[Path]:
+    """Of shards, the latest last."""
+    found = [p for p in parent.glob(f"*/{_SETTINGS}") if _OURS.fullmatch(p.parent.name)]
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def _latest(parent: Path) -> dict[str, Any]:
+    """The settings of the latest shards, as far as they can be read."""
+    for directory in reversed(_directories(parent)):
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return found
+    return {}
+
+
+def _checksum(tensors: Mapping[str, Tensor], facts: str | None) -> str:
+    return digest(sorted(tensors.items()), facts)

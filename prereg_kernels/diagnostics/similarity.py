@@ -11,7 +11,7 @@ from torch import Tensor
 from prereg_kernels.diagnostics.mean import MeanSums
 from prereg_kernels.diagnostics.scatter import Scatter
 from prereg_kernels.diagnostics.spectrum import SpectrumSums
-from prereg_kernels.diagnostics.tensors import check_features, lengths, pieces, working
+from prereg_kernels.diagnostics.tensors import check_features, check_mean, lengths, pieces, working
 
 LEFT = 1e-4
 """Share of a squared norm that has to be left when the diagonals are subtracted: 3 digits."""
@@ -34,10 +34,15 @@ class SimilaritySums:
         means: (D,) of the features and of the reference, from `MeanSums` over the same rows, for
             the centred cosine and the debiased CKA; None leaves these NaN.
 
+    Raises:
+        ValueError: means of another shape, or that are not finite.
+
     Memory: one (D, D) matrix in float64.
     """
 
     def __init__(self, means: tuple[Tensor, Tensor] | None = None) -> None:
+        for mean in means or ():
+            check_mean(mean, "means")
         self._means = means
         self._cross = Scatter()
         self._cosine = [0.0, 0.0]  # as they are, centred

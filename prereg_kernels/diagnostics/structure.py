@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.diagnostics.mean import MeanSums
-from prereg_kernels.diagnostics.tensors import check_features, check_ids, lengths, pieces, working
+from prereg_kernels.diagnostics.tensors import (
+    check_features,
+    check_ids,
+    check_mean,
+    lengths,
+    pieces,
+    working,
+)
 
 
 class PatchStructure(NamedTuple):
@@ -56,10 +63,15 @@ class StructureSums:
         mean: (D,) the mean patch that the centred values subtract, from `MeanSums`; None leaves
             those NaN.
 
+    Raises:
+        ValueError: a mean of another shape, or one that is not finite.
+
     Memory: an (objects of the batch, D) table in float64; nothing grows with the batches.
     """
 
     def __init__(self, mean: Tensor | None = None) -> None:
+        if mean is not None:
+            check_mean(mean, "mean")
         self._mean = mean
         self._pairs = [0, 0]  # within an object, between two
         self._similarity = [[0.0, 0.0], [0.0, 0.0]]  # as they are, centred

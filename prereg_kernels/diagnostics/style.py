@@ -8,6 +8,8 @@ from typing import Any
 
 import matplotlib
 
+from prereg_kernels.files import printable
+
 # Okabe and Ito's colours, told apart with every kind of colour vision
 ORANGE, BLUE, GREEN, GREY = "#E69F00", "#0072B2", "#009E73", "#7F7F7F"
 SKY = "#56B4E9"  # instead of the blue, on dark ground
@@ -27,6 +29,11 @@ _THEMES = {
     "dark": {"ground": "#0d1117", "ink": "#e6edf3", "soft": "#9198a1", "line": "#3d444d"},
 }
 THEMES = tuple(_THEMES)
+
+
+def plain(text: str) -> str:
+    """A name from outside as matplotlib draws it letter for letter: dollars are no formulas."""
+    return printable(text).replace("$", r"\$")
 
 
 @contextmanager

@@ -22,8 +22,12 @@ def check_features(features: Tensor, name: str = "features", columns: int | None
     if features.dim() != 2 or columns not in (None, features.shape[1]):
         expected = "(N, D)" if columns is None else f"(N, {columns})"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(features.shape)}")
-    if not features.is_floating_point():
-        raise ValueError(f"{name}: expected a floating dtype, got {features.dtype}")
+    if not features.is_floating_point() or features.element_size() < 2:
+        raise ValueError(
+            f"{name}: expected a floating dtype, got {features.dtype}; it takes 16 bits or more"
+        )
+    if not features.shape[1]:
+        raise ValueError(f"{name}: expected at least 1 column, got 0")
     if not features.numel():
         return
     largest = max(abs(float(x)) for x in torch.aminmax(features.detach()))  # NaN if there is one
@@ -37,8 +41,15 @@ def check_ids(ids: Tensor, name: str, rows: int) -> None:
     """Raise ValueError, naming the argument, unless it is (rows,) integers."""
     if tuple(ids.shape) != (rows,):
         raise ValueError(f"{name}: expected shape {(rows,)}, got {tuple(ids.shape)}")
-    if ids.is_floating_point() or ids.is_complex():
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+
+
+def check_mean(mean: Tensor, name: str) -> None:
+    """Raise ValueError, naming the argument, unless it is a finite (D,) of floats."""
+    if mean.dim() != 1:
+        raise ValueError(f"{name}: expected shape (D,), got {tuple(mean.shape)}")
+    check_features(mean[None], name)
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels.files import content_digest
 from prereg_kernels.inputs import Spec
 from prereg_kernels.rows.base import Rows
 
@@ -147,7 +147,8 @@ def _choose_variant() -> tuple[str | None, str | None]:
             f"built against torch {build['torch']}, this is {torch.__version__}: "
             "install the package again with --no-build-isolation"
         )
-    if SOURCES.is_dir() and _digest(SOURCES) != build["sources"]:
+    sources = [*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]
+    if SOURCES.is_dir() and content_digest(sources) != build["sources"]:
         return None, "built from other sources than csrc/: install the package again"
     try:
         _load(runnable[0])
@@ -174,12 +175,3 @@ def _read_build() -> dict[str, Any]:
 def _release(version: str) -> str:
     """Without the local part: "2.13.0+cpu" and "2.13.0+cu130" have the same CPU interface."""
     return version.partition("+")[0]
-
-
-def _digest(sources: Path) -> str:
-    """As setup.py's."""
-    content = hashlib.sha256()
-    paths = [*sources.glob("*.cpp"), *sources.glob("*.h")]
-    for path in sorted(paths, key=lambda path: path.name):
-        content.update(path.read_bytes())
-    return content.hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from prereg_kernels.diagnostics.loading import Loaded
 from tests.families.models import make_model
@@ -67,3 +68,19 @@ def local_tower(model: torch.nn.Module) -> None:
             tower = "vision" in name or "visual" in name
             if tower and (".attn.proj." in name or ".out_proj." in name):
                 parameter.zero_()
+
+
+def save_tokenizer(directory: Path, template: str) -> None:
+    """A tokenizer beside the model there, with that chat template; it knows the template's words
+    and the model's image token, "<image>"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    image = AutoConfig.from_pretrained(directory).image_token_id
+    words = ["hello", "bye", "look", "<image>"]
+    ids = [*range(3, 2 + len(words)), image]
+    vocabulary = dict(zip(words, ids, strict=True)) | {"unknown": 0}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="unknown")
+    fast.chat_template = template
+    fast.save_pretrained(directory)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,14 @@ from prereg_kernels.diagnostics import (
 )
 from prereg_kernels.diagnostics.batches import Batch, ImageFacts
 from prereg_kernels.diagnostics.checkup import checkup, report
-from prereg_kernels.diagnostics.datasets import ImageFolder
+from prereg_kernels.diagnostics.datasets import ImageFolder, Subset
 from prereg_kernels.diagnostics.findings import comparison, headline, middle_layer, sentences, tiles
 from prereg_kernels.diagnostics.image_batches import ImageBatches
 from prereg_kernels.diagnostics.intervals import Estimate
 from prereg_kernels.diagnostics.page import as_json
+from prereg_kernels.diagnostics.plots import CURVES
 from prereg_kernels.diagnostics.results import Diagnosis, differences
-from prereg_kernels.diagnostics.shards import Shards
+from prereg_kernels.diagnostics.style import theme
 from tests.diagnostics.pictures import QWEN_PROCESSOR, make_loaded, save_folder
 from tests.families.models import LAYERS
 
@@ -247,10 +250,26 @@ def test_goes_on_after_a_kill(
     assert again.curves == found.curves
 
 
-def test_shards_of_another_version_are_not_read(batches: ImageBatches, tmp_path: Path) -> None:
-    Shards(tmp_path / "shards" / "model", {"prereg_kernels": "0.0.1"})
-    with pytest.raises(ValueError, match=r"holds a checkup with another .*prereg_kernels"):
-        checkup(batches._loaded.model, batches, tmp_path)
+def _doubled(model: torch.nn.Module, inputs: Any) -> list[torch.Tensor]:
+    return [2 * x for x in visual_features(model, inputs)]
+
+
+@pytest.mark.parametrize("what", ["code", "libraries"])
+def test_shards_of_other_code_are_not_read(
+    batches: ImageBatches, found: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, what: str,
+) -> None:  # fmt: skip
+    """Another commit has the same version."""
+    model = batches._loaded.model
+    with monkeypatch.context() as patch:
+        module = sys.modules[checkup.__module__]  # the package has a function of its name
+        patch.setattr(module, "of_code", lambda: {what: "other"})
+        patch.setattr(collecting, "visual_features", _doubled)
+        checkup(model, batches, tmp_path, splits=3)
+    again = checkup(model, batches, tmp_path, splits=3)
+    assert again.curves == found.curves
+    (record,) = caplog.records
+    assert "had other" in record.getMessage() and what in record.getMessage()
 
 
 def test_two_models_are_compared_image_by_image(
@@ -314,6 +333,20 @@ def test_small_and_negative_numbers(found: Diagnosis) -> None:
     assert any("is −0.001 at the input and −0.072 at layer" in line for line in sentences(negative))
     (tile,) = (tile for tile in tiles(negative) if tile.title == "contrast")
     assert (tile.before, tile.after) == ("0.00", "−0.07")
+
+
+def test_legends_have_the_names_letter_for_letter(found: Diagnosis) -> None:
+    """Also those that matplotlib takes for a formula, or for the name of a line without one."""
+    names = ["$..^^$", "_x"]
+    two = [replace(found, name=name) for name in names]
+    with theme("light") as colours:
+        for draw in CURVES.values():
+            figure = draw(two, colours)
+            assert figure is not None
+            figure.savefig(BytesIO())
+            (legend,) = figure.legends
+            texts = [text._preprocess_math(text.get_text()) for text in legend.get_texts()]
+            assert texts == [(name, False) for name in names]
 
 
 def test_which_cka_is_named(found: Diagnosis) -> None:
@@ -440,3 +473,30 @@ def test_features_that_are_not_finite_are_named(batches: ImageBatches, tmp_path:
     finally:
         with torch.no_grad():
             norm.copy_(kept)
+
+
+def test_settings_of_batches_are_in_their_fingerprint(batches: ImageBatches) -> None:
+    loaded, images = batches._loaded, batches._samples
+    before = batches.fingerprint
+    assert ImageBatches(loaded, images, size=5).fingerprint == before
+    for settings, what in (({"size": 4}, "batch"), ({"size": 5, "purity": 0.9}, "purity")):
+        after = ImageBatches(loaded, images, **settings).fingerprint
+        assert {key for key in before if before[key] != after[key]} == {what}
+    fewer = ImageBatches(loaded, Subset(images, 7), size=5).fingerprint
+    assert {key for key in before if before[key] != fewer[key]} == {"images", "masks", "labels"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, MemoryError])
+def test_a_forward_that_fails_is_one_error(
+    batches: ImageBatches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Such as of a config whose layers are others than those that it selects."""
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise error("no such layer")
+
+    model = batches._loaded.model
+    monkeypatch.setattr(model.model.visual, "forward", forward)
+    message = rf"^dark/01.png to dark/09.png: the model's forward failed: {error.__name__}: no such"
+    with pytest.raises(ValueError, match=message):
+        checkup(model, batches, tmp_path)

@@ -11,7 +11,8 @@ import torch
 from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
-from prereg_kernels.diagnostics.loading import load, process
+from prereg_kernels.diagnostics.loading import load
+from prereg_kernels.diagnostics.processing import process
 from prereg_kernels.training.checkups import (
     CHECKUPS_FILE,
     CheckupLog,
