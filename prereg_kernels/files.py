@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and their names as people see them."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ def write_whole(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def printable(name: object) -> str:
+    """A name from outside, as it can be shown on a terminal, a page or a plot.
+
+    What would act rather than show becomes its escape, as in `repr`: control characters, marks that
+    turn the direction of text, line breaks, and the bytes of a file name that is not UTF-8.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

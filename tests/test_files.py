@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and their names as people see them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from threading import Barrier
 import pytest
 
 from prereg_kernels import apply_pre
-from prereg_kernels.files import write_whole
+from prereg_kernels.files import printable, write_whole
 from prereg_kernels.storage import load_heads
 from tests.tiny import tiny_llava
 
@@ -63,3 +64,19 @@ def test_two_ranks_save(tmp_path: Path) -> None:
     saved = load_heads(tmp_path).heads
     assert saved["2.weight_0"].equal(ranks[0].heads[2].weight_0)
     assert [path.name for path in tmp_path.iterdir()] == ["pre_heads.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("images/größe 猫 🐈 [/b] $x^2$.png", "images/größe 猫 🐈 [/b] $x^2$.png"),
+        ("\x1b]0;title\x07\x1b[31mred\x9b2J", r"\x1b]0;title\x07\x1b[31mred\x9b2J"),
+        ("two\nlines\r\tand\u2028three", r"two\nlines\r\tand\u2028three"),
+        ("safe\u202egnp.exe", r"safe\u202egnp.exe"),
+        (os.fsdecode(b"caf\xe9.png"), r"caf\udce9.png"),
+        (Path("a", "b"), "a/b"),
+    ],
+)
+def test_printable(name: object, shown: str) -> None:
+    assert printable(name) == shown
+    printable(name).encode("utf-8")  # what a terminal or a page does next
