@@ -11,7 +11,7 @@ TRITON := .triton
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo test fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -37,6 +37,12 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 	    $(OWN_PROCESSES:%=--deselect=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/rows/test_triton_*.py
+
+# The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
+# with the line that repeats it, and is tried first the next time.
+FUZZ ?= 100
+fuzz: $(READY)  ## the fuzzers with 100 times the examples, some hours (FUZZ=10 for ten times)
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 -m fuzz
 
 # Beside the environment, not in it: on CPUs the package has to work without Triton.
 $(TRITON)/%/.ready: constraints.txt | $(READY)

@@ -1,8 +1,12 @@
-"""Settings of every test: one thread, the same generated examples on every run, the backend."""
+"""Settings of every test: one thread, the same generated examples on every run, the backend.
+
+Fuzzers alone, by `make fuzz`, draw other examples on every run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +27,14 @@ if importlib.util.find_spec("hypothesis"):  # tests/gpu runs where only torch an
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    settings.load_profile("repeatable")
+    # What fails is kept in .hypothesis, tried first the next time, and printed to be repeated.
+    settings.register_profile(
+        "fuzz",
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("fuzz" if "FUZZ" in os.environ else "repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

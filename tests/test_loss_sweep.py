@@ -8,12 +8,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from prereg_kernels import heuristics
 from prereg_kernels.inputs import ACTIVATIONS, LOSSES, NORMALIZATIONS
+from tests.fuzzing import fuzz
 from tests.helpers import Problem, check, check_tap, make_problem, residual_like
 
 LOW = (torch.bfloat16, torch.float16)
@@ -121,7 +122,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(max_examples=250)
+@fuzz(250)
 @given(
     problem=problems(),
     chunk_rows=st.one_of(st.none(), st.integers(1, 20)),
