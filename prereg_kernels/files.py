@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -10,15 +14,33 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write beside `path`, then rename: a failure leaves what was there before.
 
     Of several who write at once, on any machine, each writes a file of its own; the last stands.
+    A file that is replaced keeps its permissions; a new one gets those that the umask leaves.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         if isinstance(content, str):
             content = content.encode()
         temporary.write_bytes(content)
+        if path.exists():
+            with contextlib.suppress(OSError):  # there are file systems without permissions
+                shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The values of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{printable(path)}: not valid JSON: {reason}") from None
 
 
 def printable(name: object) -> str:

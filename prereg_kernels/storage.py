@@ -1,24 +1,27 @@
 """The file that keeps PRe's heads and settings beside a plain model.
 
 One file, so that an interruption cannot leave the settings of one run beside the heads of another:
-the settings are JSON in the metadata of the safetensors.
+the settings are JSON in the metadata of the safetensors, and so is a checksum of all that is there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from prereg_kernels.files import write_whole
+from prereg_kernels.files import printable, write_whole
 
 PRE_DIR = "pre"
 """Where a directory that holds a model keeps PRe."""
 HEADS_FILE = "pre_heads.safetensors"
 _METADATA = "prereg"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Saved(NamedTuple):
@@ -36,13 +39,19 @@ class Saved(NamedTuple):
 
 
 def save_heads(path: Path, saved: Saved) -> None:
-    """Write into the directory `path`; the file appears whole or not at all."""
+    """Write into the directory `path`; the file appears whole or not at all.
+
+    Raises:
+        ValueError: a head's dtype is none that heads train in.
+    """
     from safetensors.torch import save
 
     path.mkdir(parents=True, exist_ok=True)
-    heads = {name: x.detach().contiguous() for name, x in saved.heads.items()}
-    about = json.dumps({"config": saved.config, "passes": saved.passes})
-    write_whole(path / HEADS_FILE, save(heads, {"format": "pt", _METADATA: about}))
+    heads = {name: x.detach().to("cpu").contiguous() for name, x in saved.heads.items()}
+    _check_dtypes(heads)
+    about: dict[str, Any] = {"config": saved.config, "passes": saved.passes}
+    about["sha256"] = _checksum(heads, about)
+    write_whole(path / HEADS_FILE, save(heads, {"format": "pt", _METADATA: json.dumps(about)}))
 
 
 def load_heads(path: str | Path) -> Saved:
@@ -63,11 +72,21 @@ def load_heads(path: str | Path) -> Saved:
         )
     try:
         with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {})[_METADATA])
+            about = dict(json.loads((opened.metadata() or {})[_METADATA]))
             heads = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return Saved(heads, dict(about["config"]), int(about["passes"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: {file} cannot be read: {error!r}") from None
+        _check_dtypes(heads)
+        checksum = about.pop("sha256", None)  # version 0.1.0 wrote none
+        if about.keys() != {"config", "passes"}:
+            raise ValueError(f"expected settings and a count, got {sorted(about)}")
+        if checksum is not None and checksum != _checksum(heads, about):
+            raise ValueError("it holds other bytes than were saved, by its checksum")
+        saved = Saved(heads, dict(about["config"]), about["passes"])
+        if type(saved.passes) is not int or not 0 <= saved.passes < 2**63:
+            raise ValueError(f"passes: expected a count, got {saved.passes!r}")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = error if type(error) is ValueError else repr(error)
+        raise ValueError(f"path: {printable(file)} cannot be read: {reason}") from None
+    return saved
 
 
 def check_settings(saved: Saved, config: Mapping[str, Any], path: Any) -> None:
@@ -84,7 +103,8 @@ def check_settings(saved: Saved, config: Mapping[str, Any], path: Any) -> None:
 def check_shapes(
     saved: Saved, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Any
 ) -> None:
-    """Raise ValueError unless the saved heads have these shapes, which a model has by `config`."""
+    """Raise ValueError unless the saved heads are finite numbers of these shapes, which a model has
+    by `config`."""
     theirs = {name: tuple(x.shape) for name, x in saved.heads.items()}
     if theirs != shapes:
         others = [
@@ -96,3 +116,25 @@ def check_shapes(
             f"path: heads do not fit: expected {shapes}, got {theirs} in {path}"
             + "".join(f"; {other}" for other in others)
         )
+    _check_dtypes(saved.heads)
+    infinite = [name for name, x in saved.heads.items() if not x.isfinite().all()]
+    if infinite:
+        raise ValueError(
+            f"path: expected finite heads, got NaN or infinity in {', '.join(infinite)} in {path}; "
+            "train on from a checkpoint before it"
+        )
+
+
+def _check_dtypes(heads: Mapping[str, Tensor]) -> None:
+    for name, x in heads.items():
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name}: expected one of {_DTYPES}, got {x.dtype}")
+
+
+def _checksum(heads: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """Of the settings, and of each tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, x in sorted(heads.items()):
+        digest.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
