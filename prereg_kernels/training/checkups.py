@@ -60,11 +60,11 @@ class CheckupLog:
         self._path = run_dir / CHECKUPS_FILE
         kept = []
         if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 # a line cut short by a crash is later than the checkpoint: lines are flushed first
                 try:
                     before = json.loads(line)["step"] <= step
-                except ValueError:
+                except (ValueError, TypeError, KeyError):
                     before = False
                 kept += [line] if before else []
             write_whole(self._path, "".join(f"{line}\n" for line in kept))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from prereg_kernels.files import write_whole
 from prereg_kernels.training.model import MODULES, ModelConfig
 from prereg_kernels.training.questions import COMMON_FAMILIES, check_families
 from prereg_kernels.training.scenes import SceneConfig
@@ -305,4 +306,4 @@ def read_yaml(path: str | Path) -> Any:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write a YAML file that `load_config` reads back equal."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    write_whole(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prereg_kernels import checked
+from prereg_kernels.files import printable, read_json, write_whole
 from prereg_kernels.training.config import TowerConfig, to_dict
 from prereg_kernels.training.data import build_tokenizer, pixel_values
 from prereg_kernels.training.model import ModelConfig, build_model
@@ -64,18 +65,40 @@ def trained_tower(
     digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
     path = Path(cache_dir) / f"tower-{digest}.safetensors"
     if path.exists():
-        report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return TowerResult(load_file(path), report["accuracy"], 0.0)
+        try:
+            return _read_tower(path, _vision_tower(model, scenes, "meta", tower.seed).state_dict())
+        except (OSError, ValueError) as error:
+            warnings.warn(
+                f"{printable(path)} is damaged: {error}; the tower is trained again", stacklevel=2
+            )
     result = train_tower(model, scenes, tower, on_step=on_step, device=device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The weights come last and by rename: a file under the final name is always whole.
-    path.with_suffix(".json").write_text(
-        json.dumps({"accuracy": result.accuracy}), encoding="utf-8"
-    )
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(result.state, temporary)
-    temporary.replace(path)
+    write_whole(path, checked.to_bytes(result.state, {"accuracy": result.accuracy}))
     return result
+
+
+def _read_tower(path: Path, wanted: TowerState) -> TowerResult:
+    """Raise ValueError unless the file holds a tower like `wanted`, and how well it sees."""
+    state, facts = checked.read(path, {"accuracy"})
+    if facts is None:  # as of version 0.1.0
+        facts = read_json(path.with_suffix(".json"))
+    checked.check_finite(state)
+    if {n: (x.shape, x.dtype) for n, x in state.items()} != {
+        n: (x.shape, x.dtype) for n, x in wanted.items()
+    }:
+        raise ValueError("its tensors are not those of the tower")
+    accuracy = facts.get("accuracy") if isinstance(facts, dict) else None
+    names = {"digit", *ATTRIBUTES, "cell"}
+    if not isinstance(accuracy, dict) or accuracy.keys() != names:
+        raise ValueError(f"expected the accuracy of {sorted(names)}, got {accuracy!r}")
+    return TowerResult(state, {name: float(share) for name, share in accuracy.items()}, 0.0)
+
+
+def _vision_tower(
+    model: ModelConfig, scenes: SceneConfig, device: str | torch.device, seed: int
+) -> nn.Module:
+    with torch.device(device):
+        return build_model(model, scenes, build_tokenizer(scenes), seed).model.vision_tower
 
 
 def train_tower(
