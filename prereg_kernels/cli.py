@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prereg_kernels._version import __version__
+from prereg_kernels.files import printable
 
 
 def main() -> None:
@@ -31,6 +34,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _fail(f"{error}; training needs: pip install 'prereg-kernels[train]'")
 
+    warnings.showwarning = _warn_in_a_line(warnings.showwarning)
     try:
         console = Console()
         command = {"train": train, "sweep": sweep}[arguments.command]
@@ -63,8 +67,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"prereg: {' '.join(message.split())}", file=sys.stderr)
+    print(_line(message), file=sys.stderr)
     sys.exit(code)
+
+
+def _line(message: str) -> str:
+    return f"prereg: {printable(' '.join(message.split()))}"
+
+
+def _warn_in_a_line(show: Callable[..., None]) -> Callable[..., None]:
+    """Warnings of this package without the line of code that they come from."""
+
+    def in_a_line(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        if Path(__file__).parent in Path(filename).parents:
+            print(_line(str(message)), file=sys.stderr)
+        else:
+            show(message, category, filename, *rest)
+
+    return in_a_line
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,8 +54,8 @@ def held(
         there = [name for name in names if os.path.lexists(directory / name)]
         if there and not is_ours(directory):
             raise ValueError(
-                f"{printable(directory)}: {there[0]} there was not written by this command, which "
-                f"would overwrite it; expected a directory of its own: another --out"
+                f"{printable(directory)}: {there[0].rstrip('/')} there was not written by this "
+                "command, which would overwrite it; expected a directory of its own: another --out"
             )
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / LOCK)

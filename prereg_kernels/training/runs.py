@@ -53,6 +53,11 @@ def _settings(directory: Path) -> RunConfig | None:
         return None
 
 
+def is_run(directory: Path) -> bool:
+    """Whether a run has written there."""
+    return is_marked(directory, "run") or _is_old_run(directory)
+
+
 def _is_old_run(directory: Path) -> bool:
     """Whether each file is as a run of version 0.1.0 writes it; none is without its settings."""
     try:
@@ -88,7 +93,7 @@ def delete_run(directory: Path) -> None:
     Raises:
         CheckpointError: as in `clear_checkpoints`.
     """
-    if not (is_marked(directory, "run") or _is_old_run(directory)):
+    if not is_run(directory):
         return
     clear_checkpoints(directory)
     for path in directory.glob("transfer-*/"):

@@ -65,8 +65,10 @@ def trained_tower(
     digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
     path = Path(cache_dir) / f"tower-{digest}.safetensors"
     if path.exists():
+        with torch.device("meta"):
+            like = build_model(model, scenes, build_tokenizer(scenes), tower.seed)
         try:
-            return _read_tower(path, _vision_tower(model, scenes, "meta", tower.seed).state_dict())
+            return _read_tower(path, like.model.vision_tower.state_dict())
         except (OSError, ValueError) as error:
             warnings.warn(
                 f"{printable(path)} is damaged: {error}; the tower is trained again", stacklevel=2
@@ -92,13 +94,6 @@ def _read_tower(path: Path, wanted: TowerState) -> TowerResult:
     if not isinstance(accuracy, dict) or accuracy.keys() != names:
         raise ValueError(f"expected the accuracy of {sorted(names)}, got {accuracy!r}")
     return TowerResult(state, {name: float(share) for name, share in accuracy.items()}, 0.0)
-
-
-def _vision_tower(
-    model: ModelConfig, scenes: SceneConfig, device: str | torch.device, seed: int
-) -> nn.Module:
-    with torch.device(device):
-        return build_model(model, scenes, build_tokenizer(scenes), seed).model.vision_tower
 
 
 def train_tower(
