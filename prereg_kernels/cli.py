@@ -43,6 +43,10 @@ def main() -> None:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
         _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _fail(f"out of memory: {error}")
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from prereg_kernels.files import printable
+from prereg_kernels.training.checks import shown
 from prereg_kernels.training.config import RunConfig, from_dict, load_config, read_yaml, to_dict
 from prereg_kernels.training.cost import measure_cost
 from prereg_kernels.training.directories import check_one_process
@@ -121,8 +122,8 @@ def _devices(meant_for: str, arguments: argparse.Namespace) -> list[str]:
         pool = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     default = len(os.sched_getaffinity(0)) if name == "cpu" else len(pool)
     workers = default if arguments.workers is None else arguments.workers
-    if workers < 1:
-        raise ValueError(f"--workers: expected at least 1, got {workers}")
+    if not 1 <= workers <= 1024:
+        raise ValueError(f"--workers: expected at least 1, at most 1024, got {workers}")
     return [pool[i % len(pool)] for i in range(workers)]
 
 
@@ -170,16 +171,17 @@ def load_sweep(name: str) -> SweepConfig:
         values = read_yaml(path)
         try:
             if not isinstance(values, dict):
-                raise ValueError(f"expected a mapping, got {values!r}")
+                raise ValueError(f"expected a mapping, got {shown(values)}")
             if not isinstance(values.get("preset"), str):
                 raise ValueError(
-                    f"preset: expected a preset's name or a YAML file, got {values.get('preset')!r}"
+                    f"preset: expected a preset's name or a YAML file, got "
+                    f"{shown(values.get('preset'))}"
                 )
             experiment = to_dict(load_preset(values.pop("preset")))
             experiment["seeds"] = values.pop("seeds", experiment["seeds"])
             return from_dict(SweepConfig, {"experiment": experiment, **values})
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{printable(path)}: {error}") from None
 
 
 def _find(folder: str, name: str) -> Any:

@@ -20,6 +20,7 @@ import torch
 from prereg_kernels.files import read_json, write_whole
 from prereg_kernels.machine import describe_machine
 from prereg_kernels.training.checkpoint import CHECKPOINTS, CheckpointError, clear_checkpoints
+from prereg_kernels.training.checks import check_numbers
 from prereg_kernels.training.config import ANCHORS, PRESettings, RunConfig, from_dict, to_dict
 from prereg_kernels.training.directories import held
 from prereg_kernels.training.experiment import (
@@ -66,6 +67,7 @@ class SweepConfig:
     transfer: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.long_tail is not None:
             check_families(self.long_tail)
         depth = self.experiment.run.model.decoder_layers
