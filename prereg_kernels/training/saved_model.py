@@ -54,13 +54,15 @@ def load_model(
                 attn_implementation=attention,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
             )
     except Exception as error:  # transformers and safetensors raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"could not load a model from {printable(path)}: {reason}") from error
     for what in ("missing", "unexpected", "mismatched"):
         if names := found[f"{what}_keys"]:
-            shown = ", ".join(map(str, sorted(names)[:3])) + ", ..." * (len(names) > 3)
+            ordered = sorted(name if isinstance(name, str) else name[0] for name in names)
+            shown = ", ".join(ordered[:3]) + ", ..." * (len(names) > 3)
             raise CheckpointError(
                 f"could not load a model from {printable(path)}: {len(names)} {what} tensors: "
                 f"{printable(shown)}"

@@ -46,10 +46,14 @@ def check_optimizer(
     if lacking or strange:
         raise ValueError(f"optimizer: no state of parameters {lacking}, or of others {strange}")
     for number, found in states.items():
-        _check_moments(f"optimizer: parameter {number}", found, parameters[number], steps)
+        parameter = parameters[number]
+        least = 1 if steps is None or id(parameter) in may_lack else steps
+        _check_moments(f"optimizer: parameter {number}", found, parameter, least, steps)
 
 
-def _check_moments(at: str, found: Any, parameter: torch.Tensor, steps: int | None) -> None:
+def _check_moments(
+    at: str, found: Any, parameter: torch.Tensor, least: int, most: int | None
+) -> None:
     if found.keys() != {"step", *_ADAM}:
         raise ValueError(f"{at}: expected step, exp_avg and exp_avg_sq, got {sorted(found)}")
     for name in _ADAM:
@@ -62,8 +66,8 @@ def _check_moments(at: str, found: Any, parameter: torch.Tensor, steps: int | No
     step = found["step"]
     if not isinstance(step, torch.Tensor) or step.shape != () or step.dtype != torch.float32:
         raise ValueError(f"{at}: step is {step!r}, expected a float32 number")
-    if not 1 <= float(step) <= (float("inf") if steps is None else steps):
-        raise ValueError(f"{at}: step is {float(step)}, expected 1 to {steps}")
+    if not least <= float(step) <= (float("inf") if most is None else most):
+        raise ValueError(f"{at}: step is {float(step)}, expected {least} to {most}")
 
 
 def generators() -> dict[str, Any]:

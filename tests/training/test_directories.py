@@ -60,12 +60,12 @@ def test_other_names_are_nobodys_business(tmp_path: Path) -> None:
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    with run_in(tmp_path):
-        with pytest.raises(
-            ValueError, match=rf"in use by process {os.getpid()} on .*another --out"
-        ):
-            with run_in(tmp_path):
-                pass
+    with (
+        run_in(tmp_path),
+        pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*another --out"),
+        run_in(tmp_path),
+    ):
+        pass
     with run_in(tmp_path):
         pass
 
@@ -118,11 +118,13 @@ def test_places_that_are_none(tmp_path: Path) -> None:
     (checkpoint / "training_state.json").write_text("{}")
     (tmp_path / "link").symlink_to(checkpoint)
     for inside in (checkpoint, checkpoint / "a" / "b", tmp_path / "link" / "c"):
-        with pytest.raises(
-            ValueError, match=r"inside of the checkpoint .*step-00000004, which goes"
+        with (
+            pytest.raises(
+                ValueError, match=r"inside of the checkpoint .*step-00000004, which goes"
+            ),
+            run_in(inside),
         ):
-            with run_in(inside):
-                pass
+            pass
     assert [path.name for path in checkpoint.iterdir()] == ["training_state.json"]
 
 
