@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a paired experiment: scenes, scenes-gpu, scenes-gpu-text, or a YAML file of your own",
     )
     source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
-    train.add_argument("--out", type=Path, help="where everything goes; default: runs/<name>")
+    train.add_argument("--out", type=_named, help="where everything goes; default: runs/<name>")
     train.add_argument(
         "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
     )
@@ -124,6 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
+
+
+def _named(text: str) -> Path:
+    """A path, but for the empty one, which would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return Path(text)
 
 
 def _add_size(group: Any) -> None:
@@ -146,7 +153,7 @@ def _add_sweep(commands: Any) -> None:
         "--preset", required=True, help="scenes, scenes-gpu, or a YAML file of your own"
     )
     parser.add_argument(
-        "--out", type=Path, help="where everything goes; default: runs/sweep-<name>"
+        "--out", type=_named, help="where everything goes; default: runs/sweep-<name>"
     )
     parser.add_argument("--device", help="cpu, cuda, ...; default: the preset's")
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlavaForConditionalGeneration
 
-from prereg_kernels.files import write_whole
+from prereg_kernels.files import naming, write_whole
 from prereg_kernels.training.config import RunConfig
 from prereg_kernels.training.data import Packer
 from prereg_kernels.training.evaluation import evaluate
@@ -74,13 +74,15 @@ class CheckupLog:
         """Append one checkup."""
         if self._file is None:
             self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"step": step, **found}) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **found}) + "\n")
 
     def flush(self) -> None:
         """Put everything on the disk: a checkpoint is about to rely on it."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with naming(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close."""

@@ -134,9 +134,12 @@ def _kind(devices: list[str]) -> str:
 
 def _usable(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name!r} is not usable here: {error}") from None
+    return device
 
 
 def _with_overrides(settings: ExperimentConfig, arguments: argparse.Namespace) -> ExperimentConfig:

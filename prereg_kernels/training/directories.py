@@ -86,7 +86,8 @@ def check_place(directory: Path) -> None:
     except UnicodeEncodeError:
         raise ValueError(f"--out: expected a name in UTF-8, got {printable(directory)}") from None
     if os.path.lexists(directory) and not directory.is_dir():
-        raise ValueError(f"{printable(directory)}: expected a directory, got a file")
+        found = "a link that leads to none" if directory.is_symlink() else "a file"
+        raise ValueError(f"{printable(directory)}: expected a directory, got {found}")
     real = Path(os.path.realpath(directory))
     for path in (real, *real.parents):
         if is_checkpoint(path):

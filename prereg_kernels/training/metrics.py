@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prereg_kernels.files import printable, write_whole
+from prereg_kernels.files import naming, printable, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -32,7 +32,7 @@ class MetricsLog:
     wrote after its last checkpoint, so that a step is never there twice and never missing."""
 
     def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
-        path = run_dir / METRICS_FILE
+        self._path = path = run_dir / METRICS_FILE
         kept: list[str] = []
         if step > 0 and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -50,7 +50,8 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one step's metrics."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, float):
@@ -58,8 +59,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Put everything on the disk: a checkpoint is about to rely on it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close."""
