@@ -163,7 +163,8 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
         try:
             return _read(path, damaged)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            damaged[path] = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+            known = isinstance(error, (OSError, ValueError))
+            damaged[path] = " ".join((str(error) if known else repr(error)).split())
     for path, reason in damaged.items():
         raise CheckpointError(
             f"could not read checkpoint {printable(path)}: {reason}; there is no whole one before "
@@ -226,7 +227,8 @@ def restore_optimizer(
         if optimizer is not None:
             check_optimizer(state["optimizer"], optimizer, steps, idle)
     except Exception as error:
-        reason = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        known = isinstance(error, (ValueError, RuntimeError))
+        reason = " ".join((str(error) if known else repr(error)).split())
         raise CheckpointError(f"could not read {printable(path)}: {reason}") from error
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -279,8 +281,9 @@ def _tensors(path: Path) -> dict[str, Any]:
     """The states of the optimizer and the generators."""
     try:
         state = torch.load(path / _TENSORS, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{_TENSORS} cannot be read: {error}") from error
+    except Exception as error:  # torch's own advice, below the first line, is to trust the file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{_TENSORS} cannot be read: {reason[:200]}") from error
     if not isinstance(state, dict) or state.keys() != {"optimizer", "rng"}:
         raise ValueError(f"{_TENSORS}: expected the states of the optimizer and the generators")
     return state

@@ -28,7 +28,7 @@ def check_numbers(config: Any) -> None:
         value = getattr(config, name)
         several = value.values() if isinstance(value, Mapping) else value
         for number in several if isinstance(value, (Mapping, tuple)) else (value,):
-            if number is not None:
+            if number is not None or type(None) not in kinds:
                 _check(name, kinds, number)
 
 

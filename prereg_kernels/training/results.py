@@ -10,8 +10,7 @@ from typing import Any
 
 from prereg_kernels.files import printable, read_json, write_whole
 from prereg_kernels.training.runs import RESULT_FILE, delete_run, is_run, remove_if_empty
-
-_NEEDED = {"seed", "accuracy", "mean_accuracy", "lm_loss", "probe", "structure", "states"}
+from prereg_kernels.training.scenes import PROPERTIES
 
 
 def unit_names(out: Path) -> list[str]:
@@ -31,9 +30,24 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result = read_json(path)
-    if not isinstance(result, dict) or _NEEDED - result.keys():
+    if not _is_result(result):
         raise ValueError(f"{printable(path)}: expected a unit's result; without it, it runs again")
     return result
+
+
+def _is_result(result: Any) -> bool:
+    """Whether it has what reports read, by seed and by layer."""
+    if not isinstance(result, dict) or type(result.get("seed")) is not int:
+        return False
+    names = ("accuracy", "probe", "structure", "states")
+    groups = [x for x in map(result.get, names) if isinstance(x, dict)]
+    if len(groups) < len(names) or not set(PROPERTIES) <= groups[1].keys():
+        return False
+    levels = [result.get("mean_accuracy"), result.get("lm_loss"), *groups[0].values()]
+    for group in groups[1:]:
+        for values in group.values():
+            levels += values if isinstance(values, list) and values else [None]
+    return all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in levels)
 
 
 def claim(
