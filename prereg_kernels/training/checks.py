@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST, LARGEST_SEED = 2**31 - 1, 2**63 - 1
+MOST = 2**16
+"""Things that are in memory together, such as the scenes of a batch."""
 
 
 def require(name: str, holds: bool, expected: str, value: object) -> None:

@@ -60,10 +60,14 @@ def trained_tower(
     Args:
         device: where it is trained if it is not there.
         on_step: called with (steps done, steps in all) after each step.
+
+    A file there that is damaged is written again, with a warning.
     """
     settings = json.dumps([to_dict(model), to_dict(scenes), to_dict(tower)], sort_keys=True)
     digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
     path = Path(cache_dir) / f"tower-{digest}.safetensors"
+    if path.is_dir():
+        raise ValueError(f"{printable(path)}: expected a file, got a directory")
     if path.exists():
         with torch.device("meta"):
             like = build_model(model, scenes, build_tokenizer(scenes), tower.seed)

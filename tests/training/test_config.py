@@ -157,6 +157,8 @@ def test_counts_are_counts(name: str, value: Any) -> None:
         (lambda: TransferConfig(warmup=-1), "warmup: expected at least 0"),
         (lambda: ExperimentConfig(seeds=10**9), "seeds: expected at least 1, at most 10000"),
         (lambda: ModelConfig(width=10**9), "width: expected at least 1, at most 65536"),
+        (lambda: RunConfig(micro_batch=10**9), "micro_batch: expected at least 1, at most 65536"),
+        (lambda: TowerConfig(batch=10**9), "batch: expected at least 1, at most 65536"),
         (lambda: TowerConfig(min_digits=-3), "min_digits: expected at least 1"),
         (lambda: TowerConfig(max_digits=2), "max_digits: expected at least min_digits"),
     ),
