@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,15 +16,31 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write beside `path`, then rename: a failure leaves what was there before.
 
     Of several who write at once, on any machine, each writes a file of its own; the last stands.
+    A file that is replaced keeps its permissions; a new one gets those that the umask leaves.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         if isinstance(content, str):
             content = content.encode()
-        temporary.write_bytes(content)
+        with naming(path):
+            temporary.write_bytes(content)
+        if path.exists():
+            with contextlib.suppress(OSError):  # there are file systems without permissions
+                shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in here names the file, as one of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_json(path: Path) -> Any:

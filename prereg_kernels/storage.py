@@ -1,24 +1,23 @@
 """The file that keeps PRe's heads and settings beside a plain model.
 
 One file, so that an interruption cannot leave the settings of one run beside the heads of another:
-the settings are JSON in the metadata of the safetensors.
+the settings are JSON in the metadata of the safetensors, and so is a checksum of all that is there.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from prereg_kernels.files import write_whole
+from prereg_kernels import checked
+from prereg_kernels.files import printable, write_whole
 
 PRE_DIR = "pre"
 """Where a directory that holds a model keeps PRe."""
 HEADS_FILE = "pre_heads.safetensors"
-_METADATA = "prereg"
 
 
 class Saved(NamedTuple):
@@ -36,13 +35,14 @@ class Saved(NamedTuple):
 
 
 def save_heads(path: Path, saved: Saved) -> None:
-    """Write into the directory `path`; the file appears whole or not at all."""
-    from safetensors.torch import save
+    """Write into the directory `path`; the file appears whole or not at all.
 
+    Raises:
+        ValueError: a head's dtype is none that heads train in.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    heads = {name: x.detach().contiguous() for name, x in saved.heads.items()}
-    about = json.dumps({"config": saved.config, "passes": saved.passes})
-    write_whole(path / HEADS_FILE, save(heads, {"format": "pt", _METADATA: about}))
+    facts = {"config": saved.config, "passes": saved.passes}
+    write_whole(path / HEADS_FILE, checked.to_bytes(saved.heads, facts))
 
 
 def load_heads(path: str | Path) -> Saved:
@@ -52,8 +52,6 @@ def load_heads(path: str | Path) -> Saved:
         FileNotFoundError: neither has the file.
         ValueError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = [Path(path) / HEADS_FILE, Path(path) / PRE_DIR / HEADS_FILE]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -62,12 +60,15 @@ def load_heads(path: str | Path) -> Saved:
             f"got {path}"
         )
     try:
-        with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {})[_METADATA])
-            heads = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return Saved(heads, dict(about["config"]), int(about["passes"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: {file} cannot be read: {error!r}") from None
+        heads, facts = checked.read(file, {"config", "passes"})
+        if facts is None or not isinstance(facts["config"], dict):
+            raise ValueError("it has no settings of PRe")
+        passes = facts["passes"]
+        if type(passes) is not int or not 0 <= passes < 2**63:
+            raise ValueError(f"passes: expected a count, got {passes!r}")
+    except ValueError as error:
+        raise ValueError(f"path: {printable(file)} cannot be read: {error}") from None
+    return Saved(heads, facts["config"], passes)
 
 
 def check_settings(saved: Saved, config: Mapping[str, Any], path: Any) -> None:
@@ -84,7 +85,8 @@ def check_settings(saved: Saved, config: Mapping[str, Any], path: Any) -> None:
 def check_shapes(
     saved: Saved, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Any
 ) -> None:
-    """Raise ValueError unless the saved heads have these shapes, which a model has by `config`."""
+    """Raise ValueError unless the saved heads are finite numbers of these shapes, which a model has
+    by `config`."""
     theirs = {name: tuple(x.shape) for name, x in saved.heads.items()}
     if theirs != shapes:
         others = [
@@ -96,3 +98,8 @@ def check_shapes(
             f"path: heads do not fit: expected {shapes}, got {theirs} in {path}"
             + "".join(f"; {other}" for other in others)
         )
+    try:
+        checked.check_dtypes(saved.heads)
+        checked.check_finite(saved.heads)
+    except ValueError as error:
+        raise ValueError(f"path: {printable(path)}: {error}") from None

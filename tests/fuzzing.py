@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from hypothesis import strategies as st
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 
@@ -22,3 +23,13 @@ def fuzz(examples: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return pytest.mark.fuzz(settings(max_examples=examples * TIMES)(test))
 
     return mark
+
+
+def damaged(draw: Callable[[st.SearchStrategy[Any]], Any], content: bytes) -> bytes:
+    """The content of a file, cut short or with up to three of its bytes changed."""
+    if not content or draw(st.booleans()):
+        return content[: draw(st.integers(0, max(len(content) - 1, 0)))]
+    flipped = bytearray(content)
+    for place in draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        flipped[place] ^= draw(st.integers(1, 255))
+    return bytes(flipped)
