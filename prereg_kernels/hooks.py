@@ -334,6 +334,8 @@ class _Hooks:
         labels = current.inputs.get("labels")
         if items is None or labels is None or current.denominator is not None:
             return 1.0
+        # a step may have no label: its share is then 0, not 0 / 0
+        items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
         return (labels[..., 1:] != -100).sum() / items
 
 
