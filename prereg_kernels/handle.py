@@ -18,6 +18,7 @@ from prereg_kernels.anchors import anchor_width, llm_width
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family
 from prereg_kernels.head import PReHead
+from prereg_kernels.heads import PASSES, Heads
 from prereg_kernels.images import check_images, count_images
 from prereg_kernels.storage import (
     PRE_DIR,
@@ -93,7 +94,8 @@ class PRe:
             to your loss. None otherwise.
         add_to_loss: False: leave the model's loss alone, for loops that compute their own from
             other outputs.
-        passes: training calls so far, by which `token_fraction` draws; saved with the heads.
+        passes: training calls so far, by which `token_fraction` draws; saved with the heads, and
+            part of the model's `state_dict`.
     """
 
     def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
@@ -118,11 +120,11 @@ class PRe:
         else:
             self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
             names = {str(number): head for number, head in self.heads.items()}
-        model.add_module(HEADS, nn.ModuleDict(names))
+        model.add_module(HEADS, Heads(names, self))
         self._before = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
         # `save_pretrained` then writes a plain model, and the heads to a file of their own
         self._shapes = {name: tuple(x.shape) for name, x in self._state().items()}
-        ignored = {f"{HEADS}.{name}" for name in self._shapes}
+        ignored = {f"{HEADS}.{name}" for name in (*self._shapes, PASSES)}
         before = getattr(model, "_keys_to_ignore_on_save", None) or ()
         model._keys_to_ignore_on_save = {*before, *ignored}
         if hasattr(model, "save_pretrained"):
@@ -330,7 +332,7 @@ class PRe:
 def heads_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The heads in a state dict of the model, or of one around it: {name inside: parameter}."""
     marked = ((name.partition(f"{HEADS}."), x) for name, x in state_dict.items())
-    return {inside: x for (_, mark, inside), x in marked if mark}
+    return {inside: x for (_, mark, inside), x in marked if mark and inside != PASSES}
 
 
 def _upload(folder: Path, options: Mapping[str, Any]) -> None:

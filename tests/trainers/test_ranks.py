@@ -131,6 +131,10 @@ def test_files_of_sharded_heads(out: Path) -> None:
             assert all(map(torch.equal, heads, expected))
 
 
+def test_states_of_sharded_models_have_the_training_passes(out: Path) -> None:
+    assert read(out, "fsdp states") == [[7, 7, 7, 7]] * ranks.RANKS
+
+
 def test_figures_are_reduced(out: Path) -> None:
     model, rows = tiny_llava(), make_rows()
     pre = apply_pre(model, layers=(1, 3))
