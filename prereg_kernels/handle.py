@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,20 @@ class Record(NamedTuple):
         return all(value._version for value in self.values.values())
 
 
+class Collected(NamedTuple):
+    """A pass that went through the model while `PRe.collecting` was open."""
+
+    term: Tensor | None  # weighted, with its graph; None: an evaluating pass
+    record: Record
+
+
+class Passes(list[Collected]):
+    """In their order. A copy of the model, made while they are collected, collects none."""
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
 class PRe:
     """PRe on a model: made by `apply_pre`.
 
@@ -111,6 +126,7 @@ class PRe:
         self.add_to_loss = True
         self.passes = 0
         self.last: Record | None = None
+        self.collected: Passes | None = None  # while `collecting` is open
         self.hooks: list[RemovableHandle] = []
         self._visual_tokens = family.visual_token_ids(model)
 
@@ -185,6 +201,19 @@ class PRe:
         """
         last = self.last
         return torch.stack([last.rows, *last.sums()]) if last and last.is_complete() else None
+
+    @contextmanager
+    def collecting(self) -> Iterator[Passes]:
+        """For a loss of several forward passes: the list that is given gets each one of them.
+
+        Meanwhile the model's loss stays L_LM, and `loss` None, whatever `add_to_loss` is: add the
+        terms in the list to your loss. Evaluating passes are there with `value_in_eval`.
+        """
+        before, self.collected = self.collected, Passes()
+        try:
+            yield self.collected
+        finally:
+            self.collected = before
 
     def count(self, batch: Mapping[str, Any]) -> Tensor:
         """0-dim, int64: the rows that L_PRe of a batch is the mean over, without a sync.

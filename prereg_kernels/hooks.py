@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from prereg_kernels import distributed
 from prereg_kernels.anchors import function_rows, projector_rows
 from prereg_kernels.checkpointing import outside_checkpoint
-from prereg_kernels.handle import PRe, Record
+from prereg_kernels.handle import Collected, PRe, Record
 from prereg_kernels.images import find_images
 from prereg_kernels.passes import Pass
 from prereg_kernels.pooling import pool_images
@@ -297,11 +297,14 @@ class _Hooks:
         if current.inputs.get("labels") is not None:
             lm_loss = output[0] if is_tuple else output.loss
         detached = None if lm_loss is None else lm_loss.detach().clone()
+        record = Record(
+            tokens, rows, current.denominator, detached, current.values, current.reached
+        )
         if not current.again:
-            pre.last = Record(
-                tokens, rows, current.denominator, detached, current.values, current.reached
-            )
+            pre.last = record
         if not current.training:
+            if pre.collected is not None:
+                pre.collected.append(Collected(None, record))
             return None
         if len(current.losses) < len(pre.heads):
             raise RuntimeError(
@@ -313,6 +316,10 @@ class _Hooks:
         values = [value.to(tokens.device) for value in current.losses.values()]
         term = torch.stack(values).mean() * pre.config.weight * self._label_share(current)
         _note(term, current.reached, "term")
+        if pre.collected is not None:
+            if not current.again:
+                pre.collected.append(Collected(term, record))
+            return None
         if lm_loss is None or not pre.add_to_loss:
             if not current.again:
                 pre.loss = term
