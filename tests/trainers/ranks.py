@@ -62,6 +62,21 @@ def figures(rank: int, out: Path) -> Any:
     return trainer.state.log_history[0]
 
 
+class Uncounted(PreTrainer):
+    """One that does not know the rows of a batch beforehand."""
+
+    def count_rows(self, batch: Any) -> None:
+        return None
+
+
+def evaluated(rank: int, out: Path) -> Any:
+    """The metrics of an evaluation, of four rows on each rank, one rank without an image."""
+    model = tiny_llava()
+    apply_pre(model, value_in_eval=True)
+    trainer = make_trainer(model, out, eval_dataset=make_rows(), per_device_eval_batch_size=2)
+    return trainer.evaluate()
+
+
 def resumed(rank: int, out: Path) -> Any:
     """The weights after an uninterrupted run, and after one that goes on from its checkpoint."""
     states = []
@@ -243,6 +258,10 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
         gradient_checkpointing=True,
         settings={"level": "global", "layers": (1, 3), "share_head": True},
     ),
+    "trainer, rows not counted": lambda rank, out: trainer_gradients(
+        rank, out, Uncounted, rows=make_rows(BOTH), accepts_loss_kwargs=False
+    ),
+    "evaluated": evaluated,
     "plain trainer": lambda rank, out: trainer_gradients(rank, out, Trainer),
     "figures": figures,
     "resumed": resumed,
