@@ -52,18 +52,6 @@ FUZZ ?= 100
 fuzz: $(READY)  ## the fuzzers with 100 times the examples, some hours (FUZZ=10 for ten times)
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 -m fuzz
 
-# The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
-# with the line that repeats it, and is tried first the next time.
-FUZZ ?= 100
-fuzz: $(READY)  ## the fuzzers with 100 times the examples, some hours (FUZZ=10 for ten times)
-	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 -m fuzz
-
-# The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
-# with the line that repeats it, and is tried first the next time.
-FUZZ ?= 100
-fuzz: $(READY)  ## the fuzzers with 100 times the examples, some hours (FUZZ=10 for ten times)
-	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 -m fuzz
-
 # Beside the environment, not in it: on CPUs the package has to work without Triton.
 $(TRITON)/%/.ready: constraints.txt | $(READY)
 	rm -rf $(@D)

@@ -34,9 +34,9 @@ def main() -> None:
         batches = iter(loader)
         while step := list(islice(batches, ACCUMULATE)):
             # What a rank's sums are divided by, over the micro-batches; the ranks are averaged.
-            tokens = sum(pre.visual_mask(batch["input_ids"]).sum() for batch in step)
+            rows = sum(pre.count(batch) for batch in step)
             labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
-            pre.denominator = accelerator.reduce(tokens.float(), "mean")
+            pre.denominator = accelerator.reduce(rows.float(), "mean")
             labels = accelerator.reduce(labels.float(), "mean")
             for number, batch in enumerate(step, 1):
                 last = number == len(step)

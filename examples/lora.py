@@ -6,11 +6,10 @@ alone; a head that is frozen is an error in the first training step.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from tiny import Collator, make_model, make_processor, make_samples
+from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
 from prereg_kernels import apply_pre, remove_pre
@@ -22,7 +21,7 @@ def main() -> None:
     model = get_peft_model(make_model(), config)
     apply_pre(model.base_model.model)  # the LLaVA inside
 
-    out = tempfile.mkdtemp()
+    out = make_folder()
     trainer = PreTrainer(
         model,
         TrainingArguments(

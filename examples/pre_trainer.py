@@ -5,10 +5,9 @@ On several GPUs: `torchrun --nproc-per-node 8 pre_trainer.py`, without `use_cpu`
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-from tiny import Collator, make_model, make_processor, make_samples
+from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
 from prereg_kernels import apply_pre
@@ -32,17 +31,18 @@ def make_trainer(out: str) -> PreTrainer:
 
 
 def main() -> None:
-    out = tempfile.mkdtemp()
+    out = make_folder()
     trainer = make_trainer(out)
     trainer.train()
-    print("a checkpoint:", sorted(path.name for path in Path(out, "checkpoint-10").iterdir()))
+    print_once = trainer.accelerator.print  # on one rank
+    print_once("a checkpoint:", sorted(path.name for path in Path(out, "checkpoint-10").iterdir()))
     values = [log["pre_loss"] for log in trainer.state.log_history if "pre_loss" in log]
 
     resumed = make_trainer(out)  # as if the run had stopped at step 10
     resumed.train(resume_from_checkpoint=f"{out}/checkpoint-10")
     again = [log["pre_loss"] for log in resumed.state.log_history if "pre_loss" in log]
-    print("resumed, the same:", values == again)
-    print(f"pre_loss {values[0]:.3f} -> {values[-1]:.3f}")
+    print_once("resumed, the same:", values == again)
+    print_once(f"pre_loss {values[0]:.3f} -> {values[-1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ In place of this, take a model and its processor by `from_pretrained`, and your 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -79,6 +82,12 @@ def make_samples(count: int, seed: int = 0) -> list[dict[str, Any]]:
         images = [Image.fromarray(x.astype(np.uint8)) for x in pixels]
         samples.append({"images": images, "answer": " ".join(names)})
     return samples
+
+
+def make_folder() -> str:
+    """A new folder, which is the same one on all ranks, as what a trainer writes to has to be."""
+    folder = tempfile.mkdtemp() if PartialState(cpu=True).is_main_process else None
+    return broadcast_object_list([folder])[0]
 
 
 class Collator:

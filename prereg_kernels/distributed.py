@@ -33,6 +33,14 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if is_sharded(x) else x
 
 
+def replicated(x: Tensor, like: Any) -> Any:
+    """A DTensor that has `x` on each rank of the mesh of the DTensor `like`."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    return DTensor.from_local(x.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim)
+
+
 def fill(parameter: Any, values: Tensor) -> None:
     """Copy whole values into a parameter that may be a DTensor; then on all of its ranks."""
     values = values.to(parameter.device, parameter.dtype)

@@ -20,8 +20,9 @@ from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family
 from prereg_kernels.figures import figures_of
 from prereg_kernels.head import PReHead
+from prereg_kernels.heads import PASSES, Heads
 from prereg_kernels.images import check_images, count_images
-from prereg_kernels.passes import Record
+from prereg_kernels.passes import Collected, Record
 from prereg_kernels.storage import (
     PRE_DIR,
     Saved,
@@ -79,7 +80,8 @@ class PRe:
         loss_scale: what your loop multiplies its loss by before backward, such as a GradScaler's
             scale or 1 / accumulation steps: a number or 0-dim Tensor. It scales the gradient that
             backward adds by itself, which is in no loss of yours.
-        passes: training calls so far, by which `token_fraction` draws; saved with the heads.
+        passes: training calls so far, by which `token_fraction` draws; saved with the heads, and
+            part of the model's `state_dict`.
     """
 
     def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
@@ -96,7 +98,7 @@ class PRe:
         self.add_to_loss = True
         self.passes = 0
         self.last: Record | None = None
-        self.collected: list[tuple[Tensor, Record]] | None = None  # while `collecting`
+        self.collected: list[Collected] | None = None  # while `collecting` is open
         self.hooks: list[RemovableHandle] = []
         family.visual_token_ids(model)  # raises where there are none
 
@@ -106,12 +108,12 @@ class PRe:
         else:
             self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
             names = {str(number): head for number, head in self.heads.items()}
-        model.add_module(HEADS, nn.ModuleDict(names))
+        model.add_module(HEADS, Heads(names, self))
         self._before: dict[str, Any] = {}
         self._ours: dict[str, Any] = {}
         # `save_pretrained` then writes a plain model, and the heads to a file of their own
         self._shapes = {name: tuple(x.shape) for name, x in self._state().items()}
-        ignored = {f"{HEADS}.{name}" for name in self._shapes}
+        ignored = {f"{HEADS}.{name}" for name in (*self._shapes, PASSES)}
         before = getattr(model, "_keys_to_ignore_on_save", None) or ()
         self.shadow("_keys_to_ignore_on_save", {*before, *ignored})
         if hasattr(model, "save_pretrained"):
@@ -169,6 +171,19 @@ class PRe:
         last = self.last
         return torch.stack([last.rows, *last.sums()]) if last and last.is_complete() else None
 
+    @contextmanager
+    def collecting(self) -> Iterator[list[Collected]]:
+        """For a loss of several forward passes: the list that is given gets each one of them.
+
+        Meanwhile the model's loss stays L_LM, and `loss` None, whatever `add_to_loss` is: add the
+        terms in the list to your loss. Evaluating passes are there with `value_in_eval`.
+        """
+        before, self.collected = self.collected, []
+        try:
+            yield self.collected
+        finally:
+            self.collected = before
+
     def count(self, batch: Mapping[str, Any]) -> Tensor:
         """0-dim, int64: the rows that L_PRe of a batch is the mean over, without a sync.
 
@@ -192,21 +207,6 @@ class PRe:
         """
         tokens = self.family.visual_token_ids(self.model)
         return find_visual(input_ids, tokens, attention_mask)
-
-    @contextmanager
-    def collecting(self) -> Iterator[list[tuple[Tensor, Record]]]:
-        """Within it, training calls leave the model's loss alone and hand over their terms.
-
-        For a trainer whose loss may take several calls of the model.
-
-        Yields:
-            A list that gets the weighted term and the record of each training call.
-        """
-        before, self.collected = self.collected, []
-        try:
-            yield self.collected
-        finally:
-            self.collected = before
 
     def check_heads_train(self) -> None:
         """Raise ValueError if a head is frozen."""
@@ -336,7 +336,7 @@ class PRe:
 def heads_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The heads in a state dict of the model, or of one around it: {name inside: parameter}."""
     marked = ((name.partition(f"{HEADS}."), x) for name, x in state_dict.items())
-    return {inside: x for (_, mark, inside), x in marked if mark}
+    return {inside: x for (_, mark, inside), x in marked if mark and inside != PASSES}
 
 
 def _upload(folder: Path, options: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from prereg_kernels.checkpointing import outside_checkpoint, outside_selection
 from prereg_kernels.handle import PRe
 from prereg_kernels.identity import use
 from prereg_kernels.images import find_images
-from prereg_kernels.passes import Calls, Pass
+from prereg_kernels.passes import Calls, Collected, Pass
 from prereg_kernels.pooling import pool_images
 from prereg_kernels.sampling import choose_tokens
 from prereg_kernels.terms import add_to_loss, carry_in, carry_of, label_share, record_of
@@ -306,7 +306,7 @@ class Hooks:
             compute_value=config.value_in_forward,
             value_out=value,
             carry=current.carry,
-            carry_always=config.gradient == "tap",
+            carry_always=current.carry is not None and config.gradient == "tap",
             **options,
         )
         if config.value_in_forward:
@@ -326,6 +326,8 @@ class Hooks:
         if not current.again:
             pre.last = record
         if not current.training:
+            if pre.collected is not None:
+                pre.collected.append(Collected(None, record))
             return None
         if len(current.losses) < len(pre.heads):
             raise RuntimeError(
@@ -343,7 +345,7 @@ class Hooks:
         self._watch.term(term, current)
         if pre.collected is not None:
             if not current.again:
-                pre.collected.append((term, record))
+                pre.collected.append(Collected(term, record))
             return output
         if current.inputs.get("labels") is None or not pre.add_to_loss:
             if not current.again:

@@ -83,6 +83,13 @@ class Record(NamedTuple):
         return not self.training or all(value._version for value in self.values.values())
 
 
+class Collected(NamedTuple):
+    """A pass that went through the model while `PRe.collecting` was open."""
+
+    term: Tensor | None  # weighted, with its graph; None: an evaluating pass
+    record: Record
+
+
 @dataclass
 class Call:
     """A call of the model, or of the part of it that takes `input_ids`."""

@@ -18,7 +18,8 @@ A plain `transformers.Trainer` trains a model with PRe attached, too, with three
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from prereg_kernels.handle import HEADS, PRe, find_pre, heads_of
+from prereg_kernels.passes import Record
 from prereg_kernels.storage import PRE_DIR
 
 if TYPE_CHECKING:
@@ -47,11 +49,15 @@ class PreTrainerMixin(_Base):
       tokens (with level="global", images) of the step, over its micro-batches and all ranks; 1 x 8
       and 4 x 2 are equal.
     - This holds for whatever loss the trainer below computes; that loss need not come from the
-      model.
+      model, and may be of several forward passes: L_PRe of its micro-batch is then the mean over
+      what all of them saw.
+    - Where a micro-batch cannot be counted before its passes (`count_rows`), as GRPO's prompts, its
+      L_PRe is the mean over what they saw on all ranks, and a step's the mean of its micro-batches.
     - The logs have "lm_loss", what the loss would be without PRe, and "pre_loss", over the steps
       since the last log, all ranks, and, for the latter, averaged over these; several
       layers have "pre_loss/layer_16" each, too. By default "loss" is "lm_loss"; with
-      `value_in_forward` it holds the weighted term.
+      `value_in_forward` it holds the weighted term. With `value_in_eval` the metrics of `evaluate`
+      and `predict` have "eval_pre_loss" and so on, over all visual tokens (or images) evaluated.
     - Checkpoints and `save_model` write a plain model, and the heads to `pre/` inside of it;
       `resume_from_checkpoint` and `load_best_model_at_end` read them. (Under FSDP with sharded
       checkpoints, and under DeepSpeed, the heads are part of what these save and load.)
@@ -76,10 +82,17 @@ class PreTrainerMixin(_Base):
             raise ValueError(
                 "PRe: expected whole sequences on each rank, got context or sequence parallelism"
             )
-        # (2 + layers,) of this rank since the last log: [sum of L_LM, rows, sums of their losses]
+        # Of the step: how many micro-batches, and the rows of those to come; None: not known.
+        self._micro_batches = 1
+        self._counts: list[Tensor] | None = []
+        # Of the micro-batch: its rows as counted, its loss without the term, its passes' records.
+        self._counted: Tensor | None = None
+        self._lm_loss: Tensor | None = None
+        self._records: Sequence[Record] = ()
+        # Sums on this rank since the last log, as `_figures_of` has them; and of an evaluation.
         self._window: Tensor | None = None
-        self._window_steps = 0
-        self._micro_batch_lm_loss: Tensor | None = None
+        self._evaluated: Tensor | None = None
+        self._is_optimizer_checked = False
         self._read_from: str | None = None  # the checkpoint that is being read
 
     @property
@@ -91,46 +104,82 @@ class PreTrainerMixin(_Base):
         """As Trainer's.
 
         Raises:
-            ValueError: a head is frozen.
+            ValueError: a head is frozen, or not in the optimizer.
         """
         self.pre.check_heads_train()
-        self._window, self._window_steps = None, 0
+        self._window, self._is_optimizer_checked = None, False
         try:
             return super().train(*args, **kwargs)
         finally:
             self.pre.denominator = None  # of a step of this run; of no use to what comes after
+            self._counts = []
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.is_deepspeed_enabled:  # whose engine puts tensors of its own in it
+            self._check_optimizer(optimizer)
+        return optimizer
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """Raise ValueError if the optimizer has parameters of the model, but not its heads."""
+        groups = getattr(optimizer, "param_groups", None) or ()
+        held = {id(p) for group in groups for p in group["params"]}
+        heads = getattr(self.pre.model, HEADS)
+        missing = [n for n, p in heads.named_parameters() if p.requires_grad and id(p) not in held]
+        # Without any, it is of tensors made from them, or takes the model itself, as LOMO does.
+        if missing and any(id(p) in held for p in self.model.parameters()):
+            raise ValueError(
+                f"optimizer: expected PRe's heads in its param_groups, got none with "
+                f"{', '.join(f'{HEADS}.{name}' for name in missing)}; they would never move, and "
+                "L_PRe would fall all the same. Make the optimizer after apply_pre, of all "
+                "parameters that require grad; one that groups them by name needs a group for "
+                f"{HEADS!r}"
+            )
 
     # The step: its denominator, its loss, its figures.
 
-    def count_rows(self, batch: Mapping[str, Any]) -> Tensor:
-        """0-dim, int64: as `pre.count`, of a micro-batch before it is given to `compute_loss`.
+    def count_rows(self, batch: Any) -> Tensor | None:
+        """0-dim, int64: as `pre.count`, of a micro-batch before it is given to `training_step`.
 
-        Raises:
-            ValueError: it has no "input_ids"; override this for a batch of another form.
+        None where it does not say: it is no mapping with "input_ids". Override this for a batch of
+        another form.
         """
-        if "input_ids" not in batch:
-            raise ValueError(
-                f"batch: PRe finds the visual tokens by its input_ids; got {', '.join(batch)}"
-            )
-        return self.pre.count(batch)
+        is_known = isinstance(batch, Mapping) and batch.get("input_ids") is not None
+        return self.pre.count(batch) if is_known else None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """As Trainer's: the micro-batches of a step, and their label tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in batches:
-            rows += self.count_rows(batch).to(device)
-        rows = self.accelerator.reduce(rows, reduction="sum") / self._copies()
+        if not self._is_optimizer_checked:  # in the first step of a run
+            self._check_optimizer(self.optimizer)
+            self._is_optimizer_checked = True
+        counts = [self.count_rows(batch) for batch in batches]
+        known = [count.to(device) for count in counts if count is not None]
+        self._micro_batches = max(len(batches), 1)
         # What the term will be multiplied by on its way to the gradient, each for L_LM's sake: by
         # compute_loss, by DDP, FSDP or ZeRO, which average over ranks, and by training_step.
         factor = self._loss_scale(items) / self._replicas()
         if self._is_divided(items):
-            factor /= max(len(batches), 1)
-        self.pre.denominator = rows * factor
-        self._window_steps += 1
+            factor /= self._micro_batches
+        if len(known) < len(counts):  # compute_loss divides by what the passes see
+            self._counts, self.pre.denominator = None, factor * self._micro_batches
+            if len(batches) > 1:
+                self._say_what_the_mean_is(batches[counts.index(None)])
+        else:
+            rows = sum(known, torch.zeros((), dtype=torch.int64, device=device))
+            rows = self.accelerator.reduce(rows, reduction="sum") / self._copies()
+            self._counts, self.pre.denominator = known, rows.clamp(min=1) * factor
         return batches, items
+
+    def _say_what_the_mean_is(self, batch: Any) -> None:
+        logger.warning_once(
+            f"PRe: the visual tokens of a batch of type {type(batch).__name__} cannot be counted "
+            "before its forward passes, so L_PRe of a step is the mean over its micro-batches' "
+            "means. To make it the mean over all visual tokens of the step, override count_rows"
+        )
 
     def compute_loss(
         self,
@@ -144,55 +193,129 @@ class PreTrainerMixin(_Base):
         Raises:
             RuntimeError: no training forward pass went through the model with PRe.
         """
-        pre, training = self.pre, model.training and torch.is_grad_enabled()
-        with _term_apart(pre):
-            result = super().compute_loss(
-                model,
-                inputs,
-                return_outputs=return_outputs,
-                num_items_in_batch=num_items_in_batch,
-            )
-        term, pre.loss = pre.loss, None
-        if not training:
-            return result
-        if term is None:
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        if not (model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, **options)
+        with self.pre.collecting() as passes:
+            result = super().compute_loss(model, inputs, **options)
+        trained = [(each.term, each.record) for each in passes if each.term is not None]
+        if not trained:
             raise RuntimeError(
                 "PRe: computing the loss made no training forward pass through the model that PRe "
                 "is attached to"
             )
         loss, outputs = result if return_outputs else (result, None)
-        self._micro_batch_lm_loss = loss.detach()
-        loss = loss + term.to(loss.device) * self._loss_scale(num_items_in_batch)
+        terms, self._records = zip(*trained, strict=True)
+        self._lm_loss = loss.detach()
+        term = self._weigh(torch.stack(terms), self._records).to(loss.device)
+        loss = loss + term * self._loss_scale(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _weigh(self, terms: Tensor, records: Sequence[Record]) -> Tensor:
+        """One term for the passes of a micro-batch: their rows' mean, by its weight in the step.
+
+        Each pass's own is its rows' sum over the denominator, or, without one, their mean.
+        """
+        rows = torch.stack([record.rows for record in records]).to(terms.device)
+        seen = rows.sum()
+        if self.pre.denominator is None:  # not in a step of `train`
+            return (terms * rows).sum() / seen.clamp(min=1)
+        if self._counts is None:
+            seen = self.accelerator.reduce(seen, reduction="sum") / self._copies()
+            return terms.sum() / seen.clamp(min=1)
+        if self._counted is None:
+            return terms.sum()
+        # As often as the passes saw the batch's rows, which was counted once.
+        return terms.sum() * (self._counted.to(seen) / seen.clamp(min=1))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's: the forward and backward passes of a micro-batch."""
+        self._counted = self._counts.pop(0) if self._counts else None
+        self._records, self._lm_loss = (), None
         loss = super().training_step(*args, **kwargs)
-        totals, lm_loss = self.pre.totals(), self._micro_batch_lm_loss
-        if totals is None or lm_loss is None:
+        lm_loss, records = self._lm_loss, self._records
+        if lm_loss is None or not all(record.is_complete() for record in records):
             raise RuntimeError("PRe: the backward pass has not reached the term")
+        totals = torch.stack([_totals(record) for record in records]).sum(dim=0)
         items = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
-        if self._is_divided(items):
-            lm_loss = lm_loss / self.current_gradient_accumulation_steps
-        figures = torch.cat([lm_loss.reshape(1).to(totals), totals])
+        share = 1 / self._micro_batches
+        lm_loss = (lm_loss * share if self._is_divided(items) else lm_loss).to(totals)
+        # As for Trainer's "loss", a step without labels, of which L_LM is 0 / 0, is none for it.
+        is_one = (
+            lm_loss.isfinite() if self.args.logging_nan_inf_filter else torch.ones_like(lm_loss)
+        )
+        counted = totals[0] if self._counted is None else self._counted.to(totals)
+        figures = torch.stack([lm_loss.where(is_one.bool(), 0.0), is_one * share, counted])
+        figures = torch.cat([figures, totals])
         self._window = figures if self._window is None else self._window + figures
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; its regular figures get those of PRe beside them."""
+        """As Trainer's; its regular figures get those of PRe beside them.
+
+        Raises:
+            ValueError: `count_rows` found none of the rows that the passes saw.
+        """
         # By these two, as others log as well, and not always on all ranks.
         if self._window is not None and "loss" in logs and "learning_rate" in logs:
             window = self.accelerator.reduce(self._window, reduction="sum")
-            lm_loss, rows, *sums = window.tolist()
-            per_layer = [total / max(rows, 1.0) for total in sums]
-            ranks = self.accelerator.num_processes
-            logs["lm_loss"] = lm_loss / ranks / max(self._window_steps, 1)
-            logs["pre_loss"] = sum(per_layer) / len(per_layer)
-            if len(per_layer) > 1:
-                named = zip(self.pre.heads, per_layer, strict=True)
-                logs |= {f"pre_loss/layer_{layer}": value for layer, value in named}
-            self._window, self._window_steps = None, 0
+            lm_loss, steps, counted, *totals = window.tolist()
+            if totals[0] and not counted:
+                raise ValueError(
+                    f"count_rows: expected the rows of L_PRe in the batches, of which the forward "
+                    f"passes saw {totals[0]:.0f}, got 0; override it, or let it return None"
+                )
+            logs["lm_loss"] = lm_loss / steps if steps else math.nan
+            logs |= self._figures_of(totals)
+            self._window = None
         super().log(logs, *args, **kwargs)
+
+    def _figures_of(self, totals: Sequence[float], prefix: str = "") -> dict[str, float]:
+        """The means of the rows, of which `totals` has their number and a sum for each layer."""
+        rows, *sums = totals
+        per_layer = [total / max(rows, 1.0) for total in sums]
+        figures = {f"{prefix}pre_loss": sum(per_layer) / len(per_layer)}
+        if len(per_layer) > 1:
+            named = zip(self.pre.heads, per_layer, strict=True)
+            figures |= {f"{prefix}pre_loss/layer_{layer}": value for layer, value in named}
+        return figures
+
+    # Evaluation.
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As Trainer's; with `value_in_eval` its metrics have those of PRe.
+
+        Samples that a rank gets twice, to fill its last batch, count twice.
+        """
+        self._evaluated = None
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self.pre.config.value_in_eval:
+            totals = self._evaluated
+            if totals is None:  # nothing to evaluate on this rank
+                totals = torch.zeros(1 + len(self.pre.heads), device=self.args.device)
+            totals = self.accelerator.reduce(totals, reduction="sum")
+            output.metrics.update(self._figures_of(totals.tolist(), f"{metric_key_prefix}_"))
+        return output
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        with self.pre.collecting() as passes:
+            result = super().prediction_step(*args, **kwargs)
+        for each in passes:
+            totals = _totals(each.record)
+            self._evaluated = totals if self._evaluated is None else self._evaluated + totals
+        return result
+
+    # How Trainer weights losses.
 
     def _copies(self) -> int:
         """How many ranks get each micro-batch."""
@@ -277,14 +400,9 @@ class PreTrainer(PreTrainerMixin, Trainer):
     """transformers' Trainer for a model with PRe attached; see PreTrainerMixin."""
 
 
-@contextmanager
-def _term_apart(pre: PRe) -> Iterator[None]:
-    """The model's loss stays L_LM, and the term is in `pre.loss`."""
-    before, pre.add_to_loss = pre.add_to_loss, False
-    try:
-        yield
-    finally:
-        pre.add_to_loss = before
+def _totals(record: Record) -> Tensor:
+    """(1 + layers,): the rows of a pass, and the sum of their losses for each layer."""
+    return torch.stack([record.rows, *record.sums()])
 
 
 def _load_weights(model: Any, path: str) -> Any:

@@ -8,12 +8,19 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -53,6 +60,21 @@ def figures(rank: int, out: Path) -> Any:
     )
     trainer.train()
     return trainer.state.log_history[0]
+
+
+class Uncounted(PreTrainer):
+    """One that does not know the rows of a batch beforehand."""
+
+    def count_rows(self, batch: Any) -> None:
+        return None
+
+
+def evaluated(rank: int, out: Path) -> Any:
+    """The metrics of an evaluation, of four rows on each rank, one rank without an image."""
+    model = tiny_llava()
+    apply_pre(model, value_in_eval=True)
+    trainer = make_trainer(model, out, eval_dataset=make_rows(), per_device_eval_batch_size=2)
+    return trainer.evaluate()
 
 
 def resumed(rank: int, out: Path) -> Any:
@@ -159,6 +181,48 @@ def fsdp_files(rank: int, out: Path) -> Any:
     return expected, found
 
 
+def passes_of_states(rank: int, out: Path) -> Any:
+    """The training passes that a sharded model, fresh each time, has after it read a state of one
+    that has had 7: sharded, whole on one rank, of torch's files, read before it is sharded."""
+
+    def sharded(passes: int) -> tuple[Any, Any]:
+        model = tiny_llava()
+        pre = apply_pre(model)
+        pre.passes = passes
+        fully_shard(model)
+        return model, pre
+
+    model, _ = sharded(7)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = get_model_state_dict(model, options=whole)  # on rank 0, and empty on the other
+    dcp.save(get_model_state_dict(model), checkpoint_id=out)
+
+    def read_files(fresh: Any) -> None:
+        dcp.load(target := get_model_state_dict(fresh), checkpoint_id=out)
+        set_model_state_dict(fresh, target)
+
+    found = []
+    for read in (
+        lambda fresh: fresh.load_state_dict(model.state_dict()),
+        lambda fresh: set_model_state_dict(fresh, state, options=spread),
+        read_files,
+    ):
+        fresh, pre = sharded(0)
+        read(fresh)
+        found.append(pre.passes)
+
+    # As Accelerate does with `cpu_ram_efficient_loading`: one rank has weights, before sharding.
+    late = tiny_llava()
+    pre = apply_pre(late)
+    pre.passes = 7 if rank == 0 else 0
+    plain = late.state_dict()
+    fully_shard(late.to("meta"))
+    main = SimpleNamespace(is_main_process=rank == 0)
+    fsdp2_load_full_state_dict(main, late, plain)
+    return [*found, pre.passes]
+
+
 def freeze_vision(model: Any) -> None:
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
@@ -194,6 +258,10 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
         gradient_checkpointing=True,
         settings={"level": "global", "layers": (1, 3), "share_head": True},
     ),
+    "trainer, rows not counted": lambda rank, out: trainer_gradients(
+        rank, out, Uncounted, rows=make_rows(BOTH), accepts_loss_kwargs=False
+    ),
+    "evaluated": evaluated,
     "plain trainer": lambda rank, out: trainer_gradients(rank, out, Trainer),
     "figures": figures,
     "resumed": resumed,
@@ -208,6 +276,7 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     ),
     "fsdp loop, mixed": lambda rank, out: fsdp_loop(rank, out, own_unit=True, mixed=True),
     "fsdp files": fsdp_files,
+    "fsdp states": passes_of_states,
 }
 
 

@@ -69,7 +69,7 @@ def make_trainer(
     **arguments: Any,
 ) -> Trainer:
     """A trainer on the CPU that goes through the rows in order; `arguments`: of either class."""
-    own = ("compute_loss_func", "callbacks", "eval_dataset", "model_init")
+    own = ("compute_loss_func", "callbacks", "eval_dataset", "model_init", "optimizers")
     others = {name: arguments.pop(name) for name in own if name in arguments}
     defaults: dict[str, Any] = {
         "output_dir": str(out), "use_cpu": True, "report_to": [], "disable_tqdm": True,

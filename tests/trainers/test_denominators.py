@@ -264,12 +264,20 @@ def test_frozen_heads(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_a_batch_without_input_ids(tmp_path: Path) -> None:
+def test_counts_that_miss_what_the_passes_see(tmp_path: Path) -> None:
+    """The term has no weight then; it is said when the figures are read anyway."""
+
+    class Uncounted(PreTrainer):
+        def count_rows(self, batch: Any) -> Tensor:
+            return torch.zeros((), dtype=torch.int64)
+
     model = tiny_llava()
     apply_pre(model)
-    trainer = make_trainer(model, tmp_path)
-    with pytest.raises(ValueError, match="batch: PRe finds the visual tokens by its input_ids"):
-        trainer.get_batch_samples(iter([{"ids": torch.zeros(1, 1)}]), 1, torch.device("cpu"))
+    trainer = make_trainer(model, tmp_path, cls=Uncounted)
+    seen = sum(IMAGES) * PATCHES
+    with pytest.raises(ValueError, match=f"count_rows: .* passes saw {seen}, got 0; override it"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_several_gpus_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

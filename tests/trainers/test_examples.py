@@ -10,8 +10,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import prereg_kernels
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"sft_trainer": ("trl", "datasets")}
@@ -35,19 +38,55 @@ def test_example(
         assert "resumed, the same: True" in lines
 
 
-def test_accelerate_loop_on_two_ranks(tmp_path: Path) -> None:
-    """It trains, and ends: the process group's threads must not outlive what they need."""
+@pytest.mark.parametrize("name", ("accelerate_loop", "pre_trainer"))
+def test_example_on_two_ranks(name: str, tmp_path: Path) -> None:
+    """As its docstring advises: it trains, and ends, and all ranks use one folder.
+
+    The process group's threads must not outlive what they need.
+    """
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [*launch, str(EXAMPLES / "accelerate_loop.py")],
+        [*launch, str(Path(__file__).with_name("on_cpu_ranks.py")), str(EXAMPLES / f"{name}.py")],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    check_fall(done.stdout.splitlines())
+    lines = done.stdout.splitlines()
+    check_fall(lines)
+    if name == "pre_trainer":
+        assert "resumed, the same: True" in lines
+        (folder,) = {path.parent for path in temporary.glob("*/checkpoint-*")}
+        assert {path.name for path in folder.iterdir()} >= {"checkpoint-10", "checkpoint-20"}
+
+
+def test_accelerate_loop_counts_what_the_mean_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With level="global" images, not visual tokens, of which each has four."""
+    handles: list[Any] = []
+    images: list[int] = []
+
+    def apply(model: Any) -> Any:
+        def see(module: Any, args: Any, kwargs: Any) -> None:
+            images.append(kwargs["pixel_values"].shape[0])
+
+        model.register_forward_pre_hook(see, with_kwargs=True)
+        handles.append(original(model, level="global"))
+        return handles[0]
+
+    original = prereg_kernels.apply_pre
+    monkeypatch.setattr(prereg_kernels, "apply_pre", apply)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / "accelerate_loop.py"), run_name="__main__")
+    assert handles[0].denominator == sum(images[-2:])  # of the two micro-batches of a step
+    assert capsys.readouterr().out
 
 
 def check_fall(lines: list[str]) -> None:

@@ -34,6 +34,10 @@ def read(out: Path, case: str) -> list[Any]:
     return [torch.load(out / f"{case} {rank}.pt") for rank in range(ranks.RANKS)]
 
 
+def cut(rows: list[Any], size: int) -> list[list[Any]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 def test_one_rank_has_no_image() -> None:
     assert ["pixel_values" in collate(ranks.rows_of(rank)) for rank in range(2)] == [True, False]
 
@@ -61,6 +65,22 @@ def test_gradients_where_trainer_divides_by_the_micro_batches(out: Path, heads: 
     groups = [rows[start : start + 2] for start in range(0, 8, 2)]
     for ours in read(out, "trainer, divided"):
         compare(ours, eager_gradients(heads, rows, groups=groups))
+
+
+def test_gradients_where_the_rows_are_not_counted_beforehand(out: Path, heads: Any) -> None:
+    """The mean of the micro-batches' means, each over both ranks."""
+    rows = make_rows(ranks.BOTH)
+    halves = [eager_gradients(heads, half, groups=[half[:2], half[2:]]) for half in cut(rows, 4)]
+    expected = {name: (halves[0][name] + x) / 2 for name, x in halves[1].items()}
+    for ours in read(out, "trainer, rows not counted"):
+        compare(ours, expected)
+
+
+def test_an_evaluation_is_of_all_ranks(out: Path, heads: Any) -> None:
+    with torch.no_grad():
+        _, term = eager_term(tiny_llava().eval(), collate(make_rows()), heads)
+    for metrics in read(out, "evaluated"):
+        assert metrics["eval_pre_loss"] == pytest.approx(term.item(), rel=1e-5)
 
 
 def test_gradients_of_the_heads_with_label_smoothing(out: Path, heads: Any) -> None:
@@ -129,6 +149,10 @@ def test_files_of_sharded_heads(out: Path) -> None:
         assert len(expected) == 8
         for heads in found:
             assert all(map(torch.equal, heads, expected))
+
+
+def test_states_of_sharded_models_have_the_training_passes(out: Path) -> None:
+    assert read(out, "fsdp states") == [[7, 7, 7, 7]] * ranks.RANKS
 
 
 def test_figures_are_reduced(out: Path) -> None:
