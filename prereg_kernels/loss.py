@@ -12,6 +12,7 @@ from prereg_kernels.inputs import (
     check_name,
     check_reduction,
     check_spec,
+    is_mask,
     matmul_dtype,
     token_coefficients,
 )
@@ -108,10 +109,11 @@ def fused_pre_loss(
     anchor = anchor.detach()
 
     if reduction == "none":
-        losses = call_losses(hidden, anchor, inputs, spec)
-        if inputs.token_weight is not None:
-            losses = losses * inputs.token_weight.to(losses.dtype)
-        return losses if visual_mask is None else losses[visual_mask.reshape(-1)]
+        losses, weight = call_losses(hidden, anchor, inputs, spec), inputs.token_weight
+        if is_mask(inputs.select):
+            index = inputs.select.nonzero().squeeze(1)
+            losses, weight = losses[index], None if weight is None else weight[index]
+        return losses if weight is None else losses * weight.to(losses.dtype)
 
     coefficient = token_coefficients(inputs, reduction, denominator, hidden)
     needs = [x.requires_grad for x in (hidden, *inputs.weights, *inputs.biases)]

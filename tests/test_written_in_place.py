@@ -220,3 +220,16 @@ def test_under_inference_mode(inside: bool, select: str) -> None:
             tapped, loss = pre_tap(hidden, tensors["anchor"], *head, **options, compute_value=value)
             assert torch.equal(tapped, hidden)
             torch.testing.assert_close(loss, expected if value else torch.zeros(()))
+
+
+def test_token_weights_of_single_losses() -> None:
+    """Under a mask the losses are multiplied by copies, so that weights may change, as in eager."""
+    mask = torch.arange(12) % 3 == 0
+    problem = make_problem((12,), visual_mask=mask, token_weight=torch.rand(12))
+    before, after, eager = (
+        gradients(problem, "contiguous", "none", eager, written, False)
+        for eager, written in ((False, None), (False, "token_weight"), (True, "token_weight"))
+    )
+    assert all(map(torch.equal, before, after))
+    for ours, expected in zip(after, eager, strict=True):
+        torch.testing.assert_close(ours, expected)
