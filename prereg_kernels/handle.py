@@ -118,6 +118,7 @@ class PRe:
         else:
             self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
             names = {str(number): head for number, head in self.heads.items()}
+        self._name_of = {n: "shared" if config.share_head else str(n) for n in numbers}
         model.add_module(HEADS, nn.ModuleDict(names))
         self._before = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
         # `save_pretrained` then writes a plain model, and the heads to a file of their own
@@ -128,6 +129,10 @@ class PRe:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self._save_pretrained
         setattr(model, ATTRIBUTE, self)
+
+    def module_of(self, layer: int) -> nn.Module:
+        """The head to call: what a wrapper, as of FSDP1, has put into its place in the model."""
+        return getattr(self.model, HEADS)[self._name_of[layer]]
 
     def __repr__(self) -> str:
         config, parameters = self.config, sum(map(math.prod, self._shapes.values()))
