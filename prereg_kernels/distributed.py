@@ -28,12 +28,19 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if is_sharded(x) else x
 
 
-def fill(parameter: Any, values: Tensor) -> None:
-    """Copy whole values into a parameter that may be a DTensor; then on all of its ranks."""
+def fill(parameter: Any, values: Tensor, same_everywhere: bool = False) -> None:
+    """Copy whole values into a parameter that may be a DTensor; then on all of its ranks.
+
+    Args:
+        same_everywhere: each rank has the same values, and keeps its part of them. False: all get
+            parts of those of the first, as another might have read another file.
+    """
     values = values.to(parameter.device, parameter.dtype)
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
-        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+        source = None if same_everywhere else 0
+        mesh, placements = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values, mesh, placements, src_data_rank=source)
     with torch.no_grad():
         parameter.copy_(values)

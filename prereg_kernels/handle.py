@@ -31,7 +31,6 @@ from prereg_kernels.storage import (
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
 # Attributes that the model gets of its own while PRe is attached.
-_HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHADOWED = ("_keys_to_ignore_on_save", "save_pretrained")
 
 
@@ -128,6 +127,7 @@ class PRe:
         model._keys_to_ignore_on_save = {*before, *ignored}
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self._save_pretrained
+        self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
         setattr(model, ATTRIBUTE, self)
 
     def module_of(self, layer: int) -> nn.Module:
@@ -246,7 +246,8 @@ class PRe:
     def load(self, path: str | Path) -> None:
         """Read the heads that `save` wrote to the directory `path`, or to `path/pre`.
 
-        They keep the dtype and device that they have on the model.
+        They keep the dtype and device that they have on the model; on the meta device they get the
+        values as they leave it.
 
         Raises:
             FileNotFoundError: there are none.
@@ -263,8 +264,8 @@ class PRe:
         self._check_whole(own)
         check_shapes(saved, self._json(), self._shapes, path)
         self.passes = saved.passes
-        for name, parameter in own.items():
-            distributed.fill(parameter, saved.heads[name])
+        for key, head in getattr(self.model, HEADS).items():
+            head.fill({name: saved.heads[f"{key}.{name}"] for name, _ in head.named_parameters()})
 
     def detach(self) -> None:
         """See `remove_pre`."""
@@ -317,19 +318,25 @@ class PRe:
 
     def _make_head(self, layer: nn.Module) -> PReHead:
         like = next(layer.parameters())
-        dtype = like.dtype if like.dtype in _HEAD_DTYPES else None  # not that of quantised weights
-        width = llm_width(self.model)
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)  # manual_seed would seed GPUs as well
-            head = PReHead(
-                width,
-                self.anchor_features,
-                config.head_features,
-                depth=config.depth,
-                activation=config.activation,
-            )
-        return head.to(like.device, dtype)
+        return PReHead(
+            llm_width(self.model),
+            self.anchor_features,
+            config.head_features,
+            depth=config.depth,
+            activation=config.activation,
+            seed=config.seed,
+            device=like.device,
+            dtype=config.head_dtype_on(like.dtype),
+        )
+
+    def _draw_heads(self, *_: Any) -> None:
+        """Where a state dict, by `assign=True`, left them alone on the meta device."""
+        layers = self.family.layers_of(self.model)
+        for number, head in self.heads.items():
+            like = next(layers[number - 1].parameters())
+            if not like.is_meta and all(parameter.is_meta for parameter in head.parameters()):
+                head.to_empty(device=like.device)
 
 
 def heads_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
