@@ -31,7 +31,7 @@ from prereg_kernels.storage import (
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
 # Attributes that the model gets of its own while PRe is attached.
-_SHADOWED = ("_keys_to_ignore_on_save", "save_pretrained")
+_SHADOWED = ("_keys_to_ignore_on_save", "_no_split_modules", "save_pretrained")
 
 
 def get_pre(model: nn.Module) -> PRe | None:
@@ -125,6 +125,9 @@ class PRe:
         ignored = {f"{HEADS}.{name}" for name in self._shapes}
         before = getattr(model, "_keys_to_ignore_on_save", None) or ()
         model._keys_to_ignore_on_save = {*before, *ignored}
+        # What accelerate's FSDP gives a unit of its own, which may then have a dtype of its own
+        units = getattr(model, "_no_split_modules", None) or []
+        model._no_split_modules = type(units)([*units, PReHead.__name__])
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self._save_pretrained
         self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
@@ -319,7 +322,7 @@ class PRe:
     def _make_head(self, layer: nn.Module) -> PReHead:
         like = next(layer.parameters())
         config = self.config
-        return PReHead(
+        head = PReHead(
             llm_width(self.model),
             self.anchor_features,
             config.head_features,
@@ -329,6 +332,8 @@ class PRe:
             device=like.device,
             dtype=config.head_dtype_on(like.dtype),
         )
+        head.home = distributed.Home(self.model)
+        return head
 
     def _draw_heads(self, *_: Any) -> None:
         """Where a state dict, by `assign=True`, left them alone on the meta device."""

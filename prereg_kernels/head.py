@@ -69,6 +69,7 @@ class PReHead(nn.Module):
             )
         self.activation, self.depth, self.seed = activation, depth, seed
         self._waiting: Mapping[str, Tensor] | None = None
+        self.home, self._is_managed = distributed.Home(None), False
         widths = [in_features, *[hidden_features] * (depth - 1), out_features][: depth + 1]
         for layer in range(depth):
             shape = (widths[layer + 1], widths[layer])
@@ -105,6 +106,18 @@ class PReHead(nn.Module):
         self._waiting = values if self._is_meta() else None
         for name, parameter in self.named_parameters(recurse=False):
             distributed.fill(parameter, values[name])
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """What FSDP sets on each module that it takes charge of; `fully_shard`, once it has."""
+        return self._is_managed
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        self._is_managed = value
+        is_sharded = any(map(distributed.is_sharded, self.parameters(recurse=False)))
+        if is_sharded and self.home.model is not None:
+            distributed.check_unit(self.home.model, self)
 
     def _is_meta(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters(recurse=False))
