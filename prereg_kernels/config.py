@@ -147,11 +147,11 @@ class PReConfig:
                 )
         return numbers
 
-    def head_dtype_on(self, dtype: torch.dtype) -> torch.dtype:
-        """Of the heads of a model whose layers have this one."""
+    def head_dtype_on(self, dtype: torch.dtype, as_it_is: bool = False) -> torch.dtype:
+        """Of the heads of a model whose layers have this one; `as_it_is`: by default this too."""
         assert not isinstance(self.head_dtype, str)  # __post_init__ looked it up
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return self.head_dtype or wide
+        default = dtype if as_it_is or dtype == torch.float64 else torch.float32
+        return self.head_dtype or default
 
     def to_json(self, layers: Sequence[int]) -> dict[str, Any]:
         """The fields as JSON values, with the resolved layers; a function becomes "function"."""

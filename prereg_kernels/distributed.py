@@ -24,6 +24,11 @@ def is_sharded(x: Any) -> bool:
     return type(x).__name__ == "DTensor"  # by name: its module is not in every build of torch
 
 
+def is_partitioned(x: Any) -> bool:
+    """Whether `x` is a parameter that DeepSpeed's ZeRO-3 has made or taken."""
+    return hasattr(x, "ds_id")
+
+
 def whole(x: Any) -> Tensor:
     """The whole of what may be a DTensor; then all of its ranks have to call this."""
     return x.full_tensor() if is_sharded(x) else x

@@ -330,7 +330,8 @@ class PRe:
             activation=config.activation,
             seed=config.seed,
             device=like.device,
-            dtype=config.head_dtype_on(like.dtype),
+            # ZeRO-3 wants the dtype of what it made itself, and keeps float32 copies of all
+            dtype=config.head_dtype_on(like.dtype, as_it_is=distributed.is_partitioned(like)),
         )
         head.home = distributed.Home(self.model)
         return head

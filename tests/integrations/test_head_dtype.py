@@ -56,6 +56,16 @@ def test_the_dtype_of_heads(of_model: torch.dtype, asked: Any, expected: torch.d
         assert torch.equal(ours, theirs.to(expected))
 
 
+@pytest.mark.parametrize("asked, expected", ((None, BF16), ("float32", torch.float32)))
+def test_heads_on_what_zero3_has_made(asked: Any, expected: torch.dtype) -> None:
+    """Its engine refuses two dtypes there, without a word, and has float32 copies of its own."""
+    model = tiny_llava().to(BF16)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    apply_pre(model, head_dtype=asked)
+    assert head_dtypes(model) == {expected}
+
+
 @pytest.mark.parametrize("asked", ("int8", torch.int32, torch.float8_e4m3fn, 16, "float"))
 def test_a_dtype_that_heads_cannot_have(asked: Any) -> None:
     with pytest.raises(ValueError, match=r"head_dtype: expected None, or one of float16, .* got "):

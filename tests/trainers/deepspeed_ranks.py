@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prereg_kernels import apply_pre
 from tests.tiny import tiny_llava
-from tests.trainers import ranks
+from tests.trainers import low_precision_ranks, ranks
 from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -47,6 +47,38 @@ def loop(rank: int, stage: int) -> Any:
     with deepspeed.zero.GatheredParameters([head], enabled=stage == 3):
         after = head.detach().clone()
     return grads, after, sharded, pre.metrics()
+
+
+def low_precision(rank: int, stage: int, made_by_zero: bool) -> Any:
+    """A step of a bfloat16 model: the heads' gradients, and their float32 copies around it."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": True},
+    }
+    if made_by_zero:  # as from_pretrained does where Trainer's arguments came first
+        with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
+            model = tiny_llava()
+    else:
+        model = tiny_llava().bfloat16()
+    ranks.freeze_vision(model)
+    pre = apply_pre(model, weight=WEIGHT)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model, config=config, optimizer=torch.optim.SGD(trained, lr=1e-4)
+    )
+    engine.backward(engine(**low_precision_ranks.batch_of(rank)).loss)
+    named = dict(pre.heads[2].named_parameters())
+    grads = {f"pre_heads.2.{name}": safe_get_full_grad(p).float() for name, p in named.items()}
+    before = [safe_get_full_fp32_param(p).clone() for p in named.values()]
+    engine.step()
+    after = [safe_get_full_fp32_param(p).clone() for p in named.values()]
+    return grads, before, after
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -98,4 +130,7 @@ def work(rank: int, port: int, out: Path) -> None:
         torch.save(
             trainer(rank, out / f"trainer {stage}", stage), out / f"trainer {stage} {rank}.pt"
         )
+        made = (False, True) if stage == 3 else (False,)
+        found = [low_precision(rank, stage, by_zero) for by_zero in made]
+        torch.save(found, out / f"low precision {stage} {rank}.pt")
     ranks.leave()
