@@ -38,7 +38,7 @@ def apply_pre(
         from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
             the settings and heads there. Overrides change what does not make other heads: the
             weight, say, but not the layers. An anchor function has to be given again. The heads get
-            the dtype that new ones would, the model's.
+            the dtype that new ones would.
 
     Returns:
         The handle: heads, metrics, save and load.

@@ -125,12 +125,13 @@ def work(rank: int, port: int, out: Path) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
+    for stage in STAGES:  # before Trainer's settings, by which transformers makes models in ZeRO-3
+        made = (False, True) if stage == 3 else (False,)
+        found = [low_precision(rank, stage, by_zero) for by_zero in made]
+        torch.save(found, out / f"low precision {stage} {rank}.pt")
     for stage in STAGES:
         torch.save(loop(rank, stage), out / f"loop {stage} {rank}.pt")
         torch.save(
             trainer(rank, out / f"trainer {stage}", stage), out / f"trainer {stage} {rank}.pt"
         )
-        made = (False, True) if stage == 3 else (False,)
-        found = [low_precision(rank, stage, by_zero) for by_zero in made]
-        torch.save(found, out / f"low precision {stage} {rank}.pt")
     ranks.leave()
