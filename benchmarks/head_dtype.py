@@ -133,6 +133,10 @@ def print_table(stored: dict[str, Any]) -> None:
         values = stored["demo"][name]["pre_loss"]
         first, last = statistics.mean(values[:10]), statistics.mean(values[-10:])
         print("|", " | ".join([name, *cells, f"{first:.3f}, {last:.3f}"]), "|")
+    for kind, times in stored["seconds"].items():
+        pairs = zip(*(times[name] for name in DTYPES), strict=True)
+        low, middle, high = statistics.quantiles([after / before for before, after in pairs], n=4)
+        print(f"\n{kind}: float32 over bfloat16, in pairs: {middle:.2f} ({low:.2f} to {high:.2f})")
     machine = stored["machine"]
     print(
         f"\n{STEPS} steps of AdamW; medians and quartiles of {REPEATS} calls in turn, {TOKENS} "
