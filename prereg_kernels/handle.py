@@ -242,6 +242,11 @@ class PRe:
         own = self._state()
         whole = {n: distributed.whole(x) for n, x in (own if heads is None else heads).items()}
         self._check_whole(whole)
+        if any(x.is_meta for x in whole.values()):
+            raise ValueError(
+                "heads: expected parameters with values, got them on the meta device; save them "
+                "once the model has left it, or pass heads="
+            )
         sharded = heads is None and any(map(distributed.is_sharded, own.values()))
         if not sharded or distributed.rank() == 0:
             save_heads(Path(path), Saved(whole, self._json(), self.passes))

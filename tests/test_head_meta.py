@@ -215,3 +215,10 @@ def test_heads_that_are_left_there() -> None:
     message = r"head: its parameters are on the meta device .*call to_empty\(device='cpu'\)"
     with pytest.raises(ValueError, match=message):
         model(**make_batch())
+
+
+def test_there_is_nothing_to_save_there(tmp_path: Path) -> None:
+    pre = apply_pre(model_on_meta())
+    with pytest.raises(ValueError, match="heads: expected parameters with values, got them on the"):
+        pre.save(tmp_path)
+    assert not list(tmp_path.iterdir())
