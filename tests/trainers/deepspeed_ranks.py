@@ -64,6 +64,9 @@ def low_precision(rank: int, stage: int, made_by_zero: bool) -> Any:
     if made_by_zero:  # as from_pretrained does where Trainer's arguments came first
         with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
             model = tiny_llava()
+        plain = tiny_llava().bfloat16().state_dict()
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            model.load_state_dict(plain)  # the weights are drawn differently in there
     else:
         model = tiny_llava().bfloat16()
     ranks.freeze_vision(model)
