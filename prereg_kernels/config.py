@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.inputs import check_name, check_spec
+from prereg_kernels.inputs import DTYPES, check_name, check_spec
 
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 ANCHORS = ("pre_llm", "pre_projector")
@@ -61,6 +61,10 @@ class PReConfig:
             what generation appends to a prompt there is none.
         seed: of the heads' initialisation, so that it leaves the global generator alone, and of
             `token_fraction`'s draws. At least 0.
+        head_dtype: of the heads' parameters, a torch.dtype or its name. None: float32, or float64
+            where the model is: a step of 1e-5, a learning rate of full fine-tuning, leaves every
+            bfloat16 weight above 1/256 as it was. The matmuls run in the dtype of the hidden
+            states whatever this is.
     """
 
     layers: int | Sequence[int] | None = None
@@ -79,6 +83,7 @@ class PReConfig:
     value_in_eval: bool = False
     gradient: str = "auto"
     seed: int = 0
+    head_dtype: torch.dtype | str | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.weight) or not 0 <= self.weight < math.inf:
@@ -108,6 +113,7 @@ class PReConfig:
                 "anchor_features: expected None with anchor='pre_llm', whose width is the LLM's, "
                 f"got {self.anchor_features!r}"
             )
+        object.__setattr__(self, "head_dtype", _dtype(self.head_dtype))
         check_name("level", self.level, LEVELS)
         check_name("gradient", self.gradient, GRADIENTS)
         if not _is_number(self.token_fraction) or not 0 < self.token_fraction <= 1:
@@ -150,10 +156,17 @@ class PReConfig:
                 )
         return numbers
 
+    def head_dtype_on(self, dtype: torch.dtype, as_it_is: bool = False) -> torch.dtype:
+        """Of the heads of a model whose layers have this one; `as_it_is`: by default this too."""
+        assert not isinstance(self.head_dtype, str)  # __post_init__ looked it up
+        default = dtype if as_it_is or dtype == torch.float64 else torch.float32
+        return self.head_dtype or default
+
     def to_json(self, layers: Sequence[int]) -> dict[str, Any]:
         """The fields as JSON values, with the resolved layers; a function becomes "function"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"anchor": _anchor_name(self.anchor), "layers": list(layers)}
+        names = {"anchor": _anchor_name(self.anchor), "head_dtype": _dtype_name(self.head_dtype)}
+        return fields | names | {"layers": list(layers)}
 
     @classmethod
     def from_json(
@@ -207,6 +220,23 @@ class PReConfig:
 
 def _anchor_name(anchor: Any) -> Any:
     return "function" if callable(anchor) else anchor
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    if value is None:
+        return None
+    dtypes = {_dtype_name(dtype): dtype for dtype in DTYPES}
+    dtype = dtypes.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"head_dtype: expected None, or one of {', '.join(map(str, dtypes))} as a torch.dtype "
+            f"or its name; got {value!r}"
+        )
+    return dtype
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _is_number(value: Any) -> bool:

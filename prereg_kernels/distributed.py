@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def is_running() -> bool:
@@ -28,6 +28,11 @@ def is_sharded(x: Any) -> bool:
     return type(x).__name__ == "DTensor"  # by name: its module is not in every build of torch
 
 
+def is_partitioned(x: Any) -> bool:
+    """Whether `x` is a parameter that DeepSpeed's ZeRO-3 has made or taken."""
+    return hasattr(x, "ds_id")
+
+
 def whole(x: Any) -> Tensor:
     """The whole of what may be a DTensor; then all of its ranks have to call this."""
     return x.full_tensor() if is_sharded(x) else x
@@ -41,38 +46,19 @@ def replicated(x: Tensor, like: Any) -> Any:
     return DTensor.from_local(x.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim)
 
 
-def fill(parameter: Any, values: Tensor) -> None:
-    """Copy whole values into a parameter that may be a DTensor; then on all of its ranks."""
+def fill(parameter: Any, values: Tensor, same_everywhere: bool = False) -> None:
+    """Copy whole values into a parameter that may be a DTensor; then on all of its ranks.
+
+    Args:
+        same_everywhere: each rank has the same values, and keeps its part of them. False: all get
+            parts of those of the first, as another might have read another file.
+    """
     values = values.to(parameter.device, parameter.dtype)
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
-        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+        source = None if same_everywhere else 0
+        mesh, placements = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values, mesh, placements, src_data_rank=source)
     with torch.no_grad():
         parameter.copy_(values)
-
-
-_SHARDED = {
-    "FSDPModule": "fully_shard(model)",
-    "ReplicateModule": "replicate(model)",
-    "FullyShardedDataParallel": "FullyShardedDataParallel(model)",
-}
-
-
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if FSDP has taken the model's parameters: it would not see new ones."""
-    for name, module in model.named_modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in _SHARDED and kind.__module__.startswith("torch.distributed"):
-                raise ValueError(
-                    f"model: expected one that is not sharded yet, but {name or 'the model'} is; "
-                    "new parameters would not be reduced over ranks. Call apply_pre(model) before "
-                    f"{_SHARDED[kind.__name__]}"
-                )
-    if any(name.endswith("_flat_param") for name, _ in model.named_parameters()) or (
-        model._modules and not any(True for _ in model.parameters())
-    ):
-        raise ValueError(
-            "model: expected one with parameters of its own, but FSDP holds them; call "
-            "apply_pre(model) before FullyShardedDataParallel(model)"
-        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prereg_kernels import distributed
+from prereg_kernels import distributed, units
 from prereg_kernels.anchors import anchor_width, llm_width
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family
@@ -35,7 +35,6 @@ from prereg_kernels.visual import find_visual
 
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
-_HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def get_pre(model: nn.Module) -> PRe | None:
@@ -108,6 +107,7 @@ class PRe:
         else:
             self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
             names = {str(number): head for number, head in self.heads.items()}
+        self._name_of = {n: "shared" if config.share_head else str(n) for n in numbers}
         model.add_module(HEADS, Heads(names, self))
         self._before: dict[str, Any] = {}
         self._ours: dict[str, Any] = {}
@@ -116,9 +116,17 @@ class PRe:
         ignored = {f"{HEADS}.{name}" for name in (*self._shapes, PASSES)}
         before = getattr(model, "_keys_to_ignore_on_save", None) or ()
         self.shadow("_keys_to_ignore_on_save", {*before, *ignored})
+        # What accelerate's FSDP gives a unit of its own, which may then have a dtype of its own
+        units = getattr(model, "_no_split_modules", None) or []
+        self.shadow("_no_split_modules", type(units)([*units, PReHead.__name__]))
         if hasattr(model, "save_pretrained"):
             self.shadow("save_pretrained", self._save_pretrained)
+        self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
         setattr(model, ATTRIBUTE, self)
+
+    def module_of(self, layer: int) -> nn.Module:
+        """The head to call: what a wrapper, as of FSDP1, has put into its place in the model."""
+        return getattr(self.model, HEADS)[self._name_of[layer]]
 
     def __repr__(self) -> str:
         config, parameters = self.config, sum(map(math.prod, self._shapes.values()))
@@ -236,6 +244,11 @@ class PRe:
         own = self._state()
         whole = {n: distributed.whole(x) for n, x in (own if heads is None else heads).items()}
         self._check_whole(whole)
+        if any(x.is_meta for x in whole.values()):
+            raise ValueError(
+                "heads: expected parameters with values, got them on the meta device; save them "
+                "once the model has left it, or pass heads="
+            )
         sharded = heads is None and any(map(distributed.is_sharded, own.values()))
         if not sharded or distributed.rank() == 0:
             save_heads(Path(path), Saved(whole, self._json(), self.passes))
@@ -243,7 +256,8 @@ class PRe:
     def load(self, path: str | Path) -> None:
         """Read the heads that `save` wrote to the directory `path`, or to `path/pre`.
 
-        They keep the dtype and device that they have on the model.
+        They keep the dtype and device that they have on the model; on the meta device they get the
+        values as they leave it.
 
         Raises:
             FileNotFoundError: there are none.
@@ -260,8 +274,8 @@ class PRe:
         self._check_whole(own)
         check_shapes(saved, self._json(), self._shapes, path)
         self.passes = saved.passes
-        for name, parameter in own.items():
-            distributed.fill(parameter, saved.heads[name])
+        for key, head in getattr(self.model, HEADS).items():
+            head.fill({name: saved.heads[f"{key}.{name}"] for name, _ in head.named_parameters()})
 
     def detach(self) -> None:
         """See `remove_pre`."""
@@ -318,19 +332,28 @@ class PRe:
 
     def _make_head(self, layer: nn.Module) -> PReHead:
         like = next(layer.parameters())
-        dtype = like.dtype if like.dtype in _HEAD_DTYPES else None  # not that of quantised weights
-        width = llm_width(self.model)
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)  # manual_seed would seed GPUs as well
-            head = PReHead(
-                width,
-                self.anchor_features,
-                config.head_features,
-                depth=config.depth,
-                activation=config.activation,
-            )
-        return head.to(like.device, dtype)
+        head = PReHead(
+            llm_width(self.model),
+            self.anchor_features,
+            config.head_features,
+            depth=config.depth,
+            activation=config.activation,
+            seed=config.seed,
+            device=like.device,
+            # ZeRO-3 wants the dtype of what it made itself, and keeps float32 copies of all
+            dtype=config.head_dtype_on(like.dtype, as_it_is=distributed.is_partitioned(like)),
+        )
+        head.home = units.Home(self.model)
+        return head
+
+    def _draw_heads(self, *_: Any) -> None:
+        """Where a state dict, by `assign=True`, left them alone on the meta device."""
+        layers = self.family.layers_of(self.model)
+        for number, head in self.heads.items():
+            like = next(layers[number - 1].parameters())
+            if not like.is_meta and all(parameter.is_meta for parameter in head.parameters()):
+                head.to_empty(device=like.device)
 
 
 def heads_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:

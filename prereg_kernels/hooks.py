@@ -247,10 +247,10 @@ class Hooks:
         of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
         with torch.set_grad_enabled(current.training):
             current.pooled[layer] = pool_images(hidden, of_token, current.images.count, index=index)
-        return use(hidden, *self._pre.heads[layer].parameters()) if current.training else None
+        return use(hidden, *self._pre.module_of(layer).parameters()) if current.training else None
 
     def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
-        head, current = self._pre.heads[layer], self._pass
+        head, current = self._pre.module_of(layer), self._pass
         if current is None:
             # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
             # and nothing else; the first run has counted the loss.
@@ -258,7 +258,7 @@ class Hooks:
                 return None
             nothing = hidden.new_zeros(0, dtype=torch.long)
             anchor = hidden.new_zeros(0, self._pre.anchor_features)
-            return head.tap(hidden, anchor, visual_index=nothing)[0]
+            return head(hidden, anchor, tap=True, visual_index=nothing)[0]
         self._check(layer, current)
         index = current.index if current.chosen is None else current.index[current.chosen]
         return self._loss(layer, current, hidden, index.to(hidden.device))
@@ -280,7 +280,7 @@ class Hooks:
         self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
     ) -> Tensor | None:
         """The layer's loss, into `current`; in training, returns the tapped `hidden`."""
-        head, config = self._pre.heads[layer], self._pre.config
+        head, config = self._pre.module_of(layer), self._pre.config
         assert current.anchor is not None
         anchor = current.anchor.to(hidden.device)
         options: dict[str, Any] = {"loss": config.loss, "normalize": config.normalize}
@@ -299,9 +299,10 @@ class Hooks:
         if denominator is not None and current.chosen is not None:
             # the sum over the chosen, each in place of so many (prereg_kernels.sampling)
             denominator = denominator * (current.chosen.numel() / current.index.numel())
-        tapped, current.losses[layer] = head.tap(
+        tapped, current.losses[layer] = head(
             hidden,
             anchor,
+            tap=True,
             denominator=denominator,
             compute_value=config.value_in_forward,
             value_out=value,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prereg_kernels import distributed
+from prereg_kernels import units
 from prereg_kernels.config import PReConfig
 from prereg_kernels.families import Family, find_family
 from prereg_kernels.forward import ModelForward
@@ -41,7 +41,7 @@ def apply_pre(
         from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
             the settings and heads there. Overrides change what does not make other heads: the
             weight, say, but not the layers. An anchor function has to be given again. The heads get
-            the dtype that new ones would, the model's.
+            the dtype that new ones would.
 
     Returns:
         The handle: heads, metrics, save and load.
@@ -62,7 +62,7 @@ def apply_pre(
         raise ValueError("config: expected None with from_pretrained, which has settings; got both")
     if get_pre(model) is not None:
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
-    distributed.check_whole(model)
+    units.check_whole(model)
     family = family or find_family(model)
     if from_pretrained is None:
         pre = PRe(model, (config or PReConfig()).replace(**overrides), family)

@@ -411,7 +411,8 @@ def _load_weights(model: Any, path: str) -> Any:
     `save_pretrained` writes the names of the hub's checkpoints, which are not the modules' in most
     multimodal models; Trainer (5.17) looks for the modules', and leaves all else as it was.
     """
-    dtypes = {x.dtype for x in model.state_dict().values() if x.is_floating_point()}
+    own = (x for name, x in model.state_dict().items() if f"{HEADS}." not in name)
+    dtypes = {x.dtype for x in own if x.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # so that nothing is rounded on the way
     with torch.random.fork_rng(devices=[]):
         read = type(model).from_pretrained(path, dtype=widest, local_files_only=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from prereg_kernels import PReConfig, apply_pre, handle, remove_pre
+from prereg_kernels import PReConfig, PReHead, apply_pre, remove_pre
 from prereg_kernels.storage import load_heads
 from tests.attached import anchor_of_pixels
 from tests.test_regularizer_state import traces
@@ -247,23 +247,6 @@ def test_the_function_of_an_anchor_gives_way(tmp_path: Path) -> None:
     )
 
 
-def test_heads_get_the_models_dtype(tmp_path: Path) -> None:
-    """As its own weights do; who wants more asks for it first."""
-    old = apply_pre(tiny_llava(), seed=9)
-    old.save(tmp_path)
-    assert load_heads(tmp_path).heads["2.weight_0"].dtype == torch.float32
-    model = tiny_llava().to(torch.bfloat16)
-    head = apply_pre(model, from_pretrained=tmp_path).heads[2]
-    assert all(p.dtype == torch.bfloat16 for p in head.parameters())
-    assert torch.equal(head.weight_0, old.heads[2].weight_0.bfloat16())
-    head.float()
-    model._prereg.load(tmp_path)
-    assert same_heads(model._prereg, old)
-    batch = make_batch()
-    model(**batch | {"pixel_values": batch["pixel_values"].bfloat16()}).loss.backward()
-    assert head.weight_0.grad.dtype == torch.float32 and head.weight_0.grad.any()
-
-
 def test_an_anchor_function_has_to_be_given_again(tmp_path: Path) -> None:
     settings = {"anchor": anchor_of_pixels, "anchor_features": 8}
     pre = apply_pre(tiny_llava(), **settings)
@@ -338,7 +321,7 @@ def test_an_interrupted_restoration_leaves_no_trace(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(handle.distributed, "fill", interrupt)
+    monkeypatch.setattr(PReHead, "fill", interrupt)
     with pytest.raises(KeyboardInterrupt):
         apply_pre(model, from_pretrained=tmp_path)
     with pytest.raises(ValueError, match="PRe is not attached"):

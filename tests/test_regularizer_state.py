@@ -71,11 +71,6 @@ def test_heads_are_parameters_of_the_model() -> None:
     assert pre.heads[3].weight_0.dtype == torch.bfloat16
 
 
-def test_heads_take_the_models_dtype() -> None:
-    pre = apply_pre(tiny_llava().to(torch.bfloat16))
-    assert pre.heads[2].weight_0.dtype == torch.bfloat16
-
-
 def test_heads_of_a_quantised_model_are_not() -> None:
     model = tiny_llava()
     layer = model.model.language_model.layers[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prereg_kernels import apply_pre
 from tests.tiny import tiny_llava
-from tests.trainers import ranks
+from tests.trainers import low_precision_ranks, ranks
 from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -47,6 +47,41 @@ def loop(rank: int, stage: int) -> Any:
     with deepspeed.zero.GatheredParameters([head], enabled=stage == 3):
         after = head.detach().clone()
     return grads, after, sharded, pre.metrics()
+
+
+def low_precision(rank: int, stage: int, made_by_zero: bool) -> Any:
+    """A step of a bfloat16 model: the heads' gradients, and their float32 copies around it."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": True},
+    }
+    if made_by_zero:  # as from_pretrained does where Trainer's arguments came first
+        with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
+            model = tiny_llava()
+        plain = tiny_llava().bfloat16().state_dict()
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            model.load_state_dict(plain)  # the weights are drawn differently in there
+    else:
+        model = tiny_llava().bfloat16()
+    ranks.freeze_vision(model)
+    pre = apply_pre(model, weight=WEIGHT)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model, config=config, optimizer=torch.optim.SGD(trained, lr=1e-4)
+    )
+    engine.backward(engine(**low_precision_ranks.batch_of(rank)).loss)
+    named = dict(pre.heads[2].named_parameters())
+    grads = {f"pre_heads.2.{name}": safe_get_full_grad(p).float() for name, p in named.items()}
+    before = [safe_get_full_fp32_param(p).clone() for p in named.values()]
+    engine.step()
+    after = [safe_get_full_fp32_param(p).clone() for p in named.values()]
+    return grads, before, after
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -93,6 +128,10 @@ def work(rank: int, port: int, out: Path) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
+    for stage in STAGES:  # before Trainer's settings, by which transformers makes models in ZeRO-3
+        made = (False, True) if stage == 3 else (False,)
+        found = [low_precision(rank, stage, by_zero) for by_zero in made]
+        torch.save(found, out / f"low precision {stage} {rank}.pt")
     for stage in STAGES:
         torch.save(loop(rank, stage), out / f"loop {stage} {rank}.pt")
         torch.save(

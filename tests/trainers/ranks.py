@@ -280,7 +280,9 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
 }
 
 
-def work(rank: int, port: int, out: Path) -> None:
+def work(
+    rank: int, port: int, out: Path, cases: dict[str, Callable[[int, Path], Any]] = CASES
+) -> None:
     """Go through the cases, and write what each returns."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
@@ -292,7 +294,7 @@ def work(rank: int, port: int, out: Path) -> None:
         1, lambda _: None, lambda storage, where: storage if where == "cpu:0" else None
     )
     dist.init_process_group("gloo")
-    for name, case in CASES.items():
+    for name, case in cases.items():
         torch.save(case(rank, out / name), out / f"{name} {rank}.pt")
     leave()
 

@@ -10,8 +10,9 @@ import torch
 
 from prereg_kernels import apply_pre, remove_pre
 from tests.attached import compare
+from tests.helpers import relative_error
 from tests.tiny import PATCHES, tiny_llava
-from tests.trainers import deepspeed_ranks, ranks
+from tests.trainers import deepspeed_ranks, low_precision_ranks, ranks
 from tests.trainers.rows import WEIGHT, eager_gradients, make_rows, make_trainer
 
 pytest.importorskip("deepspeed")
@@ -62,3 +63,17 @@ def test_training_is_that_of_one_process(out: Path, tmp_path: Path, stage: int) 
             found = [log["pre_loss"] for log in logs if "pre_loss" in log]
             assert found == pytest.approx(values, rel=1e-4)
         assert all(map(torch.equal, runs[0][0], runs[1][0]))
+
+
+@each_stage
+def test_a_bfloat16_model(out: Path, stage: int) -> None:
+    """The engine casts the heads, and steps on float32 copies of them, in which weights move."""
+    expected = low_precision_ranks.alone()
+    for found in read(out, "low precision", stage):
+        assert len(found) == (2 if stage == 3 else 1)
+        for grads, before, after in found:
+            assert grads.keys() == expected.keys()
+            for (name, grad), old, new in zip(grads.items(), before, after, strict=True):
+                assert relative_error(grad, expected[name]) < 0.01, name
+                assert old.dtype == torch.float32
+                torch.testing.assert_close(new, old - 1e-4 * grad, rtol=0, atol=1e-8)
