@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST, LARGEST_SEED = 2**31 - 1, 2**63 - 1
-MOST = 2**16
-"""Things that are in memory together, such as the scenes of a batch."""
 
 
 def require(name: str, holds: bool, expected: str, value: object) -> None:
     """Raise ValueError, naming the setting, unless the condition holds."""
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def require_count(name: str, value: int, most: int = 2**16) -> None:
+    """As `require`, of things that are in memory together, such as the scenes of a batch."""
+    require(name, value >= 1, "at least 1", value)
+    require(name, value <= most, f"at most {most}", value)
 
 
 def check_numbers(config: Any) -> None:

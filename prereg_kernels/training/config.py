@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from prereg_kernels.files import printable, write_whole
-from prereg_kernels.training.checks import MOST, check_numbers, require, shown
+from prereg_kernels.training.checks import check_numbers, require, require_count, shown
 from prereg_kernels.training.model import MODULES, ModelConfig
 from prereg_kernels.training.questions import COMMON_FAMILIES, check_families
 from prereg_kernels.training.scenes import SceneConfig
@@ -58,7 +58,7 @@ class TowerConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         require("steps", self.steps >= 1, "at least 1", self.steps)
-        require("batch", 1 <= self.batch <= MOST, f"at least 1, at most {MOST}", self.batch)
+        require_count("batch", self.batch)
         require("lr", self.lr > 0, "a positive number", self.lr)
         require("warmup", self.warmup >= 0, "at least 0", self.warmup)
         require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
@@ -202,8 +202,7 @@ class RunConfig:
             require("layer", ok, f"at most {depth}, the decoder's depth", self.pre.layer)
         check_families(self.families)
         for name in ("questions_per_scene", "micro_batch", "accumulation", "checkup_scenes"):
-            value = getattr(self, name)
-            require(name, 1 <= value <= MOST, f"at least 1, at most {MOST}", value)
+            require_count(name, getattr(self, name))
         require("checkpoint_every", self.checkpoint_every >= 1, "at least 1", self.checkpoint_every)
         every = self.checkup_every
         require("checkup_every", every is None or every >= 1, "None or >= 1", every)

@@ -60,11 +60,15 @@ def held(
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"{printable(directory)}: in use{_by_whom(directory)}; expected one command at a time "
             "in a directory: wait for it, or use another --out"
+        ) from None
+    except NotImplementedError as error:  # of older versions of filelock
+        raise ValueError(
+            f"{printable(directory)}: expected a file system with locks, another --out: {error}"
         ) from None
     try:
         mark = {"kind": kind, "pid": os.getpid(), "host": socket.gethostname()}

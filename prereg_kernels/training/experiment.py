@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels.files import read_json, write_whole
-from prereg_kernels.training.checks import MOST, check_numbers, require
+from prereg_kernels.training.checks import check_numbers, require, require_count
 from prereg_kernels.training.config import RunConfig, StageConfig, from_dict, to_dict
 from prereg_kernels.training.directories import held
 from prereg_kernels.training.evaluation import evaluate
@@ -60,8 +60,7 @@ class TransferConfig:
         for name in ("frozen_steps", "steps"):
             require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in ("questions_per_scene", "evaluation_scenes"):
-            value = getattr(self, name)
-            require(name, 1 <= value <= MOST, f"at least 1, at most {MOST}", value)
+            require_count(name, getattr(self, name))
         require("lr", self.lr > 0, "a positive number", self.lr)
         require("warmup", self.warmup >= 0, "at least 0", self.warmup)
 
@@ -91,10 +90,9 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        require("seeds", 1 <= self.seeds <= 10_000, "at least 1, at most 10000", self.seeds)
+        require_count("seeds", self.seeds, 10_000)
         for name in ("evaluation_scenes", "probe_train_scenes", "probe_test_scenes"):
-            value = getattr(self, name)
-            require(name, 1 <= value <= MOST, f"at least 1, at most {MOST}", value)
+            require_count(name, getattr(self, name))
         require("cost_steps", self.cost_steps >= 2, "at least 2", self.cost_steps)
         if not any(stage.pre for stage in self.run.stages):
             raise ValueError("run.stages: expected a stage with pre: true, got none")

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prereg_kernels.training.checks import check_numbers, require
+from prereg_kernels.training.checks import check_numbers, require_count
 from prereg_kernels.training.data import IMAGE, Batch
 from prereg_kernels.training.scenes import SceneConfig
 
@@ -45,11 +45,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         for name in ("width", "heads", "tower_mlp", "decoder_mlp"):
-            value = getattr(self, name)
-            require(name, 1 <= value <= 2**16, "at least 1, at most 65536", value)
+            require_count(name, getattr(self, name))
         for name in ("tower_layers", "decoder_layers"):
-            value = getattr(self, name)
-            require(name, 1 <= value <= 1024, "at least 1, at most 1024", value)
+            require_count(name, getattr(self, name), 1024)
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width: expected a multiple of 2 * heads = {2 * self.heads}, got {self.width}"

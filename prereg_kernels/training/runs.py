@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -61,11 +62,7 @@ def is_run(directory: Path) -> bool:
 def _is_old_run(directory: Path) -> bool:
     """Whether each file is as a run of version 0.1.0 writes it; none is without its settings."""
     try:
-        text = (directory / CONFIG_FILE).read_text(encoding="utf-8")
-        values = read_yaml(directory / CONFIG_FILE)
-        from_dict(RunConfig, values)
-        # not a file of the same settings that somebody wrote, with comments in it
-        if text != yaml.safe_dump(values, sort_keys=False):
+        if not _is_written(directory / CONFIG_FILE):
             return False
         for name, keys in ((METRICS_FILE, {"step", "stage", "lm_loss", "lr", "grad_norm"}),
                            (CHECKUPS_FILE, {"step", "accuracy", "probe"})):  # fmt: skip
@@ -74,6 +71,13 @@ def _is_old_run(directory: Path) -> bool:
     except (OSError, ValueError):
         return False
     return all(map(is_checkpoint, checkpoints_in(directory)))
+
+
+def _is_written(config: Path) -> bool:
+    """Whether `save_config` wrote this, and not somebody whose comments are in it."""
+    values = read_yaml(config)
+    from_dict(RunConfig, values)
+    return config.read_text(encoding="utf-8") == yaml.safe_dump(values, sort_keys=False)
 
 
 def _has_lines(path: Path, keys: set[str]) -> bool:
@@ -98,7 +102,10 @@ def delete_run(directory: Path) -> None:
     clear_checkpoints(directory)
     for path in directory.glob("transfer-*/"):
         delete_run(path)
-    for name in (CONFIG_FILE, METRICS_FILE, CHECKUPS_FILE, RESULT_FILE, ERROR_FILE, MARK, LOCK):
+    with contextlib.suppress(OSError, ValueError):
+        if _is_written(directory / CONFIG_FILE):
+            (directory / CONFIG_FILE).unlink()
+    for name in (METRICS_FILE, CHECKUPS_FILE, RESULT_FILE, ERROR_FILE, MARK, LOCK):
         (directory / name).unlink(missing_ok=True)
     for path in directory.glob(f"{TENSORBOARD}/events.out.tfevents.*"):
         path.unlink()

@@ -130,6 +130,8 @@ def test_a_fresh_experiment_leaves_what_is_not_its_own(tmp_path: Path) -> None:
             signal_in_step(patch, 1)
             train(tiny_run(), directory, progress=False, tensorboard=True)
         (directory / "result.json").write_text("{}")
+        settings = directory / "config.yaml"
+        settings.write_text("# what I found\n" + settings.read_text())
     mine = ("seed-0/pre/notes.txt", "seed-0/pictures/1.png", "seed-data/1.png", "seed-1/1.png")
     for name in mine:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -137,7 +139,8 @@ def test_a_fresh_experiment_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     with open_experiment(config, tmp_path, True):
         files = {name for name, content in tree(tmp_path).items() if content is not None}
     towers = {name for name in files if "/tower-" in name}
-    assert files - towers == {*mine, "experiment.json", ".prereg", ".prereg.lock"}
+    left = {*mine, str(settings.relative_to(tmp_path))}
+    assert files - towers == {*left, "experiment.json", ".prereg", ".prereg.lock"}
     (tmp_path / "seed-1" / "pre").mkdir()
     (tmp_path / "seed-1" / "pre" / "result.json").write_text(json.dumps({"accuracy": 1}))
     with (
