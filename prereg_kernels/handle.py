@@ -117,8 +117,8 @@ class PRe:
         before = getattr(model, "_keys_to_ignore_on_save", None) or ()
         self.shadow("_keys_to_ignore_on_save", {*before, *ignored})
         # What accelerate's FSDP gives a unit of its own, which may then have a dtype of its own
-        units = getattr(model, "_no_split_modules", None) or []
-        self.shadow("_no_split_modules", type(units)([*units, PReHead.__name__]))
+        names_of_units = getattr(model, "_no_split_modules", None) or []
+        self.shadow("_no_split_modules", type(names_of_units)([*names_of_units, PReHead.__name__]))
         if hasattr(model, "save_pretrained"):
             self.shadow("save_pretrained", self._save_pretrained)
         self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
