@@ -88,7 +88,7 @@ def test_heads_of_other_kinds_of_numbers_are_refused(tmp_path: Path, dtype: torc
     model = tiny_llava()
     pre = apply_pre(model)
     pre.save(tmp_path)
-    before = {name: x.clone() for name, x in model.pre_heads.state_dict().items()}
+    before = {name: x.detach().clone() for name, x in model.pre_heads.named_parameters()}
     rewrite(tmp_path, lambda name, x: x.to(dtype) if name == "2.weight_1" else x)
     message = f"2.weight_1: expected one of .*float32.*, got {dtype}"
     with pytest.raises(ValueError, match=message):
@@ -100,14 +100,14 @@ def test_heads_of_other_kinds_of_numbers_are_refused(tmp_path: Path, dtype: torc
         pre.fill(Saved(state, pre._json(), 0), "memory")
     with pytest.raises(ValueError, match=f"got {dtype}"):
         pre.save(tmp_path / "other", state)
-    assert all(torch.equal(x, before[n]) for n, x in model.pre_heads.state_dict().items())
+    assert all(torch.equal(x, before[n]) for n, x in model.pre_heads.named_parameters())
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
 def test_heads_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     model = tiny_llava()
     pre = apply_pre(model)
-    before = {name: x.clone() for name, x in model.pre_heads.state_dict().items()}
+    before = {name: x.detach().clone() for name, x in model.pre_heads.named_parameters()}
     with torch.no_grad():
         pre.heads[2].weight_1[3, 4] = value
     pre.save(tmp_path)
@@ -117,7 +117,7 @@ def test_heads_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> 
         pre.load(tmp_path)
     with pytest.raises(ValueError, match=r"expected finite numbers, .* in 2\.weight_1"):
         apply_pre(tiny_llava(), from_pretrained=tmp_path)
-    assert all(torch.equal(x, before[n]) for n, x in model.pre_heads.state_dict().items())
+    assert all(torch.equal(x, before[n]) for n, x in model.pre_heads.named_parameters())
     assert pre.passes == 3
 
 
