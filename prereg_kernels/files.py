@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,13 +21,25 @@ def write_whole(path: Path, content: bytes | str) -> None:
     try:
         if isinstance(content, str):
             content = content.encode()
-        temporary.write_bytes(content)
+        with naming(path):
+            temporary.write_bytes(content)
         if path.exists():
             with contextlib.suppress(OSError):  # there are file systems without permissions
                 shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in here names the file, as one of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_json(path: Path) -> Any:

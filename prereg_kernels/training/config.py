@@ -7,6 +7,7 @@ typo in a file is an error that names it and never a silently used default.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -16,20 +17,20 @@ from typing import Any, TypeVar
 
 import yaml
 
+from prereg_kernels.files import printable, write_whole
+from prereg_kernels.training.checks import check_numbers, require, require_count, shown
 from prereg_kernels.training.model import MODULES, ModelConfig
 from prereg_kernels.training.questions import COMMON_FAMILIES, check_families
 from prereg_kernels.training.scenes import SceneConfig
 
 T = TypeVar("T")
 
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_LARGEST_FILE, _MOST_VALUES = 2**20, 100_000
+
 PRECISIONS = ("fp32", "bf16")
 ANCHORS = ("pre_llm", "pre_projector", "other_scene")
 DATA = ("scenes", "text")
-
-
-def _require(name: str, holds: bool, expected: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,17 @@ class TowerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require("steps", self.steps >= 1, "at least 1", self.steps)
-        _require("batch", self.batch >= 1, "at least 1", self.batch)
-        _require("lr", self.lr > 0, "a positive number", self.lr)
-        _require("warmup", self.warmup >= 0, "at least 0", self.warmup)
-        _require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
-        _require("digit_weight", self.digit_weight > 0, "a positive number", self.digit_weight)
-        _require("seed", self.seed >= 0, "at least 0", self.seed)
+        check_numbers(self)
+        require("steps", self.steps >= 1, "at least 1", self.steps)
+        require_count("batch", self.batch)
+        require("lr", self.lr > 0, "a positive number", self.lr)
+        require("warmup", self.warmup >= 0, "at least 0", self.warmup)
+        require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
+        low, high = self.min_digits, self.max_digits
+        require("min_digits", low >= 1, "at least 1", low)
+        require("max_digits", low <= high, "at least min_digits", high)
+        require("digit_weight", self.digit_weight > 0, "a positive number", self.digit_weight)
+        require("seed", self.seed >= 0, "at least 0", self.seed)
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,12 @@ class PRESettings:
     token_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        _require("weight", self.weight > 0, "a positive number", self.weight)
-        _require("layer", self.layer >= 1, "at least 1", self.layer)
-        _require("anchor", self.anchor in ANCHORS, f"one of {ANCHORS}", self.anchor)
+        check_numbers(self)
+        require("weight", self.weight > 0, "a positive number", self.weight)
+        require("layer", self.layer >= 1, "at least 1", self.layer)
+        require("anchor", self.anchor in ANCHORS, f"one of {ANCHORS}", self.anchor)
         fraction = self.token_fraction
-        _require("token_fraction", 0 < fraction <= 1, "a number in (0, 1]", fraction)
+        require("token_fraction", 0 < fraction <= 1, "a number in (0, 1]", fraction)
 
 
 @dataclass(frozen=True)
@@ -115,17 +121,18 @@ class StageConfig:
     data: str = "scenes"
 
     def __post_init__(self) -> None:
-        _require("steps", self.steps >= 1, "at least 1", self.steps)
-        _require("lr", self.lr > 0, "a positive number", self.lr)
-        _require("warmup", self.warmup >= 0, "at least 0", self.warmup)
-        _require("data", self.data in DATA, f"one of {DATA}", self.data)
+        check_numbers(self)
+        require("steps", self.steps >= 1, "at least 1", self.steps)
+        require("lr", self.lr > 0, "a positive number", self.lr)
+        require("warmup", self.warmup >= 0, "at least 0", self.warmup)
+        require("data", self.data in DATA, f"one of {DATA}", self.data)
         text = self.data == "text"
-        _require("pre", not (text and self.pre), "false where data is text: no visual token", True)
+        require("pre", not (text and self.pre), "false where data is text: no visual token", True)
         known = bool(self.trainable) and set(self.trainable) <= set(MODULES)
-        _require("trainable", known, f"some of {MODULES}", self.trainable)
+        require("trainable", known, f"some of {MODULES}", self.trainable)
         alone = self.trainable == ("llm",)
-        _require("trainable", alone or not text, "[llm] where data is text", self.trainable)
-        _require("frozen_layers", self.frozen_layers >= 0, "at least 0", self.frozen_layers)
+        require("trainable", alone or not text, "[llm] where data is text", self.trainable)
+        require("frozen_layers", self.frozen_layers >= 0, "at least 0", self.frozen_layers)
 
 
 def _two_stages() -> tuple[StageConfig, ...]:
@@ -183,30 +190,32 @@ class RunConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        _require("seed", self.seed >= 0, "at least 0", self.seed)
-        _require("stages", len(self.stages) >= 1, "at least one stage", self.stages)
+        check_numbers(self)
+        require("seed", self.seed >= 0, "at least 0", self.seed)
+        require("stages", len(self.stages) >= 1, "at least one stage", self.stages)
         for stage in self.stages:
             depth = self.model.decoder_layers
-            _require(
+            require(
                 "frozen_layers", stage.frozen_layers <= depth, f"<= {depth}", stage.frozen_layers
             )
             ok = not stage.pre or self.pre.layer <= depth
-            _require("layer", ok, f"at most {depth}, the decoder's depth", self.pre.layer)
+            require("layer", ok, f"at most {depth}, the decoder's depth", self.pre.layer)
         check_families(self.families)
-        for name in ("questions_per_scene", "micro_batch", "accumulation", "checkpoint_every"):
-            _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("questions_per_scene", "micro_batch", "accumulation", "checkup_scenes"):
+            require_count(name, getattr(self, name))
+        require("checkpoint_every", self.checkpoint_every >= 1, "at least 1", self.checkpoint_every)
         every = self.checkup_every
-        _require("checkup_every", every is None or every >= 1, "None or >= 1", every)
-        _require("checkup_scenes", self.checkup_scenes >= 8, "at least 8", self.checkup_scenes)
+        require("checkup_every", every is None or every >= 1, "None or >= 1", every)
+        require("checkup_scenes", self.checkup_scenes >= 8, "at least 8", self.checkup_scenes)
         distinct = self.distinct_scenes
-        _require("distinct_scenes", distinct is None or distinct >= 1, "None or >= 1", distinct)
+        require("distinct_scenes", distinct is None or distinct >= 1, "None or >= 1", distinct)
         other = any(stage.pre for stage in self.stages) and self.pre.anchor == "other_scene"
-        _require("micro_batch", not other or self.micro_batch > 1, "at least 2 for other_scene", 1)
-        _require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}", self.precision)
-        _require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
-        _require("beta1", 0 <= self.beta1 < 1, "in [0, 1)", self.beta1)
-        _require("beta2", 0 <= self.beta2 < 1, "in [0, 1)", self.beta2)
-        _require("grad_clip", self.grad_clip > 0, "a positive number", self.grad_clip)
+        require("micro_batch", not other or self.micro_batch > 1, "at least 2 for other_scene", 1)
+        require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}", self.precision)
+        require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
+        require("beta1", 0 <= self.beta1 < 1, "in [0, 1)", self.beta1)
+        require("beta2", 0 <= self.beta2 < 1, "in [0, 1)", self.beta2)
+        require("grad_clip", self.grad_clip > 0, "a positive number", self.grad_clip)
 
     @property
     def steps(self) -> int:
@@ -236,7 +245,7 @@ def from_dict(kind: type[T], values: Any, at: str = "") -> T:
             its path, as in "stages[1].lr: expected a number, got 'fast'".
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{at or 'config'}: expected a mapping, got {values!r}")
+        raise ValueError(f"{at or 'config'}: expected a mapping, got {shown(values)}")
     fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     prefix = f"{at}." if at else ""
     for key in values:
@@ -262,17 +271,23 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         return None if value is None else _convert(args[0], value, at)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{at}: expected a list, got {value!r}")
+            raise ValueError(f"{at}: expected a list, got {shown(value)}")
         return tuple(_convert(args[0], item, f"{at}[{i}]") for i, item in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{at}: expected a mapping, got {value!r}")
+            raise ValueError(f"{at}: expected a mapping, got {shown(value)}")
         return {str(key): _convert(args[1], item, f"{at}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{at}: expected a finite number, got {shown(value)}") from None
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     if type(value) is not hint:
-        raise ValueError(f"{at}: expected {names[hint]}, got {value!r}")
+        way_out = ""
+        if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+            way_out = "; YAML takes it for text: write it with a point, as 1.0e-3"
+        raise ValueError(f"{at}: expected {names[hint]}, got {shown(value)}{way_out}")
     return value
 
 
@@ -287,22 +302,45 @@ def load_config(path: str | Path, kind: type[T]) -> T:
     try:
         return from_dict(kind, values if values is not None else {})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{printable(path)}: {error}") from None
 
 
 def read_yaml(path: str | Path) -> Any:
     """The plain values of a YAML file.
 
     Raises:
-        ValueError: not YAML; the message names the file.
+        ValueError: not YAML, or more values than settings have, aliases followed; the message names
+            the file.
         OSError: the file cannot be read.
     """
+    with Path(path).open("rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        if len(content) > _LARGEST_FILE:
+            raise ValueError(f"expected at most {_LARGEST_FILE} bytes")
+        values = yaml.safe_load(content.decode())
+        _check_size(values)
+    except RecursionError:
+        raise ValueError(f"{printable(path)}: not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{printable(path)}: not valid YAML: {error}") from None
+    return values
+
+
+def _check_size(values: Any) -> None:
+    """Raise ValueError if there are too many values, as a few aliases of aliases can make."""
+    todo, count = [values], 0
+    while todo:
+        value = todo.pop()
+        count += 1
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, (list, set)):
+            todo += value
+        if count + len(todo) > _MOST_VALUES:
+            raise ValueError(f"expected at most {_MOST_VALUES} values, aliases followed")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write a YAML file that `load_config` reads back equal."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    write_whole(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prereg_kernels.training.checks import check_numbers, require_count
 from prereg_kernels.training.data import IMAGE, Batch
 from prereg_kernels.training.scenes import SceneConfig
 
@@ -42,16 +43,11 @@ class ModelConfig:
     initializer_range: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in (
-            "width",
-            "tower_layers",
-            "decoder_layers",
-            "heads",
-            "tower_mlp",
-            "decoder_mlp",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        check_numbers(self)
+        for name in ("width", "heads", "tower_mlp", "decoder_mlp"):
+            require_count(name, getattr(self, name))
+        for name in ("tower_layers", "decoder_layers"):
+            require_count(name, getattr(self, name), 1024)
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width: expected a multiple of 2 * heads = {2 * self.heads}, got {self.width}"

@@ -6,6 +6,7 @@ times faster than one with the argument in the middle.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -121,9 +122,11 @@ def check_families(families: Mapping[str, float]) -> None:
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown:
         raise ValueError(f"families: unknown {unknown}; expected some of {list(FAMILIES)}")
-    if any(weight < 0 for weight in families.values()) or not sum(families.values()) > 0:
+    if any(weight < 0 for weight in families.values()) or not (
+        0 < sum(families.values()) < math.inf
+    ):
         raise ValueError(
-            f"families: expected non-negative weights, not all zero, got {dict(families)}"
+            f"families: expected finite non-negative weights, not all zero, got {dict(families)}"
         )
 
 

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from prereg_kernels.training.checks import check_numbers
 from prereg_kernels.training.draws import Draws, stream_key
 from prereg_kernels.training.glyphs import (
     SPLITS,
@@ -71,6 +72,7 @@ class SceneConfig:
     purity: float = 0.5
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         cell = self.image_size // self.grid if self.grid > 0 else 0
         rules = (
             ("grid", self.grid >= 1, "at least 1"),
