@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prereg_kernels._version import __version__
+from prereg_kernels.files import printable
 
 
 def main() -> None:
@@ -31,6 +34,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _fail(f"{error}; training needs: pip install 'prereg-kernels[train]'")
 
+    warnings.showwarning = _warn_in_a_line(warnings.showwarning)
     try:
         console = Console()
         command = {"train": train, "sweep": sweep}[arguments.command]
@@ -39,6 +43,10 @@ def main() -> None:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
         _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _fail(f"out of memory: {error}")
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
@@ -63,8 +71,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"prereg: {' '.join(message.split())}", file=sys.stderr)
+    print(_line(message), file=sys.stderr)
     sys.exit(code)
+
+
+def _line(message: str) -> str:
+    return f"prereg: {printable(' '.join(message.split()))}"
+
+
+def _warn_in_a_line(show: Callable[..., None]) -> Callable[..., None]:
+    """Warnings of this package without the line of code that they come from."""
+
+    def in_a_line(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        if Path(__file__).parent in Path(filename).parents:
+            print(_line(str(message)), file=sys.stderr)
+        else:
+            show(message, category, filename, *rest)
+
+    return in_a_line
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a paired experiment: scenes, scenes-gpu, scenes-gpu-text, or a YAML file of your own",
     )
     source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
-    train.add_argument("--out", type=Path, help="where everything goes; default: runs/<name>")
+    train.add_argument("--out", type=_named, help="where everything goes; default: runs/<name>")
     train.add_argument(
         "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
     )
@@ -100,6 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
+
+
+def _named(text: str) -> Path:
+    """A path, but for the empty one, which would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return Path(text)
 
 
 def _add_size(group: Any) -> None:
@@ -122,7 +153,7 @@ def _add_sweep(commands: Any) -> None:
         "--preset", required=True, help="scenes, scenes-gpu, or a YAML file of your own"
     )
     parser.add_argument(
-        "--out", type=Path, help="where everything goes; default: runs/sweep-<name>"
+        "--out", type=_named, help="where everything goes; default: runs/sweep-<name>"
     )
     parser.add_argument("--device", help="cpu, cuda, ...; default: the preset's")
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")

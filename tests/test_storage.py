@@ -113,9 +113,9 @@ def test_heads_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> 
     pre.save(tmp_path)
     model.pre_heads.load_state_dict(before)
     pre.passes = 3
-    with pytest.raises(ValueError, match=r"expected finite heads, got NaN .* in 2\.weight_1 in"):
+    with pytest.raises(ValueError, match=r"expected finite numbers, got NaN .* in 2\.weight_1"):
         pre.load(tmp_path)
-    with pytest.raises(ValueError, match=r"expected finite heads, .* in 2\.weight_1 in"):
+    with pytest.raises(ValueError, match=r"expected finite numbers, .* in 2\.weight_1"):
         apply_pre(tiny_llava(), from_pretrained=tmp_path)
     assert all(torch.equal(x, before[n]) for n, x in model.pre_heads.state_dict().items())
     assert pre.passes == 3

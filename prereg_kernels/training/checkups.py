@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlavaForConditionalGeneration
 
-from prereg_kernels.files import write_whole
+from prereg_kernels.files import naming, write_whole
 from prereg_kernels.training.config import RunConfig
 from prereg_kernels.training.data import Packer
 from prereg_kernels.training.evaluation import evaluate
@@ -60,11 +60,11 @@ class CheckupLog:
         self._path = run_dir / CHECKUPS_FILE
         kept = []
         if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 # a line cut short by a crash is later than the checkpoint: lines are flushed first
                 try:
                     before = json.loads(line)["step"] <= step
-                except ValueError:
+                except (ValueError, TypeError, KeyError):
                     before = False
                 kept += [line] if before else []
             write_whole(self._path, "".join(f"{line}\n" for line in kept))
@@ -74,13 +74,15 @@ class CheckupLog:
         """Append one checkup."""
         if self._file is None:
             self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"step": step, **found}) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **found}) + "\n")
 
     def flush(self) -> None:
         """Put everything on the disk: a checkpoint is about to rely on it."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with naming(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close."""

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from prereg_kernels.files import printable
+from prereg_kernels.training.checks import require_count, shown
 from prereg_kernels.training.config import RunConfig, from_dict, load_config, read_yaml, to_dict
 from prereg_kernels.training.cost import measure_cost
+from prereg_kernels.training.directories import check_one_process
 from prereg_kernels.training.evaluation import evaluate
 from prereg_kernels.training.experiment import ExperimentConfig, open_experiment, run_unit, units
 from prereg_kernels.training.loop import train as train_run
 from prereg_kernels.training.report import write_report
 from prereg_kernels.training.scenes import Scenes
-from prereg_kernels.training.sweep import SweepConfig, open_sweep
+from prereg_kernels.training.sweep import SweepConfig, check_sweep, open_sweep
 from prereg_kernels.training.sweep import run_unit as run_sweep_unit
 from prereg_kernels.training.sweep import units as sweep_units
 from prereg_kernels.training.sweep_report import write_sweep
@@ -31,6 +34,7 @@ from prereg_kernels.training.workers import run_units
 
 def train(arguments: argparse.Namespace, console: Console) -> None:
     """The command `prereg train`."""
+    check_one_process()
     if arguments.preset is not None:
         _experiment(arguments, console)
         return
@@ -42,18 +46,23 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
 
 def sweep(arguments: argparse.Namespace, console: Console) -> None:
     """The command `prereg sweep`."""
+    check_one_process()
     settings = load_sweep(arguments.preset)
     experiment = _with_overrides(settings.experiment, arguments)
     devices = _devices(experiment.device, arguments)
     settings = replace(settings, experiment=replace(experiment, device=_kind(devices)))
     out = arguments.out or Path("runs") / f"sweep-{Path(arguments.preset).stem}"
-    if not arguments.report:
-        open_sweep(settings, out, arguments.fresh)
-        _tower(settings.experiment, out, devices[0], console)
-        run_units(sweep_units(settings), partial(run_sweep_unit, settings), out, devices, console)
-    path, text = write_sweep(settings, out, devices[0])
+    if arguments.report:
+        check_sweep(settings, out)
+        path, text = write_sweep(settings, out, devices[0])
+    else:
+        with open_sweep(settings, out, arguments.fresh):
+            _tower(settings.experiment, out, devices[0], console)
+            run = partial(run_sweep_unit, settings)
+            run_units(sweep_units(settings), run, out, devices, console)
+            path, text = write_sweep(settings, out, devices[0])
     console.print(text, highlight=False, markup=False)
-    console.print(f"results: {path}")
+    console.print(f"results: {printable(path)}", markup=False)
 
 
 def _single(arguments: argparse.Namespace, console: Console) -> None:
@@ -67,7 +76,9 @@ def _single(arguments: argparse.Namespace, console: Console) -> None:
         console.print(
             f"{family}: {accuracy:.1%} (always the commonest: {answers.majority[family]:.1%})"
         )
-    console.print(f"LM loss {answers.lm_loss:.3f} nats; model in {result.checkpoint}")
+    console.print(
+        f"LM loss {answers.lm_loss:.3f} nats; model in {printable(result.checkpoint)}", markup=False
+    )
 
 
 def _experiment(arguments: argparse.Namespace, console: Console) -> None:
@@ -79,13 +90,13 @@ def _experiment(arguments: argparse.Namespace, console: Console) -> None:
     devices = _devices(settings.device, arguments)
     settings = replace(settings, device=_kind(devices))
     out = arguments.out or Path("runs") / Path(arguments.preset).stem
-    open_experiment(settings, out, arguments.fresh)
-    _tower(settings, out, devices[0], console)
-    run_units(units(settings), partial(run_unit, settings), out, devices, console)
-    with console.status("measuring what a step costs"):
-        cost = measure_cost(settings, out)
-    page = write_report(settings, cost, time.perf_counter() - start, out, console)
-    console.print(f"report: {page}")
+    with open_experiment(settings, out, arguments.fresh):
+        _tower(settings, out, devices[0], console)
+        run_units(units(settings), partial(run_unit, settings), out, devices, console)
+        with console.status("measuring what a step costs"):
+            cost = measure_cost(settings, out)
+        page = write_report(settings, cost, time.perf_counter() - start, out, console)
+    console.print(f"report: {printable(page)}", markup=False)
 
 
 def _tower(settings: ExperimentConfig, out: Path, device: str, console: Console) -> None:
@@ -111,8 +122,7 @@ def _devices(meant_for: str, arguments: argparse.Namespace) -> list[str]:
         pool = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     default = len(os.sched_getaffinity(0)) if name == "cpu" else len(pool)
     workers = default if arguments.workers is None else arguments.workers
-    if workers < 1:
-        raise ValueError(f"--workers: expected at least 1, got {workers}")
+    require_count("--workers", workers, 1024)
     return [pool[i % len(pool)] for i in range(workers)]
 
 
@@ -123,9 +133,12 @@ def _kind(devices: list[str]) -> str:
 
 def _usable(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name!r} is not usable here: {error}") from None
+    return device
 
 
 def _with_overrides(settings: ExperimentConfig, arguments: argparse.Namespace) -> ExperimentConfig:
@@ -160,16 +173,17 @@ def load_sweep(name: str) -> SweepConfig:
         values = read_yaml(path)
         try:
             if not isinstance(values, dict):
-                raise ValueError(f"expected a mapping, got {values!r}")
+                raise ValueError(f"expected a mapping, got {shown(values)}")
             if not isinstance(values.get("preset"), str):
                 raise ValueError(
-                    f"preset: expected a preset's name or a YAML file, got {values.get('preset')!r}"
+                    f"preset: expected a preset's name or a YAML file, got "
+                    f"{shown(values.get('preset'))}"
                 )
             experiment = to_dict(load_preset(values.pop("preset")))
             experiment["seeds"] = values.pop("seeds", experiment["seeds"])
             return from_dict(SweepConfig, {"experiment": experiment, **values})
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{printable(path)}: {error}") from None
 
 
 def _find(folder: str, name: str) -> Any:

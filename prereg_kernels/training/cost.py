@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prereg_kernels.files import write_whole
+from prereg_kernels.files import printable, read_json, write_whole
 from prereg_kernels.training.experiment import ExperimentConfig, Unit, run_config
 from prereg_kernels.training.interrupts import sigint_ignored
 from prereg_kernels.training.memory import peak_memory
@@ -35,7 +35,7 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
     """
     path = out / "cost.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _read(path)
     times = _in_fresh_processes(_step_times, [(config, out)])[0]
     variants = ("baseline", "pre")
     peaks = _in_fresh_processes(_peak_memory, [(config, out, variant) for variant in variants])
@@ -49,6 +49,14 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
         "peak_bytes": dict(zip(variants, peaks, strict=True)),
     }
     write_whole(path, json.dumps(cost, indent=1))
+    return cost
+
+
+def _read(path: Path) -> dict[str, Any]:
+    cost = read_json(path)
+    names = {"step_seconds", "step_ratio", "step_ratio_error", "steps", "device", "peak_bytes"}
+    if not isinstance(cost, dict) or not names <= cost.keys():
+        raise ValueError(f"{printable(path)}: expected costs; without it, they are measured again")
     return cost
 
 

@@ -8,23 +8,27 @@ learn a kind of question that is new to them (the transfer test), PRe switched o
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prereg_kernels.files import write_whole
-from prereg_kernels.training.config import RunConfig, StageConfig, to_dict
+from prereg_kernels.files import read_json, write_whole
+from prereg_kernels.training.checks import check_numbers, require, require_count
+from prereg_kernels.training.config import RunConfig, StageConfig, from_dict, to_dict
+from prereg_kernels.training.directories import held
 from prereg_kernels.training.evaluation import evaluate
 from prereg_kernels.training.loop import RunResult, train
 from prereg_kernels.training.measure import measure
 from prereg_kernels.training.questions import COMMON_FAMILIES, FAMILIES, check_families
+from prereg_kernels.training.results import claim, read_result, unit_names
+from prereg_kernels.training.runs import RESULT_FILE
 from prereg_kernels.training.scenes import Scenes
 
 VARIANTS = ("baseline", "pre", "other_scene")
 TRANSFERS = ("lower half frozen", "everything trainable")
-RESULT_FILE = "result.json"
+_NAMES = ("experiment.json", "cost.json", "summary.json", "report.html", "plots/")
 
 Report = Callable[[str, Path, int], None]
 """Told of each phase of a unit: its name, the run's directory, its number of training steps."""
@@ -51,10 +55,14 @@ class TransferConfig:
     evaluation_scenes: int = 512
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_families({self.family: 1.0})
-        for name in ("frozen_steps", "steps", "questions_per_scene", "evaluation_scenes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        for name in ("frozen_steps", "steps"):
+            require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("questions_per_scene", "evaluation_scenes"):
+            require_count(name, getattr(self, name))
+        require("lr", self.lr > 0, "a positive number", self.lr)
+        require("warmup", self.warmup >= 0, "at least 0", self.warmup)
 
 
 @dataclass(frozen=True)
@@ -81,15 +89,11 @@ class ExperimentConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("seeds", 1),
-            ("evaluation_scenes", 1),
-            ("probe_train_scenes", 1),
-            ("probe_test_scenes", 1),
-            ("cost_steps", 2),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)!r}")
+        check_numbers(self)
+        require_count("seeds", self.seeds, 10_000)
+        for name in ("evaluation_scenes", "probe_train_scenes", "probe_test_scenes"):
+            require_count(name, getattr(self, name))
+        require("cost_steps", self.cost_steps >= 2, "at least 2", self.cost_steps)
         if not any(stage.pre for stage in self.run.stages):
             raise ValueError("run.stages: expected a stage with pre: true, got none")
 
@@ -210,56 +214,29 @@ def train_and_measure(
     }
 
 
-def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> None:
-    """Begin or resume an experiment in `out`: results of other settings are never mixed in.
+@contextmanager
+def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> Iterator[None]:
+    """Begin or resume an experiment in `out`, and hold it meanwhile: results of other settings are
+    never mixed in.
 
     Args:
         fresh: remove what is there (the trained towers stay).
 
     Raises:
-        ValueError: what is there was made with other settings.
+        ValueError: what is there was made with other settings, or is somebody else's, or in use.
     """
-    claim(out, "experiment", to_dict(config), free=("seeds",), fresh=fresh)
+    names = (*_NAMES, *unit_names(out))
+    with held(out, "experiment", names, _is_old_experiment):
+        claim(out, "experiment", to_dict(config), free=("seeds",), fresh=fresh)
+        yield
 
 
-def claim(
-    out: Path, kind: str, settings: dict[str, Any], *, free: Sequence[str], fresh: bool
-) -> None:
-    """Write down what the results in `out` are made with, in `<kind>.json`.
-
-    Args:
-        fresh: remove the results that are there, where they are of this kind.
-        free: settings that may differ from those of the results that are there: what else is run.
-
-    Raises:
-        ValueError: there are results made with other settings, or of another kind.
-    """
-    path = out / f"{kind}.json"
-    text = json.dumps(settings, indent=1)
-    if fresh and path.exists():
-        for unit_directory in out.glob("seed-*"):
-            shutil.rmtree(unit_directory)
-        (out / "cost.json").unlink(missing_ok=True)
-    if any(out.glob("seed-*")):
-        if not path.exists():
-            raise ValueError(f"{out}: holds results of something else; expected another --out")
-        there, asked = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        for values in (there, asked):
-            for name in free:
-                values.pop(name, None)
-        if there != asked:
-            raise ValueError(
-                f"{out}: holds results of other settings; expected the same ones, another --out, "
-                "or --fresh"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
-
-
-def read_result(directory: Path) -> dict[str, Any] | None:
-    """A finished unit's result, None if it is not finished."""
-    path = directory / RESULT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _is_old_experiment(out: Path) -> bool:
+    try:
+        from_dict(ExperimentConfig, read_json(out / _NAMES[0]))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def transfer_test(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 from prereg_kernels.handle import PRe
 from prereg_kernels.regularizer import apply_pre
@@ -30,17 +30,18 @@ from prereg_kernels.training.checkpoint import (
     latest_checkpoint,
     restore_optimizer,
     save_checkpoint,
+    set_damaged_aside,
 )
 from prereg_kernels.training.checkups import CheckupLog, training_checkup
-from prereg_kernels.training.config import RunConfig, StageConfig, save_config, to_dict
+from prereg_kernels.training.config import RunConfig, StageConfig, to_dict
 from prereg_kernels.training.data import (
     IGNORE,
     Batch,
     Packer,
     TrainStream,
     build_tokenizer,
-    image_processor,
 )
+from prereg_kernels.training.directories import check_one_process
 from prereg_kernels.training.interrupts import deferred_signals
 from prereg_kernels.training.metrics import MetricsLog, ProgressBar
 from prereg_kernels.training.model import (
@@ -49,6 +50,8 @@ from prereg_kernels.training.model import (
     other_scene_anchor,
     set_trainable,
 )
+from prereg_kernels.training.runs import held_run, write_settings
+from prereg_kernels.training.saved_model import check_model, load_model, model_writer
 from prereg_kernels.training.scenes import Scenes
 from prereg_kernels.training.schedule import cosine_with_warmup
 from prereg_kernels.training.tower import trained_tower
@@ -106,21 +109,39 @@ def train(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the checkpoint in `out_dir` was trained with other settings.
+        ValueError: the checkpoint in `out_dir` was trained with other settings; or `out_dir` holds
+            what is not a run's, or is in use; or there are several processes (torchrun).
         CheckpointError: a checkpoint could not be written or read.
         TrainingInterrupted: a signal asked to stop; the run is saved and can be resumed.
     """
+    check_one_process()
     run_dir = Path(out_dir)
-    saved = latest_checkpoint(run_dir) if resume else None
-    if saved is not None:
-        check_same_config(saved, to_dict(config))
-    if not resume:
-        clear_checkpoints(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
+    with held_run(run_dir, config):
+        saved = latest_checkpoint(run_dir) if resume else None
+        if saved is not None:
+            check_same_config(saved, to_dict(config))
+            _check_place(saved, config)
+            for line in set_damaged_aside(saved):
+                warnings.warn(line, stacklevel=2)
+        if not resume:
+            clear_checkpoints(run_dir)
+        write_settings(config, run_dir)
+        cache = Path(cache_dir or run_dir)
+        return _train(config, run_dir, saved, cache, progress, tensorboard, torch.device(device))
+
+
+def _train(
+    config: RunConfig,
+    run_dir: Path,
+    saved: Checkpoint | None,
+    cache_dir: Path,
+    progress: bool,
+    tensorboard: bool,
+    target: torch.device,
+) -> RunResult:
+    """As `train`, from where `saved` stands."""
     tokenizer = build_tokenizer(config.scenes)
-    target = torch.device(device)
-    model = _initial_model(config, tokenizer, saved, Path(cache_dir or run_dir), target)
+    model = _initial_model(config, tokenizer, saved, cache_dir, target)
     model.train()
     packer = Packer(tokenizer, config.scenes.patches)
     step = saved.step if saved is not None else 0
@@ -146,9 +167,7 @@ def train(
             pre = _attach_pre(model, config, stage, pre)
             optimizer = _optimizer(model, config, stage)
             if saved is not None:
-                if pre is not None and (saved.path / PRE_DIR).exists():
-                    pre.load(saved.path / PRE_DIR)
-                restore_optimizer(saved, optimizer if saved.stage == index else None)
+                _restore(saved, model, pre, config, optimizer if saved.stage == index else None)
                 saved = None
             times = []
             stream = _stream(config, stage, packer)
@@ -177,7 +196,7 @@ def train(
                         stage=index,
                         config=to_dict(config),
                         optimizer=optimizer,
-                        write_model=_model_writer(model, tokenizer),
+                        write_model=model_writer(model, tokenizer),
                     )
                 if stopping:
                     raise TrainingInterrupted(step, path)
@@ -194,6 +213,32 @@ def train(
         step_seconds=sorted(times)[len(times) // 2] if times else float("nan"),
         seconds=seconds,
     )
+
+
+def _check_place(saved: Checkpoint, config: RunConfig) -> None:
+    """Raise CheckpointError unless the checkpoint's step is one of its stage's."""
+    stages = config.stages[: saved.stage + 1]
+    last = sum(stage.steps for stage in stages)
+    if saved.stage >= len(config.stages) or not last - stages[-1].steps < saved.step <= last:
+        raise CheckpointError(f"{saved.path}: step {saved.step} is none of stage {saved.stage}")
+
+
+def _restore(
+    saved: Checkpoint,
+    model: LlavaForConditionalGeneration,
+    pre: PRe | None,
+    config: RunConfig,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Put back the heads, the generators and, of the stage that goes on, the optimizer."""
+    if pre is not None and config.stages[saved.stage].pre:
+        try:
+            pre.load(saved.path / PRE_DIR)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"could not load the heads of {saved.path}: {error}") from error
+    before = sum(stage.steps for stage in config.stages[: saved.stage])
+    idle = set(model.model.vision_tower.parameters())  # its last norm is on nobody's way
+    restore_optimizer(saved, optimizer, steps=saved.step - before, idle=idle)
 
 
 class Stepper:
@@ -252,29 +297,18 @@ def _initial_model(
     attention = attention_implementation(
         device, precision=config.precision, block_mask=config.questions_per_scene > 1
     )
-    source = saved.path if saved is not None else config.init_from
-    if source is not None:
-        return load_model(source, attention=attention).to(device)
+    if saved is not None:
+        model = load_model(saved.path, attention=attention, own=True)
+        check_model(model, config, saved.path)
+        return model.to(device)
+    if config.init_from is not None:
+        model = load_model(config.init_from, attention=attention)
+        check_model(model, config, config.init_from)
+        return model.to(device)
     model = build_model(config.model, config.scenes, tokenizer, config.seed, attention=attention)
     tower = trained_tower(config.model, config.scenes, config.tower, cache_dir, device=device)
     model.model.vision_tower.load_state_dict(tower.state)
     return model.to(device)
-
-
-def load_model(path: str | Path, *, attention: str = "sdpa") -> LlavaForConditionalGeneration:
-    """The fp32 model of a checkpoint directory, without PRe, in eval mode.
-
-    Raises:
-        CheckpointError: there is no such model.
-    """
-    try:
-        with _no_bars():
-            model: LlavaForConditionalGeneration = LlavaForConditionalGeneration.from_pretrained(
-                path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
-            )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"could not load a model from {path}: {error}") from error
-    return model
 
 
 def _attach_pre(
@@ -363,29 +397,3 @@ def accumulate_gradients(
         if pre is not None:
             pre_loss += pre.metrics()["pre_loss"] * tokens / sum(visual)
     return {"lm_loss": lm_loss} if pre is None else {"lm_loss": lm_loss, "pre_loss": pre_loss}
-
-
-def _model_writer(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
-) -> Callable[[Path], None]:
-    """Writes the model, its tokenizer and, where PRe is attached, its heads."""
-
-    def write(directory: Path) -> None:
-        with _no_bars():
-            model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        image_processor(model.config.vision_config.image_size).save_pretrained(directory)
-
-    return write
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' bars, one for each file: they would tear the run's own."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()

@@ -8,16 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from prereg_kernels.files import naming, printable, write_whole
+
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The metrics of a run, one dict a step: "step" (from 1), "stage", "lm_loss", "pre_loss" (where
     PRe is on), "lr", "grad_norm", "seconds"."""
-    text = (Path(run_dir) / METRICS_FILE).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    path = Path(run_dir) / METRICS_FILE
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{printable(path)}: expected a JSON value a line: {error}") from None
 
 
 class MetricsLog:
@@ -25,27 +32,26 @@ class MetricsLog:
     wrote after its last checkpoint, so that a step is never there twice and never missing."""
 
     def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
-        path = run_dir / METRICS_FILE
+        self._path = path = run_dir / METRICS_FILE
         kept: list[str] = []
         if step > 0 and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 # A line cut short by a crash is later than the checkpoint: lines are flushed first.
                 if len(kept) == step:
                     break
                 kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(kept))
         self._file = path.open("a", buffering=1, encoding="utf-8")  # others watch it grow
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one step's metrics."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, float):
@@ -53,8 +59,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Put everything on the disk: a checkpoint is about to rely on it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close."""
@@ -76,7 +83,8 @@ class ProgressBar:
             TimeRemainingColumn(),
             disable=not shown,
         )
-        self._task = self._progress.add_task(title, total=steps, completed=step, losses="")
+        name = escape(printable(title))
+        self._task = self._progress.add_task(name, total=steps, completed=step, losses="")
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()

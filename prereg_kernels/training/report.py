@@ -18,14 +18,15 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from prereg_kernels._version import __version__
+from prereg_kernels.files import write_whole
 from prereg_kernels.training.config import to_dict
 from prereg_kernels.training.experiment import (
     TRANSFERS,
     ExperimentConfig,
-    read_result,
     units,
 )
 from prereg_kernels.training.plots import plot_all
+from prereg_kernels.training.results import read_result
 from prereg_kernels.training.scenes import PROPERTIES
 from prereg_kernels.training.summary import Effect, Result, Results, Spread, at, headline, unasked
 
@@ -85,7 +86,7 @@ def write_report(
         "config": to_dict(config),
         "results": [result for result in found if result is not None],
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_whole(out / "summary.json", json.dumps(summary, indent=1))
     environment = Environment(
         loader=PackageLoader("prereg_kernels.training", "."),
         autoescape=True,
@@ -101,7 +102,7 @@ def write_report(
         config=json.dumps(to_dict(config), indent=1),
     )
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

@@ -7,30 +7,34 @@ have a baseline of their own.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prereg_kernels.files import write_whole
+from prereg_kernels.files import read_json, write_whole
 from prereg_kernels.machine import describe_machine
-from prereg_kernels.training.config import ANCHORS, PRESettings, RunConfig, to_dict
+from prereg_kernels.training.checkpoint import CHECKPOINTS, CheckpointError, clear_checkpoints
+from prereg_kernels.training.checks import check_numbers
+from prereg_kernels.training.config import ANCHORS, PRESettings, RunConfig, from_dict, to_dict
+from prereg_kernels.training.directories import held
 from prereg_kernels.training.experiment import (
-    RESULT_FILE,
     TRANSFERS,
     ExperimentConfig,
     Report,
-    claim,
-    read_result,
     train_and_measure,
     transfer_test,
 )
 from prereg_kernels.training.questions import check_families
+from prereg_kernels.training.results import check_settings, claim, read_result, unit_names
+from prereg_kernels.training.runs import RESULT_FILE, remove_if_empty
 
+_NAMES = ("sweep.json", "results.json", "tables.md", "plots/")
 AXES = {
     "weights": "weight",
     "layers": "layer",
@@ -63,6 +67,7 @@ class SweepConfig:
     transfer: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.long_tail is not None:
             check_families(self.long_tail)
         depth = self.experiment.run.model.decoder_layers
@@ -188,23 +193,48 @@ def run_unit(
         }
     result["stamp"] = describe_machine(torch.device(device), None)
     write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
-    for path in directory.glob("**/checkpoints"):
-        shutil.rmtree(path)
+    for run_dir in (directory, *directory.glob("transfer-*/")):
+        with contextlib.suppress(CheckpointError):  # somebody's files are in one: it stays
+            clear_checkpoints(run_dir)
+        remove_if_empty(run_dir / CHECKPOINTS)
     return result
 
 
-def open_sweep(config: SweepConfig, out: Path, fresh: bool) -> None:
-    """Begin or resume a sweep in `out`. More seeds and more values can be added to what is there.
+@contextmanager
+def open_sweep(config: SweepConfig, out: Path, fresh: bool) -> Iterator[None]:
+    """Begin or resume a sweep in `out`, and hold it meanwhile. More seeds and more values can be
+    added to what is there.
 
     Args:
         fresh: remove what is there (the trained towers stay).
 
     Raises:
-        ValueError: what is there was made with other settings.
+        ValueError: what is there was made with other settings, or is somebody else's, or in use.
     """
+    with held(out, "sweep", (*_NAMES, *unit_names(out)), _is_old_sweep):
+        claim(out, "sweep", _settings(config), free=("seeds", *AXES), fresh=fresh)
+        yield
+
+
+def check_sweep(config: SweepConfig, out: Path) -> None:
+    """Raise ValueError if what is in `out` was made with other settings; it may be in use."""
+    check_settings(out, "sweep", _settings(config), free=("seeds", *AXES))
+
+
+def _settings(config: SweepConfig) -> dict[str, Any]:
     settings = to_dict(config)
     settings["seeds"] = settings["experiment"].pop("seeds")
-    claim(out, "sweep", settings, free=("seeds", *AXES), fresh=fresh)
+    return settings
+
+
+def _is_old_sweep(out: Path) -> bool:
+    try:
+        values = read_json(out / _NAMES[0])
+        values["experiment"]["seeds"] = values.pop("seeds")
+        from_dict(SweepConfig, values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def finished(config: SweepConfig, out: Path) -> list[dict[str, Any]]:

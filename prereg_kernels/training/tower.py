@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prereg_kernels import checked
+from prereg_kernels.files import printable, read_json, write_whole
 from prereg_kernels.training.config import TowerConfig, to_dict
 from prereg_kernels.training.data import build_tokenizer, pixel_values
 from prereg_kernels.training.model import ModelConfig, build_model
@@ -59,23 +60,44 @@ def trained_tower(
     Args:
         device: where it is trained if it is not there.
         on_step: called with (steps done, steps in all) after each step.
+
+    A file there that is damaged is written again, with a warning.
     """
     settings = json.dumps([to_dict(model), to_dict(scenes), to_dict(tower)], sort_keys=True)
     digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
     path = Path(cache_dir) / f"tower-{digest}.safetensors"
+    if path.is_dir():
+        raise ValueError(f"{printable(path)}: expected a file, got a directory")
     if path.exists():
-        report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return TowerResult(load_file(path), report["accuracy"], 0.0)
+        with torch.device("meta"):
+            like = build_model(model, scenes, build_tokenizer(scenes), tower.seed)
+        try:
+            return _read_tower(path, like.model.vision_tower.state_dict())
+        except (OSError, ValueError) as error:
+            warnings.warn(
+                f"{printable(path)} is damaged: {error}; the tower is trained again", stacklevel=2
+            )
     result = train_tower(model, scenes, tower, on_step=on_step, device=device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The weights come last and by rename: a file under the final name is always whole.
-    path.with_suffix(".json").write_text(
-        json.dumps({"accuracy": result.accuracy}), encoding="utf-8"
-    )
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(result.state, temporary)
-    temporary.replace(path)
+    write_whole(path, checked.to_bytes(result.state, {"accuracy": result.accuracy}))
     return result
+
+
+def _read_tower(path: Path, wanted: TowerState) -> TowerResult:
+    """Raise ValueError unless the file holds a tower like `wanted`, and how well it sees."""
+    state, facts = checked.read(path, {"accuracy"})
+    if facts is None:  # as of version 0.1.0
+        facts = read_json(path.with_suffix(".json"))
+    checked.check_finite(state)
+    if {n: (x.shape, x.dtype) for n, x in state.items()} != {
+        n: (x.shape, x.dtype) for n, x in wanted.items()
+    }:
+        raise ValueError("its tensors are not those of the tower")
+    accuracy = facts.get("accuracy") if isinstance(facts, dict) else None
+    names = {"digit", *ATTRIBUTES, "cell"}
+    if not isinstance(accuracy, dict) or accuracy.keys() != names:
+        raise ValueError(f"expected the accuracy of {sorted(names)}, got {accuracy!r}")
+    return TowerResult(state, {name: float(share) for name, share in accuracy.items()}, 0.0)
 
 
 def train_tower(

@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from prereg_kernels.training.experiment import Report
 from prereg_kernels.training.interrupts import sigint_ignored
 from prereg_kernels.training.loop import TrainingInterrupted
 from prereg_kernels.training.metrics import METRICS_FILE
+from prereg_kernels.training.runs import ERROR_FILE
 
 
 class Unit(Protocol):
@@ -144,6 +146,7 @@ def _worker(run: Run, out: Path, device: str, work: Any, news: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     me = os.getpid()
     while (unit := work.get()) is not None:
         try:
@@ -153,13 +156,21 @@ def _worker(run: Run, out: Path, device: str, work: Any, news: Any) -> None:
         except TrainingInterrupted:
             sys.exit(_INTERRUPTED)
         except Exception as error:
-            log = unit.directory(out) / "error.log"
+            log = unit.directory(out) / ERROR_FILE
             with contextlib.suppress(OSError):  # the disk may be what failed
                 log.parent.mkdir(parents=True, exist_ok=True)
                 log.write_text(traceback.format_exc(), encoding="utf-8")
             news.put(("failed", me, unit, f"{type(error).__name__}: {error} (see {log})"))
             return
         news.put(("done", me, unit, summary(result)))
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers; the run is left as by a kill of its own."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(_INTERRUPTED)
 
 
 def summary(result: dict[str, Any]) -> str:

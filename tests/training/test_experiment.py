@@ -11,16 +11,22 @@ from prereg_kernels.training.experiment import ExperimentConfig, open_experiment
 from tests.training.tiny import tiny_run
 
 
+def begin(config: ExperimentConfig, out: Path, fresh: bool) -> None:
+    with open_experiment(config, out, fresh):
+        pass
+
+
 def test_fresh_removes_what_other_settings_left(tmp_path: Path) -> None:
     config = ExperimentConfig(run=tiny_run(), seeds=1)
-    open_experiment(config, tmp_path, False)
+    begin(config, tmp_path, False)
     (tmp_path / "seed-0").mkdir()
     (tmp_path / "towers").mkdir()
     (tmp_path / "cost.json").write_text("{}")
-    open_experiment(replace(config, seeds=3), tmp_path, False)  # more seeds: the same experiment
+    begin(replace(config, seeds=3), tmp_path, False)  # more seeds: the same experiment
     other = replace(config, probe_test_scenes=config.probe_test_scenes + 1)
     with pytest.raises(ValueError, match="holds results of other settings"):
-        open_experiment(other, tmp_path, False)
+        begin(other, tmp_path, False)
     assert (tmp_path / "seed-0").exists() and (tmp_path / "cost.json").exists()
-    open_experiment(other, tmp_path, True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["experiment.json", "towers"]
+    begin(other, tmp_path, True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".prereg", ".prereg.lock", "experiment.json", "towers"}

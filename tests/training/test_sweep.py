@@ -113,21 +113,26 @@ def test_bad_values_are_named(changes: dict[str, Any], message: str) -> None:
         config(**changes)
 
 
+def begin(sweep: SweepConfig, out: Path, fresh: bool) -> None:
+    with open_sweep(sweep, out, fresh):
+        pass
+
+
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
-    open_sweep(config(), tmp_path, False)
+    begin(config(), tmp_path, False)
     (tmp_path / "seed-0").mkdir()
     more = config(weights=(9.0,), layers=(2,))  # more values and more seeds are no other settings
-    open_sweep(replace(more, experiment=replace(more.experiment, seeds=7)), tmp_path, False)
+    begin(replace(more, experiment=replace(more.experiment, seeds=7)), tmp_path, False)
     other = replace(config().experiment, run=tiny_run(pre=PRESettings(layer=2)))
     for changed in (replace(config(), experiment=other), config(transfer=True)):
         with pytest.raises(ValueError, match="holds results of other settings"):
-            open_sweep(changed, tmp_path, False)
-    open_sweep(replace(config(), experiment=other), tmp_path, True)
+            begin(changed, tmp_path, False)
+    begin(replace(config(), experiment=other), tmp_path, True)
     assert not (tmp_path / "seed-0").exists()
     elsewhere = tmp_path / "experiment"
     (elsewhere / "seed-0").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds results of something else"):
-        open_sweep(config(), elsewhere, False)
+    with pytest.raises(ValueError, match="seed-0 there was not written by this command"):
+        begin(config(), elsewhere, False)
 
 
 def result(point: str, seed: int, level: float) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from prereg_kernels import checked
 from prereg_kernels.training.data import build_tokenizer
 from prereg_kernels.training.model import ModelConfig, attention_implementation, build_model
-from prereg_kernels.training.scenes import SceneConfig
+from prereg_kernels.training.scenes import ATTRIBUTES, SceneConfig
 from prereg_kernels.training.schedule import cosine_with_warmup
 from prereg_kernels.training.tower import train_tower, trained_tower
 from tests.training.tiny import MODEL, TOWER
@@ -30,6 +33,40 @@ def test_trained_once_and_equal_ever_after(tmp_path: Path) -> None:
         assert all(torch.equal(value, other[name]) for name, value in first.state.items())
     trained_tower(MODEL, SceneConfig(), replace(TOWER, seed=1), tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("damage", ("cut short", "a bit", "another tower", "no accuracy"))
+def test_a_damaged_one_is_trained_again(tmp_path: Path, damage: str) -> None:
+    first = trained_tower(MODEL, SceneConfig(), TOWER, tmp_path)
+    [path] = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "cut short":
+        del content[-9:]
+    elif damage == "a bit":
+        content[-1] ^= 4
+    elif damage == "another tower":
+        state = {name: x[:1].clone() for name, x in first.state.items()}
+        content = bytearray(checked.to_bytes(state, {"accuracy": first.accuracy}))
+    else:
+        content = bytearray(checked.to_bytes(first.state, {"accuracy": {"digit": 1.0}}))
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"tower-\w+\.safetensors is damaged: .*trained again"):
+        again = trained_tower(MODEL, SceneConfig(), TOWER, tmp_path)
+    assert all(torch.equal(x, again.state[name]) for name, x in first.state.items())
+    assert trained_tower(MODEL, SceneConfig(), TOWER, tmp_path).accuracy == first.accuracy
+
+
+def test_one_of_version_0_1_0_is_used(tmp_path: Path) -> None:
+    """Its accuracy stood in a file beside it."""
+    trained_tower(MODEL, SceneConfig(), TOWER, tmp_path)
+    [path] = tmp_path.iterdir()
+    state = {name: x + 1 for name, x in load_file(path).items()}
+    save_file(state, path, {"format": "pt"})
+    accuracy = dict.fromkeys(("digit", *ATTRIBUTES, "cell"), 0.25)
+    path.with_suffix(".json").write_text(json.dumps({"accuracy": accuracy}))
+    found = trained_tower(MODEL, SceneConfig(), TOWER, tmp_path)
+    assert found.accuracy == accuracy and found.seconds == 0
+    assert all(torch.equal(x, found.state[name]) for name, x in state.items())
 
 
 def test_it_learns_to_see() -> None:

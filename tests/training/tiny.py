@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from prereg_kernels.training import loop
 from prereg_kernels.training.config import PRESettings, RunConfig, StageConfig, TowerConfig
@@ -47,3 +51,17 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         return original(*args)
 
     monkeypatch.setattr(loop, "_step", interrupted)
+
+
+def as_version_0_1_0(run: Path) -> None:
+    """Take from a run what that version did not write: marks, lists of files, checksums."""
+    for name in (".prereg", ".prereg.lock"):
+        (run / name).unlink(missing_ok=True)
+    for path in run.glob("checkpoints/*/prereg_manifest.json"):
+        path.unlink()
+    for file in run.glob("checkpoints/*/pre/pre_heads.safetensors"):
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["prereg"])
+            heads = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        about.pop("sha256", None)
+        save_file(heads, file, {"format": "pt", "prereg": json.dumps(about)})
