@@ -415,5 +415,10 @@ def _load_weights(model: Any, path: str) -> Any:
     dtypes = {x.dtype for x in own if x.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # so that nothing is rounded on the way
     with torch.random.fork_rng(devices=[]):
-        read = type(model).from_pretrained(path, dtype=widest, local_files_only=True)
+        read = type(model).from_pretrained(
+            path,
+            config=model.config,  # a file's may name code to fetch, as for attention
+            dtype=widest,
+            local_files_only=True,
+        )
     return model.load_state_dict(read.state_dict(), strict=False)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from prereg_kernels.files import printable
-from prereg_kernels.training.checks import shown
+from prereg_kernels.training.checks import require_count, shown
 from prereg_kernels.training.config import RunConfig, from_dict, load_config, read_yaml, to_dict
 from prereg_kernels.training.cost import measure_cost
 from prereg_kernels.training.directories import check_one_process
@@ -122,8 +122,7 @@ def _devices(meant_for: str, arguments: argparse.Namespace) -> list[str]:
         pool = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     default = len(os.sched_getaffinity(0)) if name == "cpu" else len(pool)
     workers = default if arguments.workers is None else arguments.workers
-    if not 1 <= workers <= 1024:
-        raise ValueError(f"--workers: expected at least 1, at most 1024, got {workers}")
+    require_count("--workers", workers, 1024)
     return [pool[i % len(pool)] for i in range(workers)]
 
 

@@ -31,6 +31,8 @@ NOT_RUN = {
         "python -m benchmarks.cpu_primitives --json FILE",
         "python -m benchmarks.fp8_accuracy",
         "python -m benchmarks.token_fraction",
+        "python -m benchmarks.head_dtype",
+        "make fuzz",
     ),
     "needs a GPU": (
         "prereg train --preset scenes-gpu --workers 4",

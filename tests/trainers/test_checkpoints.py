@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from prereg_kernels import apply_pre, distributed
+from prereg_kernels.trainer import _load_weights
 from tests.families.test_family import PeftModel
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
@@ -261,3 +263,17 @@ def test_a_checkpoint_of_other_layers(tmp_path: Path) -> None:
     trainer_on(tmp_path).train()
     with pytest.raises(ValueError, match=r"layers=\[1, 3\], expected \[2\]"):
         trainer_on(tmp_path, layers=2).train(resume_from_checkpoint=True)
+
+
+def test_weights_are_read_by_the_models_own_config(tmp_path: Path) -> None:
+    """A checkpoint's config.json may name a kernel, which transformers would fetch."""
+    saved, model = tiny_llava(seed=1), tiny_llava(seed=2)
+    saved.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["_attn_implementation"] = content["attn_implementation"] = "somebody/kernel"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    result = _load_weights(model, str(tmp_path))
+    assert not result.missing_keys and not result.unexpected_keys
+    ours, expected = model.state_dict(), saved.state_dict()
+    assert all(torch.equal(ours[name], x) for name, x in expected.items())
