@@ -108,6 +108,8 @@ def run(command: Command, directory: Path) -> str:
                 assert not stop.code, output.getvalue()
         return output.getvalue()
     environment = {
+        "MAKEFLAGS": "",
+        "MAKELEVEL": "0",  # as by hand, where make runs these tests
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "TMPDIR": str(directory),
