@@ -71,7 +71,10 @@ def printable(name: object) -> str:
     What would act rather than show becomes its escape, as in `repr`: control characters, marks that
     turn the direction of text, line breaks, and the bytes of a file name that is not UTF-8.
     """
-    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
+    text = str(name)
+    if text.isprintable():  # as pictures are, in a page: a million characters
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
