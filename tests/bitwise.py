@@ -1,7 +1,7 @@
 """Fixed calls of the loss, the tap and the attachment, and a hash of the bits that each returns.
 
-`python -m tests.bitwise` prints them as JSON. With PORTABLE in the environment the bits are the same
-on every x86-64 CPU: no instructions beyond SSE, MKL's reproducible mode, one thread.
+`python -m tests.bitwise` prints them as JSON. With PORTABLE in the environment the bits are the
+same on every x86-64 CPU: no instructions beyond SSE, MKL's reproducible mode, one thread.
 """
 
 from __future__ import annotations
