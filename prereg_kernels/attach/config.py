@@ -6,13 +6,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from prereg_kernels.ops.arguments import DTYPES, check_name, check_spec
 from prereg_kernels.ops.names import ActivationName, LossName, NormalizationName
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 AnchorName = Literal["pre_llm", "pre_projector"]
@@ -130,7 +133,7 @@ class PReConfig:
                 f"whole images, got {self.token_fraction!r}"
             )
 
-    def replace(self, **overrides: Any) -> PReConfig:
+    def replace(self, **overrides: Unpack[Settings]) -> PReConfig:
         """A copy with some fields changed.
 
         Raises:
@@ -220,6 +223,28 @@ class PReConfig:
         for name in overrides:
             if name not in known:
                 raise TypeError(f"{name}: not a setting of PRe; expected one of {', '.join(known)}")
+
+
+class Settings(TypedDict, total=False):
+    """The fields of PReConfig as keyword arguments; a test holds both equal."""
+
+    layers: int | Sequence[int] | None
+    weight: float
+    anchor: AnchorName | Anchor
+    anchor_features: int | None
+    level: LevelName
+    token_fraction: float
+    share_head: bool
+    head_features: int | None
+    depth: int
+    activation: ActivationName
+    loss: LossName
+    normalize: NormalizationName
+    value_in_forward: bool
+    value_in_eval: bool
+    gradient: GradientName
+    seed: int
+    head_dtype: torch.dtype | str | None
 
 
 def _anchor_name(anchor: Any) -> Any:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from prereg_kernels._util import fsdp
-from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.config import PReConfig, Settings
 from prereg_kernels.attach.families import Family, find_family
 from prereg_kernels.attach.forward import ModelForward
 from prereg_kernels.attach.handle import PRe, get_pre
 from prereg_kernels.attach.hooks import Hooks
 from prereg_kernels.attach.storage import load_heads
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def apply_pre(
@@ -23,7 +26,7 @@ def apply_pre(
     *,
     family: Family | None = None,
     from_pretrained: str | Path | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Settings],
 ) -> PRe:
     """Attach PRe: `model(**batch).loss` then carries the gradient of `L_LM + weight * L_PRe`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,11 @@ from prereg_kernels._util import distributed, fsdp
 from prereg_kernels.ops.arguments import check_name
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.names import ACTIVATIONS, ActivationName
+from prereg_kernels.ops.options import LossOptions, TapOptions
 from prereg_kernels.ops.tap import pre_tap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PReHead(nn.Module):
@@ -140,6 +144,21 @@ class PReHead(nn.Module):
         """The biases, (out,) or None each, first layer first."""
         return [getattr(self, f"bias_{layer}") for layer in range(self.depth)]
 
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        anchor: Tensor,
+        *,
+        tap: Literal[False] = False,
+        **options: Unpack[LossOptions],
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, hidden: Tensor, anchor: Tensor, *, tap: Literal[True], **options: Unpack[TapOptions]
+    ) -> tuple[Tensor, Tensor]: ...
+
     def forward(self, hidden: Tensor, anchor: Tensor, *, tap: bool = False, **options: Any) -> Any:
         """`fused_pre_loss` with this head's parameters, or `pre_tap` if `tap`.
 
@@ -157,7 +176,12 @@ class PReHead(nn.Module):
             hidden, anchor, self.weights, self.biases, activation=self.activation, **options
         )
 
-    def tap(self, hidden: Tensor, anchor: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's takes and returns Any
+
+    def tap(
+        self, hidden: Tensor, anchor: Tensor, **options: Unpack[TapOptions]
+    ) -> tuple[Tensor, Tensor]:
         """`pre_tap` with this head's parameters, called as the module so that its hooks run."""
         return self(hidden, anchor, tap=True, **options)
 
