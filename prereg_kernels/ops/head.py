@@ -144,21 +144,6 @@ class PReHead(nn.Module):
         """The biases, (out,) or None each, first layer first."""
         return [getattr(self, f"bias_{layer}") for layer in range(self.depth)]
 
-    @overload
-    def forward(
-        self,
-        hidden: Tensor,
-        anchor: Tensor,
-        *,
-        tap: Literal[False] = False,
-        **options: Unpack[LossOptions],
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, hidden: Tensor, anchor: Tensor, *, tap: Literal[True], **options: Unpack[TapOptions]
-    ) -> tuple[Tensor, Tensor]: ...
-
     def forward(self, hidden: Tensor, anchor: Tensor, *, tap: bool = False, **options: Any) -> Any:
         """`fused_pre_loss` with this head's parameters, or `pre_tap` if `tap`.
 
@@ -176,8 +161,29 @@ class PReHead(nn.Module):
             hidden, anchor, self.weights, self.biases, activation=self.activation, **options
         )
 
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's takes and returns Any
+    if TYPE_CHECKING:  # nn.Module says that a call takes and returns anything
+
+        @overload
+        def __call__(
+            self,
+            hidden: Tensor,
+            anchor: Tensor,
+            *,
+            tap: Literal[False] = False,
+            **options: Unpack[LossOptions],
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden: Tensor,
+            anchor: Tensor,
+            *,
+            tap: Literal[True],
+            **options: Unpack[TapOptions],
+        ) -> tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def tap(
         self, hidden: Tensor, anchor: Tensor, **options: Unpack[TapOptions]
