@@ -1,6 +1,6 @@
 """The keyword arguments of the loss and of the tap, for signatures that pass them on.
 
-They are in `fused_pre_loss` and `pre_tap` again, with their defaults; a test holds both equal.
+`fused_pre_loss` and `pre_tap` spell them out again; a test holds both equal.
 """
 
 from __future__ import annotations
