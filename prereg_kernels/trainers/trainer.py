@@ -19,11 +19,11 @@ A plain `transformers.Trainer` trains a model with PRe attached, too, with three
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,15 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 logger = logging.get_logger(__name__)
+
+
+def _as(original: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
+    """For type checkers: a method that passes its arguments on has the type of Trainer's."""
+    return lambda method: method
 
 
 class PReTrainerMixin(_Base):
@@ -100,6 +108,7 @@ class PReTrainerMixin(_Base):
         """PRe's handle on the model."""
         return find_pre(self.model)
 
+    @_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's.
 
@@ -114,6 +123,7 @@ class PReTrainerMixin(_Base):
             self.pre.denominator = None  # of a step of this run; of no use to what comes after
             self._counts = []
 
+    @_as(Trainer.create_optimizer)
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -228,6 +238,7 @@ class PReTrainerMixin(_Base):
         # As often as the passes saw the batch's rows, which was counted once.
         return terms.sum() * (self._counted.to(seen) / seen.clamp(min=1))
 
+    @_as(Trainer.training_step)
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's: the forward and backward passes of a micro-batch."""
         self._counted = self._counts.pop(0) if self._counts else None
@@ -250,6 +261,7 @@ class PReTrainerMixin(_Base):
         self._window = figures if self._window is None else self._window + figures
         return loss
 
+    @_as(Trainer.log)
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's; its regular figures get those of PRe beside them.
 
@@ -306,6 +318,7 @@ class PReTrainerMixin(_Base):
             output.metrics.update(self._figures_of(totals.tolist(), f"{metric_key_prefix}_"))
         return output
 
+    @_as(Trainer.prediction_step)
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
         with self.pre.collecting() as passes:
@@ -398,6 +411,10 @@ class PReTrainerMixin(_Base):
 
 class PReTrainer(PReTrainerMixin, Trainer):
     """transformers' Trainer for a model with PRe attached; see PReTrainerMixin."""
+
+    @_as(Trainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 def _totals(record: Record) -> Tensor:
