@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,9 @@ def marked() -> Found:
 
 
 def output_of(*command: str | Path, place: Path) -> str:
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    """Of a checker, which finds the package by the environment alone."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True)
     assert done.returncode in (0, 1) and not done.stderr, done.stderr + done.stdout
     return done.stdout
 
