@@ -72,6 +72,16 @@ class PReConfig:
             where the model is: a step of 1e-5, a learning rate of full fine-tuning, leaves every
             bfloat16 weight above 1/256 as it was. The matmuls run in the dtype of the hidden
             states whatever this is.
+
+    Example:
+        >>> config = PReConfig(layers=(8, 16), loss="smooth_l1", normalize="l2")
+        >>> config.weight, config.depth, config.activation
+        (0.5, 2, 'gelu')
+        >>> config.replace(weight=1.0).weight
+        1.0
+        >>> PReConfig(level="image")
+        Traceback (most recent call last):
+        ValueError: level: expected one of patch, global; got 'image'
     """
 
     layers: int | Sequence[int] | None = None
@@ -138,6 +148,10 @@ class PReConfig:
 
         Raises:
             TypeError: an unknown field.
+
+        Example:
+            >>> PReConfig(layers=3).replace(level="global").layers
+            3
         """
         self._check_names(overrides)
         return dataclasses.replace(self, **overrides)
@@ -147,6 +161,10 @@ class PReConfig:
 
         Raises:
             TypeError, ValueError: not integers, none at all, duplicates, or out of range.
+
+        Example:
+            >>> PReConfig().resolve_layers(32), PReConfig(layers=(8, 16)).resolve_layers(32)
+            ((16,), (8, 16))
         """
         layers = max(1, count // 2) if self.layers is None else self.layers
         if not isinstance(layers, (int, Sequence)):

@@ -54,6 +54,14 @@ def apply_pre(
             already, a layer that does not exist, settings or heads that do not fit what was saved.
         FileNotFoundError: there are no heads at `from_pretrained`.
         TypeError: an unknown setting.
+
+    Example:
+        >>> pre = apply_pre(model, layers=2, weight=0.5)
+        >>> pre.heads[2]
+        PReHead(weights=[(24, 24), (24, 24)], activation='gelu')
+        >>> model.train()(**batch).loss.backward()  # the gradient of L_LM + 0.5 * L_PRe
+        >>> sorted(pre.metrics())
+        ['lm_loss', 'pre_loss', 'visual_tokens']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -89,6 +97,15 @@ def remove_pre(model: nn.Module) -> None:
 
     Raises:
         ValueError: PRe is not attached.
+
+    Example:
+        >>> names = list(model.state_dict())
+        >>> pre = apply_pre(model)
+        >>> list(model.state_dict()) == names
+        False
+        >>> remove_pre(model)
+        >>> list(model.state_dict()) == names
+        True
     """
     pre = get_pre(model)
     if pre is None:

@@ -74,6 +74,15 @@ class PReTrainerMixin(_Base):
 
     Raises (when made):
         ValueError: a model without PRe, or one of the above.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> class MyTrainer(PReTrainerMixin, Trainer):
+        ...     pass
+        >>> pre = apply_pre(model)
+        >>> trainer = MyTrainer(model, TrainingArguments("out", use_cpu=True, report_to="none"))
+        >>> trainer.pre is pre
+        True
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -410,7 +419,16 @@ class PReTrainerMixin(_Base):
 
 
 class PReTrainer(PReTrainerMixin, Trainer):
-    """transformers' Trainer for a model with PRe attached; see PReTrainerMixin."""
+    """transformers' Trainer for a model with PRe attached; see PReTrainerMixin.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> pre = apply_pre(model)
+        >>> arguments = TrainingArguments("out", max_steps=1, use_cpu=True, report_to="none")
+        >>> trainer = PReTrainer(model, arguments, train_dataset=[batch] * 8)
+        >>> trainer.count_rows(batch)  # its visual tokens, which the step's L_PRe is the mean over
+        tensor(8)
+    """
 
     @_as(Trainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
