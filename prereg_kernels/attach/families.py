@@ -32,13 +32,6 @@ class Family:
         counted_by: names of those arguments of the model's forward that have an entry for each
             image or video. cut_by: of those that have a (t, h, w) for each video which is laid out
             as t runs of tokens, each of them an image.
-
-    Example:
-        >>> family = Family("mine", projector="model.multi_modal_projector")
-        >>> family.language_model, family.visual_tokens
-        ('model.language_model', ('image_token_id',))
-        >>> len(family.layers_of(model))
-        4
     """
 
     name: str
