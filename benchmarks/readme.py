@@ -1,7 +1,7 @@
 """Write README's and docs' figures from benchmarks/results/, between their markers.
 
-    python benchmarks/readme.py --keep-demo runs/scenes           # first: keep a demo's summary
-    python benchmarks/readme.py --keep-sweep runs/sweep-scenes    # first: keep a sweep's results
+    python -m benchmarks.readme --keep-demo runs/scenes           # first: keep a demo's summary
+    python -m benchmarks.readme --keep-sweep runs/sweep-scenes    # first: keep a sweep's results
 
 Nothing is measured here.
 """
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from table import describe, format_table, memory_rows, time_rows
+from benchmarks.loss.cpu_table import describe, format_table, memory_rows, time_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,7 +90,7 @@ def sweep_section() -> str:
 
 def token_fraction_section() -> str:
     """The token_fraction benchmark as a table."""
-    command = [sys.executable, "-m", "benchmarks.token_fraction", "--table"]
+    command = [sys.executable, "-m", "benchmarks.studies.token_fraction", "--table"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return run.stdout.strip()
 
