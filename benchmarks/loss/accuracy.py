@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,15 +21,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.common.program import make_parser, parse_device, run_until_stopped
+from benchmarks.common.program import Program, make_parser, parse_device
+from benchmarks.common.report import Json
 from benchmarks.common.timing import CpuClock
 from benchmarks.loss import cases
 from benchmarks.loss.cases import Case
 from benchmarks.loss.checks import as_problem
-from benchmarks.loss.measure import Json, Session
-from benchmarks.loss.report import write_json
 from prereg_kernels import eager_pre_loss, fused_pre_loss
-from prereg_kernels.machine import describe_machine
 from tests.helpers import SLACK, Problem, assert_not_above, relative_error, run, run_tap
 
 SECONDS = 240.0
@@ -103,21 +100,12 @@ def judge(errors: dict[str, dict[str, list[float]]]) -> Json:
     return found
 
 
-class Benchmark:
-    """A run: its results so far, and the file they are kept in."""
+class AccuracyBenchmark(Program):
+    """Both dtypes; nothing is timed, and a buffer to time with would only take memory."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.began = options, time.monotonic()
+        super().__init__(options, CpuClock(), cases=[])
         self.device = torch.device(options.device)
-        # nothing is timed, and a buffer to time with would only take memory
-        self.session = Session(CpuClock(), self.began + options.seconds)
-        self.results: Json = {
-            "machine": describe_machine(self.device, options.commit),
-            "options": {key: str(value) for key, value in vars(options).items()},
-            "complete": False,
-            "cases": [],
-            "problems": self.session.problems,
-        }
 
     def run(self) -> None:
         for dtype, factor in DTYPES.items():
@@ -133,10 +121,6 @@ class Benchmark:
             case.describe()
             | {"factor": factor, "draws": DRAWS, "results": judge(errors), "errors": errors}
         )
-
-    def save(self, complete: bool = False) -> None:
-        self.results |= {"complete": complete, "seconds": time.monotonic() - self.began}
-        write_json(self.results, self.options.out)
 
 
 def table(results: Json) -> str:
@@ -159,13 +143,12 @@ def table(results: Json) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print the table, and say by the exit code whether the rule holds."""
-    benchmark = Benchmark(parse_device(make_parser(__doc__, SECONDS), arguments))
-    complete = run_until_stopped(benchmark.run, benchmark.session.problems)
-    benchmark.save(complete)
+    benchmark = AccuracyBenchmark(parse_device(make_parser(__doc__, SECONDS), arguments))
+    complete = benchmark.run_and_save()
     print(table(benchmark.results))
-    cases = benchmark.results["cases"]
-    judged = [found for case in cases for v in case["results"].values() for found in v.values()]
-    whole = complete and len(cases) == len(DTYPES)
+    done = benchmark.results["cases"]
+    judged = [found for case in done for v in case["results"].values() for found in v.values()]
+    whole = complete and len(done) == len(DTYPES)
     return int(not whole or not all(found["met"] for found in judged))
 
 

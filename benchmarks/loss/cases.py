@@ -1,4 +1,4 @@
-"""The problems of the GPU benchmark: sizes, dtypes, and random tensors on the device."""
+"""The problems of the benchmarks: sizes, dtypes, and random tensors on the device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prereg_kernels.heuristics import operand_dtype
+
 
 @dataclass(frozen=True)
 class Case:
@@ -20,11 +22,12 @@ class Case:
     widths: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16  # of hidden and anchor, and so of the matmuls
     weight_dtype: torch.dtype = torch.bfloat16
+    text: bool = True  # or every position is a visual token, and there is no index
 
     @property
     def positions(self) -> int:
         """T: one text token for every nine visual ones."""
-        return max(self.tokens + 1, self.tokens * 10 // 9)
+        return max(self.tokens + 1, self.tokens * 10 // 9) if self.text else self.tokens
 
     @property
     def matmul_flops(self) -> int:
@@ -74,7 +77,7 @@ class Tensors(NamedTuple):
     anchor: Tensor  # (T, A)
     weights: list[Tensor]
     biases: list[Tensor]
-    visual_index: Tensor  # (N,) sorted, of the visual tokens
+    visual_index: Tensor | None  # (N,) sorted, of the visual tokens; None: all positions
 
     def leaves(self) -> dict[str, Tensor]:
         """By the names of their gradients."""
@@ -97,22 +100,24 @@ def make_tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(scale)
 
-    positions = case.positions
-    # as many text tokens as are left over, in front of equally long images
-    text = positions - case.tokens
-    image = max(1, -(-case.tokens // text))
-    index = torch.arange(case.tokens, device=device)
-    index += index // image + 1
+    positions, index = case.positions, None
+    if case.text:
+        # as many text tokens as are left over, in front of equally long images
+        image = max(1, -(-case.tokens // (positions - case.tokens)))
+        index = torch.arange(case.tokens, device=device)
+        index += index // image + 1
     weights = [
         draw(o, i, dtype=case.weight_dtype, scale=i**-0.5)
         for i, o in itertools.pairwise(case.widths)
     ]
     biases = [draw(o, dtype=case.weight_dtype, scale=0.1) for o in case.widths[1:]]
     hidden = draw(positions, case.widths[0], dtype=case.dtype)
-    anchor = hidden
+    fast = operand_dtype(case.dtype, device)
+    anchor = hidden.to(fast)
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         anchor = F.gelu(anchor) if layer else anchor
-        anchor = F.linear(anchor, weight.to(case.dtype), bias.to(case.dtype))
+        anchor = F.linear(anchor, weight.to(fast), bias.to(fast))
+    anchor = anchor.to(case.dtype)
     size = anchor[: min(positions, 1024)].float().square().mean().sqrt()
     anchor = draw(*anchor.shape, dtype=case.dtype).mul_(size).add_(anchor)
     return Tensors(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss.cases import Case, Tensors, make_tensors
-from benchmarks.loss.peers import Variant, Work
+from benchmarks.loss.peers import Peer
+from benchmarks.loss.work import Work
 from prereg_kernels import eager_pre_loss
 from tests.helpers import Problem, assert_as_good_as_eager, relative_error, run, run_truth
 
@@ -23,7 +24,7 @@ FACTOR, SLACK = 10.0, 1e-3
 
 
 class WrongResultError(Exception):
-    """A variant computes something else."""
+    """A peer computes something else."""
 
 
 class DeviceProblem(Problem):
@@ -57,7 +58,7 @@ def as_problem(tensors: Tensors) -> DeviceProblem:
     )
 
 
-def check_slice(variant: Variant, case: Case, device: torch.device) -> None:
+def check_slice(peer: Peer, case: Case, device: torch.device) -> None:
     """The tests' rule.
 
     Raises:
@@ -65,17 +66,17 @@ def check_slice(variant: Variant, case: Case, device: torch.device) -> None:
     """
     rows = min(case.tokens, SLICE_ROWS)
     problem = as_problem(make_tensors(replace(case, tokens=rows), device, seed=1))
-    loss = variant.make()
+    loss = peer.loss()
 
     def results(problem: Problem) -> dict[str, Tensor]:
-        with torch.set_grad_enabled(variant.grad):
-            if variant.grad:
+        with torch.set_grad_enabled(peer.grad):
+            if peer.grad:
                 return run(loss, problem)
             arguments = problem.arguments(problem.leaves())
             return {"loss": loss(*arguments, **problem.options)}
 
     try:
-        if variant.grad:
+        if peer.grad:
             assert_as_good_as_eager(results, problem)
         else:
             _check_value(results(problem)["loss"], problem)
@@ -98,7 +99,7 @@ class FullTruth:
     bounds: dict[str, float]
 
     def check(self, work: Work) -> dict[str, dict[str, float]]:
-        """The errors of a variant's results, and eager's.
+        """The errors of a peer's results, and eager's.
 
         Raises:
             WrongResultError: they are the results of another function.

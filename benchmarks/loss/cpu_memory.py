@@ -13,14 +13,15 @@ import sys
 
 import torch
 
-from benchmarks.loss.implementations import Size, make_step
+from benchmarks.loss.cases import Case, make_tensors
+from benchmarks.loss.cpu import CPU, cpu_case, make_step
 from prereg_kernels.training.memory import peak_memory
 
 
-def peak_bytes(name: str, size: Size) -> int:
-    """Peak memory of one step of an implementation, measured in a fresh process."""
-    dtype = str(size.dtype).removeprefix("torch.")
-    arguments = [name, str(size.tokens), str(size.width), dtype]
+def peak_bytes(name: str, case: Case) -> int:
+    """Peak memory of one step of a peer, measured in a fresh process."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    arguments = [name, str(case.tokens), str(case.widths[0]), dtype]
     command = [sys.executable, "-m", "benchmarks.loss.cpu_memory", *arguments]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -28,9 +29,11 @@ def peak_bytes(name: str, size: Size) -> int:
 def main(name: str, tokens: str, width: str, dtype: str) -> None:
     """Print the growth of the peak: a small step warms up first, so libraries are not counted."""
     torch.set_num_threads(1)  # each thread of a matmul library brings buffers of its own
-    kind = getattr(torch, dtype)
-    make_step(name, Size(16, 16, kind))()
-    step = make_step(name, Size(int(tokens), int(width), kind))
+    small, case = (
+        cpu_case(*size, getattr(torch, dtype)) for size in ((16, 16), (int(tokens), int(width)))
+    )
+    make_step(name, small, make_tensors(small, CPU))()
+    step = make_step(name, case, make_tensors(case, CPU))
     before = peak_memory()
     step()
     print(peak_memory() - before)

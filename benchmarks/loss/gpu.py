@@ -1,106 +1,87 @@
-"""The GPU benchmark: `python -m benchmarks.loss.gpu [--out FILE] [--quick]`.
+"""The loss on a GPU: `python -m benchmarks.loss.gpu --out FILE [--quick]`.
 
-First the device's two ceilings, then cases, each with all of its implementations interleaved; at
-the end a short table with a line for each performance bar. The file is written after every case,
-whole; an implementation that fails is recorded and the run goes on. The exit code is 1 if one of
-ours failed.
+First the device's two ceilings, then cases, each with all of its peers interleaved; at the end a
+short table with a line for each performance bar. The file is written after every case, whole; a
+peer that fails is recorded and the run goes on. The exit code is 1 if one of ours failed.
 
-`--device cpu --tiny` runs the same code where there is no GPU, on problems of no importance, and
-keeps its file out of benchmarks/results.
+`--size tiny` runs the same code where there is no GPU, on problems of no importance.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.program import run_until_stopped
+from benchmarks.common.program import Program, make_parser, parse_device
+from benchmarks.common.report import Json
 from benchmarks.common.timing import Effort, make_clock
 from benchmarks.loss import cases
 from benchmarks.loss.cases import Case
 from benchmarks.loss.kernels import Buffers, time_row_kernels
-from benchmarks.loss.measure import Session, measure_ceilings, run_case, run_launches
-from benchmarks.loss.peers import AUTOTUNED, COMPILED, EAGER, LIGER_PACKAGE, Variant, our_variants
-from benchmarks.loss.report import bars, short_table, write_json
+from benchmarks.loss.measure import measure_ceilings, run_case, run_launches
+from benchmarks.loss.peers import Peer, Where, peers
+from benchmarks.loss.report import bars, short_table
 from benchmarks.loss.stages import time_stages, triton_kinds
-from prereg_kernels.machine import describe_machine
 from prereg_kernels.rows import choose_rows
 
-RESULTS = Path(__file__).parents[1] / "results"
 SECONDS = 270.0  # for everything; what does not fit is skipped, and says so
 MAIN, SIDE = Effort(10, 40, 4.0), Effort(5, 25, 2.0)
 STAGE_CASES = (cases.LLAVA, cases.QWEN, cases.SMALL_HEAD)
 QUICK, TINY = Effort(3, 10, 1.0), Effort(2, 2, 0.0)
 
 
-class Benchmark:
-    """A run: its results so far, and the file they are kept in."""
+class LossBenchmark(Program):
+    """The cases, and the peers that are timed in them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.began = options, time.monotonic()
         device = torch.device(options.device)
-        self.session = Session(make_clock(device), self.began + options.seconds)
-        self.main = TINY if options.tiny else QUICK if options.quick else MAIN
-        self.side = TINY if options.tiny else QUICK if options.quick else SIDE
+        entries = ("cases", "launches", "row_kernels", "stages", "bars")
+        empty: Json = {name: [] for name in entries}
+        super().__init__(options, make_clock(device), ceilings={}, **empty)
+        self.tiny = options.size == "tiny"
+        few = TINY if self.tiny else QUICK if options.quick else None
+        self.main, self.side = few or MAIN, few or SIDE
         self.backend = "triton" if device.type == "cuda" else "torch"
-        self.ours = our_variants(self.backend)
-        self.results: dict[str, Any] = {
-            "machine": describe_machine(device, options.commit),
-            "options": {key: str(value) for key, value in vars(options).items()},
-            "complete": False,
-            "ceilings": {},
-            "cases": [],
-            "launches": [],
-            "row_kernels": [],
-            "stages": [],
-            "bars": [],
-            "problems": self.session.problems,
-        }
+        self.compiled = not (options.quick or options.no_compile)
 
     def run(self) -> None:
-        """Everything, the most important first."""
         self.session.attempt("ceilings", self.ceilings)
-        compiled = [] if self.options.quick or self.options.no_compile else COMPILED
-        in_core = [variant for variant in self.ours if variant.name in ("fused", "tap")]
-        on_the_side = [*in_core, self.ours[-1], *EAGER]
-        self.case(cases.LLAVA, [*self.ours, *EAGER, *compiled], self.main)
-        self.launches([cases.LLAVA, cases.SWEEP[0]], in_core)
+        self.case(cases.LLAVA, Where.MAIN, self.main)
+        self.launches([cases.LLAVA, cases.SWEEP[0]])
         self.kernels()
         for case in cases.SWEEP:
-            self.case(case, [*in_core, *EAGER[:2]], self.side)
-        self.case(cases.MASTER_WEIGHTS, on_the_side, self.side)
-        self.case(cases.SMALL_HEAD, on_the_side, self.side)
-        liger = LIGER_PACKAGE if compiled else []
-        self.case(cases.LINEAR_HEAD, [*on_the_side, *liger], self.side)
+            self.case(case, Where.SWEEP, self.side)
+        self.case(cases.MASTER_WEIGHTS, Where.SIDE, self.side)
+        self.case(cases.SMALL_HEAD, Where.SIDE, self.side)
+        self.case(cases.LINEAR_HEAD, Where.LINEAR, self.side)
         # compilers may take long: what needs two more of them comes late
-        self.case(cases.QWEN, [*self.ours, *EAGER, *compiled], self.main)
-        if compiled:
-            self.case(cases.LLAVA_AUTOTUNED, [in_core[0], *AUTOTUNED], self.side)
+        self.case(cases.QWEN, Where.MAIN, self.main)
+        if self.compiled:
+            self.case(cases.LLAVA_AUTOTUNED, Where.AUTOTUNED, self.side)
+
+    def peers(self, where: Where) -> list[Peer]:
+        return peers(where, self.backend, self.compiled)
 
     def ceilings(self) -> None:
-        ceilings = measure_ceilings(self.session, self.side, self.options.tiny)
-        self.results["ceilings"] = ceilings
+        self.results["ceilings"] = measure_ceilings(self.session, self.side, self.tiny)
 
-    def case(self, case: Case, variants: Sequence[Variant], effort: Effort) -> None:
+    def case(self, case: Case, where: Where, effort: Effort) -> None:
         record: dict[str, Any] = {}
         self.results["cases"].append(record)
-        arguments = (self.session, self.sized(case), variants, effort, record)
+        arguments = (self.session, self.sized(case), self.peers(where), effort, record)
         self.session.attempt(case.name, partial(run_case, *arguments))
         self.save()
         print(f"{case.name}: done after {self.results['seconds']:.0f} s", file=sys.stderr)
 
-    def launches(self, cases: Sequence[Case], variants: Sequence[Variant]) -> None:
-        records = self.results["launches"]
-        for case in map(self.sized, cases):
-            arguments = (self.session, case, variants, self.side, records)
+    def launches(self, several: Sequence[Case]) -> None:
+        records, timed = self.results["launches"], self.peers(Where.LAUNCHES)
+        for case in map(self.sized, several):
+            arguments = (self.session, case, timed, self.side, records)
             self.session.attempt(f"launches of {case.name}", partial(run_launches, *arguments))
 
     def kernels(self) -> None:
@@ -131,42 +112,24 @@ class Benchmark:
                 self.session.failed(what, record["error"], backend == self.backend)
 
     def sized(self, case: Case) -> Case:
-        return cases.tiny(case) if self.options.tiny else case
+        return cases.tiny(case) if self.tiny else case
 
-    def save(self, complete: bool = False) -> None:
-        self.results["cases"] = [case for case in self.results["cases"] if case]
-        self.results |= {
-            "complete": complete,
-            "seconds": time.monotonic() - self.began,
-            "bars": bars(self.results),
-        }
-        write_json(self.results, self.options.out)
+    def conclusions(self) -> Json:
+        measured = [case for case in self.results["cases"] if case]
+        return {"cases": measured, "bars": bars(self.results | {"cases": measured})}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="default: $OUT/gpu.json, else benchmarks/results/")
+    parser = make_parser(__doc__, SECONDS)
     parser.add_argument("--quick", action="store_true", help="few rounds, no compiled peers")
-    parser.add_argument("--tiny", action="store_true", help="exercise the code, measure nothing")
     parser.add_argument("--no-compile", action="store_true", help="without the compiled peers")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which to stop")
-    parser.add_argument("--commit", help="of the source, where git cannot say; -dirty at the end")
-    options = parser.parse_args(arguments)
-    if options.out is None:
-        options.out = Path(os.environ.get("OUT", RESULTS)) / "gpu.json"
-        if options.tiny:
-            parser.error("--tiny measures nothing worth keeping: expected --out FILE")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU here; --device cpu --tiny --out FILE exercises the code")
-    return options
+    return parse_device(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print the table, and say by the exit code whether ours all worked."""
-    benchmark = Benchmark(parse(arguments))
-    complete = run_until_stopped(benchmark.run, benchmark.session.problems)
-    benchmark.save(complete)
+    benchmark = LossBenchmark(parse(arguments))
+    complete = benchmark.run_and_save()
     print(short_table(benchmark.results))
     return int(benchmark.session.ours_failed or not complete)
 

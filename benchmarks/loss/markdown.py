@@ -1,11 +1,9 @@
-"""The GPU benchmark's results as Markdown, for the README. Nothing but the standard library."""
+"""The GPU benchmark's results as Markdown, for the README."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from benchmarks.common.report import Json, markdown_table
 
-Json = dict[str, Any]
 MAIN_CASES = ("LLaVA", "Qwen2.5", "fp32 weights", "small head", "linear head")
 
 
@@ -79,19 +77,3 @@ def _kernel_table(results: Json) -> str:
         rows.append([*cells, time, share])
     head = ["row kernel", "backend", "bytes", "median", "of the copy rate"]
     return markdown_table(head, rows, left=3)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Aligned in the source too; the first `left` columns to the left, the others right."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
-
-    def cells(line: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([cells(head), cells(rule), *map(cells, rows)])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
+from benchmarks.common.program import Session
+from benchmarks.common.report import Json, summarize_variant
 from benchmarks.common.timing import (
-    Clock,
     Effort,
     Measured,
     Memory,
@@ -29,80 +26,38 @@ from benchmarks.common.timing import (
 )
 from benchmarks.loss.cases import Case, Tensors, make_tensors
 from benchmarks.loss.checks import FullTruth, check_slice, full_truth
-from benchmarks.loss.peers import Floor, Variant, Work
-from benchmarks.loss.report import add_ratios, summarize_variant
+from benchmarks.loss.peers import Peer
+from benchmarks.loss.report import add_ratios
+from benchmarks.loss.work import Floor, Work
 
-Json = dict[str, Any]
 NOT_TIMED = {"status": "not timed"}
 RESERVE = 20.0  # seconds that no peer's compiler may take from the rest
 
 
-@dataclass
-class Session:
-    """What the cases share: the device, the time that is left, and what went wrong."""
-
-    clock: Clock
-    deadline: float  # of time.monotonic
-    problems: list[str] = field(default_factory=list)
-    ours_failed: bool = False
-    checked: set[tuple[object, ...]] = field(default_factory=set)
-
-    @property
-    def device(self) -> torch.device:
-        return self.clock.device
-
-    def remaining(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def failed(self, what: str, reason: str, ours: bool) -> None:
-        self.problems.append(f"{what}: {reason}")
-        self.ours_failed |= ours
-
-    def attempt(self, what: str, action: Callable[[], None], ours: bool = True) -> None:
-        """Record what fails, or does not fit into the time any more, and go on."""
-        try:
-            if self.remaining() <= 0:
-                raise OverBudgetError("skipped, no time left")
-            action()
-        except OverBudgetError as error:
-            self.failed(what, str(error), ours=False)
-        except Exception as error:
-            self.failed(what, describe_error(error), ours)
-        finally:
-            self.free()
-
-    def free(self) -> None:
-        """Give back what the last case held."""
-        gc.collect()
-        if self.device.type == "cuda":
-            with suppress(RuntimeError):  # after an illegal access every call raises
-                torch.cuda.empty_cache()
-
-
 def run_case(
-    session: Session, case: Case, variants: Sequence[Variant], effort: Effort, record: Json
+    session: Session, case: Case, peers: Sequence[Peer], effort: Effort, record: Json
 ) -> None:
-    """Fill `record` with the case and its variants, in their order."""
+    """Fill `record` with the case and its peers, in their order."""
     began = time.monotonic()
     torch._dynamo.reset()  # the compilers' memory of other cases
     tensors = make_tensors(case, session.device)
     truth = full_truth(case, tensors)
     floor = Floor(case, tensors)
     steps = {"floor": Measured(floor.step)}
-    if not all(variant.grad for variant in variants):
+    if not all(peer.grad for peer in peers):
         steps["forward floor"] = Measured(floor.forward)
     summaries: Json = {name: dict(NOT_TIMED) for name in steps}
     record |= case.describe() | {"variants": summaries}
     for measured in steps.values():
         measured.step()
-    for variant in variants:
-        summaries[variant.name], step = _prepare(session, variant, case, tensors, truth)
+    for peer in peers:
+        summaries[peer.name], step = _prepare(session, peer, case, tensors, truth)
         if step is not None:
-            steps[variant.name] = step
+            steps[peer.name] = step
     times, errors = warm_and_interleave(steps, session.clock, effort)
     for name, samples in times.items():
         summaries[name] |= summarize_variant(samples)
-    ours = {variant.name for variant in variants if variant.ours}
+    ours = {peer.name for peer in peers if peer.ours}
     for name, error in errors.items():
         summaries[name] = {"status": "failed", "reason": error}
         session.failed(f"{case.name}, {name}", error, name in ours)
@@ -114,36 +69,36 @@ def run_case(
 
 
 def _prepare(
-    session: Session, variant: Variant, case: Case, tensors: Tensors, truth: FullTruth | None
+    session: Session, peer: Peer, case: Case, tensors: Tensors, truth: FullTruth | None
 ) -> tuple[Json, Measured | None]:
-    """Compile, check, warm up and measure memory: the variant's record, and what to time."""
+    """Compile, check, warm up and measure memory: the peer's record, and what to time."""
     began = time.monotonic()
-    what = f"{case.name}, {variant.name}"
-    allowed = session.remaining() - (0 if variant.ours else RESERVE)
+    what = f"{case.name}, {peer.name}"
+    allowed = session.remaining() - (0 if peer.ours else RESERVE)
     try:
-        with time_limit(min(variant.seconds, allowed)):
-            summary, work = _warm_up(session, variant, case, tensors, truth)
+        with time_limit(min(peer.first_call_seconds, allowed)):
+            summary, work = _warm_up(session, peer, case, tensors, truth)
     except (OverBudgetError, ImportError) as error:
         session.problems.append(f"{what}: skipped: {error}")
         return {"status": "skipped", "reason": str(error)}, None
     except torch.OutOfMemoryError as error:
         session.free()
-        session.failed(what, "out of memory", variant.ours)
+        session.failed(what, "out of memory", peer.ours)
         return {"status": "skipped", "reason": describe_error(error)}, None
     except Exception as error:
-        session.failed(what, describe_error(error), variant.ours)
+        session.failed(what, describe_error(error), peer.ours)
         return {"status": "failed", "reason": describe_error(error)}, None
     return summary | {"preparation_s": time.monotonic() - began}, Measured(work.step)
 
 
 def _warm_up(
-    session: Session, variant: Variant, case: Case, tensors: Tensors, truth: FullTruth | None
+    session: Session, peer: Peer, case: Case, tensors: Tensors, truth: FullTruth | None
 ) -> tuple[Json, Work]:
-    key = (variant.name, case.widths, case.dtype, case.weight_dtype)
-    if variant.ours and key not in session.checked:
-        check_slice(variant, case, session.device)
+    key = (peer.name, case.widths, case.dtype, case.weight_dtype)
+    if peer.ours and key not in session.checked:
+        check_slice(peer, case, session.device)
         session.checked.add(key)
-    work = Work(variant, tensors)
+    work = Work(peer, tensors)
     summary: Json = dict(NOT_TIMED)
     if truth is not None:
         summary["check"] = truth.check(work)
@@ -151,13 +106,13 @@ def _warm_up(
     if session.device.type == "cuda":
         memory: Memory = measure_memory(work.forward, work.backward)
         summary |= {"peak_bytes": memory.peak, "held_bytes": memory.held}
-        if variant.grad:
+        if peer.grad:
             summary["scratch_bytes"] = memory.peak - case.gradient_bytes
     return summary, work
 
 
 def run_launches(
-    session: Session, case: Case, variants: Sequence[Variant], effort: Effort, records: list[Json]
+    session: Session, case: Case, peers: Sequence[Peer], effort: Effort, records: list[Json]
 ) -> None:
     """The cost of launching: a CUDA graph's replay, a stream kept busy, and an idle device."""
     tensors = make_tensors(case, session.device)
@@ -173,8 +128,8 @@ def run_launches(
         records.append({"case": case.name, "name": name, **medians, "samples_ms": samples})
 
     session.attempt(f"launches of {case.name}, floor", lambda: launch("floor", floor.step))
-    for variant in variants:
-        step, name = Work(variant, tensors).step, variant.name
+    for peer in peers:
+        step, name = Work(peer, tensors).step, peer.name
         session.attempt(f"launches of {case.name}, {name}", partial(launch, name, step))
 
 

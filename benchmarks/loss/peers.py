@@ -1,38 +1,77 @@
-"""What the GPU benchmark compares: the loss by each implementation, and the matmuls alone.
+"""Who is compared: the table that the benchmarks on a CPU, on a GPU and of a step all read.
 
-Every loss takes `(hidden, anchor, weights, biases, visual_index=...)` and returns a scalar. None
-of the peers is held back: they gather rows as fast as torch can, in the same dtypes as ours.
+A new peer is a line of PEERS, and its loss a function here or in a file beside this one. The loss
+takes `(hidden, anchor, weights, biases, *, visual_index=None)` with hidden (T, D), and returns the
+mean over the rows of the index, or over all of them. None of the peers is held back: they gather
+rows as fast as torch can, in the same dtypes as ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Flag, auto
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.loss.cases import Case, Tensors
 from benchmarks.loss.liger import liger_package_loss, liger_scheme
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
 
 Loss = Callable[..., Tensor]
-LONGEST_COMPILATION = 50.0  # seconds
+FIRST_CALL = 30.0  # seconds allowed, where nothing is compiled
+LONGEST_COMPILATION = 50.0
 LONGEST_AUTOTUNING = 90.0
 
 
+class Where(Flag):
+    """The benchmarks, and the cases of a GPU, in which a peer is timed."""
+
+    CPU = auto()
+    MAIN = auto()  # LLaVA's and Qwen's heads
+    SIDE = auto()  # float32 weights, a small head
+    SWEEP = auto()  # 1k to 256k tokens
+    LINEAR = auto()  # a head of one matrix
+    AUTOTUNED = auto()  # LLaVA's again, beside compilers that take their time
+    LAUNCHES = auto()  # what launching costs
+    STEP = auto()  # hooked into a whole model's training step
+    GPU = MAIN | SIDE | SWEEP | LINEAR
+    EVERYWHERE = CPU | GPU | STEP
+
+
 @dataclass(frozen=True)
-class Variant:
-    """An implementation. `make` gives its loss; the first call of that may compile."""
+class Peer:
+    """An implementation of the loss.
+
+    Attributes:
+        name: in tables and files.
+        make: gives its loss, whose first call may compile; an ImportError says why there is none.
+        where: what it is timed in.
+        ours: whether it takes `backend`, is held to the tests' rule, and must not fail.
+        grad: whether gradients are computed, or the value alone.
+        compile_seconds: allowed to its compiler; 0 if it has none. `--quick` leaves compilers out.
+        backend: of ours.
+    """
 
     name: str
     make: Callable[[], Loss]
+    where: Where = Where.EVERYWHERE
     ours: bool = False
-    grad: bool = True  # or the value alone, under no_grad
-    seconds: float = 30.0  # allowed to the first call
+    grad: bool = True
+    compile_seconds: float = 0.0
+    backend: str | None = None
+
+    def loss(self) -> Loss:
+        """A new one."""
+        loss = self.make()
+        return partial(loss, backend=self.backend) if self.backend else loss
+
+    @property
+    def first_call_seconds(self) -> float:
+        """Allowed to the first call."""
+        return self.compile_seconds or FIRST_CALL
 
 
 def tap_loss(*arguments: Any, **options: Any) -> Tensor:
@@ -55,117 +94,43 @@ def eager_index_select(
     return eager_pre_loss(h, t, weights, biases)
 
 
-def compiled(loss: Loss, **options: Any) -> Loss:
+def compiled_eager(**options: Any) -> Loss:
     """By torch.compile for exactly these shapes."""
-    return torch.compile(loss, fullgraph=True, dynamic=False, **options)
+    return torch.compile(eager_pre_loss, fullgraph=True, dynamic=False, **options)
 
 
-def our_variants(backend: str) -> list[Variant]:
-    """The package's implementations, on `backend`, and the fused loss on plain PyTorch rows."""
+def autotuned_eager() -> Loss:
+    """Compiled, with the fastest of many kernels."""
+    return compiled_eager(mode="max-autotune-no-cudagraphs")
 
-    def ours(
-        name: str, loss: Loss, backend: str = backend, grad: bool = True, **options: Any
-    ) -> Variant:
-        return Variant(name, lambda: partial(loss, backend=backend, **options), True, grad)
 
+_VALUE = Where.MAIN | Where.SIDE | Where.LINEAR
+_LARGEST = Where.CPU | Where.MAIN
+PEERS = (
+    Peer("fused", lambda: fused_pre_loss, ~Where.STEP, ours=True),
+    Peer("tap", lambda: tap_loss, Where.CPU | Where.GPU | Where.LAUNCHES, ours=True),
+    Peer("fused, recompute", lambda: partial(fused_pre_loss, recompute=True), _LARGEST, ours=True),
+    Peer("fused, torch rows", lambda: fused_pre_loss, Where.MAIN, ours=True, backend="torch"),
+    Peer("forward", lambda: fused_pre_loss, _VALUE, ours=True, grad=False),
+    Peer("eager", lambda: eager_pre_loss),
+    Peer("eager, index_select", lambda: eager_index_select, Where.GPU),
+    Peer("forward, eager", lambda: eager_index_select, _VALUE, grad=False),
+    Peer("compiled eager", compiled_eager, _LARGEST, compile_seconds=LONGEST_COMPILATION),
+    Peer("Liger's scheme", liger_scheme, _LARGEST, compile_seconds=LONGEST_COMPILATION),
+    Peer("liger_kernel", liger_package_loss, Where.LINEAR, compile_seconds=LONGEST_COMPILATION),
+    Peer(
+        "compiled eager, max-autotune",
+        autotuned_eager,
+        Where.AUTOTUNED,
+        compile_seconds=LONGEST_AUTOTUNING,
+    ),
+)
+
+
+def peers(where: Where, backend: str | None = None, compiled: bool = True) -> list[Peer]:
+    """Those of a benchmark, in their order; `backend`: of ours that have none of their own."""
     return [
-        ours("fused", fused_pre_loss),
-        ours("tap", tap_loss),
-        ours("fused, recompute", fused_pre_loss, recompute=True),
-        ours("fused, torch rows", fused_pre_loss, backend="torch"),
-        ours("forward", fused_pre_loss, grad=False),
+        replace(peer, backend=peer.backend or backend) if peer.ours else peer
+        for peer in PEERS
+        if peer.where & where and (compiled or not peer.compile_seconds)
     ]
-
-
-EAGER = [
-    Variant("eager", lambda: eager_pre_loss),
-    Variant("eager, index_select", lambda: eager_index_select),
-    Variant("forward, eager", lambda: eager_index_select, grad=False),
-]
-COMPILED = [
-    Variant("compile", lambda: compiled(eager_pre_loss), seconds=LONGEST_COMPILATION),
-    Variant("Liger's scheme", liger_scheme, seconds=LONGEST_COMPILATION),
-]
-AUTOTUNED = [
-    Variant(
-        "compile, max-autotune",
-        lambda: compiled(eager_pre_loss, mode="max-autotune-no-cudagraphs"),
-        seconds=LONGEST_AUTOTUNING,
-    )
-]
-LIGER_PACKAGE = [Variant("liger_kernel", liger_package_loss, seconds=LONGEST_COMPILATION)]
-
-
-class Floor:
-    """The matmuls alone, through torch, into buffers that exist: three a layer, or the first.
-
-    The operands are what the real ones would be, up to rounding: power, and so the clock, depends
-    on the values that flow.
-    """
-
-    def __init__(self, case: Case, tensors: Tensors, activation: Loss = F.gelu) -> None:
-        with torch.no_grad():
-            x = tensors.hidden[: case.tokens].detach()
-            self.weights = [w.detach().to(case.dtype) for w in tensors.weights]
-            self.inputs: list[Tensor] = []
-            self.outputs: list[Tensor] = []
-            for layer, weight in enumerate(self.weights):
-                self.inputs.append(activation(x) if layer else x)
-                x = F.linear(self.inputs[-1], weight)
-                self.outputs.append(x)
-            d = tensors.anchor[: case.tokens].clone()  # stands for dz
-            self.output_gradients: list[Tensor] = []
-            self.input_gradients: list[Tensor] = []
-            for weight in self.weights[::-1]:
-                self.output_gradients.insert(0, d)
-                d = d @ weight
-                self.input_gradients.insert(0, d)
-            self.weight_gradients = [
-                torch.empty_like(w, dtype=case.weight_dtype) for w in tensors.weights
-            ]
-        # CPUs have no products with operands and result of different dtypes
-        mixed = case.weight_dtype != case.dtype and x.device.type == "cuda"
-        self.options = {"out_dtype": case.weight_dtype} if mixed else {}
-        if case.weight_dtype != case.dtype and not mixed:
-            self.weight_gradients = [g.to(case.dtype) for g in self.weight_gradients]
-
-    def forward(self) -> None:
-        """One matmul a layer: x W^T."""
-        for x, weight, out in zip(self.inputs, self.weights, self.outputs, strict=True):
-            torch.mm(x, weight.T, out=out)
-
-    def step(self) -> None:
-        """Three matmuls a layer: x W^T, d^T x and d W."""
-        self.forward()
-        for layer in range(len(self.weights) - 1, -1, -1):
-            d, x = self.output_gradients[layer], self.inputs[layer]
-            torch.mm(d.T, x, out=self.weight_gradients[layer], **self.options)
-            torch.mm(d, self.weights[layer], out=self.input_gradients[layer])
-
-
-class Work:
-    """One variant on one case: its forward and backward pass, and their results."""
-
-    def __init__(self, variant: Variant, tensors: Tensors) -> None:
-        self.variant, self.tensors = variant, tensors
-        self.loss = variant.make()
-        self.leaves = list(tensors.leaves().values())
-
-    def forward(self) -> Tensor:
-        with torch.set_grad_enabled(self.variant.grad):
-            return self.loss(*self.tensors.arguments(), visual_index=self.tensors.visual_index)
-
-    def backward(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """The gradients; not by `.backward()`, which would copy some of them into `.grad`."""
-        return torch.autograd.grad(loss, self.leaves) if self.variant.grad else ()
-
-    def step(self) -> None:
-        self.backward(self.forward())
-
-    def results(self) -> dict[str, Tensor]:
-        """The loss after backward, since the tap's is there only then, and the gradients."""
-        loss = self.forward()
-        gradients = self.backward(loss)
-        named = {"loss": loss.detach()}
-        names = self.tensors.leaves() if gradients else ()
-        return named | {f"d{name}": g for name, g in zip(names, gradients, strict=True)}

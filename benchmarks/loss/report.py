@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import statistics
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, TypeGuard
+from collections.abc import Sequence
 
-Json = dict[str, Any]
+from benchmarks.common.report import Json, bar, bar_lines, fastest, is_timed
+
 KILOBYTES_FREE = 64  # held between forward and backward: bookkeeping, not data
 
 # What each of ours is measured against; where several are meant, the fastest of them counts.
 RIVALS = {
     "eager": ("eager", "eager, index_select"),
-    "compile": ("compile", "compile, max-autotune"),
+    "compile": ("compiled eager", "compiled eager, max-autotune"),
     "Liger's scheme": ("Liger's scheme",),
 }
 SPEEDUP_BARS = {"eager": (1.25, 1.5), "compile": (1.15, 1.3), "Liger's scheme": (1.3, 1.6)}
 FLOOR_BAR = (1.15, 1.05)
 LINEAR_BAR = 1.10
-
-
-def summarize_variant(samples: Sequence[float]) -> Json:
-    """The median and the quartiles of samples in milliseconds, with the samples."""
-    ordered = sorted(samples)
-    return {
-        "status": "ok",
-        "median_ms": statistics.median(ordered),
-        "quartiles_ms": [ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]],
-        "samples_ms": [round(sample, 5) for sample in samples],
-    }
 
 
 def add_ratios(variants: Json) -> None:
@@ -51,38 +35,6 @@ def add_ratios(variants: Json) -> None:
     if is_timed(variants.get("forward")) and is_timed(variants.get("forward, eager")):
         ours, eager = (variants[name]["median_ms"] for name in ("forward", "forward, eager"))
         variants["forward"]["speedups"] = {"eager": eager / ours}
-
-
-def is_timed(variant: Json | None) -> TypeGuard[Json]:
-    return variant is not None and variant["status"] == "ok"
-
-
-def fastest(variants: Json, names: Iterable[str]) -> float | None:
-    """The smallest median among those that were timed."""
-    medians = [variants[n]["median_ms"] for n in names if is_timed(variants.get(n))]
-    return min(medians, default=None)
-
-
-def bar(
-    name: str, limit: float, aim: float | None, measured: float | None, at_least: bool, unit: str
-) -> Json:
-    """One bar: the measured value, None if there is none, must not be above (below) the limit."""
-
-    def reaches(goal: float | None) -> bool | None:
-        if measured is None or goal is None:
-            return None
-        return measured >= goal if at_least else measured <= goal
-
-    return {
-        "name": name,
-        "bar": limit,
-        "aim": aim,
-        "measured": measured,
-        "at_least": at_least,
-        "unit": unit,
-        "met": reaches(limit),
-        "aim_met": reaches(aim),
-    }
 
 
 def bars(results: Json) -> list[Json]:
@@ -129,16 +81,6 @@ def _growth_bars(sweep: Sequence[Json]) -> list[Json]:
     return found
 
 
-def write_json(results: Json, path: Path) -> None:
-    """The whole file or none of it; lists of numbers on one line."""
-    text = json.dumps(results, indent=1)
-    text = re.sub(r"\[[-+.\deE,\s]+\]", lambda found: " ".join(found[0].split()), text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
-
-
 def short_table(results: Json) -> str:
     """What the run found, for a terminal; the bars last."""
     ceilings = results.get("ceilings", {})
@@ -152,12 +94,6 @@ def short_table(results: Json) -> str:
     lines += kernel_lines(results)
     lines += [f"problem: {problem}" for problem in results["problems"]]
     return "\n".join([*lines, "", *bar_lines(results["bars"])])
-
-
-def bar_lines(found: Iterable[Json]) -> list[str]:
-    """A heading, and a line for each bar."""
-    heading = f"{'performance':<46}{'bar':>8}{'aim':>8}{'measured':>10}"
-    return [heading, *map(_bar_line, found)]
 
 
 def _variant_line(name: str, variant: Json) -> str:
@@ -195,14 +131,3 @@ def kernel_lines(results: Json) -> list[str]:
             f"fused {1e3 * stage['fused_ms'][best]:>7.1f} ({best}): {stage['speedups'][best]:.3f}x"
         )
     return lines
-
-
-def _bar_line(found: Json) -> str:
-    sign = ">=" if found["at_least"] else "<="
-    aim = "" if found["aim"] is None else f"{found['aim']:.2f}"
-    if found["measured"] is None:
-        return f"{found['name']:<46}{sign}{found['bar']:>6.2f}{aim:>8}{'-':>10}  not measured"
-    verdict = "met" if found["met"] else "MISSED"
-    verdict += ", aim met" if found["aim_met"] else ""
-    measured = f"{found['measured']:.2f}{found['unit']}"
-    return f"{found['name']:<46}{sign}{found['bar']:>6.2f}{aim:>8}{measured:>10}  {verdict}"

@@ -1,13 +1,12 @@
 """Forward and backward of the loss on this machine's CPU, beside the bare matmuls (`floor`).
 
-All implementations of one size run in turn, round by round, so that whatever slows the machine
-down slows all of them. pytest-benchmark then gets the measured times one by one.
+All peers run in turn, round by round, so that whatever slows the machine down slows all of them.
+pytest-benchmark then gets the measured times one by one.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -15,52 +14,48 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common.timing import CpuClock, Effort, Measured, interleave, warm_and_interleave
+from benchmarks.loss.cases import Case, make_tensors
+from benchmarks.loss.checks import full_truth
+from benchmarks.loss.cpu import CPU, FLOOR, NAMES, PEERS, cpu_case, is_emulated, make_step
 from benchmarks.loss.cpu_memory import peak_bytes
-from benchmarks.loss.implementations import NAMES, Size, is_emulated, make_step
+from benchmarks.loss.work import Work
 from prereg_kernels.machine import describe_machine
 
 THREADS = 2
-SECONDS = 9.0  # of measurement for a size
-ROUNDS = (5, 60)  # at least, at most
-SLOW_ROUNDS = 1  # of those that run on emulated products
-SIZES = tuple(
-    Size(8192, width, dtype)
+EFFORT = Effort(5, 60, 9.0)
+ONCE = Effort(1, 1, 0.0)  # for those that run on emulated products
+CASES = tuple(
+    cpu_case(8192, width, dtype)
     for dtype in (torch.float32, torch.bfloat16)
     for width in (512, 1024, 2048)
 )
-MEMORY_SIZE = Size(65536, 512, torch.float32)
+MEMORY_CASE = cpu_case(65536, 512, torch.float32)
 
 
-def runs(name: str, size: Size) -> bool:
+def runs(name: str, case: Case) -> bool:
     """Whether to time it. PyTorch's own low-precision products take minutes where emulated."""
-    return not is_slow(name, size) or size.width <= 512
+    return not is_slow(name, case) or case.widths[0] <= 512
 
 
-def is_slow(name: str, size: Size) -> bool:
-    return is_emulated(size.dtype) and name in ("eager", "compiled eager", "Liger's scheme")
+def is_slow(name: str, case: Case) -> bool:
+    return is_emulated(case.dtype) and name != FLOOR and not PEERS[name].ours
 
 
 @cache
-def measure(size: Size) -> dict[str, list[float]]:
-    """Seconds of every round of every implementation."""
+def measure(case: Case) -> dict[str, list[float]]:
+    """Milliseconds of every round of every peer."""
     torch.set_num_threads(THREADS)
-    names = [name for name in NAMES if runs(name, size)]
-    steps = {name: make_step(name, size) for name in names}
-    for name, step in steps.items():
-        for _ in range(1 if is_slow(name, size) else 2):
-            step()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
-    for round_ in range(ROUNDS[1]):
-        for name in names if round_ % 2 else names[::-1]:  # nobody always has the same neighbour
-            if round_ >= SLOW_ROUNDS and is_slow(name, size):
-                continue
-            begin = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - begin)
-        if round_ + 1 >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
-            break
-    return times
+    torch._dynamo.reset()  # the compilers' memory of other cases
+    tensors, clock = make_tensors(case, CPU), CpuClock()
+    steps = {n: Measured(make_step(n, case, tensors)) for n in NAMES if runs(n, case)}
+    slow = {name: steps.pop(name) for name in tuple(steps) if is_slow(name, case)}
+    times, errors = warm_and_interleave(steps, clock, EFFORT)
+    _, failed = interleave(slow, clock, ONCE)  # warms up
+    slow_times, later = interleave(slow, clock, ONCE)
+    if errors := errors | failed | later:
+        raise RuntimeError(errors)
+    return times | slow_times
 
 
 class Replay:
@@ -82,39 +77,48 @@ REPLAY = Replay()
 
 @cache
 def machine() -> dict[str, Any]:
-    return describe_machine(torch.device("cpu"), None) | {
+    return describe_machine(CPU, None) | {
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": THREADS,
     }
 
 
-def describe(size: Size, name: str) -> dict[str, Any]:
-    return machine() | {"implementation": name, "size": str(size)}
+def describe(case: Case, name: str) -> dict[str, Any]:
+    return machine() | {"implementation": name, "size": case.name}
+
+
+def test_results() -> None:
+    """Every peer computes the loss and its gradients."""
+    case = CASES[0]
+    tensors = make_tensors(case, CPU)
+    truth = full_truth(case, tensors)
+    assert truth is not None
+    for peer in PEERS.values():
+        truth.check(Work(peer, tensors))
 
 
 @pytest.mark.benchmark(timer=REPLAY.clock)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_forward_and_backward(benchmark: Any, size: Size, name: str) -> None:
-    if not runs(name, size):
-        pytest.skip(f"this CPU emulates {size.dtype} products: a step would take minutes")
-    times = measure(size)
-    REPLAY.times = iter(times[name])
-    benchmark.group = str(size)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_and_backward(benchmark: Any, case: Case, name: str) -> None:
+    if not runs(name, case):
+        pytest.skip(f"this CPU emulates {case.dtype} products: a step would take minutes")
+    times = measure(case)
+    REPLAY.times = (milliseconds / 1e3 for milliseconds in times[name])
+    benchmark.group = case.name
     benchmark.pedantic(REPLAY.step, rounds=len(times[name]), iterations=1)
-    floor = statistics.median(times["floor"])
-    benchmark.extra_info |= describe(size, name) | {
-        "ratio_to_floor": statistics.median(times[name]) / floor,
-        "emulated": is_emulated(size.dtype),
+    benchmark.extra_info |= describe(case, name) | {
+        "ratio_to_floor": statistics.median(times[name]) / statistics.median(times[FLOOR]),
+        "emulated": is_emulated(case.dtype),
     }
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", PEERS)
 def test_memory(benchmark: Any, name: str) -> None:
     """The peak of one step beyond the inputs and the gradient of hidden."""
-    size = MEMORY_SIZE
-    gradient = size.tokens * size.width * size.dtype.itemsize
-    peak = peak_bytes(name, size)
+    case = MEMORY_CASE
+    gradient = case.tokens * case.widths[0] * case.dtype.itemsize
+    peak = peak_bytes(name, case)
     benchmark.pedantic(lambda: None)  # nothing is timed here
-    benchmark.group = f"memory, {size}"
-    benchmark.extra_info |= describe(size, name) | {"peak_bytes": peak - gradient}
+    benchmark.group = f"memory, {case.name}"
+    benchmark.extra_info |= describe(case, name) | {"peak_bytes": peak - gradient}

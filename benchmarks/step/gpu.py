@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from benchmarks.common.program import make_parser, parse_device, run_until_stopped
+from benchmarks.common.program import Program, make_parser, parse_device
+from benchmarks.common.report import Json
 from benchmarks.common.timing import Effort, make_clock
-from benchmarks.loss.measure import Session
-from benchmarks.loss.report import write_json
 from benchmarks.step.measure import Trainer, head_bytes, run_setting, setting_name
 from benchmarks.step.models import (
     FULL,
@@ -35,7 +34,6 @@ from benchmarks.step.models import (
 )
 from benchmarks.step.report import step_bars, step_table
 from benchmarks.step.variants import Regularizer, check_gradients
-from prereg_kernels.machine import describe_machine
 
 SECONDS = 420.0  # for everything; building, checking and warming up take about 60 of them
 SETTLE = 60.0
@@ -43,26 +41,16 @@ LEAST_ROUNDS, MOST_ROUNDS = 8, 40
 TINY_EFFORT = Effort(2, 2, 0.0)
 
 
-class Benchmark:
-    """A run: its results so far, and the file they are kept in."""
+class StepBenchmark(Program):
+    """A model, and the variants of its step in every setting."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.began = options, time.monotonic()
-        device = torch.device(options.device)
-        self.session = Session(make_clock(device), self.began + options.seconds)
+        empty: Json = {"model": {}, "head_bytes": {}, "check": {}, "settings": [], "bars": []}
+        allocator = os.environ.get("PYTORCH_ALLOC_CONF")
+        clock = make_clock(torch.device(options.device))
+        super().__init__(options, clock, allocator=allocator, **empty)
+        self.results["machine"]["transformers"] = version("transformers")
         self.recipe = (TINY if options.size == "tiny" else FULL)[options.model]
-        self.results: dict[str, Any] = {
-            "machine": describe_machine(device, options.commit) | {"transformers": _transformers()},
-            "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
-            "options": {key: str(value) for key, value in vars(options).items()},
-            "complete": False,
-            "model": {},
-            "head_bytes": {},
-            "check": {},
-            "settings": [],
-            "bars": [],
-            "problems": self.session.problems,
-        }
 
     def run(self) -> None:
         """The gradients first; then the settings, if they are right."""
@@ -105,20 +93,9 @@ class Benchmark:
         seconds = (self.session.remaining() - SETTLE) / settings_left
         return Effort(LEAST_ROUNDS, MOST_ROUNDS, max(seconds, 0.0))
 
-    def save(self, complete: bool = False) -> None:
-        self.results["settings"] = [s for s in self.results["settings"] if s]
-        self.results |= {
-            "complete": complete,
-            "seconds": time.monotonic() - self.began,
-            "bars": step_bars(self.results),
-        }
-        write_json(self.results, self.options.out)
-
-
-def _transformers() -> str:
-    import transformers
-
-    return str(transformers.__version__)
+    def conclusions(self) -> Json:
+        settings = [setting for setting in self.results["settings"] if setting]
+        return {"settings": settings, "bars": step_bars({"settings": settings})}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -129,9 +106,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print the table, and say by the exit code whether ours worked."""
-    benchmark = Benchmark(parse(arguments))
-    complete = run_until_stopped(benchmark.run, benchmark.session.problems)
-    benchmark.save(complete)
+    benchmark = StepBenchmark(parse(arguments))
+    complete = benchmark.run_and_save()
     print(step_table(benchmark.results))
     return int(benchmark.session.ours_failed or not complete)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.program import Session
+from benchmarks.common.report import Json, is_timed, summarize_variant
 from benchmarks.common.timing import (
     Effort,
     Measured,
@@ -18,8 +20,6 @@ from benchmarks.common.timing import (
     time_one,
     warm_and_interleave,
 )
-from benchmarks.loss.measure import Json, Session
-from benchmarks.loss.report import is_timed, summarize_variant
 from benchmarks.step.flops import count_flops
 from benchmarks.step.models import Batch, Recipe, make_batch, set_checkpointing
 from benchmarks.step.variants import (

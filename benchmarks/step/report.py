@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from benchmarks.loss.report import bar, bar_lines, is_timed
+from benchmarks.common.report import Json, bar, bar_lines, is_timed
 from benchmarks.step.variants import OURS
 
-Json = dict[str, Any]
 TIME_BAR, MEMORY_BAR, MEMORY_AIM = 1.0, 1.0, 0.0  # percent of the step
 
 

@@ -1,4 +1,4 @@
-"""A training step without PRe and with it in three ways, on one model.
+"""A training step without PRe, with `apply_pre`, and with each peer on hooks, on one model.
 
 A variant is attached before its step and detached after it, so that the others are as if it had
 never been there. All of them get the same head.
@@ -10,12 +10,14 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.loss.peers import Loss, Where, peers
 from benchmarks.step.models import Batch
 from prereg_kernels import PReHead, apply_pre, eager_pre_loss, remove_pre
 from tests.helpers import relative_error
@@ -23,7 +25,7 @@ from tests.helpers import relative_error
 WEIGHT = 0.5  # of L_PRe
 FACTOR, SLACK = 2.0, 1e-3
 
-Loss = Callable[[Batch], Tensor]
+StepLoss = Callable[[Batch], Tensor]
 Terms = Callable[[Batch], tuple[Tensor, Tensor]]
 Attach = Callable[[Any, "Regularizer"], "Attached"]
 
@@ -36,7 +38,7 @@ class WrongGradientError(Exception):
 class Attached:
     """What a step needs: the loss, and the head's parameters beside the model's."""
 
-    loss: Loss
+    loss: StepLoss
     head: PReHead | None
     detach: Callable[[], None]
 
@@ -93,10 +95,12 @@ def naive(model: Any, regularizer: Regularizer) -> Attached:
     return Attached(loss, head, lambda: None)
 
 
-def hooked(model: Any, regularizer: Regularizer) -> Attached:
-    """Eager PRe with hooks that keep the one layer's output and the anchor."""
+def hooked(
+    model: Any, regularizer: Regularizer, make: Callable[[], Loss] = lambda: eager_pre_loss
+) -> Attached:
+    """PRe by a peer, with hooks that keep the one layer's output and the anchor."""
     head = regularizer.make_head(model)
-    terms, detach = eager_terms(model, regularizer.layer, head)
+    terms, detach = hooked_terms(model, regularizer.layer, head, make())
 
     def loss(batch: Batch) -> Tensor:
         lm_loss, pre_loss = terms(batch)
@@ -105,8 +109,10 @@ def hooked(model: Any, regularizer: Regularizer) -> Attached:
     return Attached(loss, head, detach)
 
 
-def eager_terms(model: Any, layer: int, head: PReHead) -> tuple[Terms, Callable[[], None]]:
-    """A function from a batch to (L_LM, L_PRe) by `eager_pre_loss`, and one that ends its hooks."""
+def hooked_terms(
+    model: Any, layer: int, head: PReHead, peer_loss: Loss = eager_pre_loss
+) -> tuple[Terms, Callable[[], None]]:
+    """A function from a batch to (L_LM, L_PRe), and one that ends its hooks."""
     kept: dict[str, Tensor] = {}
     language_model = model.model.language_model
 
@@ -125,14 +131,8 @@ def eager_terms(model: Any, layer: int, head: PReHead) -> tuple[Terms, Callable[
         visual = batch["input_ids"] == model.config.image_token_id
         index = visual.flatten().nonzero().squeeze(1)  # waits for the device, so before the model
         lm_loss = model(**batch).loss
-        pre_loss = eager_pre_loss(
-            kept.pop("hidden"),
-            kept.pop("anchor"),
-            head.weights,
-            head.biases,
-            visual_index=index,
-        )
-        return lm_loss, pre_loss
+        h, t = kept.pop("hidden").flatten(0, 1), kept.pop("anchor").flatten(0, 1)
+        return lm_loss, peer_loss(h, t, head.weights, head.biases, visual_index=index)
 
     def detach() -> None:
         for handle in handles:
@@ -154,7 +154,7 @@ WITHOUT, OURS = "without PRe", "apply_pre"
 VARIANTS: dict[str, Attach] = {
     WITHOUT: without,
     "naive": naive,
-    "eager, hook": hooked,
+    **{f"{peer.name}, hook": partial(hooked, make=cache(peer.loss)) for peer in peers(Where.STEP)},
     OURS: applied,
 }
 
@@ -215,7 +215,10 @@ def check_gradients(
     for variant, attach in variants.items():
         if variant == WITHOUT:
             continue
-        found = gradients(model, attach, regularizer, batch)
+        try:
+            found = gradients(model, attach, regularizer, batch)
+        except ImportError:  # a peer that is not installed, as each setting will say
+            continue
         errors = {
             name: relative_error(found[name], true) if name in found else float("inf")
             for name, true in truth.items()

@@ -17,7 +17,6 @@ import itertools
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,19 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common.program import make_parser, parse_device, run_until_stopped
-from benchmarks.loss.report import bar, bar_lines, write_json
+from benchmarks.common.program import Program, make_parser, parse_device
+from benchmarks.common.report import Json, bar, bar_lines
+from benchmarks.common.timing import CpuClock
 from benchmarks.step.models import Batch
-from benchmarks.step.variants import eager_terms
+from benchmarks.step.variants import hooked_terms
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.machine import describe_machine
 from prereg_kernels.training.data import Packer, TrainStream, build_tokenizer
 from prereg_kernels.training.model import ModelConfig, build_model
 from prereg_kernels.training.questions import COMMON_FAMILIES
 from prereg_kernels.training.scenes import SceneConfig, Scenes
 from prereg_kernels.training.schedule import cosine_with_warmup
 
-Json = dict[str, Any]
 Split = Callable[[Batch], list[Batch]]
 Step = Callable[[Batch], tuple[float, float]]
 
@@ -124,7 +122,7 @@ class Runs:
         layer, weight = self.plan.layer, self.plan.weight
         head = apply_pre(model, layers=layer).heads[layer]
         remove_pre(model)
-        terms, _ = eager_terms(model, layer, head)
+        terms, _ = hooked_terms(model, layer, head)
         update = self._updater([*model.parameters(), *head.parameters()])
 
         def step(batch: Batch) -> tuple[float, float]:
@@ -200,48 +198,41 @@ def distances(curves: Mapping[str, Sequence[float]], window: int) -> Json:
     return found
 
 
-class Benchmark:
-    """A run: its results so far, and the file they are kept in."""
+class CurvesBenchmark(Program):
+    """The runs, step by step, so that they are equally long whenever the time is over."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.began = options, time.monotonic()
-        self.device = torch.device(options.device)
         self.plan = TINY if options.size == "tiny" else FULL
-        names = (*EAGER, FUSED)
-        self.results: Json = {
-            "machine": describe_machine(self.device, options.commit),
-            "options": {key: str(value) for key, value in vars(options).items()},
-            "complete": False,
-            "bound": BOUND,
-            "window": self.plan.window,
-            "parameters": None,
-            "curves": {curve: {name: [] for name in names} for curve in CURVES},
-            "distances": {},
-            "bars": [],
-            "problems": [],
-        }
+        super().__init__(
+            options,
+            CpuClock(),  # nothing is timed
+            bound=BOUND,
+            window=self.plan.window,
+            parameters=None,
+            curves={curve: {name: [] for name in (*EAGER, FUSED)} for curve in CURVES},
+            distances={},
+            bars=[],
+        )
 
     def run(self) -> None:
-        """All runs, step by step, so that they are equally long whenever the time is over."""
-        runs = Runs(self.plan, self.device)
+        runs = Runs(self.plan, torch.device(self.options.device))
         self.results["parameters"] = runs.parameters
         for number in range(self.plan.steps):
-            if time.monotonic() - self.began > self.options.seconds:
-                self.results["problems"].append(f"no time left after {number} steps")
+            if self.session.remaining() < 0:
+                self.session.problems.append(f"no time left after {number} steps")
                 return
             for name, values in runs.step(number).items():
                 for curve, value in zip(CURVES, values, strict=True):
                     self.results["curves"][curve][name].append(value)
 
-    def save(self, complete: bool) -> None:
+    def conclusions(self) -> Json:
         curves, plan = self.results["curves"], self.plan
         steps = min(len(values) for curve in CURVES for values in curves[curve].values())
         curves = {c: {name: v[:steps] for name, v in curves[c].items()} for c in CURVES}
         enough = steps >= plan.window
         found = {c: distances(curves[c], plan.window) for c in CURVES} if enough else {}
-        self.results |= {
-            "complete": complete and steps == plan.steps,
-            "seconds": time.monotonic() - self.began,
+        return {
+            "complete": self.results["complete"] and steps == plan.steps,
             "steps": steps,
             "curves": curves,
             "distances": found,
@@ -251,7 +242,6 @@ class Benchmark:
                 for kind, value in kinds.items()
             ],
         }
-        write_json(self.results, self.options.out)
 
 
 def table(results: Json) -> str:
@@ -279,9 +269,8 @@ def table(results: Json) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print the table, and say by the exit code whether the fused run is within the noise."""
-    benchmark = Benchmark(parse_device(make_parser(__doc__, SECONDS), arguments))
-    complete = run_until_stopped(benchmark.run, benchmark.results["problems"])
-    benchmark.save(complete)
+    benchmark = CurvesBenchmark(parse_device(make_parser(__doc__, SECONDS), arguments))
+    benchmark.run_and_save()
     results = benchmark.results
     print(table(results))
     return int(not results["complete"] or not all(found["met"] for found in results["bars"]))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common.program import Session
+from benchmarks.common.report import summarize_variant
 from benchmarks.common.timing import CpuClock, Effort
-from benchmarks.loss.measure import Session
-from benchmarks.loss.report import summarize_variant
 from benchmarks.step import gpu
 from benchmarks.step.flops import count_flops
 from benchmarks.step.measure import Trainer, add_differences, run_setting
