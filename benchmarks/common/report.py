@@ -89,7 +89,7 @@ def _bar_line(found: Json) -> str:
     return f"{found['name']:<46}{sign}{found['bar']:>6.2f}{aim:>8}{measured:>10}  {verdict}"
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
     """Aligned in the source too; the first `left` columns to the left, the others right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]

@@ -10,7 +10,6 @@ before it can write it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common.report import write_json
 from prereg_kernels.inputs import Spec
 from prereg_kernels.rows.base import Rows
 from prereg_kernels.rows.cpp_rows import CppRows
@@ -154,7 +154,7 @@ def main() -> None:
         )
     if arguments.json:
         result = {"threads": arguments.threads, "bytes_per_element": BYTES, "figures": figures}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, arguments.json)
 
 
 if __name__ == "__main__":

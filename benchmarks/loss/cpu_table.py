@@ -1,4 +1,4 @@
-"""A CPU benchmark run's tables: `python -m benchmarks.loss.cpu_table FILE.json [--markdown]`."""
+"""A CPU benchmark run's tables, in Markdown: `python -m benchmarks.loss.cpu_table FILE.json`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.report import markdown_table
 
 Row = tuple[str, ...]
 
@@ -39,22 +41,6 @@ def memory_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def format_table(rows: list[Row], markdown: bool) -> str:
-    """The rows under the first of them, aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def format_line(line: Row) -> str:
-        cells = [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip()
-
-    rule = tuple("-" * (width - 1) + ":" if i and markdown else "-" * width
-                 for i, width in enumerate(widths))  # fmt: skip
-    return "\n".join(map(format_line, [rows[0], rule, *rows[1:]]))
-
-
 def describe(benchmarks: list[dict[str, Any]]) -> str:
     """One sentence on what was measured, where."""
     info = benchmarks[0]["extra_info"]
@@ -75,17 +61,23 @@ def describe(benchmarks: list[dict[str, Any]]) -> str:
     )
 
 
+def format_tables(benchmarks: list[dict[str, Any]]) -> str:
+    """The tables, and the sentence under them."""
+    tables = (
+        markdown_table(head, rows, left=1)
+        for head, *rows in (time_rows(benchmarks), memory_rows(benchmarks))
+    )
+    return "\n\n".join([*tables, describe(benchmarks)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     benchmarks = json.loads(options.file.read_text())["benchmarks"]
     if not benchmarks:
         parser.error(f"{options.file} holds no benchmarks")
-    for rows in (time_rows(benchmarks), memory_rows(benchmarks)):
-        print(format_table(rows, options.markdown), end="\n\n")
-    print(describe(benchmarks))
+    print(format_tables(benchmarks))
 
 
 if __name__ == "__main__":

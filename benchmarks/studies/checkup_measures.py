@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common.report import RESULTS, write_json
 from prereg_kernels.diagnostics import (
     LensSums,
     MeanSums,
@@ -30,11 +31,10 @@ from prereg_kernels.diagnostics import (
     StructureSums,
     probe,
 )
-from prereg_kernels.files import write_whole
 from prereg_kernels.machine import describe_machine
 from prereg_kernels.training.memory import peak_memory
 
-RESULTS = Path(__file__).parents[1] / "results" / "checkup_measures.json"
+OUT = RESULTS / "checkup_measures.json"
 PATCHES = 576  # of an image
 OBJECTS = 8
 IMAGES = 7  # of a batch
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=174)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=OUT)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     before = peak_memory()
@@ -151,9 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seconds": round(others.seconds["probe"], 2),
         },
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    write_whole(arguments.output, text + "\n")
+    print(json.dumps(result, indent=1))
+    write_json(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common.report import RESULTS, made_on
 from prereg_kernels import PReHead
 from prereg_kernels.inputs import Spec
 from prereg_kernels.machine import describe_machine
 from prereg_kernels.rows.torch_rows import TorchRows
 from tests.helpers import Problem, relative_error, run_tap, run_truth
 
-RESULTS = Path(__file__).parents[1] / "results" / "fp8_accuracy.json"
+OUT = RESULTS / "fp8_accuracy.json"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MATMULS = ("u", "z", "dg", "dW2", "dW1", "dh")  # what each of them computes
 FORWARD, DG = frozenset(("u", "z")), frozenset(("u", "z", "dg"))
@@ -384,11 +385,7 @@ def print_table(stored: dict[str, Any]) -> None:
         else:
             cells.append("none")
         print("|", " | ".join(cells), "|")
-    machine = stored["machine"]
-    print(
-        f"\n{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
-        f"{' (dirty)' * bool(machine['dirty'])}."
-    )
+    print(f"\n{made_on(stored['machine'])}.")
 
 
 def _row(rows: list[dict[str, Any]], fp8: frozenset[str]) -> dict[str, Any]:
@@ -398,7 +395,7 @@ def _row(rows: list[dict[str, Any]], fp8: frozenset[str]) -> dict[str, Any]:
 def main() -> None:
     """Run everything, or print what is there."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:

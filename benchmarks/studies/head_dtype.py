@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.report import RESULTS, made_on, write_json
 from prereg_kernels import PReHead, apply_pre
 from prereg_kernels.machine import describe_machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "head_dtype.json"
+OUT = RESULTS / "head_dtype.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 RATES = (1e-5, 2e-5)
 STEPS = 60  # of AdamW, for the share of weights that move
@@ -137,11 +138,10 @@ def print_table(stored: dict[str, Any]) -> None:
         pairs = zip(*(times[name] for name in DTYPES), strict=True)
         low, middle, high = statistics.quantiles([after / before for before, after in pairs], n=4)
         print(f"\n{kind}: float32 over bfloat16, in pairs: {middle:.2f} ({low:.2f} to {high:.2f})")
-    machine = stored["machine"]
     print(
         f"\n{STEPS} steps of AdamW; medians and quartiles of {REPEATS} calls in turn, {TOKENS} "
-        f"tokens, width {WIDTH}; {DEMO_STEPS} steps at {DEMO_RATE:g}. {machine['device']}, torch "
-        f"{machine['torch']}, commit {machine['commit']}{' (dirty)' * bool(machine['dirty'])}."
+        f"tokens, width {WIDTH}; {DEMO_STEPS} steps at {DEMO_RATE:g}. "
+        f"{made_on(stored['machine'])}."
     )
 
 
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/scenes/cache", help="where trained towers are")
     parser.add_argument("--tower-steps", type=int, default=850)
     parser.add_argument("--steps", type=int, default=330, help="of the demo before its fine-tuning")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
@@ -169,8 +169,7 @@ def main() -> None:
         "steps": arguments.steps,
         "demo": demo(arguments.cache, arguments.tower_steps, arguments.steps),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
+    write_json(stored, arguments.out)
     print_table(stored)
 
 

@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.report import RESULTS, made_on, write_json
 from prereg_kernels.machine import describe_machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "token_fraction.json"
+OUT = RESULTS / "token_fraction.json"
 BASELINE, FRACTIONS = "baseline", (1.0, 0.5, 0.25)
 VARIANTS = (BASELINE, *map(str, FRACTIONS))
 WARMUP_STEPS, TIMED_STEPS = 3, 30
@@ -90,14 +91,15 @@ def step_times(cache: str) -> dict[str, list[float]]:
     return times
 
 
-def print_table(stored: dict[str, Any]) -> None:
+def format_table(stored: dict[str, Any]) -> str:
     """Markdown: step time, and probes with their paired differences to the baseline."""
     from prereg_kernels.training.summary import Effect
 
     times, rows = stored["step_seconds"], stored["runs"]
     layers = [name for name in rows[0] if name.startswith("layer")]
-    print("| token_fraction | step (ms) | over the baseline |", *(f"{x} (%) |" for x in layers))
-    print("|---|---|---|" + "---|" * len(layers))
+    heads = " ".join(f"{x} (%) |" for x in layers)
+    lines = [f"| token_fraction | step (ms) | over the baseline | {heads}"]
+    lines.append("|---|---|---|" + "---|" * len(layers))
 
     def values(variant: str, layer: str) -> list[float]:
         mine = sorted((r for r in rows if r["variant"] == variant), key=lambda r: r["seed"])
@@ -112,13 +114,13 @@ def print_table(stored: dict[str, Any]) -> None:
             effect = Effect.of(values(BASELINE, layer), values(variant, layer))
             interval = f" ({100 * effect.difference.mean:+.1f} ± {100 * effect.half_width:.1f})"
             cells.append(f"{100 * effect.after.mean:.1f}" + interval * (variant != BASELINE))
-        print(f"| {variant} |", " | ".join(cells), "|")
-    machine = stored["machine"]
-    print(
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    lines.append(
         f"\n{stored['seeds']} paired seeds; after ± the standard error of the time, and half the "
-        f"95% t interval of the difference to the baseline. {machine['device']}, torch "
-        f"{machine['torch']}, commit {machine['commit']}{' (dirty)' * bool(machine['dirty'])}."
+        f"95% t interval of the difference to the baseline. "
+        f"{made_on(stored['machine'])}."
     )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -127,11 +129,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of the last stage; by default the demo's")
     parser.add_argument("--cache", default="runs/scenes/cache", help="where trained towers are")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        return print_table(json.loads(arguments.out.read_text()))
+        return print(format_table(json.loads(arguments.out.read_text())))
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as alone:  # first, as it trains the tower for all
@@ -149,9 +151,8 @@ def main() -> None:
         "step_seconds": times,
         "runs": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
-    print_table(stored)
+    write_json(stored, arguments.out)
+    print(format_table(stored))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ NOT_RUN = {
         "make bench",
         "python -m benchmarks.loss.cpu_primitives",
         "python -m benchmarks.loss.cpu_primitives --json FILE",
+        "python -m benchmarks.loss.call_overhead --against CHECKOUT",
         "python -m benchmarks.studies.fp8_accuracy",
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
