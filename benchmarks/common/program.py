@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common.report import Json, write_json
 from benchmarks.common.timing import Clock, OverBudgetError, describe_error
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 
 
 def make_parser(documentation: str, seconds: float) -> argparse.ArgumentParser:

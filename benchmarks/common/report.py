@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from prereg_kernels.files import write_whole
+from prereg_kernels._util.files import write_whole
 
 Json = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results"

@@ -30,7 +30,7 @@ import torch
 from scipy.stats import ttest_1samp
 
 from benchmarks.common.report import RESULTS, Json, made_on, markdown_table, write_json
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("call_worker.py")

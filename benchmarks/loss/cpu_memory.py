@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.loss.cases import Case, make_tensors
 from benchmarks.loss.cpu import CPU, cpu_case, make_step
-from prereg_kernels.training.memory import peak_memory
+from prereg_kernels.demo.runs.memory import peak_memory
 
 
 def peak_bytes(name: str, case: Case) -> int:

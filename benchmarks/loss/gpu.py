@@ -27,7 +27,7 @@ from benchmarks.loss.measure import measure_ceilings, run_case, run_launches
 from benchmarks.loss.peers import Peer, Where, peers
 from benchmarks.loss.report import bars, short_table
 from benchmarks.loss.stages import time_stages, triton_kinds
-from prereg_kernels.rows import choose_rows
+from prereg_kernels.ops.backends.registry import choose_rows
 
 SECONDS = 270.0  # for everything; what does not fit is skipped, and says so
 MAIN, SIDE = Effort(10, 40, 4.0), Effort(5, 25, 2.0)

@@ -20,7 +20,7 @@ from benchmarks.loss.checks import full_truth
 from benchmarks.loss.cpu import CPU, FLOOR, NAMES, PEERS, cpu_case, is_emulated, make_step
 from benchmarks.loss.cpu_memory import peak_bytes
 from benchmarks.loss.work import Work
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 
 THREADS = 2
 EFFORT = Effort(5, 60, 9.0)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.report import RESULTS, write_json
-from prereg_kernels.diagnostics import (
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.checkup import (
     LensSums,
     MeanSums,
     NormSums,
@@ -31,8 +32,7 @@ from prereg_kernels.diagnostics import (
     StructureSums,
     probe,
 )
-from prereg_kernels.machine import describe_machine
-from prereg_kernels.training.memory import peak_memory
+from prereg_kernels.demo.runs.memory import peak_memory
 
 OUT = RESULTS / "checkup_measures.json"
 PATCHES = 576  # of an image

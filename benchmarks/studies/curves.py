@@ -31,11 +31,11 @@ from benchmarks.common.timing import CpuClock
 from benchmarks.step.models import Batch
 from benchmarks.step.variants import hooked_terms
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.training.data import Packer, TrainStream, build_tokenizer
-from prereg_kernels.training.model import ModelConfig, build_model
-from prereg_kernels.training.questions import COMMON_FAMILIES
-from prereg_kernels.training.scenes import SceneConfig, Scenes
-from prereg_kernels.training.schedule import cosine_with_warmup
+from prereg_kernels.demo.data.packing import Packer, TrainStream, build_tokenizer
+from prereg_kernels.demo.data.questions import COMMON_FAMILIES
+from prereg_kernels.demo.data.scenes import SceneConfig, Scenes
+from prereg_kernels.demo.model.llava import ModelConfig, build_model
+from prereg_kernels.demo.schedule import cosine_with_warmup
 
 Split = Callable[[Batch], list[Batch]]
 Step = Callable[[Batch], tuple[float, float]]

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from benchmarks.common.report import RESULTS, made_on
 from prereg_kernels import PReHead
-from prereg_kernels.inputs import Spec
-from prereg_kernels.machine import describe_machine
-from prereg_kernels.rows.torch_rows import TorchRows
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.torch import TorchRows
 from tests.helpers import Problem, relative_error, run_tap, run_truth
 
 OUT = RESULTS / "fp8_accuracy.json"

@@ -23,9 +23,9 @@ from benchmarks.loss.report import add_ratios, bars, kernel_lines, short_table
 from benchmarks.loss.stages import Stage, time_stages
 from benchmarks.loss.work import Floor, Work
 from prereg_kernels import eager_pre_loss
-from prereg_kernels.machine import describe_source
-from prereg_kernels.rows.base import Rows
-from prereg_kernels.rows.torch_rows import TorchRows
+from prereg_kernels._util.machine import describe_source
+from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.torch import TorchRows
 
 CPU = torch.device("cpu")
 FUSED = peers(Where.LAUNCHES, "torch")[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.studies import checkup_measures
-from prereg_kernels.diagnostics import patch_structure, similarity
+from prereg_kernels.checkup import patch_structure, similarity
 
 
 def test_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
