@@ -23,6 +23,7 @@ class Floor:
     def __init__(
         self, case: Case, tensors: Tensors, activation: Loss = F.gelu, fresh: bool = False
     ) -> None:
+        self.last: Tensor | None = None  # there until the next is, so that that one is elsewhere
         with torch.no_grad():
             x = tensors.hidden[: case.tokens].detach().to(case.dtype)
             self.weights = [w.detach().to(case.dtype) for w in tensors.weights]
@@ -54,15 +55,15 @@ class Floor:
     def forward(self) -> None:
         """One matmul a layer: x W^T."""
         for x, weight, out in zip(self.inputs, self.weights, self.outputs, strict=True):
-            torch.mm(x, weight.T, out=out)
+            self.last = torch.mm(x, weight.T, out=out)
 
     def step(self) -> None:
         """Three matmuls a layer: x W^T, d^T x and d W."""
         self.forward()
         for layer in range(len(self.weights) - 1, -1, -1):
             d, x = self.output_gradients[layer], self.inputs[layer]
-            torch.mm(d.T, x, out=self.weight_gradients[layer], **self.options)
-            torch.mm(d, self.weights[layer], out=self.input_gradients[layer])
+            self.last = torch.mm(d.T, x, out=self.weight_gradients[layer], **self.options)
+            self.last = torch.mm(d, self.weights[layer], out=self.input_gradients[layer])
 
 
 class Work:
