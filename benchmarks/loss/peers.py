@@ -2,8 +2,8 @@
 
 A new peer is a line of PEERS, and its loss a function here or in a file beside this one. The loss
 takes `(hidden, anchor, weights, biases, *, visual_index=None)` with hidden (T, D), and returns the
-mean over the rows of the index, or over all of them. None of the peers is held back: they gather
-rows as fast as torch can, in the same dtypes as ours.
+mean over the rows of the index, or over all of them. Weights may be float32 where hidden is not:
+the matmuls are in hidden's dtype. No peer is held back: they gather rows as fast as torch can.
 """
 
 from __future__ import annotations

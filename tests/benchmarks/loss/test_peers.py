@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.common.timing import Effort
 from benchmarks.loss import gpu, peers, test_cpu
-from benchmarks.loss.cases import LLAVA, Case, make_tensors, tiny
+from benchmarks.loss.cases import LLAVA, MASTER_WEIGHTS, Case, make_tensors, tiny
 from benchmarks.loss.checks import WrongResultError, full_truth
 from benchmarks.loss.cpu import CPU, cpu_case
 from benchmarks.loss.measure import run_case
@@ -23,7 +23,7 @@ from benchmarks.loss.peers import PEERS, Peer, Where
 from benchmarks.loss.work import Floor, Work
 from benchmarks.step import models
 
-CASES = (tiny(LLAVA), cpu_case(60, 16, torch.float32))
+CASES = (tiny(LLAVA), cpu_case(60, 16, torch.float32), tiny(MASTER_WEIGHTS))
 EAGER = [peer for peer in PEERS if not peer.compile_seconds]
 
 
@@ -40,7 +40,7 @@ def new_loss(
     if visual_index is not None:
         h, t = h[visual_index], t[visual_index]
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        h = F.linear(F.gelu(h) if layer else h, weight, bias)
+        h = F.linear(F.gelu(h) if layer else h, weight.to(h.dtype), bias.to(h.dtype))
     h, t = F.normalize(h.float(), dim=1), F.normalize(t.float(), dim=1)
     return -(h * t).sum(1).mean()
 
