@@ -40,6 +40,16 @@ class PReHead(nn.Module):
 
     The parameters belong to this module itself, not to submodules: FSDP and ZeRO gather a module's
     own parameters when its forward is called, and no submodule's forward ever is.
+
+    Example:
+        >>> head = PReHead(8, 6, seed=0)
+        >>> [tuple(weight.shape) for weight in head.weights]
+        [(8, 8), (6, 8)]
+        >>> hidden, anchor = torch.ones(2, 5, 8), torch.ones(2, 5, 6)
+        >>> loss = head(hidden, anchor, visual_mask=torch.ones(2, 5, dtype=torch.bool))
+        >>> loss.backward()
+        >>> head.weights[0].grad.shape
+        torch.Size([8, 8])
     """
 
     def __init__(
@@ -188,7 +198,16 @@ class PReHead(nn.Module):
     def tap(
         self, hidden: Tensor, anchor: Tensor, **options: Unpack[TapOptions]
     ) -> tuple[Tensor, Tensor]:
-        """`pre_tap` with this head's parameters, called as the module so that its hooks run."""
+        """`pre_tap` with this head's parameters, called as the module so that its hooks run.
+
+        Example:
+            >>> head, hidden = PReHead(8, 8, depth=0), torch.ones(4, 8, requires_grad=True)
+            >>> tapped, loss = head.tap(hidden, torch.zeros(4, 8), loss="mse", compute_value=True)
+            >>> loss.item()
+            1.0
+            >>> torch.equal(tapped, hidden)
+            True
+        """
         return self(hidden, anchor, tap=True, **options)
 
     def extra_repr(self) -> str:
