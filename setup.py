@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
-BUILD = "_rows_build.json"  # read by prereg_kernels/rows/cpp_rows.py
+BUILD = "_rows_build.json"  # read by prereg_kernels/ops/backends/cpp.py
 # The flags of torch's own kernels for the same instruction sets
 VARIANTS = {"base": "-O2 -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT"}
 if platform.machine() in ("x86_64", "AMD64"):
