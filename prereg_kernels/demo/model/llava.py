@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prereg_kernels._util import private
 from prereg_kernels.demo.checks import check_numbers, require_count
 from prereg_kernels.demo.data.packing import IMAGE, Batch
 from prereg_kernels.demo.data.scenes import SceneConfig
@@ -122,7 +123,7 @@ def build_model(
         vision_feature_select_strategy="default",  # drop the CLS token: one token a patch remains
         tie_word_embeddings=False,
     )
-    llava._attn_implementation = attention
+    setattr(llava, private.ATTENTION, attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(llava)
