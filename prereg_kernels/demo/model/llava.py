@@ -28,9 +28,11 @@ class ModelConfig:
 
     Attributes:
         width: hidden size of the tower and of the decoder.
-        tower_layers, decoder_layers: depth of each.
+        tower_layers: depth of the tower.
+        decoder_layers: depth of the decoder.
         heads: attention heads of each; must divide `width`.
-        tower_mlp, decoder_mlp: width of their feed-forward layers.
+        tower_mlp: width of the tower's feed-forward layers.
+        decoder_mlp: width of the decoder's.
         initializer_range: standard deviation of the decoder's initial weights. At this width, the
             usual 0.02 leaves the decoder on its first plateau for longer than a short run lasts.
     """
