@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prereg_kernels._util import distributed, fsdp
+from prereg_kernels._util import distributed, fsdp, private
 from prereg_kernels.attach.anchors import anchor_width, llm_width
 from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.families import Family
@@ -114,11 +114,12 @@ class PRe:
         # `save_pretrained` then writes a plain model, and the heads to a file of their own
         self._shapes = {name: tuple(x.shape) for name, x in self._state().items()}
         ignored = {f"{HEADS}.{name}" for name in (*self._shapes, PASSES)}
-        before = getattr(model, "_keys_to_ignore_on_save", None) or ()
-        self.shadow("_keys_to_ignore_on_save", {*before, *ignored})
+        before = getattr(model, private.IGNORED_ON_SAVE, None) or ()
+        self.shadow(private.IGNORED_ON_SAVE, {*before, *ignored})
         # What accelerate's FSDP gives a unit of its own, which may then have a dtype of its own
-        names_of_units = getattr(model, "_no_split_modules", None) or []
-        self.shadow("_no_split_modules", type(names_of_units)([*names_of_units, PReHead.__name__]))
+        names_of_units = getattr(model, private.UNSPLIT_MODULES, None) or []
+        units = type(names_of_units)([*names_of_units, PReHead.__name__])
+        self.shadow(private.UNSPLIT_MODULES, units)
         if hasattr(model, "save_pretrained"):
             self.shadow("save_pretrained", self._save_pretrained)
         self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))

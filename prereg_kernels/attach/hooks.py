@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels._util import distributed
+from prereg_kernels._util import distributed, private
 from prereg_kernels.attach.anchors import function_rows, projector_rows
 from prereg_kernels.attach.checkpointing import outside_checkpoint, outside_selection
 from prereg_kernels.attach.handle import PRe
@@ -101,7 +101,7 @@ class Hooks:
 
     def _read(self, module: nn.Module, inputs: dict[str, Any]) -> Pass | None:
         pre, config = self._pre, self._pre.config
-        if getattr(module, "_is_replica", False):
+        if getattr(module, private.IS_REPLICA, False):
             raise ValueError(
                 "model: expected the model that PRe is attached to, got a replica of "
                 "torch.nn.DataParallel, whose threads share the hooks of one; use "
@@ -380,8 +380,8 @@ def _is_recomputation() -> bool:
 
     Not so with use_reentrant=True, where the call in backward is the first one with grad.
     """
-    node = torch._C._current_autograd_node()
-    return node is not None and node.name() != "CheckpointFunctionBackward"
+    node = private.current_autograd_node()
+    return node is not None and node.name() != private.REENTRANT_NODE
 
 
 def _goes_on(inputs: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from prereg_kernels._util import fsdp
+from prereg_kernels._util.supported import check_transformers
 from prereg_kernels.attach.config import PReConfig, Settings
 from prereg_kernels.attach.families import Family, find_family
 from prereg_kernels.attach.forward import ModelForward
@@ -73,6 +74,7 @@ def apply_pre(
         raise ValueError("config: expected None with from_pretrained, which has settings; got both")
     if get_pre(model) is not None:
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
+    check_transformers()
     fsdp.check_whole(model)
     family = family or find_family(model)
     if from_pretrained is None:

@@ -15,7 +15,10 @@ from prereg_kernels._version import __version__
 
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments, flags = parser.parse_known_args()
+    if flags and arguments.command not in ("train", "sweep"):
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if arguments.command == "doctor":
         from prereg_kernels.cli.doctor import doctor
 
@@ -38,7 +41,7 @@ def main() -> None:
     try:
         console = Console()
         command = {"train": train, "sweep": sweep}[arguments.command]
-        command(arguments, console if console.is_terminal else Console(width=120))
+        command(arguments, flags, console if console.is_terminal else Console(width=120))
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
@@ -64,6 +67,12 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
+
+
+_EVERY_SETTING = (
+    "Every setting of the file is a flag as well, by its path: {}. What the file says is the "
+    "default. --settings lists them all with their values."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train with PRe",
         description="Train: a preset's paired experiment with its report, or one run from a file. "
         "Run again after an interruption: it goes on from the last checkpoint.",
+        epilog=_EVERY_SETTING.format("--run.pre.weight 0.5 --run.stages.1.steps 100"),
+        allow_abbrev=False,  # `--seed` is a setting of a run, and not short for `--seeds`
     )
     source = train.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -113,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
     )
     train.add_argument("--fresh", action="store_true", help="do not resume what is there")
+    _add_settings(train)
     group = train.add_argument_group("with --preset")
     _add_size(group)
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
@@ -134,6 +146,12 @@ def _named(text: str) -> Path:
     return Path(text)
 
 
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--settings", action="store_true", help="list every setting as a flag, and stop"
+    )
+
+
 def _add_size(group: Any) -> None:
     group.add_argument("--seeds", type=int, help="number of paired seeds")
     group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
@@ -149,6 +167,8 @@ def _add_sweep(commands: Any) -> None:
         description="Train over PRe's weights, layers, anchors and token fractions, one at a time, "
         "against baselines paired by seed; writes results.json, tables.md and plots/. Run again "
         "after an interruption: it goes on with what is not finished.",
+        epilog=_EVERY_SETTING.format("--weights 0.5 1 2 --experiment.run.micro_batch 16"),
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--preset", required=True, help="scenes, scenes-gpu, or a YAML file of your own"
@@ -158,6 +178,7 @@ def _add_sweep(commands: Any) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, ...; default: the preset's")
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    _add_settings(parser)
     parser.add_argument(
         "--report", action="store_true", help="train nothing: only report what is finished"
     )
@@ -220,4 +241,5 @@ def _add_diagnose(commands: Any) -> None:
         help="default: as stored; float32 on a CPU",
     )
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    _add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print checkup.json, nothing else")

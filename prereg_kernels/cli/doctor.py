@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from prereg_kernels._util.machine import cpu_name
+from prereg_kernels._util.supported import bounds, is_supported
 from prereg_kernels._version import __version__
 from prereg_kernels.ops.backends.cpp import describe
 from prereg_kernels.ops.backends.registry import choose_rows, unavailable
@@ -27,7 +28,8 @@ def examine() -> Report:
     """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing here raises."""
     return {
         "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        | {name: _version(name) for name in PACKAGES}
+        | {"taken": _taken()},
         "cpu": _cpu(),
         "gpu": _gpu(),
         "backends": _backends(),
@@ -94,6 +96,13 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _taken() -> str:
+    """Which releases of transformers are, and whether the one here is one of them."""
+    here = _version("transformers")
+    out = "" if here == "not installed" or is_supported(here) else f"; {here} is out of bounds"
+    return f"transformers {bounds()}{out}"
 
 
 def _compiler() -> str:

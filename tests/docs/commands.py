@@ -19,6 +19,9 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from prereg_kernels.cli.commands import main
+from prereg_kernels.cli.demo import load_preset, load_sweep
+from prereg_kernels.cli.settings import override
+from prereg_kernels.demo.config import RunConfig
 from tests.docs.pages import ROOT
 
 PROGRAMS = ("prereg", "make", "python", "python3", "torchrun", "accelerate")
@@ -150,15 +153,34 @@ class _ParsedError(BaseException):
 
 
 def _parse(command: Command) -> None:
-    parse = argparse.ArgumentParser.parse_args
+    parser = argparse.ArgumentParser
+    parse, parse_known = parser.parse_args, parser.parse_known_args
 
     def parse_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         parse(self, *args, **kwargs)
         raise _ParsedError
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+    def parse_known_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        arguments, flags = parse_known(self, *args, **kwargs)
+        if self.prog != "prereg":  # but one of its commands
+            return arguments, flags
+        if flags:
+            override(_settings_of(arguments), flags)
+        raise _ParsedError
+
+    with (
+        mock.patch.object(parser, "parse_args", parse_args),
+        mock.patch.object(parser, "parse_known_args", parse_known_args),
+    ):
         try:
             _run_here(command)
         except _ParsedError:
             return
     raise AssertionError(f"{command}: nothing was parsed")
+
+
+def _settings_of(arguments: argparse.Namespace) -> Any:
+    """What the flags of a command are of; of a file that the text makes up, the defaults."""
+    if arguments.command == "sweep":
+        return load_sweep(arguments.preset)
+    return RunConfig() if arguments.config else load_preset(arguments.preset)

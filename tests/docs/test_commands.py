@@ -24,6 +24,11 @@ NOT_RUN = {
         "prereg train --preset scenes --seeds 5",
         "prereg train --preset scenes --weight 0.5 --out runs/weight-0.5",
         "prereg train --preset scenes-gpu",
+        "prereg train --preset scenes --run.pre.weight 0.5 --run.stages.1.steps 100 "
+        "--transfer.steps 30 --out runs/short",
+        "prereg train --preset scenes --run.stages.1.trainable llm --run.families.count 2",
+        "prereg sweep --preset scenes --weights 0.5 1 2 --experiment.run.micro_batch 16 "
+        "--out runs/sweep",
         "prereg sweep --preset scenes",
         "prereg sweep --preset scenes-gpu",
         "make bench",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels._util import private
 from prereg_kernels._util.files import content_digest
 from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends.base import Rows
@@ -42,7 +43,7 @@ def describe() -> dict[str, Any]:
 def runnable_variants() -> list[str]:
     """The variants that are built and that this CPU can run, the fastest first."""
     runnable = RUNNABLE.get(torch.backends.cpu.get_cpu_capability(), ("base",))
-    if "avx512" in runnable and torch.cpu._is_avx512_bf16_supported():
+    if "avx512" in runnable and private.has_avx512_bf16():
         runnable = ("avx512_bf16", *runnable)
     return [variant for variant in runnable if variant in _read_build().get("variants", [])]
 
@@ -128,8 +129,11 @@ class CppRows(Rows):
 
     def has_wide_products(self, device: torch.device, dtype: torch.dtype) -> bool:
         """MKL has such products of bfloat16. They are only known to be fast with tile registers."""
-        tiles = bool(torch.cpu._is_amx_tile_supported())
-        return tiles and dtype == torch.bfloat16 and bool(self._ops.has_wide_product())
+        return (
+            private.has_amx_tiles()
+            and dtype == torch.bfloat16
+            and bool(self._ops.has_wide_product())
+        )
 
 
 @cache

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prereg_kernels._util import private
 from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends import cpp
 from prereg_kernels.ops.backends.cpp import CppRows, describe, runnable_variants, unavailable
@@ -238,7 +239,7 @@ def tiles(rows: CppRows, monkeypatch: pytest.MonkeyPatch) -> CppRows:
     """As on a CPU with tile registers; elsewhere the product is slower, and as exact."""
     if not rows._ops.has_wide_product():
         pytest.skip("this torch comes without MKL's product of bfloat16")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(private, "has_amx_tiles", lambda: True)
     return rows
 
 
@@ -269,7 +270,7 @@ def test_where_products_are_wide(tiles: CppRows, monkeypatch: pytest.MonkeyPatch
     cpu = torch.device("cpu")
     assert tiles.has_wide_products(cpu, torch.bfloat16)
     assert not tiles.has_wide_products(cpu, torch.float16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(private, "has_amx_tiles", lambda: False)
     assert not tiles.has_wide_products(cpu, torch.bfloat16)
 
 
