@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from prereg_kernels._version import __version__
 from prereg_kernels.heuristics import operand_dtype
 from prereg_kernels.rows import BACKENDS, choose_rows, unavailable
-from prereg_kernels.rows.cpp_rows import describe
+from prereg_kernels.rows.cpp_libraries import describe
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
 Report = dict[str, dict[str, Any]]
@@ -51,7 +52,10 @@ def doctor(as_json: bool) -> None:
 
 def _backends() -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts: dict[str, Any] = {"auto": f"{choose_rows('auto', torch.device(device)).name}, {device}"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons follow
+        auto = choose_rows("auto", torch.device(device)).name
+    facts: dict[str, Any] = {"auto": f"{auto}, {device}"}
     for name in BACKENDS[1:]:
         where = "cpu" if name == "cpp" else device
         reason = unavailable(name, where)

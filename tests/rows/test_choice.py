@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prereg_kernels import rows
-from prereg_kernels.rows import FASTEST_FIRST, choose_rows, cpp_rows, unavailable
+from prereg_kernels.rows import FASTEST_FIRST, choose_rows, cpp_libraries, unavailable
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_cpp_is_built_where_there_is_a_compiler() -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler on this machine")
     assert unavailable("cpp", "cpu") is None
-    assert cpp_rows.describe()["not built"] == {}
+    assert cpp_libraries.describe()["not built"] == {}
 
 
 def test_unknown_backend() -> None:
