@@ -21,7 +21,7 @@ help:  ## this list
 
 # Build tools first: the package is built against the torch that it will run with.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
-    prereg_kernels/rows/cpp_build.py
+    prereg_kernels/ops/backends/cpp_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
@@ -32,16 +32,16 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.
-ANY_BACKEND := rows triton_aot gpu diagnostics docs test_benchmarks_gpu.py \
+ANY_BACKEND := ops/backends triton_aot gpu checkup cli docs util test_benchmarks_gpu.py \
     trainers/test_ranks.py trainers/test_low_precision.py
-OWN_PROCESSES := training/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
+OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%) \
 	    $(OWN_PROCESSES:%=--deselect=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
-	    $(BIN)/python -m pytest -n 2 tests/rows/test_triton_*.py
+	    $(BIN)/python -m pytest -n 2 tests/ops/backends/test_triton_*.py
 	for version in $(PEFTS); do \
 	    PYTHONPATH=$(PEFT)/$$version $(BIN)/python -m pytest -n 2 tests/integrations/test_peft.py \
 	        --peft $$version || exit 1; \
@@ -79,7 +79,7 @@ sanitize: $(READY)  ## the tests of the compiled code under the address and UB s
 	cp -r tests pyproject.toml $(SANITIZED)/lib
 	cd $(SANITIZED)/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	    $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -rs tests/rows/test_cpp_rows.py
+	    $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -rs tests/ops/backends/test_cpp.py
 
 bench: $(READY)  ## the benchmarks on this machine; prints a table, writes benchmarks/results/
 	mkdir -p benchmarks/results

@@ -15,7 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 # By its path: the package needs torch to be imported, which may not be here
-ROWS = runpy.run_path("prereg_kernels/rows/cpp_build.py")
+ROWS = runpy.run_path("prereg_kernels/ops/backends/cpp_build.py")
 CSRC = Path("csrc")
 SOURCES = sorted(map(str, CSRC.glob("*.cpp")))
 HEADERS = sorted(map(str, CSRC.glob("*.h")))

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prereg_kernels.diagnostics import (
+from prereg_kernels._util.files import write_whole
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.checkup import (
     LensSums,
     MeanSums,
     NormSums,
@@ -30,9 +32,7 @@ from prereg_kernels.diagnostics import (
     StructureSums,
     probe,
 )
-from prereg_kernels.files import write_whole
-from prereg_kernels.machine import describe_machine
-from prereg_kernels.training.memory import peak_memory
+from prereg_kernels.demo.runs.memory import peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "checkup_measures.json"
 PATCHES = 576  # of an image

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prereg_kernels.inputs import Spec
-from prereg_kernels.rows.base import Rows
-from prereg_kernels.rows.cpp_rows import CppRows
-from prereg_kernels.rows.torch_rows import TorchRows
+from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.cpp import CppRows
+from prereg_kernels.ops.backends.torch import TorchRows
 
 # A chunk that stays in the second or third level of cache, and one that stays in none
 SIZES = {"cache": (512, 1024), "memory": (16384, 2048)}

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import PReHead
-from prereg_kernels.inputs import Spec
-from prereg_kernels.machine import describe_machine
-from prereg_kernels.rows.torch_rows import TorchRows
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.torch import TorchRows
 from tests.helpers import Problem, relative_error, run_tap, run_truth
 
 RESULTS = Path(__file__).parent / "results" / "fp8_accuracy.json"

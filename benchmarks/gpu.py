@@ -31,8 +31,8 @@ from benchmarks.gpu_run import run_until_stopped
 from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_stages import time_stages, triton_kinds
 from benchmarks.gpu_timing import Effort, make_clock
-from prereg_kernels.machine import describe_machine
-from prereg_kernels.rows import choose_rows
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.ops.backends.registry import choose_rows
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 270.0  # for everything; what does not fit is skipped, and says so

@@ -30,7 +30,7 @@ from benchmarks.gpu_run import make_parser, parse_device, run_until_stopped
 from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_timing import CpuClock
 from prereg_kernels import eager_pre_loss, fused_pre_loss
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 from tests.helpers import SLACK, Problem, assert_not_above, relative_error, run, run_tap
 
 SECONDS = 240.0

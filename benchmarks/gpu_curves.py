@@ -31,12 +31,12 @@ from benchmarks.gpu_run import make_parser, parse_device, run_until_stopped
 from benchmarks.gpu_step_models import Batch
 from benchmarks.gpu_step_variants import eager_terms
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.machine import describe_machine
-from prereg_kernels.training.data import Packer, TrainStream, build_tokenizer
-from prereg_kernels.training.model import ModelConfig, build_model
-from prereg_kernels.training.questions import COMMON_FAMILIES
-from prereg_kernels.training.scenes import SceneConfig, Scenes
-from prereg_kernels.training.schedule import cosine_with_warmup
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.demo.data.packing import Packer, TrainStream, build_tokenizer
+from prereg_kernels.demo.data.questions import COMMON_FAMILIES
+from prereg_kernels.demo.data.scenes import SceneConfig, Scenes
+from prereg_kernels.demo.model.llava import ModelConfig, build_model
+from prereg_kernels.demo.schedule import cosine_with_warmup
 
 Json = dict[str, Any]
 Split = Callable[[Batch], list[Batch]]

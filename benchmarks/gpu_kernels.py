@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_timing import Clock, Effort, Measured, Step, warm_and_interleave
-from prereg_kernels.heuristics import choose_chunk_rows, chunk_budget
-from prereg_kernels.inputs import Spec
-from prereg_kernels.products import has_wide_products
-from prereg_kernels.rows.base import Rows
+from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget
+from prereg_kernels.ops.products import has_wide_products
 
 
 @dataclass(frozen=True)

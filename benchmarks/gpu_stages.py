@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_kernels import Buffers
 from benchmarks.gpu_timing import Clock, Effort, Measured, describe_error, warm_and_interleave
-from prereg_kernels.rows.base import Rows
+from prereg_kernels.ops.backends.base import Rows
 from tests.helpers import relative_error
 
 APART = "apart"
@@ -75,8 +75,8 @@ def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Rows], str | None]
 
     Nothing but the stage apart where it cannot be fused.
     """
-    from prereg_kernels.rows.fused_triton_rows import FusedTritonRows
-    from prereg_kernels.rows.triton_kernels.matmul_config import (
+    from prereg_kernels.ops.backends.triton.fused import FusedTritonRows
+    from prereg_kernels.ops.backends.triton.matmul_config import (
         EVERYTHING,
         FusionPlan,
         MatmulConfig,

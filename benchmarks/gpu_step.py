@@ -35,7 +35,7 @@ from benchmarks.gpu_step_models import (
 from benchmarks.gpu_step_report import step_bars, step_table
 from benchmarks.gpu_step_variants import Regularizer, check_gradients
 from benchmarks.gpu_timing import Effort, make_clock
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 
 SECONDS = 420.0  # for everything; building, checking and warming up take about 60 of them
 SETTLE = 60.0

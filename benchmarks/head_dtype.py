@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import PReHead, apply_pre
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "head_dtype.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -85,8 +85,8 @@ def call_times() -> dict[str, dict[str, list[float]]]:
 def demo(cache: str, tower_steps: int, steps: int) -> dict[str, dict[str, Any]]:
     """{dtype of the heads: L_PRe and L_LM of each step, and the share of weights that moved}."""
     from benchmarks.token_fraction import BASELINE, run_config
-    from prereg_kernels.training.data import Packer, build_tokenizer
-    from prereg_kernels.training.loop import _stream, accumulate_gradients, train
+    from prereg_kernels.demo.data.packing import Packer, build_tokenizer
+    from prereg_kernels.demo.loop import _stream, accumulate_gradients, train
 
     run = run_config(BASELINE, 0, steps)
     run = replace(run, tower=replace(run.tower, steps=tower_steps))

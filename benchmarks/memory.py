@@ -12,7 +12,7 @@ import sys
 import torch
 
 from benchmarks.implementations import Size, make_step
-from prereg_kernels.training.memory import peak_memory
+from prereg_kernels.demo.runs.memory import peak_memory
 
 
 def peak_bytes(name: str, size: Size) -> int:

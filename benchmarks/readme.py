@@ -79,9 +79,9 @@ def cpu_section() -> str:
 
 def sweep_section() -> str:
     """The sweep's tables."""
-    from prereg_kernels.training.config import from_dict
-    from prereg_kernels.training.sweep import SweepConfig
-    from prereg_kernels.training.sweep_report import SweepResults, markdown
+    from prereg_kernels.demo.config import from_dict
+    from prereg_kernels.demo.sweep.report import SweepResults, markdown
+    from prereg_kernels.demo.sweep.sweep import SweepConfig
 
     stored = json.loads((RESULTS / "fidelity.json").read_text())
     results = SweepResults(from_dict(SweepConfig, stored["config"]), stored["runs"])

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.implementations import NAMES, Size, is_emulated, make_step
 from benchmarks.memory import peak_bytes
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 
 THREADS = 2
 SECONDS = 9.0  # of measurement for a size

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from prereg_kernels.machine import describe_machine
+from prereg_kernels._util.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "token_fraction.json"
 BASELINE, FRACTIONS = "baseline", (1.0, 0.5, 0.25)
@@ -36,11 +36,11 @@ SCENES = 256  # that a probe is fitted on, and as many that it is judged by
 
 def run_config(variant: str, seed: int, steps: int | None) -> Any:
     """The demo's run with a fraction, or without PRe; `steps`: of the last stage, None: its own."""
-    from prereg_kernels.training.config import load_config
-    from prereg_kernels.training.experiment import ExperimentConfig, Unit
-    from prereg_kernels.training.experiment import run_config as of_unit
+    from prereg_kernels.demo.config import load_config
+    from prereg_kernels.demo.experiment.experiment import ExperimentConfig, Unit
+    from prereg_kernels.demo.experiment.experiment import run_config as of_unit
 
-    preset = files("prereg_kernels.training") / "presets" / "scenes.yaml"
+    preset = files("prereg_kernels.demo") / "presets" / "scenes.yaml"
     config = load_config(Path(str(preset)), ExperimentConfig)
     if variant == BASELINE:
         run = of_unit(config, Unit(seed, BASELINE))
@@ -54,10 +54,10 @@ def run_config(variant: str, seed: int, steps: int | None) -> Any:
 
 def train_and_probe(variant: str, seed: int, steps: int | None, cache: str) -> dict[str, Any]:
     """{"layer 3": mean probe accuracy of the unasked attributes there, ...} of a trained model."""
-    from prereg_kernels.training.loop import train
-    from prereg_kernels.training.measure import measure
-    from prereg_kernels.training.scenes import Scenes
-    from prereg_kernels.training.summary import unasked
+    from prereg_kernels.demo.data.scenes import Scenes
+    from prereg_kernels.demo.experiment.summary import unasked
+    from prereg_kernels.demo.loop import train
+    from prereg_kernels.demo.measure import measure
 
     torch.set_num_threads(1)
     run = run_config(variant, seed, steps)
@@ -74,7 +74,7 @@ def train_and_probe(variant: str, seed: int, steps: int | None, cache: str) -> d
 
 def step_times(cache: str) -> dict[str, list[float]]:
     """{variant: seconds of each training step}, all variants in turn, one thread."""
-    from prereg_kernels.training.loop import Stepper
+    from prereg_kernels.demo.loop import Stepper
 
     torch.set_num_threads(1)
     steppers = {}
@@ -92,7 +92,7 @@ def step_times(cache: str) -> dict[str, list[float]]:
 
 def print_table(stored: dict[str, Any]) -> None:
     """Markdown: step time, and probes with their paired differences to the baseline."""
-    from prereg_kernels.training.summary import Effect
+    from prereg_kernels.demo.experiment.summary import Effect
 
     times, rows = stored["step_seconds"], stored["runs"]
     layers = [name for name in rows[0] if name.startswith("layer")]

@@ -1,5 +1,5 @@
 // The kernels' interface: plain pointers, checked by library.cpp. The semantics are in
-// prereg_kernels/rows/base.py.
+// prereg_kernels/ops/backends/base.py.
 #pragma once
 
 #include <cstdint>

@@ -13,7 +13,7 @@ from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     apply_pre(model.base_model.model)  # the LLaVA inside
 
     out = make_folder()
-    trainer = PreTrainer(
+    trainer = PReTrainer(
         model,
         TrainingArguments(
             out, max_steps=40, per_device_train_batch_size=4, gradient_accumulation_steps=2,

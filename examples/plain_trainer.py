@@ -1,6 +1,6 @@
 """PRe with transformers' own Trainer: one line more than without.
 
-The term's share in each micro-batch goes by labels, and checkpoints have no heads; PreTrainer
+The term's share in each micro-batch goes by labels, and checkpoints have no heads; PReTrainer
 (pre_trainer.py) does both exactly.
 """
 
@@ -13,7 +13,7 @@ from tiny import Collator, make_model, make_processor, make_samples
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prereg_kernels import apply_pre
-from prereg_kernels.handle import PRe
+from prereg_kernels.attach.handle import PRe
 
 
 class Figures(TrainerCallback):

@@ -1,4 +1,4 @@
-"""PRe with PreTrainer: exact over micro-batches and ranks, in the logs, in the checkpoints.
+"""PRe with PReTrainer: exact over micro-batches and ranks, in the logs, in the checkpoints.
 
 On several GPUs: `torchrun --nproc-per-node 8 pre_trainer.py`, without `use_cpu`.
 """
@@ -11,14 +11,14 @@ from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
 from prereg_kernels import apply_pre
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 
 
-def make_trainer(out: str) -> PreTrainer:
+def make_trainer(out: str) -> PReTrainer:
     """A trainer of a new model."""
     model, processor = make_model(), make_processor()
     apply_pre(model)
-    return PreTrainer(
+    return PReTrainer(
         model,
         TrainingArguments(
             out, max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2,

@@ -1,6 +1,6 @@
 """PRe with Qwen2.5-VL: images of any size, each with as many visual tokens as it needs.
 
-Trainer divides this model's loss by the number of micro-batches; PreTrainer's mean of L_PRe is that
+Trainer divides this model's loss by the number of micro-batches; PReTrainer's mean of L_PRe is that
 over all visual tokens all the same.
 """
 
@@ -13,13 +13,13 @@ from tiny_qwen import QwenCollator, make_qwen
 from transformers import TrainingArguments
 
 from prereg_kernels import apply_pre
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 
 
 def main() -> None:
     model = make_qwen()
     apply_pre(model)
-    trainer = PreTrainer(
+    trainer = PReTrainer(
         model,
         TrainingArguments(
             tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=4,

@@ -13,10 +13,10 @@ from tiny import make_model, make_processor, make_samples
 from trl import SFTConfig, SFTTrainer
 
 from prereg_kernels import apply_pre
-from prereg_kernels.trainer import PreTrainerMixin
+from prereg_kernels.trainers.trainer import PReTrainerMixin
 
 
-class PreSFTTrainer(PreTrainerMixin, SFTTrainer):
+class PreSFTTrainer(PReTrainerMixin, SFTTrainer):
     """SFTTrainer with PRe."""
 
 

@@ -3,18 +3,28 @@
 The method: arXiv 2603.20808, "predictive regularization" of the visual tokens' middle-layer states.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from prereg_kernels._version import __version__
-from prereg_kernels.config import PReConfig
-from prereg_kernels.handle import find_pre
-from prereg_kernels.head import PReHead
-from prereg_kernels.loss import fused_pre_loss
-from prereg_kernels.reference import eager_pre_loss
-from prereg_kernels.regularizer import apply_pre, remove_pre
-from prereg_kernels.tap import pre_tap
+from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.handle import PRe, find_pre
+from prereg_kernels.attach.regularizer import apply_pre, remove_pre
+from prereg_kernels.ops.head import PReHead
+from prereg_kernels.ops.loss import fused_pre_loss
+from prereg_kernels.ops.reference import eager_pre_loss
+from prereg_kernels.ops.tap import pre_tap
+
+if TYPE_CHECKING:
+    from prereg_kernels.trainers import PReTrainer, PReTrainerMixin
 
 __all__ = [
+    "Family",
+    "PRe",
     "PReConfig",
     "PReHead",
+    "PReTrainer",
+    "PReTrainerMixin",
     "__version__",
     "apply_pre",
     "eager_pre_loss",
@@ -23,3 +33,12 @@ __all__ = [
     "pre_tap",
     "remove_pre",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer with its first use: it imports transformers, which the loss does not need."""
+    if name not in ("PReTrainer", "PReTrainerMixin"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from prereg_kernels import trainers
+
+    return getattr(trainers, name)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prereg_kernels import heuristics, rows
+from prereg_kernels.ops import chunking
+from prereg_kernels.ops.backends import registry
 
 torch.set_num_threads(1)
 
@@ -50,15 +51,15 @@ def pytest_configure(config: pytest.Config) -> None:
     backend = config.getoption("--backend")
     if backend is None:
         return
-    if reason := rows.unavailable(backend, "cpu"):
+    if reason := registry.unavailable(backend, "cpu"):
         raise pytest.UsageError(f"--backend {backend}: {reason}")
-    rows.FASTEST_FIRST = (backend,)
+    registry.FASTEST_FIRST = (backend,)
 
 
 @pytest.fixture(params=("native", "emulated"))
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test as on a CPU with arithmetic of low precision, and as on one without."""
-    monkeypatch.setattr(heuristics, "_native_on_cpu", lambda _: request.param == "native")
+    monkeypatch.setattr(chunking, "_native_on_cpu", lambda _: request.param == "native")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
-from prereg_kernels.reference import ACTIVATION_FUNCTIONS
+from prereg_kernels.ops.reference import ACTIVATION_FUNCTIONS
 
 SLACK = 1e-6
 FEW, SIBLINGS, SIGNIFICANT = 3, 32, 5.0

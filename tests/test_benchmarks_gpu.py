@@ -37,9 +37,9 @@ from benchmarks.gpu_timing import (
     time_limit,
 )
 from prereg_kernels import eager_pre_loss
-from prereg_kernels.machine import describe_source
-from prereg_kernels.rows.base import Rows
-from prereg_kernels.rows.torch_rows import TorchRows
+from prereg_kernels._util.machine import describe_source
+from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.torch import TorchRows
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import token_fraction
 from benchmarks.token_fraction import BASELINE, FRACTIONS, run_config, train_and_probe
-from tests.training.tiny import tiny_run
+from tests.demo.tiny import tiny_run
 
 
 def test_a_run_is_trained_and_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

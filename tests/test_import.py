@@ -16,7 +16,7 @@ def imported() -> set[str]:
 
 
 def test_the_package_itself_is_seen(imported: set[str]) -> None:
-    assert {"torch", "prereg_kernels", "prereg_kernels.loss"} <= imported
+    assert {"torch", "prereg_kernels", "prereg_kernels.ops.loss"} <= imported
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from unittest import mock
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from prereg_kernels.cli import main
+from prereg_kernels.cli.commands import main
 from tests.docs.pages import ROOT
 
 PROGRAMS = ("prereg", "make", "python", "python3", "torchrun", "accelerate")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from prereg_kernels.training.data import build_tokenizer
-from prereg_kernels.training.model import build_model
-from prereg_kernels.training.scenes import SceneConfig
-from tests.diagnostics.pictures import save_folder, save_model
+from prereg_kernels.demo.data.packing import build_tokenizer
+from prereg_kernels.demo.data.scenes import SceneConfig
+from prereg_kernels.demo.model.llava import build_model
+from tests.checkup.pictures import save_folder, save_model
+from tests.demo.tiny import MODEL, TOWER
 from tests.docs.pages import ROOT, page_of
-from tests.training.tiny import MODEL, TOWER
 
 
 def checkups(place: Path) -> None:

@@ -54,8 +54,8 @@ NOT_RUN = {
     ),
     "runs these tests": ("make test",),
     "a check of every change, beside these tests": ("make lint",),
-    "compiles for minutes, and runs tests of tests/rows": ("make sanitize",),
-    "tests/training/test_cli.py::test_experiment_writes_its_report runs it": (
+    "compiles for minutes, and runs tests of tests/ops/backends": ("make sanitize",),
+    "tests/cli/test_demo.py::test_experiment_writes_its_report runs it": (
         "prereg train --preset mine.yaml",
     ),
 }

@@ -6,12 +6,12 @@ import re
 from functools import cache
 from importlib import import_module
 
-from prereg_kernels.families import FAMILIES
+from prereg_kernels.attach.families import FAMILIES
+from tests.attach.families.models import CASES
 from tests.docs.pages import ROOT
-from tests.families.models import CASES
 
 PAGE = ROOT / "docs" / "integrations.md"
-MODELS, ANCHORS = "tests/families/test_models.py", "tests/families/test_anchors.py"
+MODELS, ANCHORS = "tests/attach/families/test_models.py", "tests/attach/families/test_anchors.py"
 INTEGRATIONS = "tests/integrations"
 # The test that each column of the families' table stands for, and which of its scenes.
 COLUMNS = {

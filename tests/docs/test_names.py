@@ -18,8 +18,8 @@ from unittest import mock
 
 import prereg_kernels
 from prereg_kernels import PReConfig, apply_pre
-from prereg_kernels.families import Family
-from prereg_kernels.handle import PRe
+from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.handle import PRe
 from tests.docs import test_commands, test_snippets
 from tests.docs.commands import PROGRAMS, help_of
 from tests.docs.pages import ROOT, Page, is_snippet, page_of, pages

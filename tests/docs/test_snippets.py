@@ -16,8 +16,8 @@ from transformers import LlavaForConditionalGeneration
 
 import prereg_kernels
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
-from prereg_kernels.training.commands import load_sweep
-from prereg_kernels.training.config import RunConfig, load_config
+from prereg_kernels.cli.demo import load_sweep
+from prereg_kernels.demo.config import RunConfig, load_config
 from tests.attached import compare, eager_term
 from tests.docs.commands import chdir, run
 from tests.docs.pages import Block, is_snippet, pages
@@ -181,7 +181,7 @@ CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("README.md", 1): is_the_loss_each_time,
     ("docs/anchors.md", 0): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
-    ("prereg_kernels/tap.py", 0): taps,
+    ("prereg_kernels/ops/tap.py", 0): taps,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.diagnostics.test_streaming import MEASURES, each_measure, features, numbers
+from tests.checkup.test_streaming import MEASURES, each_measure, features, numbers
 from tests.gpu.support import DEVICE, needs_gpu
 
 pytestmark = needs_gpu

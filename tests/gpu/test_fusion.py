@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from prereg_kernels import fused_pre_loss, ops
-from prereg_kernels.rows.base import Rows
+from prereg_kernels import fused_pre_loss
+from prereg_kernels.ops import custom_ops
+from prereg_kernels.ops.backends.base import Rows
 from tests.gpu.support import HALVES, assert_same, gpu_problem, needs_gpu
 from tests.helpers import check, check_tap, residual_like, run
 
-fused = pytest.importorskip("prereg_kernels.rows.fused_triton_rows")
-matmul_config = pytest.importorskip("prereg_kernels.rows.triton_kernels.matmul_config")
+fused = pytest.importorskip("prereg_kernels.ops.backends.triton.fused")
+matmul_config = pytest.importorskip("prereg_kernels.ops.backends.triton.matmul_config")
 
 pytestmark = [
     needs_gpu,
@@ -43,7 +44,7 @@ def force(monkeypatch: pytest.MonkeyPatch, plan: Any, config: Any = None) -> lis
     def choose_rows(backend: str, device: torch.device) -> Rows:
         return Watched(plan, config)
 
-    monkeypatch.setattr(ops, "choose_rows", choose_rows)
+    monkeypatch.setattr(custom_ops, "choose_rows", choose_rows)
     return seen
 
 

@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from prereg_kernels import apply_pre
+from tests.attach.families.batches import make_batch as family_batch
+from tests.attach.families.models import LAYERS, make_model
 from tests.attached import NON_REENTRANT, compare, seen
-from tests.families.batches import make_batch as family_batch
-from tests.families.models import LAYERS, make_model
 from tests.tiny import gradients, make_batch, tiny_llava
 
 

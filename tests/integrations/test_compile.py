@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from prereg_kernels import apply_pre
+from tests.attach.families.batches import make_batch
+from tests.attach.families.models import make_model
 from tests.attached import NON_REENTRANT, compare
-from tests.families.batches import make_batch
-from tests.families.models import make_model
 from tests.tiny import gradients
 
 SETTINGS: dict[str, dict[str, Any]] = {

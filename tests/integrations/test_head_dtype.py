@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels import PReConfig, apply_pre, eager_pre_loss, remove_pre
-from prereg_kernels.storage import load_heads, save_heads
+from prereg_kernels.attach.storage import load_heads, save_heads
+from tests.attach.test_regularizer_state import traces
 from tests.attached import NON_REENTRANT, eager_term, seen
 from tests.helpers import relative_error
-from tests.test_regularizer_state import traces
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, make_batch, tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
 
@@ -165,7 +165,7 @@ def test_gradients_of_the_model(checkpointing: bool) -> None:
 def test_resumed_training_is_uninterrupted_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of `PreTrainer` on a bfloat16 model; its checkpoint is read in the model's own dtype."""
+    """Of `PReTrainer` on a bfloat16 model; its checkpoint is read in the model's own dtype."""
     read: list[torch.dtype] = []
     original = LlavaForConditionalGeneration.from_pretrained
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.handle import PRe
+from prereg_kernels.attach.handle import PRe
+from tests.attach.families.batches import make_batch
+from tests.attach.families.models import make_model
 from tests.attached import NON_REENTRANT, compare, eager_term
-from tests.families.batches import make_batch
-from tests.families.models import make_model
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_trainer
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from prereg_kernels.cli import main
-from tests.diagnostics.pictures import save_folder
+from prereg_kernels.cli.commands import main
+from tests.checkup.pictures import save_folder
 
 
 @pytest.mark.parametrize(

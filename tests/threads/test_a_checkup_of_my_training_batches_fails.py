@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from prereg_kernels.diagnostics import visual_features
+from prereg_kernels.checkup import visual_features
 from tests.attached import seen
 from tests.tiny import IMAGE_TOKEN, make_batch, tiny_llava
 

@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prereg_kernels.training.checkpoint import CheckpointError
-from prereg_kernels.training.loop import TrainingInterrupted, train
-from prereg_kernels.training.metrics import read_metrics
-from tests.training.tiny import as_version_0_1_0, signal_in_step, tiny_run
+from prereg_kernels.demo.checkpoints.checkpoint import CheckpointError
+from prereg_kernels.demo.loop import TrainingInterrupted, train
+from prereg_kernels.demo.metrics import read_metrics
+from tests.demo.tiny import as_version_0_1_0, signal_in_step, tiny_run
 
 NAME = "checkpoints/step-00000005"
 

@@ -17,10 +17,10 @@ import pytest
 import transformers as hf
 from PIL import Image
 
-from prereg_kernels.diagnostics import checkup
-from prereg_kernels.diagnostics.datasets import ImageFolder
-from prereg_kernels.diagnostics.image_batches import ImageBatches
-from tests.diagnostics.pictures import QWEN_PROCESSOR, make_loaded, save_folder
+from prereg_kernels.checkup import checkup
+from prereg_kernels.checkup.images.datasets import ImageFolder
+from prereg_kernels.checkup.images.image_batches import ImageBatches
+from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, save_folder
 
 CROP = {"height": 16, "width": 16}
 PROCESSORS: dict[str, tuple[str, Callable[[], Any]]] = {

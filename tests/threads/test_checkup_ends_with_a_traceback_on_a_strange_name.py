@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prereg_kernels.cli import main
-from tests.diagnostics.pictures import noise, save_folder, save_model
+from prereg_kernels.cli.commands import main
+from tests.checkup.pictures import noise, save_folder, save_model
 
 STRANGE = [b"[b]$..^^.png", b"\x1b[2J.png", b"caf\xe9.png", b"a\nb.png", b"\xf0\x9f\x90\x88.png"]
 SHOWN = ["[b]$..^^.png", r"\x1b[2J.png", r"caf\udce9.png", r"a\nb.png", "\U0001f408.png"]

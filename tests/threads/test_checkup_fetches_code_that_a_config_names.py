@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.diagnostics.pictures import save_folder, save_model, save_tokenizer
+from tests.checkup.pictures import save_folder, save_model, save_tokenizer
 
 # Run in a process of its own: an audit hook cannot be taken out again, and imports are not cached.
 PROGRAM = """
@@ -24,8 +24,8 @@ import json, os, sys
 
 import transformers.integrations.hub_kernels as kernels
 import transformers.modeling_utils as modeling
-from prereg_kernels.cli import main
-import prereg_kernels.diagnose, prereg_kernels.diagnostics.page as page
+from prereg_kernels.cli.commands import main
+import prereg_kernels.cli.checkup, prereg_kernels.checkup.report.page as page
 
 place, seen = os.getcwd(), []
 RUNS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.", "urllib.")

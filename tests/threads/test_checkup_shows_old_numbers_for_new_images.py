@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from prereg_kernels.cli import main
-from prereg_kernels.diagnostics import checkup, report
-from prereg_kernels.diagnostics.datasets import ImageFolder
-from prereg_kernels.diagnostics.image_batches import ImageBatches
-from tests.diagnostics.pictures import (
+from prereg_kernels.checkup import checkup, report
+from prereg_kernels.checkup.images.datasets import ImageFolder
+from prereg_kernels.checkup.images.image_batches import ImageBatches
+from prereg_kernels.cli.commands import main
+from tests.checkup.pictures import (
     QWEN_PROCESSOR,
     make_loaded,
     noise,
@@ -39,7 +39,7 @@ TEMPLATE = "{% for m in messages %}hello <image> look{% endfor %}"
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time, and say nothing else."""
-    monkeypatch.setattr("prereg_kernels.diagnostics.page._draw", lambda *_: {})
+    monkeypatch.setattr("prereg_kernels.checkup.report.page._draw", lambda *_: {})
 
 
 @pytest.fixture

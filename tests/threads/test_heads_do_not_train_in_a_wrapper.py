@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels import apply_pre, remove_pre
+from tests.attach.families.batches import make_batch
+from tests.attach.families.models import make_model
 from tests.attached import NON_REENTRANT, compare, eager_term
-from tests.families.batches import make_batch
-from tests.families.models import make_model
 from tests.tiny import gradients, tiny_llava
 from tests.tiny import make_batch as tiny_batch
 

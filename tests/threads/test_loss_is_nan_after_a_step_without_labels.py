@@ -4,7 +4,7 @@ An answer that `max_length` cuts off leaves a step whose labels are all -100. Th
 that step was computed as 0 labels of 0, which is NaN, and went into every gradient.
 
 Such a step has no L_LM, and a plain Trainer, which weights the term by labels, has no term in it;
-PreTrainer, which counts visual tokens, has it as in any other step.
+PReTrainer, which counts visual tokens, has it as in any other step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 from tests.attached import eager_term
 from tests.tiny import PATCHES, tiny_llava
 from tests.trainers.rows import WEIGHT, Row, collate, make_rows, make_trainer
@@ -71,7 +71,7 @@ def by_definition(rows: list[Row], accumulation: int, exact: bool) -> dict[str, 
 
 @pytest.mark.parametrize("cut", ((CUT,), (CUT, CUT + 1)))
 @pytest.mark.parametrize("accumulation", (1, 2))
-@pytest.mark.parametrize("cls", (Trainer, PreTrainer))
+@pytest.mark.parametrize("cls", (Trainer, PReTrainer))
 def test_the_weights_after_a_run(
     tmp_path: Path, cls: type[Trainer], accumulation: int, cut: tuple[int, ...]
 ) -> None:
@@ -85,7 +85,7 @@ def test_the_weights_after_a_run(
         model, tmp_path, cls=cls, rows=rows, per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=RATE,
     ).train()  # fmt: skip
-    expected = by_definition(rows, accumulation, exact=cls is PreTrainer)
+    expected = by_definition(rows, accumulation, exact=cls is PReTrainer)
     ours = dict(model.named_parameters())
     assert ours.keys() == expected.keys()
     moved = {name for name in ours if not torch.equal(ours[name], before[name])}

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 
-from prereg_kernels.diagnostics.coco import decode
+from prereg_kernels.checkup.images.coco import decode
 
 STRIP = [(5, 5), (25, 11), (24.8, 11.6), (4.8, 5.6)]
 STAR = [

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainer import PreTrainerMixin
+from prereg_kernels.trainers.trainer import PReTrainerMixin
 from tests.attached import compare, eager_term
 from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
 from tests.trainers.rows import (
@@ -45,7 +45,7 @@ class Listed(Trainer):
         return super()._prepare_inputs(collate(inputs))
 
 
-class PreListed(PreTrainerMixin, Listed):
+class PreListed(PReTrainerMixin, Listed):
     """With PRe."""
 
 
@@ -60,7 +60,7 @@ class DividesItself(Listed):
         return model(**inputs).loss / self.current_gradient_accumulation_steps
 
 
-class PreDividesItself(PreTrainerMixin, DividesItself):
+class PreDividesItself(PReTrainerMixin, DividesItself):
     """With PRe."""
 
 
@@ -117,7 +117,7 @@ def test_it_is_said_where_it_is_not_the_steps_mean(
 ) -> None:
     lines: list[str] = []
     logger = SimpleNamespace(warning_once=lines.append)
-    monkeypatch.setattr("prereg_kernels.trainer.logger", logger)
+    monkeypatch.setattr("prereg_kernels.trainers.trainer.logger", logger)
     step_of(tmp_path, PreListed, len(make_rows()) // micro_batches)
     assert len(lines) == said
     assert all("batch of type list" in line and "override count_rows" in line for line in lines)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from prereg_kernels.cli import main
-from prereg_kernels.training.config import save_config
-from prereg_kernels.training.loop import TrainingInterrupted, train
-from tests.training.cli import TINY
-from tests.training.tiny import as_version_0_1_0, signal_in_step, tiny_run
+from prereg_kernels.cli.commands import main
+from prereg_kernels.demo.config import save_config
+from prereg_kernels.demo.loop import TrainingInterrupted, train
+from tests.cli.run import TINY
+from tests.demo.tiny import as_version_0_1_0, signal_in_step, tiny_run
 
 
 def tree(directory: Path) -> dict[str, bytes | None]:
@@ -121,7 +121,7 @@ def test_of_another_experiment(
 
 
 def test_a_fresh_experiment_leaves_what_is_not_its_own(tmp_path: Path) -> None:
-    from prereg_kernels.training.experiment import ExperimentConfig, Unit, open_experiment
+    from prereg_kernels.demo.experiment.experiment import ExperimentConfig, Unit, open_experiment
 
     config = ExperimentConfig(run=tiny_run(), seeds=1)
     with open_experiment(config, tmp_path, False):

@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 from tests.attached import seen
 from tests.tiny import IMAGE_TOKEN, PATCHES, tiny_llava
 from tests.trainers.rows import Row, collate, make_rows, make_trainer
@@ -120,7 +120,7 @@ def test_amid_training(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("cls", (PreTrainer, Trainer))
+@pytest.mark.parametrize("cls", (PReTrainer, Trainer))
 def test_not_where_nobody_asks(tmp_path: Path, cls: type[Trainer]) -> None:
     settings = {"value_in_eval": cls is Trainer}  # which knows nothing of it
     trainer, _ = make(tmp_path, make_rows(IMAGES), cls=cls, settings=settings)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainer import PreTrainerMixin
+from prereg_kernels.trainers.trainer import PReTrainerMixin
 from tests.attached import compare, eager_term
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, tiny_llava
 from tests.trainers.rows import (
@@ -75,7 +75,7 @@ class Passes(Trainer):
         return sum(each.loss for each in passes)
 
 
-class PrePasses(PreTrainerMixin, Passes):
+class PrePasses(PReTrainerMixin, Passes):
     """With PRe."""
 
 
@@ -93,7 +93,7 @@ class PassesBeside(Passes):
         return loss
 
 
-class PrePassesBeside(PreTrainerMixin, PassesBeside):
+class PrePassesBeside(PReTrainerMixin, PassesBeside):
     """With PRe."""
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.diagnostics.features import visual_features
+from prereg_kernels.checkup.features import visual_features
+from tests.attach.families.batches import make_batch as family_batch
+from tests.attach.families.models import make_model
 from tests.attached import anchor_of_pixels, compare, eager_term
-from tests.families.batches import make_batch as family_batch
-from tests.families.models import make_model
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, make_batch, tiny_llava
 
 SETTINGS: dict[str, dict[str, Any]] = {

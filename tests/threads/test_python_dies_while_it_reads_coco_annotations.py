@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prereg_kernels.diagnostics.coco import CocoImages
-from prereg_kernels.diagnostics.images import SkipImage
-from tests.diagnostics.coco_codes import in_child
+from prereg_kernels.checkup.images.coco import CocoImages
+from prereg_kernels.checkup.images.reading import SkipImage
+from tests.checkup.coco_codes import in_child
 
 
 def read(root: Path) -> list[list[list[int]] | str]:

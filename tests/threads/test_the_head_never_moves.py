@@ -3,7 +3,7 @@
 The heads were in no parameter group: the optimizer was made before apply_pre and handed over, or
 its groups were picked by name. L_PRe falls all the same, as the LLM adapts to a random head.
 
-PreTrainer refuses to start, and names the heads. It starts where the optimizer has them, in
+PReTrainer refuses to start, and names the heads. It starts where the optimizer has them, in
 whatever group, and where it has no parameters of the model by which this could be seen.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
 
@@ -30,7 +30,7 @@ MISSING = (
 )
 
 
-class ByName(PreTrainer):
+class ByName(PReTrainer):
     """Groups by a prefix of the name, as for a learning rate of the tower and of the projector."""
 
     prefixes: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -98,7 +98,7 @@ def test_what_deepspeed_is_given(tmp_path: Path) -> None:
     trainer.is_deepspeed_enabled = True
     assert trainer.optimizer is optimizer
     with pytest.raises(ValueError, match=MISSING):
-        PreTrainer.create_optimizer(trainer)
+        PReTrainer.create_optimizer(trainer)
 
 
 class FromTheModel(torch.optim.SGD):

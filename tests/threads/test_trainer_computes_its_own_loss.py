@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import apply_pre, eager_pre_loss
-from prereg_kernels.handle import PRe
+from prereg_kernels.attach.handle import PRe
 from tests.attached import NON_REENTRANT, compare, seen
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, make_batch, tiny_llava
 

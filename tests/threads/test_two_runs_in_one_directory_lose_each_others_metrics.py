@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from prereg_kernels.cli import main
-from prereg_kernels.training import loop
-from prereg_kernels.training.config import save_config
-from prereg_kernels.training.experiment import ExperimentConfig, open_experiment
-from prereg_kernels.training.loop import train
-from prereg_kernels.training.metrics import read_metrics
-from tests.training.tiny import tiny_run
+from prereg_kernels.cli.commands import main
+from prereg_kernels.demo import loop
+from prereg_kernels.demo.config import save_config
+from prereg_kernels.demo.experiment.experiment import ExperimentConfig, open_experiment
+from prereg_kernels.demo.loop import train
+from prereg_kernels.demo.metrics import read_metrics
+from tests.demo.tiny import tiny_run
 
 
 def test_the_second_is_refused_and_the_first_is_whole(
@@ -71,7 +71,7 @@ def test_ranks_of_torchrun(
         main()
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and errors.count("\n") == 1 and not out.exists()
-    assert "WORLD_SIZE: expected one process, got 2" in errors and "PreTrainer" in errors
+    assert "WORLD_SIZE: expected one process, got 2" in errors and "PReTrainer" in errors
     with pytest.raises(ValueError, match="WORLD_SIZE"):
         train(tiny_run(), out, progress=False, tensorboard=False)
 
@@ -93,7 +93,7 @@ def run(unit, out, report, device):
 
 if __name__ == "__main__":
     from rich.console import Console
-    from prereg_kernels.training.workers import run_units
+    from prereg_kernels.demo.runs.workers import run_units
     run_units([Sleeper()], run, Path(sys.argv[1]), ["cpu"], Console())
 """
 

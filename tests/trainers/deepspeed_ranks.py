@@ -92,7 +92,7 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trainer(rank: int, out: Path, stage: int) -> Any:
-    """PreTrainer with the example's config, uninterrupted and from its checkpoint: head and logs.
+    """PReTrainer with the example's config, uninterrupted and from its checkpoint: head and logs.
 
     Two micro-batches of two rows on each rank, at each step. With ZeRO-3 the models are partitioned
     from the start, as `from_pretrained` makes them.

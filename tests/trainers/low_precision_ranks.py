@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from prereg_kernels import PReHead, apply_pre
-from prereg_kernels.handle import PRe
+from prereg_kernels.attach.handle import PRe
 from tests.tiny import tiny_llava
 from tests.trainers import ranks
 from tests.trainers.rows import WEIGHT, collate

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, find_pre
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 from tests.tiny import PATCHES, gradients, tiny_llava
 from tests.trainers.rows import IMAGES, WEIGHT, collate, make_rows, make_trainer, step_gradients
 
@@ -62,7 +62,7 @@ def figures(rank: int, out: Path) -> Any:
     return trainer.state.log_history[0]
 
 
-class Uncounted(PreTrainer):
+class Uncounted(PReTrainer):
     """One that does not know the rows of a batch beforehand."""
 
     def count_rows(self, batch: Any) -> None:
@@ -235,26 +235,26 @@ def global_sum(count: Tensor) -> Tensor:
 
 
 CASES: dict[str, Callable[[int, Path], Any]] = {
-    "trainer": lambda rank, out: trainer_gradients(rank, out, PreTrainer),
+    "trainer": lambda rank, out: trainer_gradients(rank, out, PReTrainer),
     "trainer, images on both": lambda rank, out: trainer_gradients(
-        rank, out, PreTrainer, rows=make_rows(BOTH)
+        rank, out, PReTrainer, rows=make_rows(BOTH)
     ),
     "trainer, labels of each rank": lambda rank, out: trainer_gradients(
-        rank, out, PreTrainer, average_tokens_across_devices=False
+        rank, out, PReTrainer, average_tokens_across_devices=False
     ),
     "trainer, divided": lambda rank, out: trainer_gradients(
-        rank, out, PreTrainer, accepts_loss_kwargs=False
+        rank, out, PReTrainer, accepts_loss_kwargs=False
     ),
     "trainer, checkpointing": lambda rank, out: trainer_gradients(
-        rank, out, PreTrainer, gradient_checkpointing=True
+        rank, out, PReTrainer, gradient_checkpointing=True
     ),
     "trainer, label smoothing": lambda rank, out: trainer_gradients(
-        rank, out, PreTrainer, label_smoothing_factor=0.1
+        rank, out, PReTrainer, label_smoothing_factor=0.1
     ),
     "trainer, whole images, one head": lambda rank, out: trainer_gradients(
         rank,
         out,
-        PreTrainer,
+        PReTrainer,
         gradient_checkpointing=True,
         settings={"level": "global", "layers": (1, 3), "share_head": True},
     ),

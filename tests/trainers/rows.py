@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prereg_kernels import PReHead
-from prereg_kernels.trainer import PreTrainer
+from prereg_kernels.trainers.trainer import PReTrainer
 from tests.attached import eager_term
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, tiny_llava
 
@@ -64,7 +64,7 @@ class Gradients(TrainerCallback):
 def make_trainer(
     model: nn.Module | None,
     out: Path,
-    cls: type[Trainer] = PreTrainer,
+    cls: type[Trainer] = PReTrainer,
     rows: Sequence[Row] | None = None,
     **arguments: Any,
 ) -> Trainer:

@@ -1,4 +1,4 @@
-"""PreTrainer's checkpoints: a plain model, and the heads beside it, which come back."""
+"""PReTrainer's checkpoints: a plain model, and the heads beside it, which come back."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
-from prereg_kernels import apply_pre, distributed
-from prereg_kernels.trainer import _load_weights
-from tests.families.test_family import PeftModel
+from prereg_kernels import apply_pre
+from prereg_kernels._util import distributed
+from prereg_kernels.trainers.trainer import _load_weights
+from tests.attach.families.test_family import PeftModel
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
 

@@ -1,4 +1,4 @@
-"""PreTrainer's gradient is that of the whole step, however it is cut into micro-batches."""
+"""PReTrainer's gradient is that of the whole step, however it is cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainer import PreTrainer, PreTrainerMixin
+from prereg_kernels.trainers.trainer import PReTrainer, PReTrainerMixin
 from tests.attached import compare
 from tests.tiny import PATCHES, gradients, tiny_llava
 from tests.trainers.rows import (
@@ -72,7 +72,7 @@ def test_gradients_of_a_fraction(
     quarters = []
     for quarter in range(4):
         monkeypatch.setattr(
-            "prereg_kernels.hooks.choose_tokens",
+            "prereg_kernels.attach.hooks.choose_tokens",
             lambda tokens, *rest, q=quarter: torch.arange(tokens)[q::4],
         )
         (ours,), heads = steps_of(tmp_path, size, count, token_fraction=0.25)
@@ -182,7 +182,7 @@ class UnknownItems(Trainer):
         return super().get_batch_samples(*args)[0], None
 
 
-class PreUnknownItems(PreTrainerMixin, UnknownItems):
+class PreUnknownItems(PReTrainerMixin, UnknownItems):
     pass
 
 
@@ -267,7 +267,7 @@ def test_frozen_heads(tmp_path: Path) -> None:
 def test_counts_that_miss_what_the_passes_see(tmp_path: Path) -> None:
     """The term has no weight then; it is said when the figures are read anyway."""
 
-    class Uncounted(PreTrainer):
+    class Uncounted(PReTrainer):
         def count_rows(self, batch: Any) -> Tensor:
             return torch.zeros((), dtype=torch.int64)
 
@@ -297,7 +297,7 @@ def test_pieces_of_sequences(tmp_path: Path, name: str) -> None:
             super().__init__(*args, **kwargs)
             self.accelerator = SimpleNamespace(parallelism_config=parallelism)
 
-    class PrePieces(PreTrainerMixin, Pieces):
+    class PrePieces(PReTrainerMixin, Pieces):
         pass
 
     model = tiny_llava()
@@ -306,8 +306,8 @@ def test_pieces_of_sequences(tmp_path: Path, name: str) -> None:
         make_trainer(model, tmp_path, cls=PrePieces)
 
 
-class OtherLoss(PreTrainer):
-    """One that puts a loss of its own in the place of PreTrainer's."""
+class OtherLoss(PReTrainer):
+    """One that puts a loss of its own in the place of PReTrainer's."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         _, outputs = super().compute_loss(model, inputs, True)

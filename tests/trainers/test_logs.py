@@ -1,4 +1,4 @@
-"""PreTrainer's figures: means over the steps since the last log."""
+"""PReTrainer's figures: means over the steps since the last log."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_otherwise_each_micro_batch_counts_by_its_share(
     exact = {name: exact[name].clone() for name in exact if "pre_heads" in name}
     for name, x in head_gradients(heads, batches, shares).items():
         assert relative_error(ours[name], x) < 2e-5
-        assert relative_error(ours[name], exact[name]) > 1e-3  # what PreTrainer is for
+        assert relative_error(ours[name], exact[name]) > 1e-3  # what PReTrainer is for
         assert 0.5 < ours[name].norm() / exact[name].norm() < 2
     assert any(int((row["input_ids"] == IMAGE_TOKEN).sum()) == 0 for row in rows)
     assert torch.isfinite(torch.stack([x.norm() for x in ours.values()])).all()

@@ -1,4 +1,4 @@
-"""PreTrainerMixin over TRL's SFTTrainer, which computes its own loss from its own outputs."""
+"""PReTrainerMixin over TRL's SFTTrainer, which computes its own loss from its own outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainer import PreTrainerMixin
+from prereg_kernels.trainers.trainer import PReTrainerMixin
 from tests.attached import compare
 from tests.tiny import tiny_llava
 from tests.trainers.rows import WEIGHT, Gradients, collate, eager_gradients, make_rows
@@ -21,7 +21,7 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 
-class PreSFTTrainer(PreTrainerMixin, trl.SFTTrainer):
+class PreSFTTrainer(PReTrainerMixin, trl.SFTTrainer):
     """SFTTrainer with PRe."""
 
 

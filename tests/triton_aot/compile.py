@@ -41,7 +41,7 @@ def main() -> None:
 
 def compile_all(target: str, everything: bool) -> list[dict[str, Any]]:
     """What each kernel of each case came out as."""
-    from prereg_kernels.rows.triton_rows import TritonRows
+    from prereg_kernels.ops.backends.triton.backend import TritonRows
     from tests.triton_aot.cases import all_cases
     from tests.triton_aot.inspection import inspect
 

@@ -1,0 +1,122 @@
+"""Where the anchor comes from, how wide it is, and what is checked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.families import Family
+
+
+def anchor_width(config: PReConfig, family: Family, model: Any) -> int:
+    """A, the width of the anchor.
+
+    Raises:
+        ValueError: the family has no "pre_projector" anchor, or its width cannot be found.
+    """
+    if config.anchor == "pre_projector":
+        projector = family.projector_of(model)
+        return config.anchor_features or _input_width(family, projector)
+    if config.anchor_features is not None:
+        return config.anchor_features
+    return llm_width(model)
+
+
+def llm_width(model: Any) -> int:
+    """Of the LLM's input, as the embedding says it: ZeRO-3 leaves its weight without a shape."""
+    embeddings = model.get_input_embeddings()
+    width = getattr(embeddings, "embedding_dim", None)
+    return width if isinstance(width, int) else int(embeddings.weight.shape[1])
+
+
+def _input_width(family: Family, projector: nn.Module) -> int:
+    """By the first of its modules that knows: a projector begins with a norm or a matrix."""
+    for module in projector.modules():
+        features = getattr(module, "in_features", None)
+        shape = getattr(module, "normalized_shape", None)
+        if isinstance(features, int):
+            return features
+        if isinstance(shape, tuple):
+            return int(shape[-1])
+    raise ValueError(
+        f"anchor_features: expected the width of what enters {family.projector!r}, as no module "
+        "there says it; got None"
+    )
+
+
+def projector_rows(
+    seen: list[Tensor],
+    tokens: int,
+    width: int,
+    family: Family,
+    like: Tensor,
+    shown: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """(N, A): what entered the projector, a row for each visual token, in their order.
+
+    Args:
+        seen: (..., A) each, the projector's inputs in the order of its calls.
+        tokens: N.
+        like: its dtype and device are those of the result where there are no visual tokens.
+        shown: takes out the rows of tokens that attention hides.
+
+    Raises:
+        ValueError: other than a row for each visual token.
+    """
+    if not tokens:
+        return like.new_zeros(0, width)
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]) if seen else like.new_zeros(0, 0)
+    rows = shown(rows)
+    if tuple(rows.shape) != (tokens, width):
+        raise ValueError(
+            "anchor: 'pre_projector' expected a row of the vision encoder for each visual token, "
+            f"shape {(tokens, width)}, got {tuple(rows.shape)} at {family.projector!r}"
+        )
+    return rows
+
+
+def function_rows(
+    anchor: Any,
+    tokens: int,
+    images: int | None,
+    width: int,
+    device: torch.device,
+    finite: bool,
+    shown: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What an anchor function returned, checked.
+
+    Args:
+        tokens: N. images: their number, where the anchor may have a row for each; else None.
+        device: of the batch.
+        finite: also look for NaN and infinity, which is a sync.
+        shown: takes out the rows of tokens and images that attention hides.
+
+    Raises:
+        TypeError: no Tensor, or not of floating numbers.
+        ValueError: another shape or device, or numbers that are not finite.
+    """
+    if not isinstance(anchor, Tensor):
+        raise TypeError(f"anchor: expected the function to return a Tensor, got {anchor!r:.80}")
+    if not anchor.is_floating_point():
+        raise TypeError(f"anchor: expected floating numbers, got {anchor.dtype}")
+    anchor = shown(anchor) if anchor.dim() else anchor
+    expected = [(tokens, width)]
+    if images is not None and images != tokens:
+        expected.append((images, width))
+    if tuple(anchor.shape) not in expected:
+        shapes = " or ".join(map(str, expected))
+        raise ValueError(f"anchor: expected a Tensor of shape {shapes}, got {tuple(anchor.shape)}")
+    if anchor.device != device:
+        raise ValueError(f"anchor: expected it on {device}, as the batch, got {anchor.device}")
+    if finite and not bool(anchor.isfinite().all()):
+        rows = int((~anchor.isfinite()).any(dim=1).sum())
+        raise ValueError(
+            f"anchor: expected finite numbers, got NaN or infinity in {rows} of "
+            f"{anchor.shape[0]} rows"
+        )
+    return anchor

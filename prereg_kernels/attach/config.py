@@ -1,0 +1,243 @@
+"""PReConfig: the settings of Predictive Regularization on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import DTYPES, check_name, check_spec
+
+Anchor = Callable[[Mapping[str, Any]], Tensor]
+ANCHORS = ("pre_llm", "pre_projector")
+LEVELS = ("patch", "global")
+GRADIENTS = ("auto", "loss", "tap")
+# What a head is: under another of these its parameters have other shapes or mean something else.
+HEAD_SETTINGS = ("layers", "share_head", "head_features", "depth", "activation")
+
+
+@dataclass(frozen=True)
+class PReConfig:
+    """How PRe is attached; the defaults are those of the paper (arXiv 2603.20808).
+
+    docs/anchors.md says more about `anchor`, `level` and `token_fraction`.
+
+    Attributes:
+        layers: which hidden states to regularise, an int or several, counted as the paper does:
+            16 is the output of the 16th decoder layer. None: the middle one.
+        weight: lambda in `L = L_LM + lambda * L_PRe`, at least 0. Several layers share it: L_PRe
+            is their mean.
+        anchor: "pre_llm", the visual features as they enter the LLM; "pre_projector", as they
+            leave the vision encoder, for families with a visual token for each of the encoder's
+            rows; or a function that gets the keyword arguments of the model's forward and returns
+            (N, A), floating, on the batch's device: a row for each visual token in the order of
+            `input_ids`, or, with level="global", for each image. It runs without grad. Its numbers
+            are checked to be finite in the first pass with images only.
+        anchor_features: A; needed with an anchor function, else found on the model.
+        level: "patch", each visual token predicts its own anchor; or "global", the mean over each
+            image's visual tokens predicts the mean of their anchors: a row for each image, and
+            L_PRe is their mean.
+        token_fraction: in (0, 1]: the part of the visual tokens, drawn anew in every training
+            pass, whose gradient is computed. Its expectation is that of all of them.
+        share_head: True: one head for all of the layers. False: one for each.
+        head_features: M, the width inside the head. None: the LLM's width.
+        depth: matrices in the head. activation: between them.
+        loss, normalize: as for `fused_pre_loss`.
+        value_in_forward: also compute the value of L_PRe in the training forward, and add it to
+            the loss's value, at two more matmuls a step. By default the value of the loss is L_LM
+            and only its gradient is that of the sum; `metrics()` has L_PRe after backward.
+        gradient: how the term's gradient reaches the parameters. "loss": through the loss that the
+            term is added to, the model's or, by `pre.loss`, yours. "tap": backward adds it by
+            itself at layer l, whatever loss you differentiate, times `pre.loss_scale`; the model's
+            loss is left alone. (Megatron-LM treats the losses of its routers so.) "auto": "loss",
+            but where a call gets no labels, and your loss does not hold `pre.loss`, "tap". A
+            backward pass that keeps its graph may be one of several, and then adds nothing.
+        value_in_eval: compute L_PRe for `metrics()` in evaluation too, of all visual tokens; of
+            what generation appends to a prompt there is none.
+        seed: of the heads' initialisation, so that it leaves the global generator alone, and of
+            `token_fraction`'s draws. At least 0.
+        head_dtype: of the heads' parameters, a torch.dtype or its name. None: float32, or float64
+            where the model is: a step of 1e-5, a learning rate of full fine-tuning, leaves every
+            bfloat16 weight above 1/256 as it was. The matmuls run in the dtype of the hidden
+            states whatever this is.
+    """
+
+    layers: int | Sequence[int] | None = None
+    weight: float = 0.5
+    anchor: str | Anchor = "pre_llm"
+    anchor_features: int | None = None
+    level: str = "patch"
+    token_fraction: float = 1.0
+    share_head: bool = False
+    head_features: int | None = None
+    depth: int = 2
+    activation: str = "gelu"
+    loss: str = "cosine"
+    normalize: str = "none"
+    value_in_forward: bool = False
+    value_in_eval: bool = False
+    gradient: str = "auto"
+    seed: int = 0
+    head_dtype: torch.dtype | str | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.weight) or not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: expected a non-negative finite number, got {self.weight!r}")
+        if not isinstance(self.share_head, bool):
+            raise TypeError(f"share_head: expected True or False, got {self.share_head!r}")
+        check_spec(self.activation, self.loss, self.normalize, 1.0, torch.float32)
+        for name, least, optional in (
+            ("depth", 0, False),
+            ("seed", 0, False),
+            ("head_features", 1, True),
+            ("anchor_features", 1, True),
+        ):
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if not callable(self.anchor):
+            check_name("anchor", self.anchor, (*ANCHORS, "a function"))
+        if callable(self.anchor) and self.anchor_features is None:
+            raise ValueError(
+                "anchor_features: expected the width A of the anchor function's rows, got None"
+            )
+        if self.anchor == "pre_llm" and self.anchor_features is not None:
+            raise ValueError(
+                "anchor_features: expected None with anchor='pre_llm', whose width is the LLM's, "
+                f"got {self.anchor_features!r}"
+            )
+        object.__setattr__(self, "head_dtype", _dtype(self.head_dtype))
+        check_name("level", self.level, LEVELS)
+        check_name("gradient", self.gradient, GRADIENTS)
+        if not _is_number(self.token_fraction) or not 0 < self.token_fraction <= 1:
+            raise ValueError(
+                f"token_fraction: expected a number in (0, 1], got {self.token_fraction!r}"
+            )
+        if self.token_fraction < 1 and self.level == "global":
+            raise ValueError(
+                "token_fraction: expected 1 with level='global', where the rows are means over "
+                f"whole images, got {self.token_fraction!r}"
+            )
+
+    def replace(self, **overrides: Any) -> PReConfig:
+        """A copy with some fields changed.
+
+        Raises:
+            TypeError: an unknown field.
+        """
+        self._check_names(overrides)
+        return dataclasses.replace(self, **overrides)
+
+    def resolve_layers(self, count: int) -> tuple[int, ...]:
+        """The layers of a decoder with `count` of them.
+
+        Raises:
+            TypeError, ValueError: not integers, none at all, duplicates, or out of range.
+        """
+        layers = max(1, count // 2) if self.layers is None else self.layers
+        if not isinstance(layers, (int, Sequence)):
+            raise TypeError(f"layers: expected an int or several, got {self.layers!r}")
+        numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+        if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in numbers):
+            raise TypeError(f"layers: expected an int or several, got {self.layers!r}")
+        if not numbers or len(set(numbers)) != len(numbers):
+            raise ValueError(f"layers: expected one or more different layers, got {self.layers!r}")
+        for layer in numbers:
+            if not 1 <= layer <= count:
+                raise ValueError(
+                    f"layers: the decoder has {count} layers, numbered 1 to {count}; got {layer}"
+                )
+        return numbers
+
+    def head_dtype_on(self, dtype: torch.dtype, as_it_is: bool = False) -> torch.dtype:
+        """Of the heads of a model whose layers have this one; `as_it_is`: by default this too."""
+        assert not isinstance(self.head_dtype, str)  # __post_init__ looked it up
+        default = dtype if as_it_is or dtype == torch.float64 else torch.float32
+        return self.head_dtype or default
+
+    def to_json(self, layers: Sequence[int]) -> dict[str, Any]:
+        """The fields as JSON values, with the resolved layers; a function becomes "function"."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = {"anchor": _anchor_name(self.anchor), "head_dtype": _dtype_name(self.head_dtype)}
+        return fields | names | {"layers": list(layers)}
+
+    @classmethod
+    def from_json(
+        cls, saved: Mapping[str, Any], overrides: Mapping[str, Any], count: int
+    ) -> PReConfig:
+        """The settings that `to_json` wrote, some of them changed.
+
+        Args:
+            overrides: other settings; of `HEAD_SETTINGS` the same. An anchor function, which was
+                not written, has to be among them.
+            count: the layers of the decoder.
+
+        Raises:
+            ValueError: an override asks for other heads, an anchor function is missing, or a field
+                is of another version.
+            TypeError: an override is no setting.
+        """
+        cls._check_names(overrides)
+        strange = set(saved) - {field.name for field in dataclasses.fields(cls)}
+        if strange:
+            raise ValueError(
+                f"from_pretrained: expected settings of this version of PRe, got {sorted(strange)}"
+            )
+        for name in HEAD_SETTINGS:
+            value = overrides.get(name, saved.get(name))
+            if name == "layers":
+                value = list(cls(layers=value).resolve_layers(count))
+            if name in saved and value != saved[name]:
+                raise ValueError(
+                    f"{name}: the heads were saved with {saved[name]!r}, which they cannot change; "
+                    f"expected that or nothing, got {value!r}"
+                )
+        source = saved.get("anchor")
+        if source == "function" and "anchor" not in overrides:
+            raise ValueError(
+                "anchor: the heads were trained with a function, which is not written to files; "
+                "expected that function, got none"
+            )
+        fields = {**saved, **overrides, "layers": tuple(saved["layers"])}
+        if _anchor_name(fields.get("anchor")) != source and "anchor_features" not in overrides:
+            fields["anchor_features"] = None  # it was the other anchor's
+        return cls(**fields)
+
+    @classmethod
+    def _check_names(cls, overrides: Mapping[str, Any]) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in known:
+                raise TypeError(f"{name}: not a setting of PRe; expected one of {', '.join(known)}")
+
+
+def _anchor_name(anchor: Any) -> Any:
+    return "function" if callable(anchor) else anchor
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    if value is None:
+        return None
+    dtypes = {_dtype_name(dtype): dtype for dtype in DTYPES}
+    dtype = dtypes.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"head_dtype: expected None, or one of {', '.join(map(str, dtypes))} as a torch.dtype "
+            f"or its name; got {value!r}"
+        )
+    return dtype
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,47 @@
+"""The model's `forward` while PRe is attached."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prereg_kernels.attach.hooks import Hooks
+
+
+class ModelForward:
+    """In place of the model's `forward`: a pass begins in it, unless a hook has begun one.
+
+    Hooks run when the model is called. `model.forward(...)` goes past them, and so does PEFT before
+    0.21. Hooks are needed as well, since others put a `forward` of theirs in this one's place.
+    """
+
+    def __init__(self, hooks: Hooks, before: Any) -> None:
+        self._hooks = hooks
+        self._before = before  # a forward of this model's own, in place of its class's
+
+    @property
+    def _original(self) -> Any:
+        model = self._hooks.model
+        return self._before or type(model).forward.__get__(model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Trainers and `generate` look at the arguments."""
+        return inspect.signature(self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hooks = self._hooks
+        by_hook = not hooks.is_attached or hooks.claim()
+        if not by_hook:
+            hooks.begin(hooks.model, args, kwargs)
+            hooks.claim()
+        try:
+            output = self._original(*args, **kwargs)
+        except BaseException as error:
+            # The hook's end comes after an Exception, but not after Ctrl-C
+            if not by_hook or not isinstance(error, Exception):
+                hooks.end(hooks.model, args, None)
+            raise
+        ours = None if by_hook else hooks.end(hooks.model, args, output)
+        return output if ours is None else ours

@@ -1,0 +1,390 @@
+"""The hooks of a forward pass of a model with PRe attached.
+
+The model's call begins a forward pass and notes the visual tokens; the projector's call shows what
+the vision encoder made of them, where that is the anchor; the language model's call shows its input
+embeddings, where they are; each regularised decoder layer's output goes through the tap; the
+model's result gets the term added to its loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels._util import distributed
+from prereg_kernels.attach.anchors import function_rows, projector_rows
+from prereg_kernels.attach.checkpointing import outside_checkpoint, outside_selection
+from prereg_kernels.attach.handle import PRe
+from prereg_kernels.attach.identity import use
+from prereg_kernels.attach.image_spans import find_images
+from prereg_kernels.attach.passes import Calls, Collected, Pass
+from prereg_kernels.attach.pooling import pool_images
+from prereg_kernels.attach.sampling import choose_tokens
+from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
+from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.watch import Watch
+
+
+class Hooks:
+    """In the order in which a forward pass meets them."""
+
+    def __init__(self, pre: PRe) -> None:
+        self._pre = pre
+        self._calls, self._watch = Calls(), Watch(pre)
+        self._saw_finite_anchor = False
+        config = pre.config
+        settings = (config.anchor, config.level, config.token_fraction)
+        self._reads_batch = settings == ("pre_llm", "patch", 1)
+        embeddings = pre.model.get_input_embeddings()
+        self._compiled_values = _zeros(pre.heads, embeddings.weight.device)
+        language_model = pre.family.language_model_of(pre.model)
+        self._names = _parameters(pre.model), _parameters(language_model)  # a graph cannot ask
+        self._move_compiled_values = _outside_of_graphs(_move)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the calls that run are this one's."""
+        state = dict(vars(self))
+        del state["_calls"], state["_move_compiled_values"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._calls, self._move_compiled_values = Calls(), _outside_of_graphs(_move)
+
+    @property
+    def model(self) -> Any:
+        """The one that PRe is, or was, attached to."""
+        return self._pre.model
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether PRe is still."""
+        return self._pre.is_attached
+
+    @property
+    def _pass(self) -> Pass | None:
+        call = self._calls.current
+        return None if call is None else call.current
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._calls.enter(model)
+        call.current = self._read(model, self._named(0, model, args) | kwargs)
+
+    def claim(self) -> bool:
+        """Whether a hook has begun the call whose `forward` this is."""
+        call = self._calls.current
+        if call is None or call.owner is not self.model or call.is_claimed:
+            return False
+        call.is_claimed = True
+        return True
+
+    def begin_inside(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of a call that goes past the model, to its part that takes `input_ids`."""
+        if torch.compiler.is_compiling() or self._calls.current is not None:
+            return
+        inputs = self._named(None, inner, args) | kwargs
+        if inputs.get("input_ids") is not None:
+            call = self._calls.enter(inner)
+            call.current = self._read(inner, inputs)
+
+    def _named(self, known: int | None, module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+        if not args:
+            return {}
+        ask = known is None or not torch.compiler.is_compiling()
+        names = _parameters(module) if ask or known is None else self._names[known]
+        return dict(zip(names, args, strict=False))
+
+    def _read(self, module: nn.Module, inputs: dict[str, Any]) -> Pass | None:
+        pre, config = self._pre, self._pre.config
+        if getattr(module, "_is_replica", False):
+            raise ValueError(
+                "model: expected the model that PRe is attached to, got a replica of "
+                "torch.nn.DataParallel, whose threads share the hooks of one; use "
+                "DistributedDataParallel, a process per GPU"
+            )
+        training = module.training and torch.is_grad_enabled()
+        compiled = torch.compiler.is_compiling()
+        if not training and not config.value_in_eval:
+            return None
+        again = training and not compiled and _is_recomputation()
+        if training and not again:
+            pre.check_heads_train()
+            if not compiled:
+                self._watch.training()
+            pre.loss = pre.last = None
+        if not training and _goes_on(inputs):
+            return None
+        input_ids, attention = inputs.get("input_ids"), inputs.get("attention_mask")
+        if input_ids is None:
+            raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
+        mask = pre.visual_mask(input_ids, attention)
+        values = self._values_in_graph(mask.device) if compiled else _zeros(pre.heads, mask.device)
+        denominator = pre.denominator if training else None  # of a training step
+        if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
+            if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
+                denominator = mask.new_zeros((), dtype=torch.float32)
+            current = Pass(inputs, training, denominator, mask, values)
+            current.carry = carry_of(pre, current) if training else None
+            return current
+        index = mask.flatten().nonzero().squeeze(1)
+        if not index.numel():  # the term is 0, whatever it is divided by
+            denominator = None
+        current = Pass(inputs, training, denominator, index, values, again)
+        if not self._reads_batch and find_visible(attention, input_ids) is not None:
+            current.by_id = pre.visual_mask(input_ids)
+        if config.level == "global":
+            by_id = mask if current.by_id is None else current.by_id
+            current.images = find_images(pre.family, inputs, input_ids, by_id, index)
+        if training:
+            if config.token_fraction < 1:
+                current.chosen = self._choose(index)
+            current.carry = carry_of(pre, current)
+            pre.passes += not again
+        return current
+
+    def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
+        """The same in each pass: a graph's backward can write into the graph's inputs alone."""
+        if any(value.device != device for value in self._compiled_values.values()):
+            self._move_compiled_values(self._compiled_values, device)
+        return dict(self._compiled_values)
+
+    def _choose(self, index: Tensor) -> Tensor:
+        pre = self._pre
+        # Ranks that share a batch draw the same.
+        address = (pre.config.seed, distributed.rank() // distributed.copies(pre.model), pre.passes)
+        return choose_tokens(index.numel(), pre.config.token_fraction, address, index.device)
+
+    def see_projector(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        current = self._pass
+        if current is not None:
+            current.encoded.append((args or tuple(kwargs.values()))[0].detach())
+
+    def see_embeddings(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        current = self._pass
+        embeddings = (self._named(1, module, args) | kwargs).get("inputs_embeds")
+        if current is None or embeddings is None:
+            return
+        ids = current.inputs["input_ids"]
+        if embeddings.shape[:-1] != ids.shape:
+            raise ValueError(
+                "input_ids: PRe finds the visual tokens by it; expected the decoder's sequence "
+                f"to have its shape, {tuple(ids.shape)}, got inputs_embeds of "
+                f"{tuple(embeddings.shape[:-1])}. This model expands or splits its sequence; train "
+                "it with an id for each position, or call prereg_kernels.pre_tap with a mask of "
+                "your own"
+            )
+        with torch.no_grad():
+            current.anchor = self._anchor(current, embeddings.detach())
+
+    def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:
+        """For each row that L_PRe reads, or, for what entered the LLM, of the whole batch."""
+        pre, source, images = self._pre, self._pre.config.anchor, current.images
+        tokens, width = current.index.numel(), pre.anchor_features
+        count = None if images is None else images.count
+        if source == "pre_llm":
+            if images is None:
+                return embeddings
+            return pool_images(embeddings, images.of_token, images.count, index=current.index)
+        if callable(source):
+            self._calls.enter(None)  # the function may call parts of the model
+            try:
+                rows = source(current.inputs)
+            finally:
+                self._calls.leave(None)
+            rows = function_rows(
+                rows, tokens, count, width, current.index.device,
+                finite=not self._saw_finite_anchor, shown=current.shown,
+            )  # fmt: skip
+            self._saw_finite_anchor |= tokens > 0
+        else:
+            rows = projector_rows(
+                current.encoded, tokens, width, pre.family, embeddings, current.shown
+            )
+            current.encoded.clear()
+        if images is not None:
+            is_pooled = rows.shape[0] == images.count
+            return rows if is_pooled else pool_images(rows, images.of_token, images.count)
+        return rows if current.chosen is None else rows[current.chosen.to(rows.device)]
+
+    def see_layer(
+        self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        compiled, current = torch.compiler.is_compiling(), self._pass
+        if not compiled and self._calls.current is None:
+            self._watch.bypassed(layer, module)
+        # The next layer's checkpoint holds its input, this output: saved beside it, it is held
+        # once, and this layer's recomputation need not go to its end to bring it back.
+        is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
+        is_global = self._pre.config.level == "global"
+        with (
+            outside_checkpoint() if is_held and not is_global else nullcontext(),
+            nullcontext() if compiled else outside_selection(),
+        ):
+            tapped = (self._pool if is_global else self._tap)(layer, hidden)
+        if tapped is not None and current is not None:
+            self._watch.gradient(tapped, current)
+        if tapped is None or not isinstance(output, tuple):
+            return tapped
+        return (tapped, *output[1:])
+
+    def _pool(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Keep the images' means for `end`: small, and outside of what is checkpointed."""
+        current = self._pass
+        if current is None:  # a checkpointed layer that backward runs again: nothing is saved in it
+            return None
+        self._check(layer, current)
+        assert current.images is not None
+        of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
+        with torch.set_grad_enabled(current.training):
+            current.pooled[layer] = pool_images(hidden, of_token, current.images.count, index=index)
+        return use(hidden, *self._pre.module_of(layer).parameters()) if current.training else None
+
+    def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
+        head, current = self._pre.module_of(layer), self._pass
+        if current is None:
+            # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
+            # and nothing else; the first run has counted the loss.
+            if not torch.is_grad_enabled():
+                return None
+            nothing = hidden.new_zeros(0, dtype=torch.long)
+            anchor = hidden.new_zeros(0, self._pre.anchor_features)
+            return head(hidden, anchor, tap=True, visual_index=nothing)[0]
+        self._check(layer, current)
+        index = current.index if current.chosen is None else current.index[current.chosen]
+        return self._loss(layer, current, hidden, index.to(hidden.device))
+
+    def _check(self, layer: int, current: Pass) -> None:
+        if current.anchor is None:
+            raise RuntimeError(
+                f"PRe: layer {layer} runs, but the language model, "
+                f"{self._pre.family.language_model!r}, has not been called with inputs_embeds"
+            )
+        if current.training and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"PRe: layer {layer} runs without grad in a training step, as gradient "
+                "checkpointing does with use_reentrant=True; expected use_reentrant=False "
+                "(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+
+    def _loss(
+        self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
+    ) -> Tensor | None:
+        """The layer's loss, into `current`; in training, returns the tapped `hidden`."""
+        head, config = self._pre.module_of(layer), self._pre.config
+        assert current.anchor is not None
+        anchor = current.anchor.to(hidden.device)
+        options: dict[str, Any] = {"loss": config.loss, "normalize": config.normalize}
+        is_mask = index is not None and index.dtype == torch.bool
+        options["visual_mask" if is_mask else "visual_index"] = index
+        if current.values[layer].device != hidden.device:  # a model on several devices
+            current.values |= _zeros((layer,), hidden.device)
+        value = current.values[layer]
+        if not current.training:
+            with torch.no_grad():
+                value.copy_(head(hidden, anchor, **options))
+            return None
+        denominator = current.denominator
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(hidden.device)
+        if denominator is not None and current.chosen is not None:
+            # the sum over the chosen, each in place of so many (prereg_kernels.attach.sampling)
+            denominator = denominator * (current.chosen.numel() / current.index.numel())
+        tapped, current.losses[layer] = head(
+            hidden,
+            anchor,
+            tap=True,
+            denominator=denominator,
+            compute_value=config.value_in_forward,
+            value_out=value,
+            carry=current.carry,
+            carry_always=current.carry is not None and config.gradient == "tap",
+            **options,
+        )
+        if config.value_in_forward:
+            value.copy_(current.losses[layer].detach())
+        return tapped
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        pre, current = self._pre, self._calls.leave(module)
+        if output is None:  # the forward raised
+            return None
+        if not torch.compiler.is_compiling():
+            self._watch.evaluated(module, output)
+        if current is None:
+            return None
+        pooled = [self._loss(layer, current, x, None) for layer, x in current.pooled.items()]
+        record = record_of(current, output)
+        if not current.again:
+            pre.last = record
+        if not current.training:
+            if pre.collected is not None:
+                pre.collected.append(Collected(None, record))
+            return None
+        if len(current.losses) < len(pre.heads):
+            raise RuntimeError(
+                f"PRe: expected the layers {list(pre.heads)} to run, got {list(current.losses)}. "
+                "torch.compile leaves out hooks that came after it, so attach PRe before the first "
+                "call; and those of checkpointed layers: there, compile the other layers alone, "
+                "each by layer.compile(), or train without checkpointing"
+            )
+        if current.carry is not None:
+            output = carry_in(output, [x for x in pooled if x is not None])
+        if current.carry is not None and pre.config.gradient == "tap":
+            return output
+        values = [value.to(record.tokens.device) for value in current.losses.values()]
+        term = torch.stack(values).mean() * pre.config.weight * label_share(current)
+        self._watch.term(term, current)
+        if pre.collected is not None:
+            if not current.again:
+                pre.collected.append(Collected(term, record))
+            return output
+        if current.inputs.get("labels") is None or not pre.add_to_loss:
+            if not current.again:
+                pre.loss = term
+            return output
+        return add_to_loss(output, term)
+
+
+def _zeros(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
+    """{layer: 0-dim, float32}"""
+    return {layer: torch.zeros((), dtype=torch.float32, device=device) for layer in layers}
+
+
+def _move(values: dict[int, Tensor], device: torch.device) -> None:
+    with torch.inference_mode(False):  # backward of training will write into them
+        values.update(_zeros(list(values), device))
+
+
+def _outside_of_graphs(function: Any) -> Any:
+    """Not a decorator: it would load the compiler with the package."""
+    return torch.compiler.disable(function)
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of what its forward takes."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _is_recomputation() -> bool:
+    """Whether a checkpoint around the model's call runs it again in backward, for its graph.
+
+    Not so with use_reentrant=True, where the call in backward is the first one with grad.
+    """
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() != "CheckpointFunctionBackward"
+
+
+def _goes_on(inputs: Mapping[str, Any]) -> bool:
+    """Whether these are tokens that generation appends: none is visual, whatever its id."""
+    cache: Any = inputs.get("past_key_values")
+    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())

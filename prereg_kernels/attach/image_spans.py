@@ -1,0 +1,141 @@
+"""Which visual token belongs to which image: for `level="global"`, told from the batch alone.
+
+What an image is, in the tokens of a batch (`Family.images` says which of the two holds):
+
+- "runs": visual tokens of one id side by side in a row of `input_ids`, with anything else, or the
+  row's border, at both ends. Processors put a token around every image, and transformers itself
+  numbers the positions of Qwen's by such runs. So a video is one image, but for Qwen3-VL, which
+  writes a timestamp before every two frames; a crop or a frame that has tokens around it is one.
+- "equal": the visual tokens divided evenly among the images of the batch, in order, as in families
+  whose images have the same number of tokens each and may follow each other without a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.attach.families import Family
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a batch.
+
+    Attributes:
+        of_token: (N,) int64, the number of the image of each visual token; ascending.
+        count: how many there are.
+        shown: (count,) int64, which of the batch's images these are, where attention hides others.
+            None: all of them.
+        in_batch: how many the batch has.
+    """
+
+    of_token: Tensor
+    count: int
+    shown: Tensor | None
+    in_batch: int
+
+
+def check_images(family: Family) -> None:
+    """Raise ValueError unless the images of the family's batches can be told apart."""
+    if family.images is None:
+        raise ValueError(
+            f"level: 'global' is the mean over each image, and a batch of {family.name} does not "
+            "say which visual tokens belong to one image; expected level='patch'"
+        )
+
+
+def count_images(
+    family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, visual: Tensor
+) -> Tensor:
+    """0-dim, int64: how many images have a visual token, without a sync.
+
+    Args:
+        batch: the keyword arguments of the model's forward.
+        ids: (rows, length), the `input_ids`. by_id: bool, where they are ids of visual tokens.
+        visual: bool, where they are and attention does not hide them.
+    """
+    numbers = _numbers(family, batch, ids, by_id)
+    if numbers is None:
+        return torch.zeros((), dtype=torch.int64, device=ids.device)
+    nowhere = ids.numel()  # as an image's number, which is smaller
+    flags = torch.zeros(nowhere + 1, dtype=torch.int64, device=ids.device)
+    flags[torch.where(visual.flatten(), numbers, nowhere)] = 1
+    return flags[:nowhere].sum()
+
+
+def find_images(
+    family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, index: Tensor
+) -> Images:
+    """The images of a batch that attention shows, in part at least.
+
+    Two or three syncs, none of which has anything to wait for right after the one that found
+    `index`.
+
+    Args:
+        batch, ids, by_id: as for `count_images`.
+        index: (N,) int64, the visual positions in the flattened `ids`, ascending.
+
+    Raises:
+        ValueError: what the batch holds does not agree with its visual tokens.
+    """
+    if not index.numel():
+        return Images(index, 0, None, 0)
+    counted, tokens = _counted(family, batch), int(by_id.sum())
+    numbers = _numbers(family, batch, ids, by_id)
+    if family.images == "equal" and (
+        numbers is None or tokens % (counted or 1) or batch.get("image_sizes") is not None
+    ):
+        names = " and ".join(family.counted_by)
+        raise ValueError(
+            f"level: 'global' needs images of equally many tokens of {family.name}; got "
+            f"{tokens} visual tokens for {counted or 'no'} images ({names}), "
+            f"image_sizes {'not ' * (batch.get('image_sizes') is None)}given"
+        )
+    assert numbers is not None
+    count = int(numbers[-1]) + 1
+    if counted is not None and counted != count:
+        arguments = " and ".join(family.counted_by + family.cut_by)
+        raise ValueError(
+            f"level: 'global' takes side by side visual tokens for one image; got {count} runs of "
+            f"them for {counted} images ({arguments}); expected another "
+            "token between any two images, or level='patch'"
+        )
+    of_token = numbers[index]
+    if tokens == index.numel():
+        return Images(of_token, count, None, count)
+    shown, of_token = torch.unique(of_token, return_inverse=True)
+    return Images(of_token, shown.numel(), shown, count)
+
+
+def _numbers(family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor) -> Tensor | None:
+    """(positions,) int64: at a visual id its image's number, at the last position the last one's.
+
+    None: the batch counts no images, where that is how they are told apart.
+    """
+    if family.images == "runs":
+        return _starts(ids, by_id).flatten().cumsum(0) - 1
+    counted = _counted(family, batch)
+    if not counted:
+        return None
+    each = (by_id.sum() // counted).clamp(min=1)
+    return (by_id.flatten().cumsum(0) - 1) // each
+
+
+def _starts(ids: Tensor, visual: Tensor) -> Tensor:
+    """Bool, the shape of `ids`: the first token of each run."""
+    changed = torch.ones_like(visual)
+    changed[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return visual & changed
+
+
+def _counted(family: Family, batch: Mapping[str, Any]) -> int | None:
+    """The images by the arguments of the batch; None where these do not say."""
+    given = [len(batch[name]) for name in family.counted_by if batch.get(name) is not None]
+    grids = [batch[name] for name in family.cut_by if batch.get(name) is not None]
+    given += [int(grid[:, 0].sum()) for grid in grids]
+    return sum(given) if given else None

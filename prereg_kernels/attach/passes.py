@@ -1,0 +1,152 @@
+"""What is known of a call of a model with PRe attached, while it runs and after it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels.attach.image_spans import Images
+
+
+@dataclass
+class Pass:
+    """What one forward pass of the model needs to remember; gone when it ends."""
+
+    inputs: Mapping[str, Any]
+    training: bool
+    denominator: float | Tensor | None
+    index: Tensor  # (N,) visual positions in the flattened batch; or, in a graph, the mask of them
+    values: dict[int, Tensor]  # per layer, where its loss will be
+    again: bool = False  # it has been counted, and backward brings back what its graph needs
+    # What backward multiplies the gradient of a layer's loss by, where no loss holds the term
+    carry: float | Tensor | None = None
+    by_id: Tensor | None = None  # bool, where visual ids are, hidden or not; None: all in `index`
+    chosen: Tensor | None = None  # (K,) of them, by which L_PRe is estimated; None: all
+    images: Images | None = None  # with level="global"
+    encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
+    # (batch, positions, A), or a row for each of those that L_PRe reads
+    anchor: Tensor | None = None
+    pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
+    losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
+    reached: set[str] = field(default_factory=set)  # by backward, as Record has it
+
+    @property
+    def tokens(self) -> Tensor:
+        """0-dim, float32: the visual tokens."""
+        if self.index.dtype == torch.bool:
+            return self.index.sum(dtype=torch.float32)
+        return torch.full((), float(self.index.numel()), device=self.index.device)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """0-dim: the tokens with a label, each of which the token before it predicts."""
+        labels = self.inputs.get("labels")
+        return None if labels is None else (labels[..., 1:] != -100).sum()
+
+    def shown(self, rows: Tensor) -> Tensor:
+        """Of a row for each visual id, or image, of the batch those that attention shows."""
+        tokens, images = self.index.numel(), self.images
+        if self.by_id is not None and len(rows) not in (tokens, images and images.count):
+            if images is not None and images.shown is not None and len(rows) == images.in_batch:
+                return rows[images.shown.to(rows.device)]
+            if len(rows) == int(self.by_id.sum()):
+                place = self.by_id.flatten().cumsum(0)[self.index] - 1
+                return rows[place.to(rows.device)]
+        return rows
+
+
+class Record(NamedTuple):
+    """What `metrics` reads after a pass: a few numbers on the device, no graph, no batch."""
+
+    training: bool
+    is_carried: bool  # backward may add the term's gradient by itself
+    tokens: Tensor  # visual tokens
+    rows: Tensor  # what L_PRe is the mean over: these, or their images
+    denominator: float | Tensor | None
+    lm_loss: Tensor  # the mean over the labels,
+    labels: Tensor  # and how many there are; 0: the model computed none
+    values: dict[int, Tensor]  # written by backward
+    reached: set[str]  # of "layer" and "term", what backward has come to
+
+    def sums(self) -> list[Tensor]:
+        """0-dim, for each layer: the sum of the loss over the rows."""
+        divisor = self.rows if self.denominator is None else self.denominator
+        return [value.to(self.rows) * divisor for value in self.values.values()]
+
+    def is_complete(self) -> bool:
+        """Whether the values are there: in training, since backward has written them."""
+        return not self.training or all(value._version for value in self.values.values())
+
+
+class Collected(NamedTuple):
+    """A pass that went through the model while `PRe.collecting` was open."""
+
+    term: Tensor | None  # weighted, with its graph; None: an evaluating pass
+    record: Record
+
+
+@dataclass
+class Call:
+    """A call of the model, or of the part of it that takes `input_ids`."""
+
+    owner: nn.Module | None
+    outer: Call | None  # the call that this one is made in
+    current: Pass | None = None  # None: it is not regularised
+    is_claimed: bool = False  # `model.forward` has been reached
+
+
+class Calls:
+    """The calls that this thread is in; other threads' calls of the same model are theirs.
+
+    The first thread's are in a plain attribute: graphs of torch.compile keep up with nothing else
+    (with threading.local they lose what they write, after a graph break). A graph cannot ask for
+    its thread, and takes that attribute's for its own.
+    """
+
+    def __init__(self) -> None:
+        self._first: Call | None = None
+        self._first_thread: int | None = None  # None: a graph wrote it
+        self._others: dict[int, Call] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def current(self) -> Call | None:
+        """The innermost."""
+        if torch.compiler.is_compiling():
+            return self._first
+        thread = threading.get_ident()
+        is_first = thread not in self._others and self._first_thread in (None, thread)
+        return self._first if is_first else self._others.get(thread)
+
+    def _put(self, call: Call | None) -> None:
+        if torch.compiler.is_compiling():
+            self._first, self._first_thread = call, None
+            return
+        thread = threading.get_ident()
+        with self._lock:
+            is_free = self._first is None or self._first_thread in (None, thread)
+            if thread not in self._others and is_free:
+                self._first, self._first_thread = call, thread
+            elif call is None:
+                del self._others[thread]
+            else:
+                self._others[thread] = call
+
+    def enter(self, owner: nn.Module | None) -> Call:
+        """One more call, the innermost."""
+        call = Call(owner, self.current)
+        self._put(call)
+        return call
+
+    def leave(self, owner: nn.Module | None) -> Pass | None:
+        """The pass of the innermost call, which ends, if that is the owner's."""
+        call = self.current
+        if call is None or call.owner is not owner:
+            return None
+        self._put(call.outer)
+        return call.current

@@ -1,0 +1,81 @@
+"""pool_images: the mean of each image's rows, in float32, with no activation kept for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.transforms import forgets_functions
+from prereg_kernels.ops.versions import check_versions, versions_of
+
+_CHUNK_ROWS = 4096  # converted to float32 at a time: 64 MiB at a width of 4096
+
+
+def pool_images(
+    x: Tensor, image_of_row: Tensor, images: int, *, index: Tensor | None = None
+) -> Tensor:
+    """The mean of the rows of each image.
+
+    Args:
+        x: (..., D), of any floating dtype.
+        image_of_row: (N,) int64 in [0, images), the image of each row.
+        images: how many.
+        index: (N,) int64, unique: which rows of the flattened `x` these are. None: all of them.
+
+    Returns:
+        (images, D), in the dtype of `x`, zeros for an image without rows; computed in float32, for
+        float64 in float64. The same on every run: the sums are matrix products, without atomics.
+    """
+    if forgets_functions():
+        return _means(x, image_of_row, images, index)[0]
+    return _Pool.apply(x, image_of_row, images, index)
+
+
+def _means(
+    x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(images, D) means in the dtype of `x`, and (images, 1) numbers of rows, at least 1."""
+    rows = x.reshape(-1, x.shape[-1])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    numbers = torch.arange(images, device=x.device)
+    sums = torch.zeros(images, rows.shape[1], dtype=dtype, device=x.device)
+    counts = torch.zeros(images, 1, dtype=dtype, device=x.device)
+    # Autocast would round the products to its own dtype.
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, image_of_row.shape[0], _CHUNK_ROWS):
+            part = slice(start, start + _CHUNK_ROWS)
+            some = rows[part] if index is None else rows[index[part]]
+            member = (numbers[:, None] == image_of_row[part]).to(dtype)  # (images, some rows)
+            sums = sums + member @ some.to(dtype)
+            counts = counts + member.sum(dim=1, keepdim=True)
+    counts = counts.clamp_min(1)
+    return (sums / counts).to(x.dtype), counts
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None
+    ) -> Tensor:
+        means, counts = _means(x, image_of_row, images, index)
+        # On ctx, not by save_for_backward: no activation is among them, and what a checkpointed
+        # layer saves has to be the same when backward runs it again, without the batch.
+        ctx.constants = image_of_row, index, counts
+        if not torch.compiler.is_compiling():
+            ctx.versions = versions_of(image_of_row, index)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return means
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        image_of_row, index, counts = ctx.constants
+        if not torch.compiler.is_compiling():
+            check_versions(ctx.versions, {"image_of_row": image_of_row, "index": index})
+        each = (gradient / counts).to(ctx.dtype)
+        if index is not None:  # the rows of no image get a row of zeros, the last
+            each = torch.cat((each, each.new_zeros(1, each.shape[1])))
+            nowhere = index.new_full((ctx.shape[:-1].numel(),), -1)
+            image_of_row = nowhere.index_copy_(0, index, image_of_row)
+        return each[image_of_row].view(ctx.shape), None, None, None

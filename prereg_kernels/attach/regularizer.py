@@ -1,0 +1,125 @@
+"""apply_pre and remove_pre: Predictive Regularization on a Hugging Face model, by hooks alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prereg_kernels._util import fsdp
+from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.families import Family, find_family
+from prereg_kernels.attach.forward import ModelForward
+from prereg_kernels.attach.handle import PRe, get_pre
+from prereg_kernels.attach.hooks import Hooks
+from prereg_kernels.attach.storage import load_heads
+
+
+def apply_pre(
+    model: nn.Module,
+    config: PReConfig | None = None,
+    *,
+    family: Family | None = None,
+    from_pretrained: str | Path | None = None,
+    **overrides: Any,
+) -> PRe:
+    """Attach PRe: `model(**batch).loss` then carries the gradient of `L_LM + weight * L_PRe`.
+
+    The heads become parameters of the model: call this before building the optimizer. In training
+    the *value* of the loss stays L_LM, unless `value_in_forward=True`; in evaluation nothing
+    changes. So call `model.train()`, as `from_pretrained` returns a model in eval mode.
+    `model.save_pretrained` writes a plain model, as before, and the heads to `pre/` beside it.
+
+    Args:
+        model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`. Not one in
+            a wrapper: call this before DistributedDataParallel, FSDP and torch.compile, and on the
+            model inside of a PeftModel.
+        config: settings; None: the paper's. overrides: single fields of it.
+        family: where the model keeps its parts; None: as `prereg_kernels.attach.families` has it.
+        from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
+            the settings and heads there. Overrides change what does not make other heads: the
+            weight, say, but not the layers. An anchor function has to be given again. The heads get
+            the dtype that new ones would.
+
+    Returns:
+        The handle: heads, metrics, save and load.
+
+    Raises:
+        ValueError: unsupported or wrapped model, a family that does not fit it, PRe attached
+            already, a layer that does not exist, settings or heads that do not fit what was saved.
+        FileNotFoundError: there are no heads at `from_pretrained`.
+        TypeError: an unknown setting.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if config is not None and not isinstance(config, PReConfig):
+        raise TypeError(f"config: expected a PReConfig or None, got {type(config).__name__}")
+    if family is not None and not isinstance(family, Family):
+        raise TypeError(f"family: expected a Family or None, got {type(family).__name__}")
+    if config is not None and from_pretrained is not None:
+        raise ValueError("config: expected None with from_pretrained, which has settings; got both")
+    if get_pre(model) is not None:
+        raise ValueError("model: PRe is attached already; call remove_pre(model) first")
+    fsdp.check_whole(model)
+    family = family or find_family(model)
+    if from_pretrained is None:
+        pre = PRe(model, (config or PReConfig()).replace(**overrides), family)
+    else:
+        saved, count = load_heads(from_pretrained), len(family.layers_of(model))
+        pre = PRe(model, PReConfig.from_json(saved.config, overrides, count), family)
+        try:
+            pre.fill(saved, from_pretrained)
+        except BaseException:
+            pre.detach()
+            raise
+    _attach_hooks(pre)
+    return pre
+
+
+def remove_pre(model: nn.Module) -> None:
+    """Detach PRe; the model is what it was: state_dict keys, hooks, outputs.
+
+    Args:
+        model: the one that `apply_pre` was given, or one around it.
+
+    Raises:
+        ValueError: PRe is not attached.
+    """
+    pre = get_pre(model)
+    if pre is None:
+        raise ValueError("model: PRe is not attached; expected a model that apply_pre was given")
+    pre.detach()
+
+
+def _attach_hooks(pre: PRe) -> None:
+    """Put the hooks on `pre.model`; `pre.detach` removes them."""
+    model, family, hooks = pre.model, pre.family, Hooks(pre)
+    language_model, layers = family.language_model_of(model), family.layers_of(model)
+    pre.shadow("forward", ModelForward(hooks, vars(model).get("forward")))
+    pre.hooks += [
+        model.register_forward_pre_hook(hooks.begin, with_kwargs=True),
+        language_model.register_forward_pre_hook(hooks.see_embeddings, with_kwargs=True),
+        model.register_forward_hook(hooks.end, always_call=True),
+    ]
+    for inner in family.parts_around_language_model(model):
+        pre.hooks += [
+            inner.register_forward_pre_hook(hooks.begin_inside, with_kwargs=True),
+            inner.register_forward_hook(hooks.end, always_call=True),
+        ]
+    if pre.config.anchor == "pre_projector":
+        projector = family.projector_of(model)
+        hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
+        pre.hooks.append(hook)
+    for number in pre.heads:
+        see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
+        pre.hooks.append(layers[number - 1].register_forward_hook(see))
+
+
+def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:
+    """Whether this layer's output, as it is, is the input of the next layer."""
+    vision: Any = getattr(getattr(model, "config", None), "vision_config", None)
+    # Qwen3-VL adds features to copies of the first outputs
+    added = getattr(vision, "deepstack_visual_indexes", None) or ()
+    return len(added) < layer < layers

@@ -1,0 +1,101 @@
+"""The term of a forward pass: its weight in the step, and how it reaches a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.attach.handle import PRe
+from prereg_kernels.attach.identity import carry_along
+from prereg_kernels.attach.passes import Pass, Record
+
+
+def label_share(current: Pass) -> float | Tensor:
+    """This micro-batch's share of the step's label tokens; 0 where the step has none.
+
+    Where the caller gives the step's count (transformers' Trainer does under gradient
+    accumulation, and then does not divide the loss), L_LM is a share of the step's mean: so
+    must L_PRe be. `denominator` makes this exact, and the share is then not needed.
+    """
+    items, labels = current.inputs.get("num_items_in_batch"), current.labels
+    if items is None or labels is None or current.denominator is not None:
+        return 1.0
+    return labels / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
+
+
+def carry_of(pre: PRe, current: Pass) -> float | Tensor | None:
+    """The gradient of a layer's loss where no loss of the caller's holds it; None: one has to.
+
+    Raises:
+        ValueError: it depends on the step's labels, which the call does not show.
+    """
+    inputs, gradient = current.inputs, pre.config.gradient
+    has_labels = inputs.get("labels") is not None
+    if pre.collected is not None or gradient == "loss" or (gradient == "auto" and has_labels):
+        return None
+    items = inputs.get("num_items_in_batch")
+    if items is not None and not has_labels and pre.denominator is None:
+        raise ValueError(
+            "labels: the call has num_items_in_batch without them, so PRe cannot tell its share "
+            "of the step; expected both, or pre.denominator, or a trainer with "
+            "prereg_kernels.trainers.trainer.PReTrainerMixin"
+        )
+    return pre.loss_scale * (pre.config.weight / len(pre.heads)) * label_share(current)
+
+
+def record_of(current: Pass, output: Any) -> Record:
+    """What the handle keeps of a pass."""
+    tokens, labels = current.tokens, current.labels
+    rows = tokens if current.images is None else torch.full_like(tokens, current.images.count)
+    lm_loss = None
+    if labels is not None:
+        lm_loss = output[0] if isinstance(output, tuple) else output.loss
+    if lm_loss is None or labels is None:
+        mean = labels = torch.zeros_like(tokens)
+    else:
+        mean = lm_loss.detach().clone()
+        items = current.inputs.get("num_items_in_batch")
+        if items is not None:  # it is this call's share of the step's mean
+            mean = mean * items / labels.clamp(min=1)
+    return Record(
+        current.training,
+        current.carry is not None,
+        tokens,
+        rows,
+        current.denominator,
+        mean,
+        labels,
+        current.values,
+        current.reached,
+    )
+
+
+def add_to_loss(output: Any, term: Tensor) -> Any:
+    """The model's output, its loss plus the term."""
+    if isinstance(output, tuple):
+        return (output[0] + term.to(output[0].device), *output[1:])
+    output.loss = output.loss + term.to(output.loss.device)
+    return output
+
+
+def carry_in(output: Any, tapped: Sequence[Tensor]) -> Any:
+    """The model's output, whose graph reaches the taps, whatever of it a loss is computed from."""
+    if not tapped:
+        return output
+
+    def carry(x: Any) -> Any:
+        is_differentiable = isinstance(x, Tensor) and x.is_floating_point()
+        return carry_along(x, *tapped) if is_differentiable else x
+
+    if isinstance(output, tuple):
+        return tuple(map(carry, output))
+    for name in ("loss", "logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            output[name] = carry(output[name])
+    states = getattr(output, "hidden_states", None)
+    if states:
+        output["hidden_states"] = (*states[:-1], carry(states[-1]))
+    return output

@@ -1,0 +1,298 @@
+"""From batches to shards: two passes over the images, a layer's features never kept whole.
+
+The first pass keeps, of each batch, what is small: a mean feature an image and an object, norms,
+top tokens, and a few rows an image for the measures that need a scatter matrix. Its means give the
+mean patch; the second pass measures patch structure, as it is and with that mean subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prereg_kernels.attach.families import find_family
+from prereg_kernels.checkup.batches import Batch, Batches, ImageFacts
+from prereg_kernels.checkup.features import visual_features, visual_mask
+from prereg_kernels.checkup.measures.lens import LensSums
+from prereg_kernels.checkup.measures.norms import MassiveDimension, NormSums
+from prereg_kernels.checkup.measures.pooled import pool
+from prereg_kernels.checkup.measures.structure import StructureSums
+from prereg_kernels.checkup.model_files import in_words
+from prereg_kernels.checkup.shards import Shards
+
+Progress = Callable[[int, int], None]
+"""Told of (batches done, batches in all), both passes counted."""
+
+ROWS = 8192
+"""Patches, spread over all images, that the spectrum and CKA are computed from."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A batch's features: L + 1 layers of (N, D), and which of the B images each row is of."""
+
+    layers: list[Tensor]
+    image: Tensor  # (N,)
+    batch: Batch
+
+    def rows(self, image: int) -> Tensor:
+        return (self.image == image).nonzero().squeeze(1)
+
+
+def collect(
+    model: nn.Module,
+    batches: Batches,
+    shards: Shards,
+    *,
+    images: int,
+    shown: int,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write the shards that are not there yet.
+
+    Args:
+        images: in all batches together, at most.
+        shown: of so many of the first usable images every patch is kept, for the page.
+
+    Raises:
+        ValueError: features that are not finite, facts that do not fit the tokens, or no images.
+        OSError: a shard cannot be written.
+    """
+    per_image = max(1, math.ceil(ROWS / max(1, images)))
+    total = 2 * len(batches)
+    left = shown
+    for index in range(len(batches)):
+        name = first_pass(index)
+        if not shards.has(name):
+            batch = batches[index]
+            run = _run(model, batch)
+            if run is None:
+                shards.write(name, {}, {"images": [], "skipped": batch.skipped})
+            else:
+                tensors, facts = _first(model, run, per_image, left)
+                shards.write(name, tensors, facts)
+        left -= len(shards.facts(name).get("shown", []))
+        progress(index + 1, total)
+    mean = mean_patch(shards, len(batches))
+    for index in range(len(batches)):
+        name = second_pass(index)
+        if not shards.has(name):
+            facts = shards.facts(first_pass(index))
+            measured = {}
+            if facts.get("objects"):
+                run = _run(model, batches[index])
+                assert run is not None
+                measured = _second(run, mean)
+            shards.write(name, measured, {})
+        progress(len(batches) + index + 1, total)
+
+
+def first_pass(index: int) -> str:
+    """The name of a batch's first shard."""
+    return f"states-{index:06d}"
+
+
+def second_pass(index: int) -> str:
+    """The name of a batch's second shard."""
+    return f"structure-{index:06d}"
+
+
+def mean_patch(shards: Shards, count: int) -> Tensor:
+    """(L + 1, D) float64: the mean over all patches of all images."""
+    total: Tensor | None = None
+    rows = 0
+    skipped: Counter[str] = Counter()
+    for index in range(count):
+        facts = shards.facts(first_pass(index))
+        skipped.update(reason for _, reason in facts["skipped"])
+        if not facts["images"]:
+            continue
+        tokens = shards.read(first_pass(index), "tokens")
+        means = shards.read(first_pass(index), "image_means").double()
+        part = (means * tokens[:, None]).sum(dim=1)
+        total = part if total is None else total + part
+        rows += int(tokens.sum())
+    if total is None:
+        reasons = "; ".join(f"{times} {reason}" for reason, times in skipped.most_common(3))
+        raise ValueError(f"images: expected at least one that can be used, got none: {reasons}")
+    return total / rows
+
+
+def _run(model: nn.Module, batch: Batch) -> _Run | None:
+    if not batch.images:
+        return None
+    device = next(model.parameters()).device
+    inputs = {
+        name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.inputs.items()
+    }
+    mask = visual_mask(model, inputs)
+    image = mask.nonzero()[:, 0].cpu()
+    if len(batch.images) != len(mask):
+        raise ValueError(
+            f"batch: expected facts of {len(mask)} images, the rows of input_ids, got "
+            f"{len(batch.images)}"
+        )
+    tokens = mask.sum(dim=1).tolist()
+    for facts, count in zip(batch.images, tokens, strict=True):
+        if not count:
+            raise ValueError(f"{facts.name}: expected visual tokens in input_ids, got none")
+        for known, name in ((facts.grid, "the places"), (facts.objects, "objects")):
+            if known is not None and len(known) != count:
+                raise ValueError(
+                    f"{facts.name}: expected {name} of its {count} visual tokens, got "
+                    f"{len(known)} of them"
+                )
+    try:
+        layers = visual_features(model, inputs)
+    except ValueError:
+        raise
+    except Exception as error:  # a config that does not fit the weights' use, no memory, ...
+        names = f"{batch.images[0].name} to {batch.images[-1].name}"
+        raise ValueError(f"{names}: the model's forward failed: {in_words(error)}") from error
+    for depth, layer in enumerate(layers):
+        bad = ~torch.isfinite(layer).all(dim=1)
+        if bad.any():
+            name = batch.images[int(image[bad.cpu()][0])].name
+            raise ValueError(
+                f"{name}: the features of layer {depth} are not finite in {layer.dtype}; load the "
+                "model in another dtype (--dtype float32)"
+            )
+    return _Run(layers, image, batch)
+
+
+def _first(
+    model: nn.Module, run: _Run, per_image: int, shown: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is kept of a batch after the first pass."""
+    images = range(len(run.batch.images))
+    rows = [run.rows(b) for b in images]
+    picked = torch.cat(
+        [
+            r[_draw(facts.name, len(r), per_image)]
+            for r, facts in zip(rows, run.batch.images, strict=True)
+        ]
+    )
+    objects, labels, owner = _objects(run)
+    kept: dict[str, list[Tensor]] = defaultdict(list)
+    top: list[Tensor] = []
+    lens_of = _lens(model)
+    massive: list[tuple[int, list[MassiveDimension]]] = []
+    for depth, layer in enumerate(run.layers):
+        image = run.image.to(layer.device)
+        kept["image_means"].append(pool(layer, image)[0])
+        kept["object_means"].append(pool(layer, objects)[0])
+        kept["sample"].append(layer[picked])
+        norms = NormSums().update(layer)
+        kept["norms"].append(norms.norms)
+        massive.append((norms.massive_tokens, norms.dimensions))
+        cosine = F.cosine_similarity(layer.float(), run.layers[0].to(layer).float(), dim=1)
+        kept["cosines"].append(pool(cosine[:, None], image)[0][:, 0])
+        words = lens_of(layer).times
+        top.append(torch.tensor([[depth, token, times] for token, times in words.items()]))
+    tensors = {name: torch.stack(parts) for name, parts in kept.items()}
+    tensors["top"] = torch.cat(top)
+    tensors["tokens"] = torch.tensor([len(r) for r in rows])
+    tensors["object_owner"] = owner
+    shown_now = list(images)[:shown]
+    for b in shown_now:
+        tensors[f"patches_{b}"] = torch.stack([layer[rows[b]].float() for layer in run.layers])
+        tensors.update(_drawn(run.batch.images[b], b))
+    facts = {
+        "images": [f.name for f in run.batch.images],
+        "labels": [dict(f.labels) for f in run.batch.images],
+        "objects": labels,
+        "skipped": run.batch.skipped,
+        "shown": shown_now,
+        "massive": massive,
+    }
+    return tensors, facts
+
+
+def _second(run: _Run, mean: Tensor) -> dict[str, Tensor]:
+    """Patch structure of each image: (L + 1, B, 4) means, and how many pairs they are over."""
+    pairs = torch.zeros(len(run.batch.images), 2, dtype=torch.float64)
+    found = torch.zeros(len(run.layers), len(pairs), 4, dtype=torch.float64)
+    for b, facts in enumerate(run.batch.images):
+        if facts.objects is None:
+            continue
+        objects = torch.from_numpy(facts.objects)
+        sizes = objects[objects >= 0].bincount().double()
+        pairs[b, 0] = (sizes * (sizes - 1)).sum()
+        pairs[b, 1] = sizes.sum().square() - sizes.square().sum()
+        if not pairs[b].any():
+            continue
+        rows = run.rows(b)
+        for depth, layer in enumerate(run.layers):
+            structure = StructureSums(mean[depth]).update(layer[rows], objects).result()
+            found[depth, b] = torch.tensor(structure[:4], dtype=torch.float64)
+    return {"structure": found, "pairs": pairs}
+
+
+def _objects(run: _Run) -> tuple[Tensor, list[dict[str, str]], Tensor]:
+    """Objects of the batch: (N,) their numbers or -1, {target: class} of each, and its image."""
+    number = torch.full((len(run.image),), -1)
+    labels: list[dict[str, str]] = []
+    owner: list[int] = []
+    for b, facts in enumerate(run.batch.images):
+        if facts.objects is None:
+            continue
+        rows = run.rows(b)
+        mine = torch.from_numpy(facts.objects)
+        for thing in sorted(set(mine[mine >= 0].tolist())):
+            number[rows[mine == thing]] = len(labels)
+            of_thing = {
+                target: classes[thing]
+                for target, classes in facts.object_labels.items()
+                if thing in classes
+            }
+            labels.append(of_thing)
+            owner.append(b)
+    return number, labels, torch.tensor(owner, dtype=torch.int64)
+
+
+def _lens(model: nn.Module) -> Callable[[Tensor], LensSums]:
+    """The logit lens of a layer's features, through the model's own norm and head."""
+    language_model = find_family(model).language_model_of(model)
+    norm = language_model._modules.get("norm")
+    head: Any = model._modules["lm_head"]
+    if norm is None:
+        raise ValueError(f"model: {type(language_model).__name__} has no final norm at .norm")
+    assert isinstance(norm, nn.Module)
+
+    def lens(features: Tensor) -> LensSums:
+        device = head.weight.device
+        return LensSums(norm, head.weight, head.bias).update(features.to(device))
+
+    return lens
+
+
+def _drawn(facts: ImageFacts, b: int) -> Mapping[str, Tensor]:
+    """What the page needs to draw an image."""
+    found: dict[str, NDArray[Any]] = {}
+    if facts.picture is not None:
+        found[f"picture_{b}"] = facts.picture
+    if facts.grid is not None:
+        found[f"boxes_{b}"] = facts.grid.boxes
+        found[f"places_{b}"] = np.stack([facts.grid.row, facts.grid.column])
+        found[f"grid_{b}"] = np.array(facts.grid.shape)
+    if facts.objects is not None:
+        found[f"objects_{b}"] = facts.objects
+    # copies: images may share an array, which safetensors refuses to write twice
+    return {name: torch.from_numpy(x.copy()) for name, x in found.items()}
+
+
+def _draw(name: str, count: int, wanted: int) -> Tensor:
+    """`wanted` of `count` indices, drawn by the image's name: equal for every model; all of them
+    where there are no more."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(errors="surrogatepass")))
+    return torch.randperm(count, generator=generator)[:wanted].sort().values

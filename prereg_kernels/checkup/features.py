@@ -1,0 +1,66 @@
+"""Hidden states at the visual tokens of every layer, through hooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels.attach.families import find_family
+from prereg_kernels.attach.visual import find_visual
+
+
+@torch.no_grad()
+def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    """Run the model on a batch and keep the visual tokens' states of every layer.
+
+    Nothing else is kept: no other position, no cache, and logits of one position only.
+
+    Args:
+        model: of a supported family. It runs as it is; call `model.eval()` first.
+        batch: keyword arguments of its forward, `input_ids` among them; `labels` are left out.
+
+    Returns:
+        One (N, D) tensor a layer, layer 0 being the LLM's input and layer l the output of decoder
+        layer l (as in Hugging Face's `hidden_states`, except that the last is taken before the
+        final norm); rows in the order of the visual tokens in `input_ids`.
+    """
+    family = find_family(model)
+    visual = visual_mask(model, batch)
+    kept: list[Tensor] = []
+
+    def keep(states: Tensor) -> None:
+        kept.append(states[visual.to(states.device)])
+
+    handles = [
+        family.language_model_of(model).register_forward_pre_hook(
+            lambda module, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True
+        ),
+        *(
+            layer.register_forward_hook(
+                lambda module, args, output: keep(
+                    output[0] if isinstance(output, tuple) else output
+                )
+            )
+            for layer in family.layers_of(model)
+        ),
+    ]
+    accepted = inspect.signature(model.forward).parameters
+    frugal = {"use_cache": False, "logits_to_keep": 1}
+    arguments = {name: x for name, x in frugal.items() if name in accepted} | dict(batch)
+    arguments.pop("labels", None)  # a training batch's: no loss is needed, and one logit has none
+    try:
+        model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+def visual_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Bool, the shape of `input_ids`: where its tokens are visual. ValueError as `find_family`."""
+    tokens = find_family(model).visual_token_ids(model)
+    return find_visual(batch["input_ids"], tokens, batch.get("attention_mask"))

@@ -1,0 +1,1 @@
+"""What the checkup reads: image sets on disk, and how a model lays out an image's tokens."""

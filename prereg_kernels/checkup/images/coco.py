@@ -1,0 +1,261 @@
+"""Images with COCO's instance annotations: polygons and run-length codes become masks."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prereg_kernels._util.files import content_digest, printable
+from prereg_kernels.checkup.fingerprint import digest, of_files
+from prereg_kernels.checkup.images.datasets import Sample, read_object
+from prereg_kernels.checkup.images.patches import ranges
+from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
+
+_LIKE = "COCO annotations, a JSON object with images, annotations and categories"
+_FAR = 1 << 31  # coordinates beyond are no pixels
+_CROSSINGS = 1 << 20  # of edges with rows, at a time
+
+_Region = tuple[tuple[slice, slice], NDArray[np.bool_]]  # a window of the image, and what is in it
+
+TARGET = "category"
+"""What the object-level probe reads."""
+
+
+class CocoImages:
+    """The images of a COCO annotation file that have objects, in the order of their ids.
+
+    An object is one annotation, its class the category's name. Later annotations cover earlier
+    ones; crowds (`iscrowd`) are background.
+
+    Args:
+        root: directory of the images.
+        annotations: the JSON file. Entries of the same file name are one image.
+
+    Raises:
+        ValueError: no such directory, or not such a file.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, root: Path, annotations: Path) -> None:
+        if not root.is_dir():
+            raise ValueError(f"images: expected a directory, got {root}")
+        self._root, self._annotations = root, annotations
+        content = read_object(annotations, _LIKE)
+        try:
+            self._names = _named(content, "categories", "name")
+            files = _named(content, "images", "file_name")
+            of_image: dict[int, list[Mapping[str, Any]]] = {}
+            for where, annotation in _listed(content, "annotations"):
+                image = _id(annotation, "image_id", where)
+                of_image.setdefault(image, []).append(annotation)
+        except ValueError as error:
+            raise ValueError(f"{annotations}: {error}") from None
+        of_file: dict[str, list[Mapping[str, Any]]] = {}
+        for image in sorted(files):
+            if image in of_image:
+                of_file.setdefault(files[image], []).extend(of_image[image])
+        self._items = list(of_file.items())
+        if not self._items:
+            raise ValueError(f"{annotations}: expected annotations of its images, got none")
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def name(self, index: int) -> str:
+        """The file name of an image."""
+        return printable(self._items[index][0])
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """Of the images' names and files, and of the annotations."""
+        names = [self._items[i][0] for i in indices]
+        return {
+            "images": digest(names, of_files(map(self._path, names))),
+            "annotations": content_digest([self._annotations]),
+        }
+
+    def _path(self, name: str) -> Path | None:
+        try:
+            return inside(self._root, name)
+        except SkipImage:
+            return None
+
+    def __getitem__(self, index: int) -> Sample:
+        """One image. Raises SkipImage where it, or its annotations, cannot be used."""
+        name, annotations = self._items[index]
+        image = read_image(inside(self._root, name))
+        mask = np.full(image.shape[:2], -1, dtype=np.int64)
+        labels: dict[int, str] = {}
+        try:
+            for number, annotation in enumerate(annotations):
+                crowd = annotation.get("iscrowd")
+                if crowd not in (None, 0, 1):
+                    raise ValueError(f"iscrowd: expected 0 or 1, got {reprlib.repr(crowd)}")
+                for window, region in _regions(annotation["segmentation"], image.shape[:2]):
+                    mask[window][region] = -1 if crowd else number
+                if not crowd:
+                    labels[number] = self._names[_id(annotation, "category_id", "annotation")]
+        except (KeyError, TypeError, ValueError):
+            raise SkipImage("annotations that do not fit the image") from None
+        return Sample(self.name(index), image, mask, {}, {TARGET: labels})
+
+
+def _listed(content: Mapping[str, Any], kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of one of the file's lists, each behind its place in it."""
+    entries = content.get(kind)
+    if not isinstance(entries, list):
+        raise ValueError(f"expected {_LIKE}; got {reprlib.repr(entries)} for {kind}")
+    for number, entry in enumerate(entries):
+        where = f"{kind}[{number}]"
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{where}: expected an object, got {reprlib.repr(entry)}")
+        yield where, entry
+
+
+def _named(content: Mapping[str, Any], kind: str, field: str) -> dict[int, str]:
+    """{id: name} of the categories or of the images."""
+    names: dict[int, str] = {}
+    for where, entry in _listed(content, kind):
+        number, name = _id(entry, "id", where), entry.get(field)
+        if type(name) not in (str, int) or name == "":
+            raise ValueError(f"{where}.{field}: expected a name, got {reprlib.repr(name)}")
+        if number in names:
+            raise ValueError(f"{where}.id: expected another than {number}, which is taken")
+        names[number] = str(name)
+    return names
+
+
+def _id(entry: Mapping[str, Any], field: str, where: str) -> int:
+    """A whole number; as text, or with a point and zeros behind it, too."""
+    value = entry.get(field)
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    raise ValueError(f"{where}.{field}: expected a whole number, got {reprlib.repr(value)}")
+
+
+def decode(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The region of one annotation.
+
+    Args:
+        segmentation: polygons, a list of [x0, y0, x1, y1, ...] in px; or a run-length code,
+            {"size": [height, width], "counts": a list, or COCO's compressed string}.
+        size: (height, width) of the image.
+
+    Returns:
+        (H, W) bool; of polygons, the pixels whose centres are inside of one or more.
+
+    Raises:
+        ValueError: another size, counts that do not add up to it, or points that are none.
+        KeyError, TypeError: another structure.
+    """
+    whole = np.zeros(size, dtype=bool)
+    for window, region in _regions(segmentation, size):
+        whole[window] |= region
+    return whole
+
+
+def _regions(segmentation: Any, size: tuple[int, int]) -> Iterator[_Region]:
+    """The parts of one annotation, which may overlap."""
+    if isinstance(segmentation, Mapping):
+        yield _run_lengths(segmentation, size)
+    elif isinstance(segmentation, str):
+        raise TypeError("segmentation: expected polygons or a run-length code, got text")
+    else:
+        for polygon in segmentation:
+            yield _polygon(polygon, size)
+
+
+def _polygon(polygon: Any, size: tuple[int, int]) -> _Region:
+    """The pixels whose centres are inside of a polygon, and the window that they are in.
+
+    Inside is what an odd number of edges lies to the left of. A centre on an edge is inside of what
+    lies to the right of it or below, so that neighbours never share a pixel.
+    """
+    if not isinstance(polygon, list | tuple) or len(polygon) % 2 or len(polygon) < 6:
+        raise ValueError(f"segmentation: expected 3 points or more, got {reprlib.repr(polygon)}")
+    if not all(type(v) in (int, float) and abs(v) < _FAR for v in polygon):  # false of NaN
+        raise ValueError(f"segmentation: expected pixels, got {reprlib.repr(polygon)}")
+    # the first pixel at or behind a point, counted by centres
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2) - 0.5
+    (left, top), (right, bottom) = (
+        np.clip(np.ceil(corner), 0, size[::-1]).astype(np.int64)
+        for corner in (points.min(axis=0), points.max(axis=0))
+    )
+    toggles = np.zeros((bottom - top, right - left + 1), dtype=np.uint8)
+    ends = np.stack([points, np.roll(points, -1, axis=0)])
+    low, high = np.take_along_axis(ends, ends[:, :, 1:].argsort(axis=0), axis=0)
+    first, end = (np.clip(np.ceil(y), top, bottom).astype(int) for y in (low[:, 1], high[:, 1]))
+    parts = -(-len(points) * int(bottom - top) // _CROSSINGS)
+    for part in np.array_split(np.arange(len(points)), min(len(points), max(1, parts))):
+        edge, row = ranges(first[part], end[part])
+        edge = part[edge]
+        (x, y), (width, height) = low[edge].T, (high - low)[edge].T
+        column = np.clip(np.ceil(x + (row - y) * width / height), left, right).astype(np.int64)
+        at = (row - top) * toggles.shape[1] + column - left
+        np.add.at(toggles.reshape(-1), at, np.uint8(1))  # modulo 256: only parity counts
+    region = np.cumsum(toggles[:, :-1], axis=1, dtype=np.uint8) % 2 == 1
+    return (slice(top, bottom), slice(left, right)), region
+
+
+def _run_lengths(code: Mapping[str, Any], size: tuple[int, int]) -> _Region:
+    """Runs of background and object in turn, down the columns; the columns with an object."""
+    given = code["size"]
+    if not isinstance(given, list | tuple) or [*map(type, given)] != [int, int]:
+        raise ValueError(f"size: expected [height, width], got {reprlib.repr(given)}")
+    if tuple(given) != size:
+        raise ValueError(f"size: expected {list(size)}, the image's, got {given}")
+    counts = code["counts"]
+    runs = _unpack(counts) if isinstance(counts, (str, bytes)) else counts
+    _check_runs(runs, size[0] * size[1])
+    inside_object = np.arange(len(runs)) % 2 == 1
+    whole = np.repeat(inside_object, np.array(runs, np.int64)).reshape(size[1], size[0]).T
+    behind = runs[-1] if len(runs) % 2 else 0
+    window = slice(None), slice(runs[0] // size[0], size[1] - behind // size[0])
+    return window, whole[window]
+
+
+def _check_runs(runs: Any, pixels: int) -> None:
+    """Raise ValueError unless the runs are whole numbers of so many pixels in all.
+
+    In Python's integers: sums of int64 wrap, and decoders that believe one write past a buffer.
+    """
+    if not isinstance(runs, list | tuple) or not {*map(type, runs)} <= {int}:
+        raise ValueError(f"counts: expected whole numbers, got {reprlib.repr(runs)}")
+    if min(runs, default=0) < 0 or sum(runs) != pixels:  # so none is larger than that
+        raise ValueError(
+            f"counts: expected runs of {pixels} pixels in all, none negative, got "
+            f"{reprlib.repr(runs)}"
+        )
+
+
+def _unpack(text: str | bytes) -> list[int]:
+    """COCO's compressed counts: five bits a character, lowest first, the sixth says that more
+    follow; from the fourth run on, the difference to the run two before."""
+    data = text.encode("ascii") if isinstance(text, str) else text
+    runs: list[int] = []
+    value = shift = 0
+    for byte in data:
+        bits = byte - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"counts: expected characters from '0' to 'o', got {chr(byte)!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            if shift > 60:  # no image has so many pixels; a longer one takes quadratic time
+                raise ValueError("counts: expected numbers of 13 characters at most")
+            continue
+        if bits & 16:  # the sign
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("counts: expected whole numbers, the last is cut short")
+    return runs

@@ -1,0 +1,298 @@
+"""Image sets on disk: a folder, perhaps one folder a class, with masks and labels beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prereg_kernels._util.files import printable
+from prereg_kernels.checkup.fingerprint import digest, of_files
+from prereg_kernels.checkup.images.patches import check_mask
+from prereg_kernels.checkup.images.reading import (
+    IMAGE_SUFFIXES,
+    SkipImage,
+    inside,
+    read_image,
+    read_mask,
+)
+
+MASKS_ARE = ("instances", "classes")
+_LINE = 1 << 18  # characters of a CSV line that are read at a time
+TARGET = "class"
+"""What the image-level probe reads, and the object-level one where masks hold classes."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, and what is known of it.
+
+    Attributes:
+        name: for people, unique in its set.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) object ids at any resolution of the whole image, negative = background; None
+            where there is none.
+        labels: {target: the image's class}.
+        object_labels: {target: {object id: its class}}.
+    """
+
+    name: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.int64] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    object_labels: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+
+class Samples(Protocol):
+    """A set of samples: what the checkup reads."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Its name, without reading the image."""
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """{what: text} of those samples; a text changes when what they would give does."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample. Raises SkipImage where it cannot be used."""
+
+
+class ImageFolder:
+    """The images below a directory, sorted by path.
+
+    Args:
+        root: the directory. Where every image lies in a subdirectory, its first part is its class.
+        labels: a file with classes instead: CSV lines `name,class`, or a JSON object. Names are
+            paths below `root`, or file names.
+        masks: a directory with a PNG file of numbers for each image, at the same path, of any
+            resolution.
+        masks_are: "instances": a number tells objects of one image apart and means nothing else.
+            "classes" (as in COCO-Stuff): a number is a class, and each class of an image an object.
+        background: numbers that are no object.
+
+    Raises:
+        ValueError: no images, labels of none of them, no masks, or a labels file that is none.
+        OSError: a directory or file cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        labels: Path | None = None,
+        masks: Path | None = None,
+        masks_are: str = "instances",
+        background: Collection[int] = (0, 255),
+    ) -> None:
+        if masks_are not in MASKS_ARE:
+            raise ValueError(f"masks_are: expected one of {MASKS_ARE}, got {masks_are!r}")
+        if not root.is_dir():
+            raise ValueError(f"images: expected a directory, got {root}")
+        if masks is not None and not masks.is_dir():
+            raise ValueError(f"masks: expected a directory or COCO's JSON file, got {masks}")
+        self._root, self._masks = root, masks
+        self._masks_are, self._background = masks_are, tuple(background)
+        self._files = sorted(_image_files(root))
+        if not self._files:
+            raise ValueError(f"images: expected image files below {root}, got none")
+        if masks is not None and not any(self._mask_path(file).exists() for file in self._files):
+            example = printable(self._mask_path(self._files[0]))
+            raise ValueError(f"masks: expected a file such as {example} for each image, got none")
+        self._labels = self._classes(labels)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """The path of an image below the directory."""
+        return printable(self._files[index].as_posix())
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """Of the images' names and files, and of their labels and masks."""
+        files = [self._files[i] for i in indices]
+        names = [file.as_posix() for file in files]
+        masks = [self._mask_path(file) for file in files] if self._masks else []
+        return {
+            "images": digest(names, of_files(self._root / file for file in files)),
+            "masks": digest(self._masks_are, self._background, of_files(masks)),
+            "labels": digest([self._labels.get(name) for name in names]),
+        }
+
+    def __getitem__(self, index: int) -> Sample:
+        """One image. Raises SkipImage where it, or its mask, cannot be used."""
+        file = self._files[index]
+        image = read_image(inside(self._root, str(file)))
+        label = self._labels.get(file.as_posix())
+        labels = {} if label is None else {TARGET: label}
+        if self._masks is None:
+            return Sample(self.name(index), image, None, labels)
+        try:
+            mask = read_mask(inside(self._masks, str(file.with_suffix(".png"))))
+            check_mask(mask, image.shape[:2])
+        except SkipImage as reason:
+            raise SkipImage(f"mask: {reason}") from None
+        except ValueError:
+            raise SkipImage("mask: not of the image's proportions") from None
+        mask = np.where(np.isin(mask, self._background), -1, mask)
+        classes: dict[str, dict[int, str]] = {}
+        if self._masks_are == "classes":
+            classes[TARGET] = {int(value): str(value) for value in np.unique(mask) if value >= 0}
+        return Sample(self.name(index), image, mask, labels, classes)
+
+    def _mask_path(self, file: Path) -> Path:
+        assert self._masks is not None
+        return self._masks / file.with_suffix(".png")
+
+    def _classes(self, labels: Path | None) -> dict[str, str]:
+        names = [file.as_posix() for file in self._files]
+        if labels is None:
+            if all(len(file.parts) > 1 for file in self._files):
+                return {name: printable(name.split("/")[0]) for name in names}
+            return {}
+        given = read_labels(labels)
+        found = {
+            name: given[key]
+            for name in names
+            if (key := name if name in given else name.rsplit("/", 1)[-1]) in given
+        }
+        if not found:
+            raise ValueError(
+                f"{labels}: expected labels of images such as {printable(names[0])}, got labels of "
+                f"{len(given)} others, such as {printable(next(iter(given)))}"
+            )
+        return found
+
+
+def _image_files(root: Path) -> Iterator[Path]:
+    """Images below it; links that lead nowhere too, so that they are counted as skipped."""
+    for directory, _, names in os.walk(root):
+        below = Path(directory).relative_to(root)
+        for name in names:
+            path = os.path.join(directory, name)
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and (
+                os.path.isfile(path) or not os.path.exists(path)
+            ):
+                yield below / name
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """{image: class} of a CSV file with lines `name,class`, or of a JSON object.
+
+    Raises:
+        ValueError: neither, or two classes of one image.
+        OSError: it cannot be read.
+    """
+    if path.suffix == ".json":
+        like = 'an object such as {"a.jpg": "cat"}'
+        table = read_object(path, like, _one_class_each)
+        for label in table.values():
+            if not isinstance(label, (str, int)):
+                raise ValueError(f"{path}: expected {like}; got the class {reprlib.repr(label)}")
+    else:
+        table = _read_pairs(path)
+    if not table:
+        raise ValueError(f"{path}: expected labels, got none")
+    return {name: printable(label) for name, label in table.items()}
+
+
+def _read_pairs(path: Path) -> dict[str, str]:
+    """{name: class} of CSV lines."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # what is longer has a field that the reader refuses
+        lines = csv.reader(iter(partial(file.readline, _LINE), ""), strict=True)
+        try:
+            return _one_class_each(_pair(row) for row in lines if row)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}:{lines.line_num}: {error}") from None
+
+
+def _pair(row: Sequence[str]) -> tuple[str, str]:
+    if len(row) != 2:
+        raise ValueError(f"expected name,class, got {len(row)} fields")
+    name, label = (text.strip() for text in row)
+    if not label:
+        raise ValueError(f"expected a class of {printable(name)[:60]}, got none")
+    return name, label
+
+
+def read_object(
+    path: Path,
+    like: str,
+    pairs_hook: Callable[[Iterable[tuple[str, Any]]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        like: what is expected, for the message.
+        pairs_hook: makes an object of its pairs, in place of dict.
+
+    Raises:
+        ValueError: none, or one that JSON does not allow; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            # a large file of something else is not read whole
+            while (start := file.read(1 << 20)).isspace():
+                pass
+            if not start.lstrip().startswith("{"):
+                raise ValueError(f"expected {like}; got {reprlib.repr(start.strip())}")
+            file.seek(0)
+            found: dict[str, Any] = json.load(file, object_pairs_hook=pairs_hook)
+            return found
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected {like}; got one that is nested too deeply") from None
+    except MemoryError:
+        raise ValueError(f"{path}: expected {like}; got more than fits into memory") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _one_class_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, label in pairs:
+        if name in table and table[name] != label:
+            both = " and ".join(printable(given)[:60] for given in (table[name], label))
+            raise ValueError(f"expected one class of {printable(name)[:60]}, got {both}")
+        table[name] = label
+    return table
+
+
+class Subset:
+    """The first `count` of a set in an order drawn with `seed`: a fair sample of sorted classes."""
+
+    def __init__(self, samples: Samples, count: int, seed: int = 0) -> None:
+        if count < 1:
+            raise ValueError(f"limit: expected at least 1, got {count}")
+        order = np.random.default_rng(seed).permutation(len(samples))[:count]
+        self._samples, self._order = samples, order.tolist()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def name(self, index: int) -> str:
+        """As the whole set has it."""
+        return self._samples.name(self._order[index])
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
+        """As the whole set has it."""
+        return self._samples.fingerprint([self._order[i] for i in indices])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[self._order[index]]

@@ -1,0 +1,168 @@
+"""A set of images as batches for a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.checkup.batches import Batch, ImageFacts
+from prereg_kernels.checkup.fingerprint import digest
+from prereg_kernels.checkup.images.datasets import Sample, Samples
+from prereg_kernels.checkup.images.layouts import check_tower, layout_of
+from prereg_kernels.checkup.images.patches import owners
+from prereg_kernels.checkup.images.processing import place
+from prereg_kernels.checkup.images.reading import SkipImage
+from prereg_kernels.checkup.loading import Loaded
+from prereg_kernels.checkup.model_files import naming
+
+QUESTION = "Describe the image."
+"""What stands behind the image in a chat template. Tokens before it cannot see it."""
+
+
+class ImageBatches:
+    """A set of images as batches for a loaded model.
+
+    Args:
+        loaded: the model with its processor.
+        samples: the images.
+        size: images in a batch.
+        purity: the share of a token's box that an object must own to be its owner.
+
+    Raises:
+        ValueError: a size or purity out of range, or a model without an image token.
+    """
+
+    def __init__(
+        self, loaded: Loaded, samples: Samples, *, size: int = 8, purity: float = 0.5
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"batch: expected at least 1 image, got {size}")
+        if not 0 < purity <= 1:
+            raise ValueError(f"purity: expected a share in (0, 1], got {purity}")
+        self._loaded, self._samples, self._size, self._purity = loaded, samples, size, purity
+        layout_of(loaded.config.model_type)
+        check_tower(loaded.config.model_type, loaded.config.vision_config.model_type)
+        self._before, self._after, self._token = _surroundings(loaded)
+        model: Any = loaded.model
+        rows = model.get_input_embeddings().num_embeddings
+        outside = [i for i in (self._token, *self._before, *self._after) if not 0 <= i < rows]
+        if outside:
+            raise ValueError(
+                f"model: expected an embedding of the image token and of those around it, got "
+                f"{rows} rows and token {outside[0]}"
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self._samples) // self._size)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the files of the images, of what is known of them, and of what prepares them."""
+        return {
+            **self._samples.fingerprint(range(len(self._samples))),
+            "processor": digest(type(self._loaded.processor).__name__, str(self._loaded.processor)),
+            "prompt": digest(self._before, self._token, self._after),
+            "batch": str(self._size),
+            "purity": str(self._purity),
+        }
+
+    def __getitem__(self, index: int) -> Batch:
+        """Batch `index`; images that cannot be used are left out of it and named."""
+        first = index * self._size
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        rows: list[tuple[ImageFacts, Mapping[str, Tensor]]] = []
+        skipped = []
+        for number in range(first, min(first + self._size, len(self._samples))):
+            try:
+                rows.append(self._image(self._samples[number]))
+            except SkipImage as reason:
+                skipped.append((self._samples.name(number), str(reason)))
+        return Batch(self._inputs(rows), tuple(facts for facts, _ in rows), tuple(skipped))
+
+    def _image(self, sample: Sample) -> tuple[ImageFacts, Mapping[str, Tensor]]:
+        grid, processed = place(self._loaded.config, self._loaded.processor, sample.image)
+        objects = None
+        if sample.mask is not None:
+            objects = owners(grid, sample.mask, self._purity)
+        facts = ImageFacts(
+            sample.name, grid, objects, sample.labels, sample.object_labels, sample.image
+        )
+        return facts, processed
+
+    def _inputs(self, rows: Sequence[tuple[ImageFacts, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        if not rows:
+            return {}
+        sequences = []
+        for facts, _ in rows:
+            assert facts.grid is not None
+            visual = [self._token] * len(facts.grid)
+            sequences.append([*self._before, *visual, *self._after])
+        longest = max(map(len, sequences))
+        padding = _padding(self._loaded.config, self._token)
+        ids = torch.full((len(rows), longest), padding)
+        attention = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            attention[row, : len(sequence)] = 1
+        pixels = {name: _joined([processed[name] for _, processed in rows]) for name in rows[0][1]}
+        inputs = {"input_ids": ids, "attention_mask": attention, **pixels}
+        if self._loaded.config.model_type.startswith("qwen"):
+            inputs["mm_token_type_ids"] = (ids == self._token).long()
+        return inputs
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; images in tiles, (1, tiles, 3, H, W), padded with empty tiles."""
+    if parts[0].dim() == 5:
+        longest = max(part.shape[1] for part in parts)
+        padded = [part.new_zeros(1, longest, *part.shape[2:]) for part in parts]
+        for whole, part in zip(padded, parts, strict=True):
+            whole[:, : part.shape[1]] = part
+        parts = padded
+    return torch.cat(list(parts))
+
+
+def _surroundings(loaded: Loaded) -> tuple[list[int], list[int], int]:
+    """The ids before and after an image's tokens, and the id of those.
+
+    The chat template's where the tokenizer has one, so that the image stands where it stood in
+    training; else the family's markers alone.
+    """
+    config = loaded.config
+    token = config.image_token_id
+    if not isinstance(token, int):
+        raise ValueError(f"model: expected an image_token_id in its config, got {token}")
+    tokenizer = loaded.tokenizer
+    if tokenizer is not None and getattr(tokenizer, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        with naming(f"{tokenizer.name_or_path}: chat template"):  # code, in a sandbox
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids.count(token) == 1:
+            at = ids.index(token)
+            return ids[:at], ids[at + 1 :], token
+        raise ValueError(
+            f"tokenizer: expected its chat template to put one image token ({token}) for an image, "
+            f"got {ids.count(token)}"
+        )
+    before = []
+    if tokenizer is not None and tokenizer.bos_token_id is not None:
+        before.append(int(tokenizer.bos_token_id))
+    start = getattr(config, "vision_start_token_id", None)
+    end = getattr(config, "vision_end_token_id", None)
+    before += [] if start is None else [int(start)]
+    return before, [] if end is None else [int(end)], token
+
+
+def _padding(config: Any, token: int) -> int:
+    text = config.get_text_config()
+    padding = getattr(text, "pad_token_id", None)
+    if isinstance(padding, int) and 0 <= padding < text.vocab_size and padding != token:
+        return padding
+    return 0 if token != 0 else 1

@@ -1,0 +1,46 @@
+"""One image through a model's image processor, and where its tokens are then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from prereg_kernels.checkup.images.layouts import layout_of, pixels_made
+from prereg_kernels.checkup.images.patches import TokenGrid
+from prereg_kernels.checkup.images.reading import SkipImage
+from prereg_kernels.checkup.model_files import in_words
+
+
+def process(processor: Any, image: NDArray[np.uint8]) -> Mapping[str, Tensor]:
+    """What the processor makes of one (H, W, 3) image, as tensors."""
+    from transformers.image_utils import ChannelDimension
+
+    # Said, not guessed: an image of three rows looks like one of three channels.
+    return dict(processor([image], return_tensors="pt", input_data_format=ChannelDimension.LAST))
+
+
+def place(
+    config: Any, processor: Any, image: NDArray[np.uint8]
+) -> tuple[TokenGrid, Mapping[str, Tensor]]:
+    """Where the tokens of one (H, W, 3) image are, and what the processor makes of it, as tensors.
+
+    Raises:
+        SkipImage: the processor does not take it, or would make too much of it.
+    """
+    size = image.shape[0], image.shape[1]
+    most = Image.MAX_IMAGE_PIXELS
+    try:
+        if most is not None and pixels_made(config.model_type, processor, size) > most:
+            raise SkipImage(f"the image processor would make more than {most:,} pixels of it")
+        made = process(processor, image)
+        return layout_of(config.model_type)(config, processor, size, made), made
+    except SkipImage:
+        raise
+    except Exception as error:  # Qwen's limit on proportions, no memory, whatever a processor says
+        reason = in_words(error).split(",")[0][:80]
+        raise SkipImage(f"refused by the image processor: {reason}") from error

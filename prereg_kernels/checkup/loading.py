@@ -1,0 +1,180 @@
+"""A model directory, as the checkup needs it: weights, image processor, tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prereg_kernels._util.files import read_json
+from prereg_kernels.checkup.images.processing import place
+from prereg_kernels.checkup.model_files import check_weights, naming, offline, read_config
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what prepares its inputs.
+
+    Attributes:
+        model: in eval mode.
+        processor: makes pixel values; always the Pillow variant, so that the numbers do not depend
+            on whether torchvision is installed.
+        tokenizer: None where the directory has none.
+        notes: what a reader of the numbers should know about how it was loaded.
+    """
+
+    model: nn.Module
+    processor: Any
+    tokenizer: Any
+    notes: tuple[str, ...]
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+
+def load(
+    directory: Path,
+    *,
+    processor: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Load a local model directory. Nothing is downloaded, and no code in it runs.
+
+    Args:
+        processor: another directory to take the image processor from.
+        dtype: of the weights; None: as they are stored, but float32 on a CPU.
+
+    Raises:
+        ValueError: no such directory, a family or processor that is not supported, or weights that
+            are missing, incomplete or not safetensors.
+    """
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+
+    config, left_out = read_config(directory)
+    check_weights(directory, config)
+    local = {"config": config, "local_files_only": True, "trust_remote_code": False}
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    with _quiet(), offline(), naming(directory):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            generation_config=GenerationConfig(),  # else its file is read as well
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **local,
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers fills them with random numbers
+        raise ValueError(
+            f"{directory}: expected weights of the whole model, {len(missing)} are missing, such "
+            f"as {missing[0]}"
+        )
+    notes = [
+        f"{', '.join(left_out)} in config.json may name code, and was left out: attention and "
+        "everything else are transformers' own."
+    ] * bool(left_out)
+    tokenizer = None
+    if (directory / "tokenizer_config.json").is_file():
+        with _quiet(), offline(), naming(directory):
+            tokenizer = AutoTokenizer.from_pretrained(directory, **local)
+    else:
+        notes.append(
+            "There is no tokenizer in the model directory: tokens are shown as numbers, and "
+            "images are put in without the words of a chat template before them."
+        )
+    if processor is not None and _processor_settings(processor)[1] is None:
+        raise ValueError(
+            f"{processor}: expected an image processor, {' or '.join(_PROCESSOR_FILES)}, got none"
+        )
+    image_processor, note = _image_processor(processor or directory, config)
+    with naming(directory):
+        model.eval().to(device)
+    return Loaded(model, image_processor, tokenizer, (*notes, *note))
+
+
+def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
+    """The directory's image processor, or, where it has none, the family's usual one and a note."""
+    import transformers
+
+    path, settings = _processor_settings(directory)
+    note: tuple[str, ...] = ()
+    if settings is None:
+        with naming(directory / "config.json"):
+            name, settings = _usual_processor(config)
+        note = (
+            f"There is no image processor in {directory.name}: the family's usual one was used "
+            f"({name}, {', '.join(f'{key} {value}' for key, value in settings.items())}). If the "
+            "model was trained with another, name its directory with --processor.",
+        )
+    else:
+        name = str(settings["image_processor_type"])
+    kind = getattr(transformers, f"{name.removesuffix('Fast')}Pil", None)
+    if not name.removesuffix("Fast").endswith("ImageProcessor") or kind is None:
+        raise ValueError(
+            f"{path}: expected an image_processor_type of transformers that runs on Pillow, "
+            f"got {name}"
+        )
+    kwargs = {k: v for k, v in settings.items() if k not in ("image_processor_type", "auto_map")}
+    with naming(path):
+        made = kind(**kwargs)
+        place(config, made, np.zeros((64, 64, 3), dtype=np.uint8))  # what fails always fails here
+    return made, note
+
+
+def _processor_settings(directory: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The file with an image processor's settings, and those; the directory where there is none."""
+    for file in _PROCESSOR_FILES:
+        path = directory / file
+        if not path.is_file():
+            continue
+        settings = read_json(path)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: expected the JSON of a processor, got {settings!r:.40}")
+        # newer checkpoints keep the image processor's settings inside the processor's
+        settings = settings.get("image_processor", settings)
+        if isinstance(settings, dict) and "image_processor_type" in settings:
+            return path, settings
+    return directory, None
+
+
+def _usual_processor(config: Any) -> tuple[str, dict[str, Any]]:
+    vision = config.vision_config
+    if config.model_type.startswith("qwen"):
+        return "Qwen2VLImageProcessor", {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }
+    side = vision.image_size
+    square = {"height": side, "width": side}
+    if vision.model_type == "siglip_vision_model":
+        return "SiglipImageProcessor", {"size": square}
+    return "CLIPImageProcessor", {"size": {"shortest_edge": side}, "crop_size": square}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What the checkup measures on hidden states, a file a measure."""

@@ -1,0 +1,1 @@
+"""What the checkup shows: sentences, curves, maps, one page."""

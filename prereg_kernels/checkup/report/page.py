@@ -1,0 +1,205 @@
+"""The checkup's page and its JSON: everything in one file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from prereg_kernels._util.files import printable, write_whole
+from prereg_kernels.checkup.intervals import Estimate
+from prereg_kernels.checkup.measured import Shown
+from prereg_kernels.checkup.report.findings import (
+    comparison,
+    headline,
+    middle_layer,
+    reading,
+    sentences,
+    tiles,
+)
+from prereg_kernels.checkup.report.maps import drawable, maps
+from prereg_kernels.checkup.report.plots import CURVES, Colours
+from prereg_kernels.checkup.report.style import THEMES, theme
+from prereg_kernels.checkup.results import Curve, Diagnosis
+
+PAGE, NUMBERS, PLOTS = "checkup.html", "checkup.json", "plots"
+
+
+def write_page(
+    out: Path,
+    found: Sequence[Diagnosis],
+    differences: Mapping[str, Curve],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write checkup.json, plots/ and checkup.html into `out`.
+
+    Args:
+        found: one model, or two to compare.
+        differences: second - first, if there are two.
+        facts: what was measured, on what: for the page's first lines.
+
+    Returns:
+        The page.
+    """
+    lines = sentences(found[0])
+    compared = comparison(found[0], found[1], differences) if len(found) == 2 else []
+    out.mkdir(parents=True, exist_ok=True)
+    numbers = as_json(found, differences, facts)
+    write_whole(out / NUMBERS, json.dumps(numbers, indent=1, allow_nan=False))
+    pictures = _draw(found, out / PLOTS)
+    measured = found[0].measured
+    environment = Environment(
+        loader=PackageLoader("prereg_kernels.checkup.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("checkup.html").render(
+        headline=headline(found[0]),
+        tiles=tiles(found[0]),
+        sentences=lines,
+        comparison=compared,
+        facts=facts,
+        found=found,
+        layer=middle_layer(found[0].layers),
+        pictures={name: _inline(paths) for name, paths in pictures.items()},
+        shown={
+            i: shown.name for i, shown in enumerate(measured.shown()) if f"maps-{i}" in pictures
+        },
+        tables=[_table(diagnosis) for diagnosis in found],
+        reading=reading(found[0].layers, len(measured.names), measured.sample_rows, measured.width),
+        skipped=measured.skipped,
+    )
+    write_whole(out / PAGE, page)
+    return out / PAGE
+
+
+def as_json(
+    found: Sequence[Diagnosis], differences: Mapping[str, Curve], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything on the page as plain values; None where a number does not exist.
+
+    {"facts", "headline", "models": [{"name", "layers", "images", "patches", "skipped", "notes",
+    "curves": {measure: {"value", "low", "high": a number a layer}}, "changes": the same since layer
+    0, "probes": {target: {"chance", "accuracies": [layer][split]}}, "missing": {target: reason},
+    "top_tokens": [layer][{"token", "id", "share"}], "massive_dimensions": [layer][{"dimension",
+    "tokens": that have a massive activation there, "largest": magnitude}]}],
+    "differences": as curves, second - first}
+    """
+    return {
+        "facts": dict(facts),
+        "headline": headline(found[0]),
+        "findings": sentences(found[0]),
+        "comparison": comparison(found[0], found[1], differences) if len(found) == 2 else [],
+        "models": [
+            {
+                "name": d.name,
+                "layers": d.layers,
+                "middle_layer": middle_layer(d.layers),
+                "images": len(d.measured.names),
+                "patches": int(d.measured.tokens.sum()),
+                "width": d.measured.width,
+                "sampled_patches": d.measured.sample_rows,
+                "skipped": d.measured.skipped,
+                "notes": list(d.notes),
+                "curves": _curves(d.curves),
+                "changes": _curves(d.changes),
+                "probes": {
+                    target: {
+                        "chance": probes[0].chance,
+                        "accuracies": [list(p.accuracies) for p in probes],
+                    }
+                    for target, probes in d.probes.items()
+                },
+                "missing": dict(d.missing),
+                "top_tokens": [
+                    [
+                        {
+                            "token": d.tokens[word.token],
+                            "id": word.token,
+                            "share": word.times / int(d.measured.tokens.sum()),
+                        }
+                        for word in lens.most_frequent
+                    ]
+                    for lens in d.lenses
+                ],
+                "massive_dimensions": [
+                    [dimension._asdict() for dimension in norms.massive_dimensions]
+                    for norms in d.norms
+                ],
+            }
+            for d in found
+        ],
+        "differences": _curves(differences),
+    }
+
+
+def _curves(curves: Mapping[str, Curve]) -> dict[str, dict[str, list[float | None]]]:
+    return {
+        key: {name: [_number(getattr(x, name)) for x in curve] for name in ("value", "low", "high")}
+        for key, curve in curves.items()
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _draw(found: Sequence[Diagnosis], directory: Path) -> dict[str, dict[str, Path]]:
+    """{picture: {theme: file}}."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files: dict[str, dict[str, Path]] = {}
+    images = list(zip(*(d.measured.shown() for d in found), strict=True))
+    for name in THEMES:
+        with theme(name) as colours, warnings.catch_warnings():
+            # names of models and images in scripts that the font does not have
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            for picture, figure in _figures(found, images, colours):
+                path = directory / f"{picture}{'' if name == 'light' else '-' + name}.png"
+                buffer = BytesIO()
+                figure.savefig(buffer, format="png")
+                write_whole(path, buffer.getvalue())
+                files.setdefault(picture, {})[name] = path
+    return files
+
+
+def _figures(
+    found: Sequence[Diagnosis], images: Sequence[tuple[Shown, ...]], colours: Colours
+) -> Iterator[tuple[str, Figure]]:
+    for picture, draw in CURVES.items():
+        figure = draw(found, colours)
+        if figure is not None:
+            yield picture, figure
+    for i, shown in enumerate(images):
+        if all(drawable(image) for image in shown):
+            yield f"maps-{i}", maps(found, shown, colours)
+
+
+def _inline(paths: Mapping[str, Path]) -> dict[str, str]:
+    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
+
+
+def _table(d: Diagnosis) -> dict[str, Any]:
+    """The figures of all layers as text: {"columns", "rows"}."""
+    keys = [key for key in d.curves if d.curves[key]]
+    rows = [[key, *(_cell(key, x, d) for x in d.curves[key])] for key in keys]
+    columns = ["", *("input" if i == 0 else str(i) for i in range(d.layers))]
+    return {"columns": columns, "rows": rows}
+
+
+def _cell(key: str, x: Estimate, d: Diagnosis) -> str:
+    if not math.isfinite(x.value):
+        return "–"
+    if key in d.probes or key in ("silenced tokens", "outlier tokens", "massive activations"):
+        return f"{100 * x.value:.1f}%"
+    return f"{x.value:.3f}" if abs(x.value) < 100 else f"{x.value:.0f}"

@@ -1,0 +1,141 @@
+"""The checkup: every layer of a model, measured on images, as numbers, pictures and one page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prereg_kernels._util.files import printable
+from prereg_kernels.checkup.batches import Batches
+from prereg_kernels.checkup.collect import collect
+from prereg_kernels.checkup.fingerprint import digest, of_code, of_model
+from prereg_kernels.checkup.measured import Measured
+from prereg_kernels.checkup.results import Diagnosis, diagnose, differences
+from prereg_kernels.checkup.shards import Shards
+
+_LOG = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Told of (phase, steps done, steps in all)."""
+
+SHOWN = 2
+"""Images of which maps are drawn."""
+
+
+def checkup(
+    model: nn.Module,
+    batches: Batches,
+    out: str | Path,
+    *,
+    name: str = "model",
+    images: int | None = None,
+    tokenizer: Any = None,
+    splits: int = 5,
+    shown: int = SHOWN,
+    settings: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    progress: Progress = lambda phase, done, total: None,
+) -> Diagnosis:
+    """Measure every layer of a model on images, in bounded memory, and remember it on disk.
+
+    Run again with the same arguments after an interruption, it goes on from the last whole batch.
+    What was measured with other weights, batches or code, or another config or device, is not
+    touched: everything is measured anew beside it, and a line of the log says why. `report` makes
+    the page of one diagnosis or of two.
+
+    Args:
+        model: of a supported family, in eval mode, on the device to run on.
+        batches: a list of `Batch`, or an object that makes each when asked for.
+        out: a directory; what is measured goes to a directory below `shards/<name>/` in it.
+        name: of the model, on the page and in the file names.
+        images: in all batches, about; by default they are counted. It decides how many patches of
+            an image the spectrum is sampled from.
+        tokenizer: to show the logit lens's words.
+        splits: of the linear probes.
+        shown: images of which every patch is kept, for maps.
+        settings: what else the numbers depend on, such as what forward hooks of yours do: a
+            checkup that goes on has the same.
+        notes: for the page's reader.
+
+    Raises:
+        ValueError: features that are not finite, facts that do not fit the tokens, a forward that
+            fails, or no image that can be used.
+        OSError: a file cannot be written.
+    """
+    if model.training:
+        raise ValueError("model: expected eval mode, got training mode; call model.eval()")
+    count = len(batches)
+    data, counted = _data(batches, images is None)
+    images = counted if images is None else images
+    depends_on = {
+        **of_code(),
+        **of_model(model),
+        "device": next(model.parameters()).device.type,
+        **data,
+        "limit": images,
+        "shown": shown,
+        **(settings or {}),
+    }
+    shards = Shards(Path(out) / "shards" / name, depends_on)
+    if shards.changed:
+        _LOG.warning(
+            f"{printable(name)}: measured anew, for what was measured in {printable(out)} before "
+            f"had other {' and '.join(shards.changed)}"
+        )
+    collect(
+        model,
+        batches,
+        shards,
+        images=images,
+        shown=shown,
+        progress=lambda done, total: progress("images", done, total),
+    )
+    measured = Measured(shards, count, splits)
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        progress("measures", steps, 0)
+
+    return diagnose(printable(name), measured, tokenizer, notes, step)
+
+
+def _data(batches: Batches, count: bool) -> tuple[Mapping[str, str], int]:
+    """The fingerprint of the batches, and, where it is asked for, how many images are in them."""
+    given: Mapping[str, str] | None = getattr(batches, "fingerprint", None)
+    if given is not None and not count:
+        return given, 0
+    images, content = 0, []
+    for i in range(len(batches)):
+        batch = batches[i]
+        images += len(batch.images)
+        if given is None:
+            content.append(digest(batch))
+    return ({"batches": digest(content)} if given is None else given), images
+
+
+def report(
+    out: str | Path, found: Sequence[Diagnosis], facts: Mapping[str, Any] | None = None
+) -> Path:
+    """Write checkup.json, plots/ and checkup.html of one diagnosis, or of two to compare.
+
+    Args:
+        facts: {what: value} for the page's first lines.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: two that were not measured on the same images, or have other depths.
+    """
+    from prereg_kernels.checkup.report.page import write_page
+
+    if len(found) not in (1, 2):
+        raise ValueError(f"found: expected one diagnosis, or two to compare, got {len(found)}")
+    apart = differences(*found) if len(found) == 2 else {}
+    return write_page(Path(out), found, apart, facts or {})

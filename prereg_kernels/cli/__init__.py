@@ -1,0 +1,5 @@
+"""The command line: a file a command."""
+
+from prereg_kernels.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,221 @@
+"""The command `prereg diagnose`: the checkup of a model directory, or of two."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from prereg_kernels._util.files import printable
+from prereg_kernels._version import __version__
+from prereg_kernels.checkup.batches import Batches
+from prereg_kernels.checkup.images.coco import CocoImages
+from prereg_kernels.checkup.images.datasets import ImageFolder, Samples, Subset
+from prereg_kernels.checkup.images.image_batches import ImageBatches
+from prereg_kernels.checkup.loading import Loaded, load
+from prereg_kernels.checkup.report.findings import headline, middle_layer
+from prereg_kernels.checkup.report.page import NUMBERS
+from prereg_kernels.checkup.results import Diagnosis
+from prereg_kernels.checkup.run import checkup, report
+from prereg_kernels.checkup.shards import Shards
+
+_CHECKPOINT = re.compile(r"checkpoints?|(checkpoint|step)-\d+")
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: arguments, files or features that are not as expected.
+        OSError: a file cannot be read or written.
+    """
+    directories = [arguments.model, *([arguments.compare] if arguments.compare else [])]
+    names = _names(directories, arguments.names)
+    _check(arguments)
+    samples = None if arguments.scenes else _samples(arguments)
+    if arguments.fresh:
+        for name in names:
+            Shards.clear(arguments.out / "shards" / name)
+    found: list[Diagnosis] = []
+    for directory, name in zip(directories, names, strict=True):
+        if not arguments.json:
+            console.print(f"{printable(name)}: {printable(directory)}", highlight=False)
+        found.append(_measure(directory, name, samples, arguments, console))
+    page = report(arguments.out, found, _facts(found, arguments))
+    if arguments.json:
+        console.out((arguments.out / NUMBERS).read_text(encoding="utf-8"), highlight=False)
+        return
+    _print(found, console)
+    console.print(f"page: {printable(page)}", highlight=False)
+
+
+def _measure(
+    directory: Path,
+    name: str,
+    samples: Samples | None,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> Diagnosis:
+    loaded = load(
+        directory,
+        processor=arguments.processor,
+        device=_device(arguments.device),
+        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+    )
+    batches, notes = _batches(loaded, samples, arguments)
+    with _bar(name, console, shown=not arguments.json) as progress:
+        return checkup(
+            loaded.model,
+            batches,
+            arguments.out,
+            name=name,
+            images=arguments.limit if samples is None else len(samples),
+            tokenizer=loaded.tokenizer,
+            splits=arguments.splits,
+            notes=notes,
+            progress=progress,
+        )
+
+
+def _batches(
+    loaded: Loaded, samples: Samples | None, arguments: argparse.Namespace
+) -> tuple[Batches, Sequence[str]]:
+    if samples is not None:
+        batches = ImageBatches(loaded, samples, size=arguments.batch, purity=arguments.purity)
+        return batches, loaded.notes
+    from prereg_kernels.demo.data.scene_batches import SceneBatches
+    from prereg_kernels.demo.data.scenes import Scenes
+
+    return SceneBatches(loaded.model, Scenes("test"), arguments.limit), ()
+
+
+def _samples(arguments: argparse.Namespace) -> Samples:
+    masks = arguments.masks
+    samples: Samples
+    if masks is not None and masks.suffix == ".json":
+        samples = CocoImages(arguments.images, masks)
+        if arguments.labels is not None:
+            raise ValueError("--labels: goes with an image folder, not with COCO's annotations")
+    else:
+        samples = ImageFolder(
+            arguments.images,
+            labels=arguments.labels,
+            masks=masks,
+            masks_are=arguments.masks_are,
+            background=arguments.background,
+        )
+    return Subset(samples, arguments.limit) if arguments.limit < len(samples) else samples
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("limit", "batch", "splits"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.scenes:
+        for name in ("masks", "labels", "processor"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name}: goes with --images; scenes bring their own")
+
+
+def _names(directories: Sequence[Path], given: Sequence[str] | None) -> list[str]:
+    """What the page calls the models: as little of their paths as tells them apart."""
+    if given is not None:
+        if len(given) != len(directories) or len(set(given)) != len(given):
+            raise ValueError(
+                f"--names: expected {len(directories)} different names, got {' '.join(given)}"
+            )
+        if any(not name.strip() or set(name) & set("/\\") or name[0] == "." for name in given):
+            raise ValueError(f"--names: expected names without slashes, got {' '.join(given)}")
+        return list(given)
+    whole = [path.resolve().parts[:0:-1] for path in directories]
+    if len(whole) == 2 and whole[0] == whole[1]:
+        raise ValueError(f"--compare: expected another model than {directories[0]}")
+    runs = [tuple(dropwhile(_CHECKPOINT.fullmatch, parts)) for parts in whole]
+    for parts in (runs, whole) if all(map(len, runs)) else (whole,):
+        if len(parts) == 1:
+            return [parts[0][0]]
+        for a, b in zip(*parts, strict=False):  # from the end of the paths
+            if a != b:
+                return [a, b]
+    return ["first", "second"]
+
+
+def _device(name: str | None) -> torch.device:
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        usable = torch.zeros(1, device=chosen)
+        usable.item()  # not on the meta device
+        return usable.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: {chosen!r} is not usable here: {error}") from None
+
+
+def _facts(found: Sequence[Diagnosis], arguments: argparse.Namespace) -> dict[str, str]:
+    measured = found[0].measured
+    skipped = sum(map(len, measured.skipped.values()))
+    source = "digit scenes" if arguments.scenes else str(arguments.images)
+    return {
+        "images": f"{len(measured.names)} of {source}" + (f" ({skipped} skipped)" * bool(skipped)),
+        "visual tokens": f"{int(measured.tokens.sum()):,}",
+        "layers": f"{measured.layers - 1} of width {measured.width}",
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "prereg_kernels": __version__,
+    }
+
+
+@contextmanager
+def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(f"{printable(name)}: {phase}", total=total or None)
+            progress.update(tasks[phase], completed=done)
+
+        yield update
+
+
+def _print(found: Sequence[Diagnosis], console: Console) -> None:
+    layer = middle_layer(found[0].layers)
+    last = found[0].layers - 1
+    table = Table(title=printable(headline(found[0])), title_justify="left")
+    table.add_column("")
+    for diagnosis in found:
+        for depth in dict.fromkeys((0, layer, last)):
+            where = "input" if depth == 0 else f"layer {depth}"
+            table.add_column(f"{diagnosis.name}\n{where}", justify="right")
+    keys = [key for key in found[0].curves if all(key in d.curves for d in found)]
+    for key in keys:
+        cells = []
+        for diagnosis in found:
+            for depth in dict.fromkeys((0, layer, last)):
+                cells.append(f"{diagnosis.curves[key][depth].value:.3f}")
+        table.add_row(printable(key), *cells)
+    console.print(table)
+    for diagnosis in found:
+        for reason, names in diagnosis.measured.skipped.items():
+            console.print(
+                f"{diagnosis.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
+                highlight=False,
+            )
+        lines = [f"no probe of {target}: {reason}" for target, reason in diagnosis.missing.items()]
+        for line in (*lines, *diagnosis.notes):
+            console.print(printable(f"{diagnosis.name}: {line}"), highlight=False)

@@ -1,0 +1,244 @@
+"""The command line: `prereg train`, `sweep`, `diagnose`, `doctor` and `build`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prereg_kernels._util.files import printable
+from prereg_kernels._version import __version__
+
+
+def main() -> None:
+    """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
+    arguments = _parser().parse_args()
+    if arguments.command == "doctor":
+        from prereg_kernels.cli.doctor import doctor
+
+        doctor(arguments.json)
+        return
+    if arguments.command == "build":
+        _build()
+        return
+    if arguments.command == "diagnose":
+        _diagnose(arguments)
+        return
+    try:
+        from rich.console import Console
+
+        from prereg_kernels.cli.demo import sweep, train
+        from prereg_kernels.demo.checkpoints.checkpoint import CheckpointError
+        from prereg_kernels.demo.loop import TrainingInterrupted
+        from prereg_kernels.demo.runs.workers import Interrupted, UnitError
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; training needs: pip install 'prereg-kernels[train]'")
+
+    warnings.showwarning = _warn_in_a_line(warnings.showwarning)
+    try:
+        console = Console()
+        command = {"train": train, "sweep": sweep}[arguments.command]
+        command(arguments, console if console.is_terminal else Console(width=120))
+    except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
+        _fail(str(stop) or "stopped", 130)
+    except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _fail(f"out of memory: {error}")
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    try:
+        from rich.console import Console
+
+        from prereg_kernels.cli.checkup import run
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; diagnose needs: pip install 'prereg-kernels[diagnostics]'")
+    try:
+        # what is printed has names from outside in it: no markup, no emoji by their names
+        width = None if Console().is_terminal else 120
+        run(arguments, Console(width=width, markup=False, emoji=False))
+    except KeyboardInterrupt:
+        _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _build() -> None:
+    from prereg_kernels.cli.build import build_libraries
+
+    try:
+        print(build_libraries())
+    except KeyboardInterrupt:
+        _fail("stopped; run again to go on", 130)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(_line(message), file=sys.stderr)
+    sys.exit(code)
+
+
+def _line(message: str) -> str:
+    return f"prereg: {printable(' '.join(message.split()))}"
+
+
+def _warn_in_a_line(show: Callable[..., None]) -> Callable[..., None]:
+    """Warnings of this package without the line of code that they come from."""
+
+    def in_a_line(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        if Path(__file__).parents[1] in Path(filename).parents:
+            print(_line(str(message)), file=sys.stderr)
+        else:
+            show(message, category, filename, *rest)
+
+    return in_a_line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="prereg", description="Predictive Regularization for multimodal LLMs.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    train = commands.add_parser(
+        "train",
+        help="train with PRe",
+        description="Train: a preset's paired experiment with its report, or one run from a file. "
+        "Run again after an interruption: it goes on from the last checkpoint.",
+    )
+    source = train.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--preset",
+        help="a paired experiment: scenes, scenes-gpu, scenes-gpu-text, or a YAML file of your own",
+    )
+    source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
+    train.add_argument("--out", type=_named, help="where everything goes; default: runs/<name>")
+    train.add_argument(
+        "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
+    )
+    train.add_argument("--fresh", action="store_true", help="do not resume what is there")
+    group = train.add_argument_group("with --preset")
+    _add_size(group)
+    group.add_argument("--weight", type=float, help="weight of the PRe loss")
+    _add_sweep(commands)
+    _add_diagnose(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, and what runs here",
+        description="Versions, CPU, GPU and backends: what runs here, and why the rest does not.",
+    )
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    commands.add_parser(
+        "build",
+        help="compile the C++ rows for CPUs",
+        description="Compile the C++ rows for CPUs against the torch that is installed. Needs a "
+        "C++ compiler. In a checkout the libraries go into the package, otherwise into "
+        "TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. What is up to date is kept.",
+    )
+    return parser
+
+
+def _named(text: str) -> Path:
+    """A path, but for the empty one, which would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return Path(text)
+
+
+def _add_size(group: Any) -> None:
+    group.add_argument("--seeds", type=int, help="number of paired seeds")
+    group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
+    group.add_argument(
+        "--workers", type=int, help="processes, a thread each; default: one a core, or one a GPU"
+    )
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="how PRe's effect moves with its settings",
+        description="Train over PRe's weights, layers, anchors and token fractions, one at a time, "
+        "against baselines paired by seed; writes results.json, tables.md and plots/. Run again "
+        "after an interruption: it goes on with what is not finished.",
+    )
+    parser.add_argument(
+        "--preset", required=True, help="scenes, scenes-gpu, or a YAML file of your own"
+    )
+    parser.add_argument(
+        "--out", type=_named, help="where everything goes; default: runs/sweep-<name>"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ...; default: the preset's")
+    parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: only report what is finished"
+    )
+    _add_size(parser)
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diagnose",
+        help="what a model's visual tokens still hold, layer by layer",
+        description="The checkup: linear probes, patch structure, similarity to the input and the "
+        "logit lens at every layer; writes checkup.html, checkup.json and plots/. Run again after "
+        "an interruption: it goes on from the last batch.",
+    )
+    parser.add_argument("model", type=Path, help="a model directory: config and safetensors")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, help="a directory of images, perhaps one a class")
+    source.add_argument(
+        "--scenes", action="store_true", help="the demo's digit scenes, with exact masks"
+    )
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        help="a directory of PNG masks at the images' paths, or COCO's annotations.json",
+    )
+    parser.add_argument(
+        "--masks-are",
+        choices=("instances", "classes"),
+        default="instances",
+        help="what a mask's numbers are: objects of one image, or classes (COCO-Stuff)",
+    )
+    parser.add_argument(
+        "--background",
+        type=int,
+        nargs="*",
+        default=[0, 255],
+        metavar="N",
+        help="numbers in PNG masks that are no object; default: 0 255",
+    )
+    parser.add_argument("--labels", type=Path, help="classes of images: CSV name,class, or JSON")
+    parser.add_argument("--compare", type=Path, metavar="MODEL", help="a second model directory")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models, on the page")
+    parser.add_argument("--out", type=Path, required=True, help="where everything goes")
+    parser.add_argument(
+        "--limit", type=int, default=512, help="images, drawn from all; default 512"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch; default 8")
+    parser.add_argument(
+        "--purity",
+        type=float,
+        default=0.5,
+        help="share of a patch that its object must own; default 0.5",
+    )
+    parser.add_argument("--splits", type=int, default=5, help="of each linear probe; default 5")
+    parser.add_argument("--processor", type=Path, help="a directory with the image processor")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: as stored; float32 on a CPU",
+    )
+    parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    parser.add_argument("--json", action="store_true", help="print checkup.json, nothing else")

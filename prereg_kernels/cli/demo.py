@@ -1,0 +1,203 @@
+"""The commands `prereg train` and `prereg sweep`: from arguments to what is run and printed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from prereg_kernels._util.files import printable
+from prereg_kernels.demo.checks import require_count, shown
+from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, to_dict
+from prereg_kernels.demo.data.scenes import Scenes
+from prereg_kernels.demo.evaluation import evaluate
+from prereg_kernels.demo.experiment.cost import measure_cost
+from prereg_kernels.demo.experiment.experiment import (
+    ExperimentConfig,
+    open_experiment,
+    run_unit,
+    units,
+)
+from prereg_kernels.demo.experiment.report import write_report
+from prereg_kernels.demo.loop import train as train_run
+from prereg_kernels.demo.model.tower import trained_tower
+from prereg_kernels.demo.runs.directories import check_one_process
+from prereg_kernels.demo.runs.workers import run_units
+from prereg_kernels.demo.sweep.report import write_sweep
+from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, open_sweep
+from prereg_kernels.demo.sweep.sweep import run_unit as run_sweep_unit
+from prereg_kernels.demo.sweep.sweep import units as sweep_units
+
+
+def train(arguments: argparse.Namespace, console: Console) -> None:
+    """The command `prereg train`."""
+    check_one_process()
+    if arguments.preset is not None:
+        _experiment(arguments, console)
+        return
+    for name in ("seeds", "steps", "weight", "workers"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name}: goes with --preset; with --config, set it in the file")
+    _single(arguments, console)
+
+
+def sweep(arguments: argparse.Namespace, console: Console) -> None:
+    """The command `prereg sweep`."""
+    check_one_process()
+    settings = load_sweep(arguments.preset)
+    experiment = _with_overrides(settings.experiment, arguments)
+    devices = _devices(experiment.device, arguments)
+    settings = replace(settings, experiment=replace(experiment, device=_kind(devices)))
+    out = arguments.out or Path("runs") / f"sweep-{Path(arguments.preset).stem}"
+    if arguments.report:
+        check_sweep(settings, out)
+        path, text = write_sweep(settings, out, devices[0])
+    else:
+        with open_sweep(settings, out, arguments.fresh):
+            _tower(settings.experiment, out, devices[0], console)
+            run = partial(run_sweep_unit, settings)
+            run_units(sweep_units(settings), run, out, devices, console)
+            path, text = write_sweep(settings, out, devices[0])
+    console.print(text, highlight=False, markup=False)
+    console.print(f"results: {printable(path)}", markup=False)
+
+
+def _single(arguments: argparse.Namespace, console: Console) -> None:
+    settings = load_config(arguments.config, RunConfig)
+    out = arguments.out or Path("runs") / arguments.config.stem
+    device = _usable(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    result = train_run(settings, out, resume=not arguments.fresh, device=device)
+    test = Scenes("test", settings.seed, settings.scenes)
+    answers = evaluate(result.model, result.packer, test, list(settings.families))
+    for family, accuracy in answers.accuracy.items():
+        console.print(
+            f"{family}: {accuracy:.1%} (always the commonest: {answers.majority[family]:.1%})"
+        )
+    console.print(
+        f"LM loss {answers.lm_loss:.3f} nats; model in {printable(result.checkpoint)}", markup=False
+    )
+
+
+def _experiment(arguments: argparse.Namespace, console: Console) -> None:
+    start = time.perf_counter()
+    settings = _with_overrides(load_preset(arguments.preset), arguments)
+    if arguments.weight is not None:
+        pre = replace(settings.run.pre, weight=arguments.weight)
+        settings = replace(settings, run=replace(settings.run, pre=pre))
+    devices = _devices(settings.device, arguments)
+    settings = replace(settings, device=_kind(devices))
+    out = arguments.out or Path("runs") / Path(arguments.preset).stem
+    with open_experiment(settings, out, arguments.fresh):
+        _tower(settings, out, devices[0], console)
+        run_units(units(settings), partial(run_unit, settings), out, devices, console)
+        with console.status("measuring what a step costs"):
+            cost = measure_cost(settings, out)
+        page = write_report(settings, cost, time.perf_counter() - start, out, console)
+    console.print(f"report: {printable(page)}", markup=False)
+
+
+def _tower(settings: ExperimentConfig, out: Path, device: str, console: Console) -> None:
+    """Train the tower before any worker needs it."""
+    torch.set_num_threads(1)  # at these widths a second thread costs more than it brings
+    run = settings.run
+    with console.status("the vision tower learns to see"):
+        tower = trained_tower(run.model, run.scenes, run.tower, out / "cache", device=device)
+    seen = ", ".join(f"{name} {share:.1%}" for name, share in tower.accuracy.items())
+    console.print(f"vision tower ({tower.seconds:.0f} s): {seen}", highlight=False)
+
+
+def _devices(meant_for: str, arguments: argparse.Namespace) -> list[str]:
+    """A device for each worker: those of `--device cuda` are dealt out over all GPUs."""
+    if arguments.device is None and meant_for != "cpu" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device: the preset is meant for {meant_for}, which is not here; expected a machine "
+            "that has it, or --device cpu"
+        )
+    name = str(_usable(arguments.device or meant_for))
+    pool = [name]
+    if (arguments.device or meant_for) == "cuda":
+        pool = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    default = len(os.sched_getaffinity(0)) if name == "cpu" else len(pool)
+    workers = default if arguments.workers is None else arguments.workers
+    require_count("--workers", workers, 1024)
+    return [pool[i % len(pool)] for i in range(workers)]
+
+
+def _kind(devices: list[str]) -> str:
+    """What results are compared within: another GPU of the machine is the same."""
+    return torch.device(devices[0]).type
+
+
+def _usable(name: str) -> torch.device:
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} is not usable here: {error}") from None
+    return device
+
+
+def _with_overrides(settings: ExperimentConfig, arguments: argparse.Namespace) -> ExperimentConfig:
+    run = settings.run
+    if arguments.steps is not None:
+        stages = (*run.stages[:-1], replace(run.stages[-1], steps=arguments.steps))
+        run = replace(run, stages=stages)
+    seeds = settings.seeds if arguments.seeds is None else arguments.seeds
+    return replace(settings, run=run, seeds=seeds)
+
+
+def load_preset(name: str) -> ExperimentConfig:
+    """The experiment of that name, or of a YAML file.
+
+    Raises:
+        ValueError: no such preset, or as in `load_config`.
+        OSError: the file cannot be read.
+    """
+    with as_file(_find("presets", name)) as path:
+        return load_config(path, ExperimentConfig)
+
+
+def load_sweep(name: str) -> SweepConfig:
+    """The sweep of that name, or of a YAML file, which names its experiment as `preset` and gives
+    `seeds` of its own.
+
+    Raises:
+        ValueError: no such preset, or as in `load_config`.
+        OSError: the file cannot be read.
+    """
+    with as_file(_find("sweeps", name)) as path:
+        values = read_yaml(path)
+        try:
+            if not isinstance(values, dict):
+                raise ValueError(f"expected a mapping, got {shown(values)}")
+            if not isinstance(values.get("preset"), str):
+                raise ValueError(
+                    f"preset: expected a preset's name or a YAML file, got "
+                    f"{shown(values.get('preset'))}"
+                )
+            experiment = to_dict(load_preset(values.pop("preset")))
+            experiment["seeds"] = values.pop("seeds", experiment["seeds"])
+            return from_dict(SweepConfig, {"experiment": experiment, **values})
+        except ValueError as error:
+            raise ValueError(f"{printable(path)}: {error}") from None
+
+
+def _find(folder: str, name: str) -> Any:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    directory = files("prereg_kernels.demo") / folder
+    known = sorted(item.name.removesuffix(".yaml") for item in directory.iterdir())
+    if name not in known:
+        raise ValueError(
+            f"--preset: expected one of {', '.join(known)}, or a YAML file; got {name}"
+        )
+    return directory / f"{name}.yaml"

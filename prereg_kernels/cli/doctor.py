@@ -1,0 +1,121 @@
+"""`prereg doctor`: what this installation has, what runs here, and why the rest does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from prereg_kernels._util.machine import cpu_name
+from prereg_kernels._version import __version__
+from prereg_kernels.ops.backends.cpp_libraries import describe
+from prereg_kernels.ops.backends.registry import BACKENDS, choose_rows, unavailable
+from prereg_kernels.ops.chunking import operand_dtype
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+Report = dict[str, dict[str, Any]]
+
+
+def examine() -> Report:
+    """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing here raises."""
+    return {
+        "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "gpu": _gpu(),
+        "backends": _backends(),
+        "cpp rows": describe(),
+    }
+
+
+def show(report: Report) -> str:
+    """The report as text, a fact a line."""
+    lines = []
+    for section, facts in report.items():
+        lines.append(section)
+        lines += [f"  {name:<16}{_text(value)}" for name, value in facts.items()]
+    return "\n".join(lines)
+
+
+def doctor(as_json: bool) -> None:
+    """The command: prints the report."""
+    report = examine()
+    print(json.dumps(report, indent=1) if as_json else show(report))
+
+
+def _backends() -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons follow
+        auto = choose_rows("auto", torch.device(device)).name
+    facts: dict[str, Any] = {"auto": f"{auto}, {device}"}
+    for name in BACKENDS[1:]:
+        where = "cpu" if name == "cpp" else device
+        reason = unavailable(name, where)
+        facts[name] = "runs" if reason is None else f"does not run here: {reason}"
+    return facts
+
+
+def _cpu() -> dict[str, Any]:
+    emulated = [
+        str(dtype).removeprefix("torch.")
+        for dtype in (torch.bfloat16, torch.float16)
+        if operand_dtype(dtype, torch.device("cpu")) != dtype
+    ]
+    return {
+        "name": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "emulated": f"{', '.join(emulated)}: products run in float32" if emulated else "nothing",
+        "compiler": _compiler(),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return {"found": "none" if built else "none: this torch is built for CPUs only"}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "found": f"{torch.cuda.device_count()} x {properties.name}",
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compiler() -> str:
+    """The C++ compiler that a build here would use, as it names itself."""
+    command = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if command is None:
+        return "none found"
+    try:
+        run = subprocess.run(
+            [*command.split(), "--version"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{command} does not run: {error}"
+    return run.stdout.splitlines()[0] if run.stdout else command
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{key} ({part})" for key, part in value.items()]
+    if isinstance(value, list):
+        value = ", ".join(value) or None
+    return "none" if value is None else str(value)

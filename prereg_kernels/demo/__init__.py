@@ -1,0 +1,1 @@
+"""The demo: a small LLaVA trained on scenes of digits, with and without PRe."""

@@ -1,0 +1,1 @@
+"""Checkpoints of a run that are whole or not there."""

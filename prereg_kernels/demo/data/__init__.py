@@ -1,0 +1,1 @@
+"""The digit scenes: drawn, asked about, packed into batches."""

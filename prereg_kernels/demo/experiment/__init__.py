@@ -1,0 +1,1 @@
+"""The paired experiment: what PRe changes, over seeds, and its report."""

@@ -1,0 +1,238 @@
+"""The experiment's report: tables on the terminal, summary.json, and one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from prereg_kernels._util.files import write_whole
+from prereg_kernels._version import __version__
+from prereg_kernels.demo.config import to_dict
+from prereg_kernels.demo.data.scenes import PROPERTIES
+from prereg_kernels.demo.experiment.experiment import TRANSFERS, ExperimentConfig, units
+from prereg_kernels.demo.experiment.plots import plot_all
+from prereg_kernels.demo.experiment.results import read_result
+from prereg_kernels.demo.experiment.summary import (
+    Effect,
+    Result,
+    Results,
+    Spread,
+    at,
+    headline,
+    unasked,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: cells are text already."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_report(
+    config: ExperimentConfig, cost: dict[str, Any], seconds: float, out: Path, console: Console
+) -> Path:
+    """Print the tables; write report.html, summary.json and plots/ into `out`.
+
+    Args:
+        cost: from `measure_cost`. seconds: the whole experiment took.
+
+    Returns:
+        The page.
+    """
+    found = [read_result(unit.directory(out)) for unit in units(config)]
+    results = Results([result for result in found if result is not None])
+    layer = config.run.pre.layer
+    sentences = headline(results, layer)
+    tables = [
+        _answers(results),
+        _probes(results, layer),
+        _structure(results, layer),
+        _transfer(results),
+        _cost(cost),
+    ]
+    pre = config.run.pre
+    facts = {
+        "seeds": len(results.seeds),
+        "steps": config.run.steps,
+        "scenes a step": config.run.micro_batch * config.run.accumulation,
+        "PRe": f"layer {layer} of {config.run.model.decoder_layers}, weight {pre.weight:g}",
+        "took": f"{seconds / 60:.1f} min",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        + (f", {torch.cuda.get_device_name()}" if config.device.startswith("cuda") else ""),
+        "prereg_kernels": __version__,
+    }
+    for sentence in sentences:
+        console.print(f"- {sentence}", highlight=False)
+    for table in tables:
+        _print(table, console)
+    pictures = plot_all(results, config, out, out / "plots")
+    summary = {
+        "headline": sentences,
+        "facts": facts,
+        "tables": [table.__dict__ for table in tables],
+        "cost": cost,
+        "config": to_dict(config),
+        "results": [result for result in found if result is not None],
+    }
+    write_whole(out / "summary.json", json.dumps(summary, indent=1))
+    environment = Environment(
+        loader=PackageLoader("prereg_kernels.demo.experiment", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    page = environment.get_template("report.html").render(
+        headline=sentences,
+        facts=facts,
+        tables={table.title: table for table in tables},
+        pictures={
+            name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()
+        },
+        config=json.dumps(to_dict(config), indent=1),
+    )
+    path = out / "report.html"
+    write_whole(path, page)
+    return path
+
+
+def _answers(results: Results) -> Table:
+    rows = [_percent_row(family, results, at("accuracy", family)) for family in results.families]
+    rows.append(_percent_row("mean", results, at("mean_accuracy")))
+    loss = results.effect(at("lm_loss"))
+    control = Spread.of(results.values("other_scene", at("lm_loss")))
+    values = (loss.before, loss.after, control)
+    texts = [f"{x.mean:.3f}{_pm(x.deviation, '.3f')}" for x in values]
+    rows.append(["LM loss (nats)", *texts, _difference(loss, 1, ".3f")])
+    return Table("Answers (%)", ("", "baseline", "PRe", "control", "PRe − baseline"), rows)
+
+
+def _probes(results: Results, layer: int) -> Table:
+    rows = []
+    for depth in dict.fromkeys((0, layer, results.layers - 1)):
+        for name in PROPERTIES:
+            label = f"layer {depth}: {name}" + (" (asked)" if name == "digit" else "")
+            rows.append(_percent_row(label, results, at("probe", name, depth)))
+        rows.append(_percent_row(f"layer {depth}: mean of the unasked", results, unasked(depth)))
+    columns = ("", "baseline", "PRe", "control", "PRe − baseline")
+    return Table("Linear probes at the visual tokens (%)", columns, rows)
+
+
+def _structure(results: Results, layer: int) -> Table:
+    rows = []
+    for depth in dict.fromkeys((0, layer, results.layers - 1)):
+        for prefix in ("", "centred "):
+            for name in ("cohesion", "coupling", "difference", "contrast"):
+                key = prefix + name
+                rows.append(
+                    _row(
+                        f"layer {depth}: {key}",
+                        results,
+                        at("structure", key, depth),
+                        1,
+                        ".3f",
+                    )
+                )
+        for key in ("cosine to input", "norm"):
+            get = at("states", key, depth)
+            rows.append(_row(f"layer {depth}: {key}", results, get, 1, ".3f"))
+    columns = ("", "baseline", "PRe", "control", "PRe − baseline")
+    return Table("Patch structure", columns, rows)
+
+
+def _transfer(results: Results) -> Table:
+    rows = []
+    for name in TRANSFERS:
+        effect = results.effect(at("transfer", name, "accuracy"))
+        per_seed = [
+            ", ".join(
+                f"{100 * v:.1f}" for v in results.values(variant, at("transfer", name, "accuracy"))
+            )
+            for variant in ("baseline", "pre")
+        ]
+        rows.append(
+            [
+                name,
+                f"{_percent(effect.before)} ({per_seed[0]})",
+                f"{_percent(effect.after)} ({per_seed[1]})",
+                _difference(effect, 100, ".1f"),
+            ]
+        )
+    family = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]["family"]
+    columns = ("", "baseline (per seed)", "PRe (per seed)", "PRe − baseline")
+    return Table(f"Transfer: {family} questions, learned afterwards (%)", columns, rows)
+
+
+def _cost(cost: dict[str, Any]) -> Table:
+    seconds, peaks = cost["step_seconds"], cost["peak_bytes"]
+    extra = (peaks["pre"] - peaks["baseline"]) / 2**20
+    rows = [
+        [
+            "training step (ms, median)",
+            f"{1e3 * seconds['baseline']:.1f}",
+            f"{1e3 * seconds['pre']:.1f}",
+            f"{100 * (cost['step_ratio'] - 1):+.1f}% "
+            f"± {100 * cost['step_ratio_error']:.1f}% (standard error, {cost['steps']} pairs)",
+        ],
+        [
+            f"peak memory of the {'process' if cost['device'] == 'cpu' else 'device'} (MiB)",
+            f"{peaks['baseline'] / 2**20:.0f}",
+            f"{peaks['pre'] / 2**20:.0f}",
+            f"{extra:+.0f} MiB",
+        ],
+    ]
+    return Table("Cost on this machine, one thread", ("", "baseline", "PRe", "difference"), rows)
+
+
+def _percent_row(label: str, results: Results, get: Callable[[Result], float]) -> list[str]:
+    return _row(label, results, get, 100, ".1f")
+
+
+def _row(
+    label: str, results: Results, get: Callable[[Result], float], scale: float, digits: str
+) -> list[str]:
+    """A row of the columns baseline, PRe, control, difference."""
+    effect = results.effect(get)
+    control = Spread.of(results.values("other_scene", get))
+    spreads = (effect.before, effect.after, control)
+    texts = [f"{scale * x.mean:{digits}}{_pm(scale * x.deviation, digits)}" for x in spreads]
+    return [label, *texts, _difference(effect, scale, digits)]
+
+
+def _percent(spread: Spread) -> str:
+    return f"{100 * spread.mean:.1f}{_pm(100 * spread.deviation, '.1f')}"
+
+
+def _difference(effect: Effect, scale: float, digits: str) -> str:
+    """The paired difference with its 95% interval; a star where the interval excludes 0."""
+    star = " *" if effect.direction else ""
+    return (
+        f"{scale * effect.difference.mean:+{digits}}{_pm(scale * effect.half_width, digits)}{star}"
+    )
+
+
+def _pm(value: float, digits: str) -> str:
+    return "" if math.isnan(value) else f" ± {value:{digits}}"
+
+
+def _print(table: Table, console: Console) -> None:
+    shown = RichTable(title=table.title, title_justify="left")
+    for position, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if position == 0 else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)

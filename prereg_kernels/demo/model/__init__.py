@@ -1,0 +1,1 @@
+"""The demo's model: a tiny LLaVA, its vision tower, and its files."""

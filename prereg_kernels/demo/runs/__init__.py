@@ -1,0 +1,1 @@
+"""The directories of runs, and the processes that train in them."""

@@ -1,0 +1,1 @@
+"""The paired sweep over PRe's settings, and its report."""

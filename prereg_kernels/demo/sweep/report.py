@@ -1,0 +1,241 @@
+"""What a sweep found: every setting against its baseline, as JSON, a Markdown page and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prereg_kernels._util.files import write_whole
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.demo.config import to_dict
+from prereg_kernels.demo.experiment.experiment import TRANSFERS
+from prereg_kernels.demo.experiment.summary import Effect, Result, at, holm, unasked
+from prereg_kernels.demo.sweep.sweep import (
+    BASELINE,
+    LONG_TAIL,
+    LONG_TAIL_BASELINE,
+    Point,
+    SweepConfig,
+    finished,
+    points,
+)
+
+Measure = Callable[[Result], float]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Something measured: its heading, how it is read from a result given the setting's layer, and
+    how it is printed."""
+
+    heading: str
+    measure: Callable[[int], Measure]
+    scale: float = 100
+    digits: str = ".1f"
+
+
+def _fixed(get: Measure) -> Callable[[int], Measure]:
+    return lambda layer: get
+
+
+def answer_columns(families: list[str]) -> list[Column]:
+    """Answers: the families' mean, each of them, and the loss."""
+    return [
+        Column("answers, mean", _fixed(at("mean_accuracy"))),
+        *(Column(family, _fixed(at("accuracy", family))) for family in families),
+        Column("LM loss (nats)", _fixed(at("lm_loss")), 1, ".3f"),
+    ]
+
+
+def probe_columns(last: int) -> list[Column]:
+    """Linear probes at the setting's own layer and at the last."""
+    return [
+        Column("unasked, its layer", unasked),
+        Column(f"unasked, layer {last}", _fixed(unasked(last))),
+        Column("digit, its layer", lambda layer: at("probe", "digit", layer)),
+        Column(f"digit, layer {last}", _fixed(at("probe", "digit", last))),
+    ]
+
+
+def structure_columns() -> list[Column]:
+    """Patch structure at the setting's own layer."""
+
+    def column(name: str) -> Column:
+        return Column(name, lambda layer: at("structure", name, layer), 1, ".3f")
+
+    return [
+        column(name) for name in ("cohesion", "coupling", "centred difference", "centred contrast")
+    ]
+
+
+class SweepResults:
+    """The finished runs of a sweep, by setting.
+
+    A setting is compared with its baseline over the seeds that both have.
+    """
+
+    def __init__(self, config: SweepConfig, results: list[Result]) -> None:
+        self.config = config
+        self.by_point: dict[str, dict[int, Result]] = {}
+        for result in results:
+            self.by_point.setdefault(result["point"], {})[result["seed"]] = result
+        have = self.by_point
+        self.baselines = [p for p in points(config) if p.name in have and p.name == p.baseline]
+        self.settings = [
+            p
+            for p in points(config)
+            if p.name != p.baseline
+            and have.get(p.name, {}).keys() & have.get(p.baseline, {}).keys()
+        ]
+
+    def effect(self, point: Point, measure: Measure) -> Effect:
+        """The setting against its baseline."""
+        before, after = self.by_point[point.baseline], self.by_point[point.name]
+        seeds = sorted(before.keys() & after.keys())
+        return Effect.of([measure(before[s]) for s in seeds], [measure(after[s]) for s in seeds])
+
+    def seeds(self, point: Point) -> int:
+        """How many seeds the setting and its baseline have in common."""
+        return len(self.by_point[point.baseline].keys() & self.by_point[point.name].keys())
+
+    def layer(self, point: Point) -> int:
+        """The setting's regularised layer; for a baseline the centre's."""
+        return (point.pre or self.config.experiment.run.pre).layer
+
+    @property
+    def last(self) -> int:
+        """The last layer."""
+        return self.config.experiment.run.model.decoder_layers
+
+    def families(self, point: Point) -> list[str]:
+        """The question families that were asked."""
+        return list(next(iter(self.by_point[point.name].values()))["accuracy"])
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """A row a setting, of its difference to the baseline; the baselines' rows are plain levels."""
+
+    title: str
+    columns: list[Column]
+    baselines: list[Point]
+    settings: list[Point]
+
+
+def tables(results: SweepResults) -> list[SweepTable]:
+    """All tables: the common mix's answers, probes and structure, then the long tail's answers."""
+    common = [p for p in results.settings if not p.long_tail]
+    own = [p for p in results.baselines if p.name == BASELINE]
+    found = []
+    for title, columns in (
+        ("Answers (%)", answer_columns(results.families(own[0]))),
+        ("Linear probes at the visual tokens (%)", probe_columns(results.last)),
+        ("Patch structure at the setting's layer", structure_columns()),
+    ):
+        found.append(SweepTable(title, columns, own, common))
+    if results.config.transfer:
+        column = Column(TRANSFERS[0], _fixed(at("transfer", TRANSFERS[0], "accuracy")))
+        family = results.config.experiment.transfer.family
+        title = f"{family.capitalize()} questions, learned afterwards (%)"
+        found.append(SweepTable(title, [column], own, common))
+    tail = [p for p in results.settings if p.name == LONG_TAIL]
+    if tail:
+        columns = answer_columns(results.families(tail[0]))
+        base = [p for p in results.baselines if p.name == LONG_TAIL_BASELINE]
+        found.append(SweepTable("Answers after a long-tailed mix (%)", columns, base, tail))
+    return found
+
+
+def markdown(results: SweepResults, stamps: list[dict[str, Any]]) -> str:
+    """All tables, and what their marks mean."""
+    shown = tables(results)
+    cells = [(t, p, c) for t in shown for p in t.settings for c in t.columns]
+    effects = [results.effect(p, c.measure(results.layer(p))) for _, p, c in cells]
+    holds = holm([effect.p_value for effect in effects])
+    marked = {
+        (table.title, point.name, column.heading): _difference(effect, column, sure)
+        for (table, point, column), effect, sure in zip(cells, effects, holds, strict=True)
+    }
+    lines = []
+    for table in shown:
+        lines += [
+            f"**{table.title}**\n",
+            "| | seeds | " + " | ".join(column.heading for column in table.columns) + " |",
+            "|---" * (2 + len(table.columns)) + "|",
+        ]
+        for point in table.baselines:
+            runs = results.by_point[point.name].values()
+            levels = []
+            for column in table.columns:
+                values = [column.measure(results.layer(point))(run) for run in runs]
+                levels.append(f"{column.scale * sum(values) / len(values):{column.digits}}")
+            lines.append(f"| {point.name} | {len(runs)} | " + " | ".join(levels) + " |")
+        for point in table.settings:
+            row = [marked[table.title, point.name, column.heading] for column in table.columns]
+            lines.append(f"| {point.name} | {results.seeds(point)} | " + " | ".join(row) + " |")
+        lines.append("")
+    return "\n".join([*lines, _foot(results, effects, holds, stamps)])
+
+
+def _difference(effect: Effect, column: Column, sure: bool) -> str:
+    scale, digits = column.scale, column.digits
+    text = f"{scale * effect.difference.mean:+{digits}}"
+    if math.isnan(effect.half_width):
+        return text
+    mark = " **" if sure else " *" if effect.direction else ""
+    return f"{text} ± {scale * effect.half_width:{digits}}{mark.replace('*', chr(92) + '*')}"
+
+
+def _foot(
+    results: SweepResults, effects: list[Effect], holds: list[bool], stamps: list[dict[str, Any]]
+) -> str:
+    pre = results.config.experiment.run.pre
+    clear = sum(effect.direction != 0 for effect in effects)
+    star = "\\*"
+    commits = sorted({f"{s['commit']}{' (dirty)' * bool(s['dirty'])}" for s in stamps})
+    devices = sorted({s["device"] for s in stamps})
+    return (
+        "The first row of a table has levels, the others differences to it, paired by seed, and "
+        "half their 95% t interval; 'its layer' is the setting's, for the level the centre's. "
+        f"Centre: weight {pre.weight:g}, layer {pre.layer}, anchor {pre.anchor}, token_fraction "
+        f"{pre.token_fraction:g}; the other rows differ from it in what they say. {star}: the "
+        f"interval excludes 0, as {clear} of the {len(effects)} do; without any effect about "
+        f"{0.05 * len(effects):.0f} would. {star}{star}: still clear after Holm's correction for "
+        f"all of them ({sum(holds)}). {results.config.experiment.run.steps} steps a run. "
+        f"{', '.join(devices)}, torch {', '.join(sorted({s['torch'] for s in stamps}))}, commit "
+        f"{', '.join(commits)}."
+    )
+
+
+def write_sweep(config: SweepConfig, out: Path, device: str) -> tuple[Path, str]:
+    """Write results.json, tables.md and plots/ into `out`, from the runs that are finished.
+
+    Returns:
+        The JSON file, and the tables.
+
+    Raises:
+        ValueError: no setting is finished that has a baseline of the same seed.
+    """
+    from prereg_kernels.demo.sweep.plots import plot_sweep
+
+    runs = finished(config, out)
+    results = SweepResults(config, runs)
+    if not any(not point.long_tail for point in results.settings):
+        raise ValueError(f"{out}: no setting and its baseline are finished yet; expected one")
+    text = markdown(results, [run["stamp"] for run in runs])
+    stored = {
+        "stamp": describe_machine(torch.device(device), None),
+        "config": to_dict(config),
+        "runs": runs,
+    }
+    path = out / "results.json"
+    write_whole(path, json.dumps(stored) + "\n")
+    write_whole(out / "tables.md", text + "\n")
+    plot_sweep(results, out / "plots")
+    return path, text

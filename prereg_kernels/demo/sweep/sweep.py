@@ -1,0 +1,247 @@
+"""A paired sweep over PRe's settings, one at a time, about those of an experiment.
+
+For each seed there is one baseline, which all settings share: same data, same initial weights. The
+runs differ from the experiment's in PRe alone; but for the long-tailed mix of questions, whose runs
+have a baseline of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prereg_kernels._util.files import read_json, write_whole
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.demo.checkpoints.checkpoint import (
+    CHECKPOINTS,
+    CheckpointError,
+    clear_checkpoints,
+)
+from prereg_kernels.demo.checks import check_numbers
+from prereg_kernels.demo.config import ANCHORS, PReSettings, RunConfig, from_dict, to_dict
+from prereg_kernels.demo.data.questions import check_families
+from prereg_kernels.demo.experiment.experiment import (
+    TRANSFERS,
+    ExperimentConfig,
+    Report,
+    train_and_measure,
+    transfer_test,
+)
+from prereg_kernels.demo.experiment.results import check_settings, claim, read_result, unit_names
+from prereg_kernels.demo.runs.directories import held
+from prereg_kernels.demo.runs.runs import RESULT_FILE, remove_if_empty
+
+_NAMES = ("sweep.json", "results.json", "tables.md", "plots/")
+AXES = {
+    "weights": "weight",
+    "layers": "layer",
+    "anchors": "anchor",
+    "token_fractions": "token_fraction",
+}
+"""The sweep's lists, and the settings of PRe whose values they hold."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The sweep.
+
+    Attributes:
+        experiment: its run with PRe is the centre, from which each setting differs in one thing;
+            its seeds, evaluation, probes and device are the sweep's.
+        weights, layers, anchors, token_fractions: values to try; the centre's is always there.
+        long_tail: {question family: weight} of a second mix, on which a baseline and the centre are
+            trained too; None: no such runs.
+        transfer: also run the transfer test with the lower half frozen, as deep as the centre's
+            layer whatever the setting's.
+    """
+
+    experiment: ExperimentConfig
+    weights: tuple[float, ...] = ()
+    layers: tuple[int, ...] = ()
+    anchors: tuple[str, ...] = ()
+    token_fractions: tuple[float, ...] = ()
+    long_tail: Mapping[str, float] | None = None
+    transfer: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.long_tail is not None:
+            check_families(self.long_tail)
+        depth = self.experiment.run.model.decoder_layers
+        for axis, field in AXES.items():
+            for value in getattr(self, axis):
+                try:
+                    replace(self.experiment.run.pre, **{field: value})
+                except ValueError as error:
+                    raise ValueError(f"{axis}: {error}") from None
+        for layer in self.layers:
+            if layer > depth:
+                raise ValueError(f"layers: expected at most {depth}, the depth, got {layer}")
+        if "other_scene" in self.anchors and self.experiment.run.micro_batch < 2:
+            raise ValueError(f"anchors: other_scene needs micro_batch >= 2; expected {ANCHORS[:2]}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting: PRe's, None for a baseline, and whether its questions are the long-tailed mix's.
+
+    Its name says in what it differs from the centre.
+    """
+
+    name: str
+    pre: PReSettings | None
+    long_tail: bool = False
+
+    @property
+    def baseline(self) -> str:
+        """The name of the point that it is compared with."""
+        return LONG_TAIL_BASELINE if self.long_tail else BASELINE
+
+
+BASELINE, CENTRE = "baseline", "centre"
+LONG_TAIL_BASELINE, LONG_TAIL = "long tail, baseline", "long tail, centre"
+
+
+@dataclass(frozen=True)
+class SweepUnit:
+    """One run with all that is measured on it."""
+
+    point: Point
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"seed {self.seed}, {self.point.name}"
+
+    def directory(self, out: Path) -> Path:
+        """Where its files are."""
+        return out / f"seed-{self.seed}" / self.point.name.replace(", ", "-").replace(" ", "-")
+
+
+def axis_points(config: SweepConfig, axis: str) -> dict[Any, Point]:
+    """{value: point} along one of `AXES`, the centre among them, ascending but for the anchors."""
+    centre, field = config.experiment.run.pre, AXES[axis]
+    own = getattr(centre, field)
+    values = dict.fromkeys((own, *getattr(config, axis)))
+    ordered = list(values) if axis == "anchors" else sorted(values)
+    found = {}
+    for value in ordered:
+        said = f"{value:g}" if isinstance(value, float) else str(value)
+        name = CENTRE if value == own else f"{field} {said}"
+        found[value] = Point(name.replace("token_", ""), replace(centre, **{field: value}))
+    return found
+
+
+def points(config: SweepConfig) -> list[Point]:
+    """All settings, baseline and centre first, each once."""
+    found = {BASELINE: Point(BASELINE, None), CENTRE: Point(CENTRE, config.experiment.run.pre)}
+    for axis in AXES:
+        found |= {point.name: point for point in axis_points(config, axis).values()}
+    tail = []
+    if config.long_tail is not None:
+        tail = [Point(LONG_TAIL_BASELINE, None, True), Point(LONG_TAIL, found[CENTRE].pre, True)]
+    return [*found.values(), *tail]
+
+
+def units(config: SweepConfig) -> list[SweepUnit]:
+    """All runs: setting by setting, so that what a stopped sweep has is whole settings."""
+    seeds = range(config.experiment.seeds)
+    return [SweepUnit(point, seed) for point in points(config) for seed in seeds]
+
+
+def run_config(config: SweepConfig, unit: SweepUnit) -> RunConfig:
+    """The unit's run."""
+    run, pre = config.experiment.run, unit.point.pre
+    families = config.long_tail if unit.point.long_tail else run.families
+    assert families is not None
+    stages = run.stages
+    if pre is None:
+        stages = tuple(replace(stage, pre=False) for stage in stages)
+    return replace(
+        run,
+        seed=unit.seed,
+        pre=pre or run.pre,
+        stages=stages,
+        families=families,
+        checkup_every=None,
+    )
+
+
+def run_unit(
+    config: SweepConfig, unit: SweepUnit, out: Path, report: Report, device: str
+) -> dict[str, Any]:
+    """Train, evaluate and measure a unit; what `result.json` already has is not done again.
+
+    The checkpoint goes once the result is there: a sweep has many runs.
+    """
+    directory = unit.directory(out)
+    done = read_result(directory)
+    if done is not None:
+        return done
+    experiment = config.experiment
+    run = run_config(config, unit)
+    trained, found = train_and_measure(experiment, run, directory, out / "cache", report, device)
+    result = {"point": unit.point.name, "seed": unit.seed, **found}
+    if config.transfer:
+        kind = TRANSFERS[0]
+        result["transfer"] = {
+            kind: transfer_test(experiment, unit.seed, kind, trained, directory, report, device)
+        }
+    result["stamp"] = describe_machine(torch.device(device), None)
+    write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
+    for run_dir in (directory, *directory.glob("transfer-*/")):
+        with contextlib.suppress(CheckpointError):  # somebody's files are in one: it stays
+            clear_checkpoints(run_dir)
+        remove_if_empty(run_dir / CHECKPOINTS)
+    return result
+
+
+@contextmanager
+def open_sweep(config: SweepConfig, out: Path, fresh: bool) -> Iterator[None]:
+    """Begin or resume a sweep in `out`, and hold it meanwhile. More seeds and more values can be
+    added to what is there.
+
+    Args:
+        fresh: remove what is there (the trained towers stay).
+
+    Raises:
+        ValueError: what is there was made with other settings, or is somebody else's, or in use.
+    """
+    with held(out, "sweep", (*_NAMES, *unit_names(out)), _is_old_sweep):
+        claim(out, "sweep", _settings(config), free=("seeds", *AXES), fresh=fresh)
+        yield
+
+
+def check_sweep(config: SweepConfig, out: Path) -> None:
+    """Raise ValueError if what is in `out` was made with other settings; it may be in use."""
+    check_settings(out, "sweep", _settings(config), free=("seeds", *AXES))
+
+
+def _settings(config: SweepConfig) -> dict[str, Any]:
+    settings = to_dict(config)
+    settings["seeds"] = settings["experiment"].pop("seeds")
+    return settings
+
+
+def _is_old_sweep(out: Path) -> bool:
+    try:
+        values = read_json(out / _NAMES[0])
+        values["experiment"]["seeds"] = values.pop("seeds")
+        from_dict(SweepConfig, values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def finished(config: SweepConfig, out: Path) -> list[dict[str, Any]]:
+    """The results that are there, in the order of `units`."""
+    found = (read_result(unit.directory(out)) for unit in units(config))
+    return [result for result in found if result is not None]

@@ -1,0 +1,1 @@
+"""The loss on tensors alone: the public functions, their definition, the algorithm, backends."""

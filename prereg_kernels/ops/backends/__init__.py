@@ -1,0 +1,1 @@
+"""Backends of the algorithm: a file or folder each, and the registry that chooses among them."""

@@ -1,0 +1,102 @@
+"""The compiled row primitives (csrc/) for CPUs, in the variant for this CPU's instructions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.cpp_libraries import find_libraries, load
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the backend does not run on such devices here, in one line; None if it does."""
+    if device_type != "cpu":
+        return "it is for CPUs only"
+    return find_libraries().reason
+
+
+class CppRows(Rows):
+    """Args: variant: as `runnable_variants` names them; None: the fastest that this CPU can run.
+
+    Raises:
+        ValueError: it does not run here, and why.
+    """
+
+    name = "cpp"
+
+    def __init__(self, variant: str | None = None) -> None:
+        libraries = find_libraries()
+        if libraries.reason is not None:
+            raise ValueError(f"the compiled row primitives: {libraries.reason}")
+        self.variant = variant or libraries.variants[0]
+        if self.variant not in libraries.variants:
+            raise ValueError(
+                f"variant: expected one of {', '.join(libraries.variants)}; got {variant!r}"
+            )
+        load(libraries.folder, self.variant)
+        self._ops = getattr(torch.ops, f"prereg_rows_{self.variant}")
+
+    def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
+        self._ops.gather_rows(source, index, out)
+
+    def activate(self, u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None:
+        self._ops.activate(u, bias, activation, g)
+
+    def activation_backward(
+        self, dg: Tensor, u: Tensor, bias: Tensor | None, activation: str, sums: Tensor | None
+    ) -> None:
+        self._ops.activation_backward(dg, u, bias, activation, sums)
+
+    def token_losses(
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        index: Tensor | None,
+        spec: Spec,
+        losses: Tensor,
+    ) -> None:
+        self._ops.token_losses(z, bias, anchor, index, spec.loss, spec.normalize, spec.eps, losses)
+
+    def token_losses_and_grad(
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        index: Tensor | None,
+        coefficient: Tensor,
+        spec: Spec,
+        losses: Tensor,
+        dz: Tensor,
+        sums: Tensor | None,
+    ) -> None:
+        self._ops.token_losses_and_grad(
+            z, bias, anchor, index, coefficient, spec.loss, spec.normalize, spec.eps,
+            losses, dz, sums,
+        )  # fmt: skip
+
+    def scatter_rows(
+        self,
+        values: Tensor,
+        into: Tensor,
+        index: Tensor | None,
+        scale: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        self._ops.scatter_rows(values, into, index, scale, accumulate)
+
+    def add_product(
+        self, total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype | None
+    ) -> Tensor:
+        if wide != torch.float32 or not self.has_wide_products(a.device, a.dtype):
+            return super().add_product(total, a, b, wide)
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=wide) if total is None else total
+        self._ops.wide_product(a.T, b, out, total is not None)
+        return out
+
+    def has_wide_products(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """MKL has such products of bfloat16. They are only known to be fast with tile registers."""
+        tiles = bool(torch.cpu._is_amx_tile_supported())
+        return tiles and dtype == torch.bfloat16 and bool(self._ops.has_wide_product())

@@ -1,0 +1,118 @@
+"""The row primitives in Triton, for NVIDIA and AMD GPUs."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.base import Rows
+
+OLDEST = (3, 4)
+OLDEST_CAPABILITY = (8, 0)
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the backend does not run on such devices here; None if it does.
+
+    AMD's GPUs are "cuda" too. On the CPU kernels are interpreted, for tests.
+    """
+    if device_type == "cpu" and not interpreting():
+        return "Triton runs on a CPU only under TRITON_INTERPRET=1, which is slow and for tests"
+    if device_type not in ("cpu", "cuda"):
+        return "Triton kernels are for NVIDIA and AMD GPUs"
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported: {str(error).splitlines()[0]}"
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} is needed"
+    if device_type == "cuda" and torch.version.hip is None:
+        for device in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(device)
+            if capability < OLDEST_CAPABILITY:
+                number = ".".join(map(str, capability))
+                return f"GPU {device} has compute capability {number}: 8.0 is needed"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton, when imported, takes itself to be an interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+class TritonRows(Rows):
+    """A launch a primitive, or two with column sums; nothing here waits for the device.
+
+    Indices out of range are asserted against on NVIDIA's GPUs, by the device, and are undefined on
+    AMD's. Triton is imported with the first launch.
+    """
+
+    name = "triton"
+
+    def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
+        from prereg_kernels.ops.backends.triton.gather import gather_rows
+
+        if out.numel():
+            gather_rows(source, index, out)
+
+    def activate(self, u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None:
+        from prereg_kernels.ops.backends.triton.activation import activate
+
+        if u.numel():
+            activate(u, bias, activation, g)
+
+    def activation_backward(
+        self, dg: Tensor, u: Tensor, bias: Tensor | None, activation: str, sums: Tensor | None
+    ) -> None:
+        from prereg_kernels.ops.backends.triton.activation import activation_backward
+
+        if dg.numel():
+            activation_backward(dg, u, bias, activation, sums)
+
+    def token_losses(
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        index: Tensor | None,
+        spec: Spec,
+        losses: Tensor,
+    ) -> None:
+        from prereg_kernels.ops.backends.triton.loss import token_losses
+
+        if z.numel():
+            token_losses(z, bias, anchor, index, spec, losses)
+
+    def token_losses_and_grad(
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        index: Tensor | None,
+        coefficient: Tensor,
+        spec: Spec,
+        losses: Tensor,
+        dz: Tensor,
+        sums: Tensor | None,
+    ) -> None:
+        from prereg_kernels.ops.backends.triton.loss import token_losses
+
+        if z.numel():
+            token_losses(z, bias, anchor, index, spec, losses, coefficient, dz, sums)
+
+    def scatter_rows(
+        self,
+        values: Tensor,
+        into: Tensor,
+        index: Tensor | None,
+        scale: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        from prereg_kernels.ops.backends.triton.scatter import scatter_rows
+
+        if values.numel():
+            scatter_rows(values, into, index, scale, accumulate)

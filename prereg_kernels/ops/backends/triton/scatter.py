@@ -1,0 +1,65 @@
+"""Rows scattered by index, scaled, in another dtype."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prereg_kernels.ops.backends.triton import config
+from prereg_kernels.ops.backends.triton.launch import index_stride, launch, rows_at, stat_dtype
+
+
+@triton.jit(do_not_specialize=["rows", "into_rows", "stride_index"])
+def scatter_kernel(
+    values_ptr,
+    into_ptr,
+    index_ptr,
+    scale_ptr,
+    rows,
+    columns,
+    into_rows,
+    stride_values,
+    stride_into,
+    stride_into_column,
+    stride_index,
+    ACCUMULATE: tl.constexpr,
+    STAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """into[index[i], j] = values[i, j] * scale, or += that if ACCUMULATE, rounded once.
+
+    values (rows, columns), columns of unit stride; into (into_rows, columns), any strides; index
+    (rows,), unique, or None; scale (), or None.
+
+    Grid: (row blocks, column blocks). No atomics: a row of `into` belongs to one program.
+    """
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < rows
+    mask = mask_m[:, None] & (offs_n < columns)[None, :]
+    values = values_ptr + offs_m[:, None] * stride_values + offs_n[None, :]
+    value = tl.load(values, mask=mask).to(STAT)  # [BLOCK_M, BLOCK_N]
+    if scale_ptr is not None:
+        value *= tl.load(scale_ptr).to(STAT)
+    into_row = rows_at(index_ptr, stride_index, offs_m, mask_m, into_rows)
+    column = offs_n.to(tl.int64) * stride_into_column
+    into = into_ptr + into_row[:, None] * stride_into + column[None, :]
+    if ACCUMULATE:
+        value += tl.load(into, mask=mask).to(STAT)  # [BLOCK_M, BLOCK_N]
+    tl.store(into, value, mask=mask)
+
+
+def scatter_rows(
+    values: Tensor, into: Tensor, index: Tensor | None, scale: Tensor | None, accumulate: bool
+) -> None:
+    """into[index] = values * scale, or +=; values (n, C), into (any, C)."""
+    rows, columns = values.shape
+    blocks = config.tile(columns, into.stride(1))
+    grid = (config.cdiv(rows, blocks.block_m), config.cdiv(columns, blocks.block_n))
+    launch(
+        scatter_kernel, grid, blocks.num_warps,
+        values, into, index, scale, rows, columns, into.shape[0],
+        values.stride(0), *into.stride(), index_stride(index),
+        ACCUMULATE=accumulate, STAT=stat_dtype(values, into),
+        BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
+    )  # fmt: skip

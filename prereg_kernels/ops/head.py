@@ -1,0 +1,180 @@
+"""PReHead: the predictor f of Predictive Regularization, an MLP that computes its own loss."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels._util import distributed, fsdp
+from prereg_kernels.ops.arguments import ACTIVATIONS, check_name
+from prereg_kernels.ops.loss import fused_pre_loss
+from prereg_kernels.ops.tap import pre_tap
+
+
+class PReHead(nn.Module):
+    """An MLP from hidden states to anchors (the paper's: depth 2), whose forward is the PRe loss.
+
+    Args:
+        in_features: D, the width of the hidden states.
+        out_features: A, the width of the anchor.
+        hidden_features: M, the width in between; None: `in_features`.
+        depth: matrices in the head, 0 (no head; then D == A) to any number.
+        activation: "gelu", "gelu_tanh", "silu" or "relu", between the matrices.
+        bias: whether every layer has a bias.
+        seed: of the initialisation: the same numbers on every device, which move no generator.
+            None: torch's own generator, as for `nn.Linear`.
+        device, dtype: of the parameters, as for `nn.Linear`, whose initialisation this uses.
+
+    On the meta device the parameters have no values; once they leave it they are drawn, as no
+    checkpoint of a plain model has them. So they are whenever `to_empty` leaves them without.
+
+    The parameters belong to this module itself, not to submodules: FSDP and ZeRO gather a module's
+    own parameters when its forward is called, and no submodule's forward ever is.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_features: int | None = None,
+        *,
+        depth: int = 2,
+        activation: str = "gelu",
+        bias: bool = True,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_features = in_features if hidden_features is None else hidden_features
+        for name, value, least in (
+            ("in_features", in_features, 1),
+            ("out_features", out_features, 1),
+            ("hidden_features", hidden_features, 1),
+            ("depth", depth, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if isinstance(seed, bool) or not (seed is None or (isinstance(seed, int) and seed >= 0)):
+            raise ValueError(f"seed: expected None or an integer of at least 0, got {seed!r}")
+        check_name("activation", activation, ACTIVATIONS)
+        if depth == 0 and in_features != out_features:
+            raise ValueError(
+                f"depth: 0 needs in_features == out_features, got {in_features} and {out_features}"
+            )
+        self.activation, self.depth, self.seed = activation, depth, seed
+        self._waiting: Mapping[str, Tensor] | None = None
+        self.home, self._is_managed = fsdp.Home(None), False
+        widths = [in_features, *[hidden_features] * (depth - 1), out_features][: depth + 1]
+        for layer in range(depth):
+            shape = (widths[layer + 1], widths[layer])
+            weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(f"weight_{layer}", weight)
+            vector = torch.empty(shape[0], device=device, dtype=dtype)
+            self.register_parameter(f"bias_{layer}", nn.Parameter(vector) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, uniformly in +-1/sqrt(in_features) as `nn.Linear` does.
+
+        With a seed the numbers are the same each time. Where `fill` gave values while there was no
+        memory for them, they are these.
+        """
+        if self._waiting is not None:
+            self.fill(self._waiting)
+            return
+        generator = None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            bound = 1 / math.sqrt(weight.shape[1])
+            for parameter in (weight, bias):
+                if parameter is None:
+                    continue
+                if generator is None:
+                    nn.init.uniform_(parameter, -bound, bound)
+                else:
+                    whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                    whole.uniform_(-bound, bound, generator=generator)
+                    distributed.fill(parameter, whole, same_everywhere=True)
+
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Copy whole parameters in, by name; on the meta device, once the parameters leave it."""
+        self._waiting = values if self._is_meta() else None
+        for name, parameter in self.named_parameters(recurse=False):
+            distributed.fill(parameter, values[name])
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """What FSDP sets on each module that it takes charge of; `fully_shard`, once it has."""
+        return self._is_managed
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        self._is_managed = value
+        is_sharded = any(map(distributed.is_sharded, self.parameters(recurse=False)))
+        if is_sharded and self.home.model is not None:
+            fsdp.check_unit(self.home.model, self)
+
+    def _is_meta(self) -> bool:
+        return any(parameter.is_meta for parameter in self.parameters(recurse=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PReHead:
+        was_meta = self._is_meta()
+        super()._apply(fn, recurse)
+        if not self._is_meta() and (was_meta or not _keeps_values(fn)):
+            self.reset_parameters()
+        return self
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The matrices, (out, in) each, first layer first."""
+        return [getattr(self, f"weight_{layer}") for layer in range(self.depth)]
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        """The biases, (out,) or None each, first layer first."""
+        return [getattr(self, f"bias_{layer}") for layer in range(self.depth)]
+
+    def forward(self, hidden: Tensor, anchor: Tensor, *, tap: bool = False, **options: Any) -> Any:
+        """`fused_pre_loss` with this head's parameters, or `pre_tap` if `tap`.
+
+        Args:
+            hidden, anchor, options: as for those functions, but for weights, biases, activation.
+        """
+        if any(weight.is_meta for weight in self.weights) and not hidden.is_meta:
+            raise ValueError(
+                "head: its parameters are on the meta device and have no values; call "
+                f"to_empty(device={str(hidden.device)!r}) on the head, or on the model before its "
+                "weights are loaded: that draws them"
+            )
+        function = pre_tap if tap else fused_pre_loss
+        return function(
+            hidden, anchor, self.weights, self.biases, activation=self.activation, **options
+        )
+
+    def tap(self, hidden: Tensor, anchor: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """`pre_tap` with this head's parameters, called as the module so that its hooks run."""
+        return self(hidden, anchor, tap=True, **options)
+
+    def extra_repr(self) -> str:
+        sizes = [tuple(weight.shape) for weight in self.weights]
+        return f"weights={sizes}, activation={self.activation!r}"
+
+
+_probes = itertools.count()
+
+
+def _keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether what is applied to a module's tensors leaves their values, as `to_empty` does not.
+
+    Each probe differs from the ones before it, whose memory `fn` may be given.
+    """
+    probe = torch.arange(8, dtype=torch.float32, device="cpu") + next(_probes) % 128
+    found = fn(probe)
+    if type(found) is not Tensor:  # as in FakeTensorMode
+        return True
+    return torch.equal(found.detach().double().cpu(), probe.to(found.dtype).double())

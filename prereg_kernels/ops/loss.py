@@ -1,0 +1,137 @@
+"""fused_pre_loss: the public loss of Predictive Regularization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import (
+    check_inputs,
+    check_name,
+    check_reduction,
+    check_spec,
+    is_mask,
+    matmul_dtype,
+    token_coefficients,
+)
+from prereg_kernels.ops.backends.registry import BACKENDS
+from prereg_kernels.ops.custom_ops import call_gradients, call_losses
+from prereg_kernels.ops.pipeline import power_of_two
+from prereg_kernels.ops.reference import eager_pre_loss
+from prereg_kernels.ops.transforms import forbid_forward_mode, is_transforming
+
+
+def fused_pre_loss(
+    hidden: Tensor,
+    anchor: Tensor,
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    visual_mask: Tensor | None = None,
+    visual_index: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    activation: str = "gelu",
+    loss: str = "cosine",
+    normalize: str = "none",
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    eps: float = 1e-8,
+    recompute: bool = False,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Predictive Regularization (arXiv 2603.20808): `-mean_i cos(f(hidden_i), anchor_i)`.
+
+    `f` is an MLP given by `weights` and `biases`; i runs over the visual tokens. Runs in chunks of
+    rows, six matmuls for the paper's two-layer head, forward and backward together.
+
+    Args:
+        hidden: (..., D), any strides: hidden states after a middle layer. float16, bfloat16,
+            float32 or float64.
+        anchor: (..., A) with the same leading shape, or (N, A), a row per visual token (where both
+            readings fit, the leading shape is meant). A constant: no gradient flows into it. Any
+            floating dtype.
+        weights: the head's matrices in `nn.Linear` layout, the activation between them: () no head
+            (then D == A), one a linear head, two the paper's (M, D) and (A, M), or more. They may
+            have another dtype than `hidden` (float32 master weights).
+        biases: None, or one entry per weight, a Tensor (out_features,) or None.
+        visual_mask: bool, the leading shape: which positions are visual tokens.
+        visual_index: int64 (N,), unique, into the flattened leading dimensions; instead of a mask,
+            and free of the device synchronisation that a mask needs. Neither: every position.
+        token_weight: non-negative, the leading shape or (N,); where both fit, the leading shape.
+            A constant, as the denominator is: no gradient flows into it.
+        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
+        loss: "cosine" (its negative, `F.cosine_similarity`'s value), "mse" or "smooth_l1" (beta 1),
+            both averaged over the features.
+        normalize: "none", "l2" or "layer" (zero mean, unit variance, no affine): applied to
+            prediction and anchor before "mse" and "smooth_l1".
+        reduction: "mean", "sum", or "none" for (N,) losses in index order.
+        denominator: what "mean" divides by, a positive number or a 0-dim Tensor: the visual-token
+            count of the global batch under data parallelism or gradient accumulation. None: the
+            sum of the token weights (N where there are none). A Tensor may be 0, as in a step
+            without visual tokens. With visual tokens that is an error on the CPU; elsewhere, where
+            the value cannot be seen without waiting, the loss and its gradients are 0.
+        eps: positive; norms are clamped from below by it, variances are increased by it.
+        recompute: False computes the gradients together with the loss (six matmuls; holds them
+            until backward, which multiplies them by the upstream factor: one more rounding in
+            bfloat16 and float16, unless it is a power of two). True computes them in backward
+            (eight matmuls, holds nothing). reduction="none" always does the latter.
+        chunk_rows: rows a chunk; None leaves the choice to a heuristic.
+        backend: "auto" (the fastest one that runs on the device), "triton" (GPUs), "cpp" (CPUs) or
+            "torch".
+
+    Returns:
+        The loss, float32 (float64 for float64 `hidden`), 0-dim, or (N,) for reduction="none".
+        Without visual tokens it is exactly 0, with zero gradients for `hidden` and every weight.
+        Within torch.func's transforms (grad, vjp, jacrev, vmap) `eager_pre_loss` computes it.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what came and what was expected.
+            Values (weights, indices, the denominator) are looked at on the CPU only.
+        RuntimeError: for forward-mode derivatives and double backward: use `eager_pre_loss`.
+    """
+    check_reduction(reduction, denominator)
+    check_name("backend", backend, BACKENDS)
+    inputs = check_inputs(
+        hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
+    )
+    dtype = matmul_dtype(hidden)
+    spec = check_spec(activation, loss, normalize, eps, dtype, chunk_rows, backend)
+    if is_transforming():
+        forbid_forward_mode(hidden, *inputs.weights, *inputs.biases)
+        return eager_pre_loss(
+            hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
+            token_weight=token_weight, activation=activation, loss=loss, normalize=normalize,
+            reduction=reduction, denominator=denominator, eps=eps,
+        )  # fmt: skip
+    anchor = anchor.detach()
+
+    if reduction == "none":
+        losses, weight = call_losses(hidden, anchor, inputs, spec), inputs.token_weight
+        if is_mask(inputs.select):
+            index = inputs.select.nonzero().squeeze(1)
+            losses, weight = losses[index], None if weight is None else weight[index]
+        return losses if weight is None else losses * weight.to(losses.dtype)
+
+    coefficient = token_coefficients(inputs, reduction, denominator, hidden)
+    needs = [x.requires_grad for x in (hidden, *inputs.weights, *inputs.biases)]
+    later = recompute or torch.compiler.is_exporting()  # what needs a gradient then is not known
+    if later or not any(needs) or not torch.is_grad_enabled():
+        return (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
+
+    # The gradients wait for the upstream factor: keep 1/N from underflowing in float16.
+    shift = power_of_two(coefficient) if dtype == torch.float16 else None
+    depth = len(inputs.weights)
+    total = call_gradients(
+        hidden,
+        anchor,
+        inputs,
+        spec,
+        coefficient if shift is None else coefficient / shift,
+        needs[0],
+        needs[1 : 1 + depth],
+        needs[1 + depth :],
+    )[0]
+    return total if shift is None else total * shift

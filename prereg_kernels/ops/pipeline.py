@@ -1,0 +1,257 @@
+"""Predictive Regularization, the algorithm: a loop over chunks of rows, six matmuls in each.
+
+For the paper's head, per chunk of visual tokens (shapes: h (n, D), g (n, M), z and t (n, A)):
+
+    u = W1 h + b1      g = act(u)      z = W2 g + b2                             2 matmuls
+    losses, dz = token losses of (z, t) and their gradient, times the coefficient
+    dW2 += dz^T g      db2 += sum dz   dg = dz W2      du = dg * act'(u)         2 matmuls
+    dW1 += du^T h      db1 += sum du   dh = du W1                                2 matmuls
+
+Heads of any depth follow the same lines; without a head z is h. Nothing of a chunk outlives it, and
+gradients are written over what they replace: dz over z, du over g, dh over h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.base import Rows
+
+
+class Head(NamedTuple):
+    """The head's matrices, (out, in) each, and its biases, (out,) or None, one a layer."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        return self.weights[layer], self.biases[layer]
+
+    def width(self, layer: int) -> int:
+        """Features of this layer's output."""
+        return self.weights[layer].shape[0]
+
+    def to(self, dtype: torch.dtype) -> Head:
+        biases = [None if b is None else b.to(dtype) for b in self.biases]
+        return Head([w.to(dtype) for w in self.weights], biases)
+
+
+class Problem(NamedTuple):
+    """The tensors, flat: T positions, of which N are visual tokens."""
+
+    hidden: Tensor  # (T, D)
+    anchor: Tensor  # (T or N, A)
+    hidden_index: Tensor | None  # (N,) rows of hidden; None: all, in order
+    anchor_index: Tensor | None  # (N,) rows of anchor; None: all, in order
+    head: Head
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return (self.hidden if self.hidden_index is None else self.hidden_index).shape[0]
+
+
+class Needs(NamedTuple):
+    """Which gradients to compute."""
+
+    hidden: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
+
+
+class Gradients(NamedTuple):
+    hidden: Tensor | None  # (T, D), zero outside the visual tokens
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+
+
+def losses_only(problem: Problem, spec: Spec, rows: Rows, chunk_rows: int) -> Tensor:
+    """(N,) losses. Two matmuls, nothing kept."""
+    head = problem.head.to(spec.compute_dtype)
+    last = len(head.weights) - 1
+    losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
+    scratch = _Scratch(problem, spec, chunk_rows)
+    for chunk in _chunks(problem.tokens, chunk_rows):
+        x, _ = scratch.hidden_rows(rows, chunk)
+        t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
+        for layer in range(last):
+            u = scratch(f"u{layer}", chunk, head.width(layer))
+            rows.linear_activate(x, *head.layer(layer), spec.activation, u, u)
+            x = u
+        if last < 0:
+            rows.token_losses(x, None, t, t_index, spec, losses[chunk])
+        else:
+            z = scratch("z", chunk, problem.anchor.shape[1])
+            rows.linear_losses(x, *head.layer(last), t, t_index, spec, z, losses[chunk])
+    return losses
+
+
+def losses_and_gradients(
+    problem: Problem,
+    spec: Spec,
+    rows: Rows,
+    chunk_rows: int,
+    coefficient: Tensor,
+    needs: Needs,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Gradients]:
+    """As `losses_only`, with the gradients of `sum(coefficient * losses)`; coefficient (N,).
+
+    The gradient of the hidden states is added to `residual` (T, D), if given, in a new tensor.
+    """
+    last = len(problem.head.weights) - 1
+    losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
+    single = problem.tokens <= chunk_rows
+    sums = _WeightGradients(problem.head, needs, spec, rows, single)
+    unscale = None
+    # 1/N would push dz, as an operand of the head's matmuls, into float16's subnormals
+    if spec.compute_dtype == torch.float16 and last >= 0:
+        unscale = power_of_two(coefficient)
+        coefficient = coefficient / unscale
+    dh = _hidden_gradient(problem, residual) if needs.hidden else None
+    head = problem.head.to(spec.compute_dtype)
+    lowest = _lowest_layer(needs)
+    scratch = _Scratch(problem, spec, chunk_rows)
+
+    for chunk in _chunks(problem.tokens, chunk_rows):
+        h, own = scratch.hidden_rows(rows, chunk)
+        t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
+        inputs, pre_activations = [h], [h]
+        for layer in range(last):
+            u, g = (scratch(f"{x}{layer}", chunk, head.width(layer)) for x in "ug")
+            rows.linear_activate(inputs[-1], *head.layer(layer), spec.activation, u, g)
+            pre_activations.append(u)
+            inputs.append(g)
+
+        d = scratch("z", chunk, problem.anchor.shape[1])
+        loss, scale = losses[chunk], coefficient[chunk]
+        if last < 0:
+            rows.token_losses_and_grad(h, None, t, t_index, scale, spec, loss, d, None)
+        else:
+            rows.linear_losses_and_grad(
+                inputs[-1], *head.layer(last), t, t_index, scale, spec, loss, d, sums.bias(last)
+            )
+
+        for layer in range(last, lowest - 1, -1):
+            x, u = inputs.pop(), pre_activations.pop()
+            sums.add(layer, d, x)
+            if layer > lowest:  # du is written over g, which nobody needs any more
+                weight, bias = head.weights[layer], head.biases[layer - 1]
+                rows.linear_backward_activation(
+                    d, weight, u, bias, spec.activation, x, sums.bias(layer - 1)
+                )
+                d = x
+        if dh is not None:
+            into, index = _rows_of(dh, problem.hidden_index, chunk)
+            add = residual is not None
+            if last < 0:
+                rows.scatter_rows(d, into, index, unscale, add)
+            else:
+                direct = not own and unscale is None and dh.dtype == d.dtype
+                out = None if direct else h if own else torch.empty_like(h)
+                rows.linear_backward_scatter(d, head.weights[0], into, index, unscale, add, out)
+
+    return losses, Gradients(dh, *sums.finish(unscale))
+
+
+class _Scratch:
+    """The buffers of a chunk, allocated once: `scratch(name, chunk, columns)` is (n, columns)."""
+
+    def __init__(self, problem: Problem, spec: Spec, chunk_rows: int) -> None:
+        self.problem, self.dtype = problem, spec.compute_dtype
+        self.rows = min(chunk_rows, problem.tokens)
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, chunk: slice, columns: int) -> Tensor:
+        if name not in self.buffers:
+            shape = (self.rows, columns)
+            self.buffers[name] = self.problem.hidden.new_empty(shape, dtype=self.dtype)
+        return self.buffers[name][: chunk.stop - chunk.start]
+
+    def hidden_rows(self, rows: Rows, chunk: slice) -> tuple[Tensor, bool]:
+        """The chunk's hidden states, and whether they are scratch, or the caller's own."""
+        source, index = _rows_of(self.problem.hidden, self.problem.hidden_index, chunk)
+        if index is None and source.dtype == self.dtype and source.stride(1) == 1:
+            return source, False
+        h = self("h", chunk, source.shape[1])
+        rows.gather_rows(source, index, h)
+        return h, True
+
+
+def _rows_of(x: Tensor, index: Tensor | None, chunk: slice) -> tuple[Tensor, Tensor | None]:
+    """The chunk's rows of x (T, C): x itself with an index (n,), or a view without one."""
+    return (x[chunk], None) if index is None else (x, index[chunk])
+
+
+def _hidden_gradient(problem: Problem, residual: Tensor | None) -> Tensor:
+    """The tensor for dh: every row's value but for the visual tokens' share."""
+    dh = problem.hidden.new_empty(problem.hidden.shape)
+    if residual is not None:
+        return dh.copy_(residual)
+    return dh if problem.hidden_index is None else dh.zero_()
+
+
+def _chunks(count: int, chunk_rows: int) -> list[slice]:
+    return [slice(start, min(start + chunk_rows, count)) for start in range(0, count, chunk_rows)]
+
+
+def _lowest_layer(needs: Needs) -> int:
+    """The first layer that the backward pass has to reach; the head's depth if none."""
+    if needs.hidden:
+        return 0
+    wanted = [w or b for w, b in zip(needs.weights, needs.biases, strict=True)]
+    return wanted.index(True) if any(wanted) else len(wanted)
+
+
+def power_of_two(coefficient: Tensor) -> Tensor:
+    """0-dim: the power of two next above the largest coefficient, exact to scale by."""
+    if coefficient.numel() == 0:
+        return coefficient.new_ones(())
+    largest = coefficient.abs().max()
+    _, exponent = torch.frexp(torch.where(largest > 0, largest, torch.ones_like(largest)))
+    return torch.ldexp(torch.ones_like(largest), exponent)
+
+
+class _WeightGradients:
+    """dW and db of every layer, summed over the chunks in `stat_dtype`."""
+
+    def __init__(self, head: Head, needs: Needs, spec: Spec, rows: Rows, single: bool) -> None:
+        self.head, self.needs, self.rows, self.dtype = head, needs, rows, spec.stat_dtype
+        # One product is rounded once, as in eager autograd. In float16 it could overflow.
+        self.single = single and spec.compute_dtype != torch.float16
+        self.weights: list[Tensor | None] = [None] * len(head.weights)
+        self.biases = [
+            b.new_zeros(b.shape, dtype=self.dtype) if b is not None and need else None
+            for b, need in zip(head.biases, needs.biases, strict=True)
+        ]
+
+    def bias(self, layer: int) -> Tensor | None:
+        """Where the column sums of this layer's gradient go, if anywhere."""
+        return self.biases[layer]
+
+    def add(self, layer: int, d: Tensor, x: Tensor) -> None:
+        """dW += d^T x, for d (n, out) and x (n, in)."""
+        if self.needs.weights[layer]:
+            keep = self.single and self.head.weights[layer].dtype != self.dtype
+            wide = None if keep else self.dtype
+            self.weights[layer] = self.rows.add_product(self.weights[layer], d.T, x, wide)
+
+    def finish(self, unscale: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The sums, in each parameter's own dtype."""
+
+        def cast(total: Tensor | None, parameter: Tensor | None, need: bool) -> Tensor | None:
+            if parameter is None or not need:
+                return None
+            if total is None:  # no visual tokens
+                return parameter.new_zeros(parameter.shape)
+            return (total if unscale is None else total * unscale).to(parameter.dtype)
+
+        return (
+            list(map(cast, self.weights, self.head.weights, self.needs.weights)),
+            list(map(cast, self.biases, self.head.biases, self.needs.biases)),
+        )

@@ -1,0 +1,238 @@
+"""pre_tap: the identity on the hidden states, which adds PRe's gradient in the backward pass.
+
+The gradient of the loss needs nothing from upstream but a scalar, so all of the work can wait until
+the backward pass reaches layer l: six matmuls, no recomputation, nothing held in between, and the
+scratch lives where the activations of all later layers are already freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import (
+    Inputs,
+    Spec,
+    check_inputs,
+    check_name,
+    check_spec,
+    is_mask,
+    matmul_dtype,
+    token_coefficients,
+)
+from prereg_kernels.ops.backends.registry import BACKENDS
+from prereg_kernels.ops.custom_ops import call_gradients, call_losses, store_value
+from prereg_kernels.ops.loss import fused_pre_loss
+from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
+from prereg_kernels.ops.versions import check_versions, versions_of
+
+
+def pre_tap(
+    hidden: Tensor,
+    anchor: Tensor,
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    visual_mask: Tensor | None = None,
+    visual_index: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    activation: str = "gelu",
+    loss: str = "cosine",
+    normalize: str = "none",
+    denominator: float | Tensor | None = None,
+    eps: float = 1e-8,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    compute_value: bool = False,
+    value_out: Tensor | None = None,
+    carry: float | Tensor | None = None,
+    carry_always: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Pass `hidden` on unchanged, and return a scalar whose gradient is that of the PRe loss.
+
+    Backward adds `grad_loss * dL/dhidden` to the gradient of `hidden`. Use both results:
+
+        hidden, pre = pre_tap(hidden, anchor, weights, biases, visual_index=index)
+        ...                                    # the later layers read `hidden`
+        (lm_loss + 0.5 * pre).backward()
+
+    Args:
+        compute_value: False: the scalar is 0 in the forward pass, and holds the loss once backward
+            has been through it, so combine it linearly, by factors that are not trained. True: it
+            holds the loss at once, at two more matmuls. The gradient is the same. Within
+            torch.func's transforms and torch.export it is always True.
+        value_out: a 0-dim Tensor without gradient that backward writes the loss into. Under
+            torch.compile this is the one way to read it, as the scalar itself stays as it was.
+        carry: a number or 0-dim Tensor: the gradient of your objective with respect to the loss,
+            for where you do not use the loss. Backward then adds `carry * dL/dhidden` by itself, as
+            long as `hidden` is used. A backward pass that keeps the graph, and so may be one of
+            several, adds nothing. None: what is not used has no gradient.
+        carry_always: the loss is for reading: backward adds `carry * dL/dhidden` always, and the
+            loss itself has no gradient. So it is under torch.compile, too, where `carry` is given.
+        The others: as for `fused_pre_loss` with reduction="mean".
+
+    Returns:
+        `hidden` (the same values, shape and dtype) and the loss, 0-dim, float32 (float64 for
+        float64 `hidden`).
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `fused_pre_loss`. RuntimeError in
+            backward, too: if a tensor that it reads was changed in place since.
+    """
+    check_name("backend", backend, BACKENDS)
+    inputs = check_inputs(
+        hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
+    )
+    spec = check_spec(activation, loss, normalize, eps, matmul_dtype(hidden), chunk_rows, backend)
+    _check_value_out(value_out, hidden)
+    if forgets_functions():
+        value = fused_pre_loss(
+            hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
+            token_weight=token_weight, activation=activation, loss=loss, normalize=normalize,
+            denominator=denominator, eps=eps, chunk_rows=chunk_rows, backend=backend,
+        )  # fmt: skip
+        if value_out is not None:
+            value_out.copy_(value.detach())
+        return hidden.view_as(hidden), value
+    coefficient = token_coefficients(inputs, "mean", denominator, hidden)
+    return _Tap.apply(
+        hidden,
+        anchor.detach(),
+        inputs.select,
+        coefficient,
+        spec,
+        inputs.bias_layers,
+        compute_value,
+        value_out,
+        carry,
+        carry_always or (carry is not None and torch.compiler.is_compiling()),
+        *inputs.weights,
+        *inputs.biases,
+    )
+
+
+def _check_value_out(value_out: Any, hidden: Tensor) -> None:
+    if value_out is None:
+        return
+    if not isinstance(value_out, Tensor):
+        raise TypeError(f"value_out: expected a Tensor, got {type(value_out).__name__}")
+    if (
+        value_out.dim() != 0
+        or value_out.requires_grad
+        or not value_out.is_floating_point()
+        or value_out.device != hidden.device
+    ):
+        came = f"{value_out.dtype}, shape {tuple(value_out.shape)}, on {value_out.device}"
+        raise ValueError(
+            f"value_out: expected a 0-dim Tensor, floating, on {hidden.device}, that does not "
+            f"require grad; got {came}, requires_grad={value_out.requires_grad}"
+        )
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        anchor: Tensor,
+        select: Tensor | None,
+        coefficient: Tensor,
+        spec: Spec,
+        bias_layers: list[int],
+        compute_value: bool,
+        value_out: Tensor | None,
+        carry: float | Tensor | None,
+        carry_always: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.spec, ctx.bias_layers = spec, bias_layers
+        constants = anchor, select, coefficient
+        ctx.in_graph = torch.compiler.is_compiling()
+        if ctx.in_graph:  # which saves what it has to, and watches the versions of these alone
+            ctx.save_for_backward(*constants, hidden, *parameters)
+        else:
+            # The constants stay outside of the saved-tensor hooks: under activation checkpointing
+            # the recomputed forward then only has to bring back `hidden`, whatever anchor it is
+            # shown.
+            ctx.constants, ctx.versions = constants, versions_of(anchor, select)
+            ctx.save_for_backward(hidden, *parameters)
+        if compute_value:
+            inputs = _inputs(parameters, bias_layers, select, coefficient)
+            value = (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
+        else:
+            value = coefficient.new_zeros(())
+        if value_out is None and not compute_value and not torch.compiler.is_compiling():
+            value_out = value.detach()  # shares the memory of the scalar that the caller gets
+        ctx.value_out = value_out
+        ctx.carry, ctx.carry_always, ctx.was_used = carry, carry_always, False
+        ctx.set_materialize_grads(False)
+        tapped = hidden.view_as(hidden)
+        if carry_always:
+            ctx.mark_non_differentiable(value)
+        elif not ctx.needs_input_grad[0] and carry is None:
+            ctx.mark_non_differentiable(tapped)
+        return tapped, value
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_hidden: Tensor | None, grad_value: Tensor | None
+    ) -> tuple[Any, ...]:
+        factor = _factor(ctx, grad_value)
+        if factor is None:  # the caller did not use the loss
+            return (grad_hidden, *[None] * (len(ctx.needs_input_grad) - 1))
+        if ctx.in_graph:
+            anchor, select, coefficient, hidden, *parameters = ctx.saved_tensors
+        else:
+            hidden, *parameters = ctx.saved_tensors
+            anchor, select, coefficient = ctx.constants
+            if not torch.compiler.is_compiling():
+                selector = "visual_mask" if is_mask(select) else "visual_index"
+                check_versions(ctx.versions, {"anchor": anchor, selector: select})
+                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                    ctx.constants = None  # as autograd frees what it saved
+        needs = ctx.needs_input_grad
+        inputs = _inputs(parameters, ctx.bias_layers, select, coefficient)
+        depth = len(inputs.weights)
+        with torch.no_grad():
+            _, losses, *gradients = call_gradients(
+                hidden,
+                anchor,
+                inputs,
+                ctx.spec,
+                coefficient
+                * (factor.to(coefficient.device) if isinstance(factor, Tensor) else factor),
+                needs[0],
+                needs[10 : 10 + depth],
+                needs[10 + depth :],
+                residual=grad_hidden,
+            )
+            if ctx.value_out is not None:
+                store_value(ctx.value_out, (losses * coefficient).sum())
+        upstream = [x for x in (grad_hidden, grad_value) if x is not None]
+        gradients = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
+        dh, *rest = (
+            x if n else None for x, n in zip(gradients, (needs[0], *needs[10:]), strict=True)
+        )
+        return (dh, *[None] * 9, *rest)
+
+
+def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:
+    """The gradient of the loss: the caller's, or where there is none, what `carry` says."""
+    ctx.was_used |= grad_value is not None
+    if not ctx.carry_always:
+        if ctx.was_used or ctx.carry is None:
+            return grad_value
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return None
+    return ctx.carry
+
+
+def _inputs(
+    parameters: Sequence[Tensor], bias_layers: list[int], select: Tensor | None, slots: Tensor
+) -> Inputs:
+    depth = len(parameters) - len(bias_layers)
+    weights, biases = list(parameters[:depth]), list(parameters[depth:])
+    return Inputs(weights, biases, bias_layers, select, None, slots.shape[0])

@@ -1,0 +1,424 @@
+"""PReTrainer: transformers' Trainer, with PRe's mean over the whole step, its figures, its heads.
+
+A plain `transformers.Trainer` trains a model with PRe attached, too, with three differences:
+
+- L_PRe. The plain Trainer knows the step's label tokens, not its visual tokens. Each micro-batch's
+  mean of L_PRe is weighted by its share of the labels, so the term has the right magnitude always,
+  and is exact where that share is also its share of the visual tokens. (Qwen2.5-VL and others with
+  `accepts_loss_kwargs = False` get the mean over the micro-batches, as their L_LM does.) Over ranks
+  it is the same. PReTrainer counts the visual tokens of the step, over micro-batches and ranks.
+- Checkpoints. They hold a plain model, and the heads in `pre/`, which a plain Trainer that resumes
+  does not read: attach PRe by `apply_pre(model, from_pretrained=checkpoint)` then. And of most
+  multimodal models Trainer (5.17) restores no weight at all, and says so in a warning about missing
+  keys; PReTrainer restores them.
+- Losses that Trainer computes itself from the logits, with `label_smoothing_factor` or
+  `compute_loss_func`, do not hold the term, and PRe raises an error. TRL's SFTTrainer computes its
+  own loss always.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from prereg_kernels.attach.handle import HEADS, PRe, find_pre, heads_of
+from prereg_kernels.attach.passes import Record
+from prereg_kernels.attach.storage import PRE_DIR
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+logger = logging.get_logger(__name__)
+
+
+class PReTrainerMixin(_Base):
+    """What makes a Trainer a PReTrainer; put it first: `class My(PReTrainerMixin, SFTTrainer)`.
+
+    - The gradient of a step is that of `L_LM + weight * L_PRe`, with L_PRe the mean over all visual
+      tokens (with level="global", images) of the step, over its micro-batches and all ranks; 1 x 8
+      and 4 x 2 are equal.
+    - This holds for whatever loss the trainer below computes; that loss need not come from the
+      model, and may be of several forward passes: L_PRe of its micro-batch is then the mean over
+      what all of them saw.
+    - Where a micro-batch cannot be counted before its passes (`count_rows`), as GRPO's prompts, its
+      L_PRe is the mean over what they saw on all ranks, and a step's the mean of its micro-batches.
+    - The logs have "lm_loss", what the loss would be without PRe, and "pre_loss", over the steps
+      since the last log, all ranks, and, for the latter, averaged over these; several
+      layers have "pre_loss/layer_16" each, too. By default "loss" is "lm_loss"; with
+      `value_in_forward` it holds the weighted term. With `value_in_eval` the metrics of `evaluate`
+      and `predict` have "eval_pre_loss" and so on, over all visual tokens (or images) evaluated.
+    - Checkpoints and `save_model` write a plain model, and the heads to `pre/` inside of it;
+      `resume_from_checkpoint` and `load_best_model_at_end` read them. (Under FSDP with sharded
+      checkpoints, and under DeepSpeed, the heads are part of what these save and load.)
+
+    Not supported: `nn.DataParallel`, context and sequence parallelism.
+
+    Raises (when made):
+        ValueError: a model without PRe, or one of the above.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        find_pre(self.model)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"PRe: expected a process per GPU, got {self.args.n_gpu} GPUs in this one, which "
+                "Trainer would use through nn.DataParallel; start it by torchrun or accelerate "
+                "launch, or set CUDA_VISIBLE_DEVICES"
+            )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "PRe: expected whole sequences on each rank, got context or sequence parallelism"
+            )
+        # Of the step: how many micro-batches, and the rows of those to come; None: not known.
+        self._micro_batches = 1
+        self._counts: list[Tensor] | None = []
+        # Of the micro-batch: its rows as counted, its loss without the term, its passes' records.
+        self._counted: Tensor | None = None
+        self._lm_loss: Tensor | None = None
+        self._records: Sequence[Record] = ()
+        # Sums on this rank since the last log, as `_figures_of` has them; and of an evaluation.
+        self._window: Tensor | None = None
+        self._evaluated: Tensor | None = None
+        self._is_optimizer_checked = False
+        self._read_from: str | None = None  # the checkpoint that is being read
+
+    @property
+    def pre(self) -> PRe:
+        """PRe's handle on the model."""
+        return find_pre(self.model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's.
+
+        Raises:
+            ValueError: a head is frozen, or not in the optimizer.
+        """
+        self.pre.check_heads_train()
+        self._window, self._is_optimizer_checked = None, False
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.pre.denominator = None  # of a step of this run; of no use to what comes after
+            self._counts = []
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.is_deepspeed_enabled:  # whose engine puts tensors of its own in it
+            self._check_optimizer(optimizer)
+        return optimizer
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """Raise ValueError if the optimizer has parameters of the model, but not its heads."""
+        groups = getattr(optimizer, "param_groups", None) or ()
+        held = {id(p) for group in groups for p in group["params"]}
+        heads = getattr(self.pre.model, HEADS)
+        missing = [n for n, p in heads.named_parameters() if p.requires_grad and id(p) not in held]
+        # Without any, it is of tensors made from them, or takes the model itself, as LOMO does.
+        if missing and any(id(p) in held for p in self.model.parameters()):
+            raise ValueError(
+                f"optimizer: expected PRe's heads in its param_groups, got none with "
+                f"{', '.join(f'{HEADS}.{name}' for name in missing)}; they would never move, and "
+                "L_PRe would fall all the same. Make the optimizer after apply_pre, of all "
+                "parameters that require grad; one that groups them by name needs a group for "
+                f"{HEADS!r}"
+            )
+
+    # The step: its denominator, its loss, its figures.
+
+    def count_rows(self, batch: Any) -> Tensor | None:
+        """0-dim, int64: as `pre.count`, of a micro-batch before it is given to `training_step`.
+
+        None where it does not say: it is no mapping with "input_ids". Override this for a batch of
+        another form.
+        """
+        is_known = isinstance(batch, Mapping) and batch.get("input_ids") is not None
+        return self.pre.count(batch) if is_known else None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As Trainer's: the micro-batches of a step, and their label tokens."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._is_optimizer_checked:  # in the first step of a run
+            self._check_optimizer(self.optimizer)
+            self._is_optimizer_checked = True
+        counts = [self.count_rows(batch) for batch in batches]
+        known = [count.to(device) for count in counts if count is not None]
+        self._micro_batches = max(len(batches), 1)
+        # What the term will be multiplied by on its way to the gradient, each for L_LM's sake: by
+        # compute_loss, by DDP, FSDP or ZeRO, which average over ranks, and by training_step.
+        factor = self._loss_scale(items) / self._replicas()
+        if self._is_divided(items):
+            factor /= self._micro_batches
+        if len(known) < len(counts):  # compute_loss divides by what the passes see
+            self._counts, self.pre.denominator = None, factor * self._micro_batches
+            if len(batches) > 1:
+                self._say_what_the_mean_is(batches[counts.index(None)])
+        else:
+            rows = sum(known, torch.zeros((), dtype=torch.int64, device=device))
+            rows = self.accelerator.reduce(rows, reduction="sum") / self._copies()
+            self._counts, self.pre.denominator = known, rows.clamp(min=1) * factor
+        return batches, items
+
+    def _say_what_the_mean_is(self, batch: Any) -> None:
+        logger.warning_once(
+            f"PRe: the visual tokens of a batch of type {type(batch).__name__} cannot be counted "
+            "before its forward passes, so L_PRe of a step is the mean over its micro-batches' "
+            "means. To make it the mean over all visual tokens of the step, override count_rows"
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As Trainer's; in training, plus the term.
+
+        Raises:
+            RuntimeError: no training forward pass went through the model with PRe.
+        """
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        if not (model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, **options)
+        with self.pre.collecting() as passes:
+            result = super().compute_loss(model, inputs, **options)
+        trained = [(each.term, each.record) for each in passes if each.term is not None]
+        if not trained:
+            raise RuntimeError(
+                "PRe: computing the loss made no training forward pass through the model that PRe "
+                "is attached to"
+            )
+        loss, outputs = result if return_outputs else (result, None)
+        terms, self._records = zip(*trained, strict=True)
+        self._lm_loss = loss.detach()
+        term = self._weigh(torch.stack(terms), self._records).to(loss.device)
+        loss = loss + term * self._loss_scale(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _weigh(self, terms: Tensor, records: Sequence[Record]) -> Tensor:
+        """One term for the passes of a micro-batch: their rows' mean, by its weight in the step.
+
+        Each pass's own is its rows' sum over the denominator, or, without one, their mean.
+        """
+        rows = torch.stack([record.rows for record in records]).to(terms.device)
+        seen = rows.sum()
+        if self.pre.denominator is None:  # not in a step of `train`
+            return (terms * rows).sum() / seen.clamp(min=1)
+        if self._counts is None:
+            seen = self.accelerator.reduce(seen, reduction="sum") / self._copies()
+            return terms.sum() / seen.clamp(min=1)
+        if self._counted is None:
+            return terms.sum()
+        # As often as the passes saw the batch's rows, which was counted once.
+        return terms.sum() * (self._counted.to(seen) / seen.clamp(min=1))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's: the forward and backward passes of a micro-batch."""
+        self._counted = self._counts.pop(0) if self._counts else None
+        self._records, self._lm_loss = (), None
+        loss = super().training_step(*args, **kwargs)
+        lm_loss, records = self._lm_loss, self._records
+        if lm_loss is None or not all(record.is_complete() for record in records):
+            raise RuntimeError("PRe: the backward pass has not reached the term")
+        totals = torch.stack([_totals(record) for record in records]).sum(dim=0)
+        items = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
+        share = 1 / self._micro_batches
+        lm_loss = (lm_loss * share if self._is_divided(items) else lm_loss).to(totals)
+        # As for Trainer's "loss", a step without labels, of which L_LM is 0 / 0, is none for it.
+        is_one = (
+            lm_loss.isfinite() if self.args.logging_nan_inf_filter else torch.ones_like(lm_loss)
+        )
+        counted = totals[0] if self._counted is None else self._counted.to(totals)
+        figures = torch.stack([lm_loss.where(is_one.bool(), 0.0), is_one * share, counted])
+        figures = torch.cat([figures, totals])
+        self._window = figures if self._window is None else self._window + figures
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; its regular figures get those of PRe beside them.
+
+        Raises:
+            ValueError: `count_rows` found none of the rows that the passes saw.
+        """
+        # By these two, as others log as well, and not always on all ranks.
+        if self._window is not None and "loss" in logs and "learning_rate" in logs:
+            window = self.accelerator.reduce(self._window, reduction="sum")
+            lm_loss, steps, counted, *totals = window.tolist()
+            if totals[0] and not counted:
+                raise ValueError(
+                    f"count_rows: expected the rows of L_PRe in the batches, of which the forward "
+                    f"passes saw {totals[0]:.0f}, got 0; override it, or let it return None"
+                )
+            logs["lm_loss"] = lm_loss / steps if steps else math.nan
+            logs |= self._figures_of(totals)
+            self._window = None
+        super().log(logs, *args, **kwargs)
+
+    def _figures_of(self, totals: Sequence[float], prefix: str = "") -> dict[str, float]:
+        """The means of the rows, of which `totals` has their number and a sum for each layer."""
+        rows, *sums = totals
+        per_layer = [total / max(rows, 1.0) for total in sums]
+        figures = {f"{prefix}pre_loss": sum(per_layer) / len(per_layer)}
+        if len(per_layer) > 1:
+            named = zip(self.pre.heads, per_layer, strict=True)
+            figures |= {f"{prefix}pre_loss/layer_{layer}": value for layer, value in named}
+        return figures
+
+    # Evaluation.
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As Trainer's; with `value_in_eval` its metrics have those of PRe.
+
+        Samples that a rank gets twice, to fill its last batch, count twice.
+        """
+        self._evaluated = None
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self.pre.config.value_in_eval:
+            totals = self._evaluated
+            if totals is None:  # nothing to evaluate on this rank
+                totals = torch.zeros(1 + len(self.pre.heads), device=self.args.device)
+            totals = self.accelerator.reduce(totals, reduction="sum")
+            output.metrics.update(self._figures_of(totals.tolist(), f"{metric_key_prefix}_"))
+        return output
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        with self.pre.collecting() as passes:
+            result = super().prediction_step(*args, **kwargs)
+        for each in passes:
+            totals = _totals(each.record)
+            self._evaluated = totals if self._evaluated is None else self._evaluated + totals
+        return result
+
+    # How Trainer weights losses.
+
+    def _copies(self) -> int:
+        """How many ranks get each micro-batch."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return 1 if parallelism is None else parallelism.tp_size
+
+    def _replicas(self) -> int:
+        """How many different micro-batches there are at a time; gradients are averaged over."""
+        return self.accelerator.num_processes // self._copies()
+
+    def _loss_scale(self, items: Any) -> int:
+        """What Trainer multiplies the loss by, so that averaging over ranks makes it a sum."""
+        known = self.args.average_tokens_across_devices and items is not None
+        return self._replicas() if known else 1
+
+    def _is_divided(self, items: Any) -> bool:
+        """Whether Trainer divides the loss by the number of micro-batches."""
+        by_items = self.model_accepts_loss_kwargs and items is not None
+        return not by_items and self.compute_loss_func is None
+
+    # Checkpoints.
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        # A state dict is given where the parameters are sharded, and holds them whole; or nothing,
+        # where DeepSpeed has them in files of its own. `save_pretrained` takes the heads out of it.
+        heads = None if state_dict is None else heads_of(state_dict)
+        super()._save(output_dir, state_dict)
+        # The model's own `save_pretrained` writes its heads, on rank 0; a PeftModel's writes the
+        # adapters alone.
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        written = inner is self.pre.model and not self.args.save_on_each_node
+        if not written and heads != {}:
+            self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._heads_are_in_the_state():
+            self.pre.load(Path(resume_from_checkpoint) / PRE_DIR)
+
+    def _load_best_model(self) -> None:
+        path = self.state.best_model_checkpoint
+        with self._reading(path):
+            super()._load_best_model()
+        if self._heads_are_in_the_state():
+            return
+        if (Path(path) / PRE_DIR).is_dir():
+            self.pre.load(Path(path) / PRE_DIR)
+        else:  # as Trainer does for the model: another node has it
+            logger.warning(f"Could not locate the heads of the best model at {path}/{PRE_DIR}")
+
+    def _heads_are_in_the_state(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        self._read_from = path
+        try:
+            yield
+        finally:
+            self._read_from = None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As if there were no heads, which have their own file."""
+        model = self.pre.model
+        if load_result.unexpected_keys and self._read_from is not None:
+            load_result = _load_weights(model, self._read_from)
+        ignored = model._keys_to_ignore_on_save
+        missing = [name for name in load_result.missing_keys if f"{HEADS}." not in name]
+        model._keys_to_ignore_on_save = {name for name in ignored if f"{HEADS}." not in name}
+        try:
+            super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+        finally:
+            model._keys_to_ignore_on_save = ignored
+
+
+class PReTrainer(PReTrainerMixin, Trainer):
+    """transformers' Trainer for a model with PRe attached; see PReTrainerMixin."""
+
+
+def _totals(record: Record) -> Tensor:
+    """(1 + layers,): the rows of a pass, and the sum of their losses for each layer."""
+    return torch.stack([record.rows, *record.sums()])
+
+
+def _load_weights(model: Any, path: str) -> Any:
+    """Load a checkpoint's weights, as `from_pretrained` reads them.
+
+    `save_pretrained` writes the names of the hub's checkpoints, which are not the modules' in most
+    multimodal models; Trainer (5.17) looks for the modules', and leaves all else as it was.
+    """
+    own = (x for name, x in model.state_dict().items() if f"{HEADS}." not in name)
+    dtypes = {x.dtype for x in own if x.is_floating_point()}
+    widest = reduce(torch.promote_types, dtypes)  # so that nothing is rounded on the way
+    with torch.random.fork_rng(devices=[]):
+        read = type(model).from_pretrained(
+            path,
+            config=model.config,  # a file's may name code to fetch, as for attention
+            dtype=widest,
+            local_files_only=True,
+        )
+    return model.load_state_dict(read.state_dict(), strict=False)

@@ -1,0 +1,85 @@
+"""The command line as a user meets it: a whole tiny experiment, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import TINY, prereg
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    directory = tmp_path_factory.mktemp("cli")
+    (directory / "tiny.yaml").write_text(TINY)
+    run = prereg("train", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
+    assert run.returncode == 0, run.stderr
+    return directory, run.stdout
+
+
+def test_experiment_writes_its_report(experiment: tuple[Path, str]) -> None:
+    directory, output = experiment
+    out = directory / "runs" / "tiny"
+    summary = json.loads((out / "summary.json").read_text())
+    variants = [(r["seed"], r["variant"]) for r in summary["results"]]
+    assert sorted(variants) == [
+        (seed, variant) for seed in (0, 1) for variant in ("baseline", "other_scene", "pre")
+    ]
+    by_variant = {r["variant"]: r for r in summary["results"] if r["seed"] == 0}
+    assert set(by_variant["baseline"]["transfer"]) == {"lower half frozen", "everything trainable"}
+    assert by_variant["pre"]["probe"]["tilt"] != by_variant["baseline"]["probe"]["tilt"]
+    assert by_variant["pre"]["probe"]["tilt"] != by_variant["other_scene"]["probe"]["tilt"]
+    page = (out / "report.html").read_text()
+    for sentence in summary["headline"]:
+        assert sentence.split("±")[0].strip() in page.replace("&#39;", "'")
+        assert sentence[:40] in output
+    for name in ("probes", "answers", "transfer", "structure", "training", "scenes"):
+        assert (out / "plots" / f"{name}.png").stat().st_size > 5000
+    assert page.count("data:image/png;base64,") == 6
+    assert (out / "seed-0" / "pre" / "tensorboard").is_dir()
+    assert "://" not in re.sub(r"base64,[^\"]+", "", page)  # it needs no network
+
+
+def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
+    directory, _ = experiment
+    result = directory / "runs" / "tiny" / "seed-1" / "pre" / "result.json"
+    before = result.stat().st_mtime_ns
+    run = prereg("train", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
+    assert run.returncode == 0, run.stderr
+    assert result.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "one of the arguments --preset --config is required"),
+        (
+            ["train", "--preset", "nope"],
+            "expected one of scenes, scenes-gpu, scenes-gpu-text, or a YAML file; got nope",
+        ),
+        (["train", "--preset", "absent.yaml"], "absent.yaml"),
+        (["train", "--config", "bad.yaml"], "bad.yaml: stepz: unknown key"),
+        (["train", "--config", "bad.yaml", "--seeds", "2"], "--seeds: goes with --preset"),
+        (
+            ["train", "--preset", "tiny.yaml", "--weight", "-1"],
+            "weight: expected a positive number",
+        ),
+        (["train", "--preset", "tiny.yaml", "--weight", "3"], "holds results of other settings"),
+        (["train", "--preset", "tiny.yaml", "--device", "abacus"], "--device: 'abacus' is not"),
+        (["train", "--preset", "tiny.yaml", "--nope"], "unrecognized arguments: --nope"),
+        (["nope"], "invalid choice: 'nope'"),
+    ],
+)
+def test_errors_are_one_line(
+    experiment: tuple[Path, str], arguments: list[str], message: str
+) -> None:
+    directory, _ = experiment
+    (directory / "bad.yaml").write_text("stepz: 3\n")
+    run = prereg(*arguments, cwd=directory)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert run.stderr.startswith("prereg: ")
+    assert run.stderr.count("\n") == 1

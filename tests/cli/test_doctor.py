@@ -1,0 +1,80 @@
+"""prereg doctor: one screen, the reasons, JSON, and no need of anything optional."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from prereg_kernels._version import __version__
+from prereg_kernels.cli import doctor
+from prereg_kernels.ops.backends import registry
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.argv[0] = 'prereg'; from prereg_kernels.cli import main; main()"
+    command = [sys.executable, "-c", code, "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_one_screen() -> None:
+    done = run()
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) < 40
+    for expected in (f"prereg_kernels  {__version__}", f"torch           {torch.__version__}"):
+        assert any(expected in line for line in lines), expected
+    assert any(line.split()[:1] == ["threads"] for line in lines)
+
+
+def test_json_says_the_same() -> None:
+    report = json.loads(run("--json").stdout)
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(report) == {"versions", "cpu", "gpu", "backends", "cpp rows"}
+    assert list(report["backends"]) == ["auto", "torch", "cpp", "triton"]
+    assert report["backends"]["torch"] == "runs"
+
+
+def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(name: str, device: str) -> str | None:
+        return None if name == "torch" else f"no {name} on {device}, because of a reason"
+
+    monkeypatch.setattr(doctor, "unavailable", reason)
+    monkeypatch.setattr(registry, "unavailable", reason)
+    registry._choose.cache_clear()
+    try:
+        text = doctor.show(doctor.examine())
+    finally:
+        registry._choose.cache_clear()
+    assert "auto            torch, cpu" in text
+    assert "does not run here: no cpp on cpu, because of a reason" in text
+    assert "does not run here: no triton on cpu, because of a reason" in text
+
+
+def test_without_a_compiler_or_an_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "a-package-that-nobody-has"))
+    report = doctor.examine()
+    assert report["cpu"]["compiler"] == "none found"
+    assert report["versions"]["a-package-that-nobody-has"] == "not installed"
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert "does not run" in doctor.examine()["cpu"]["compiler"]
+
+
+def test_variants_that_were_not_built_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"variant": "avx2", "built": ["base", "avx2"], "not built": {"avx512": "no such flag"}}
+    monkeypatch.setattr(doctor, "describe", lambda: facts)
+    lines = [line.split(maxsplit=1) for line in doctor.show(doctor.examine()).splitlines()]
+    assert ["variant", "avx2"] in lines and ["built", "base, avx2"] in lines
+    assert any(line[-1].endswith("avx512 (no such flag)") for line in lines)
+
+
+def test_cpu_without_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "operand_dtype", lambda dtype, device: torch.float32)
+    assert doctor.examine()["cpu"]["emulated"] == "bfloat16, float16: products run in float32"
+    monkeypatch.setattr(doctor, "operand_dtype", lambda dtype, device: dtype)
+    assert doctor.examine()["cpu"]["emulated"] == "nothing"

@@ -1,0 +1,141 @@
+"""Each row primitive of plain PyTorch against a formula in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.torch import TorchRows
+from tests.helpers import relative_error
+
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+DTYPES = list(BOUND)
+ROWS = TorchRows()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def act(u: Tensor, name: str) -> Tensor:
+    if name == "relu":
+        return u * (u > 0)
+    if name == "silu":
+        return u / (1 + torch.exp(-u))
+    if name == "gelu":
+        return u * 0.5 * (1 + torch.erf(u / math.sqrt(2)))
+    return u * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+
+
+def losses_of(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
+    if spec.normalize == "l2" or spec.loss == "cosine":
+        z, t = (x / x.square().sum(1, keepdim=True).sqrt().clamp_min(spec.eps) for x in (z, t))
+    if spec.normalize == "layer":
+        z, t = (x - x.mean(1, keepdim=True) for x in (z, t))
+        z, t = (x / (x.square().mean(1, keepdim=True) + spec.eps).sqrt() for x in (z, t))
+    if spec.loss == "cosine":
+        return -(z * t).sum(1)
+    gap = (z - t).abs()
+    return (gap**2 if spec.loss == "mse" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).mean(1)
+
+
+def check_zero_target(rows: Rows, device: str | torch.device = "cpu") -> None:
+    """Of a target of zeros the cosine and its gradient are exactly 0: Adam would scale noise up."""
+    z, t = draw(40, 100).to(device), torch.zeros(40, 100, device=device)
+    losses, dz = (torch.full(size, math.nan, device=device) for size in ((40,), (40, 100)))
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
+    ones = torch.ones(40, device=device)
+    rows.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+    assert losses.count_nonzero() == 0 and dz.count_nonzero() == 0
+
+
+def test_zero_target() -> None:
+    check_zero_target(ROWS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("indexed", (False, True))
+def test_gather_rows(dtype: torch.dtype, indexed: bool) -> None:
+    source = draw(10, 4)
+    index = torch.tensor([9, 0, 4]) if indexed else None
+    out = torch.full((3, 4), math.nan, dtype=dtype)
+    ROWS.gather_rows(source if indexed else source[1:4], index, out)
+    assert torch.equal(out, source[[9, 0, 4] if indexed else [1, 2, 3]].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("indexed", (False, True))
+@pytest.mark.parametrize("accumulate", (False, True))
+@pytest.mark.parametrize("scale", (None, 0.25))
+def test_scatter_rows(
+    dtype: torch.dtype, indexed: bool, accumulate: bool, scale: float | None
+) -> None:
+    into, values = draw(10, 4, dtype=dtype), draw(3, 4, seed=1).to(dtype)
+    expected = into.double()
+    chosen = [9, 0, 4] if indexed else [1, 2, 3]
+    added = values.double() * (scale or 1)
+    expected[chosen] = expected[chosen] * accumulate + added
+    index = torch.tensor(chosen) if indexed else None
+    factor = None if scale is None else torch.tensor(scale)
+    ROWS.scatter_rows(values, into if indexed else into[1:4], index, factor, accumulate)
+    assert torch.equal(into, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(dtype: torch.dtype, activation: str) -> None:
+    u, dg = draw(6, 33, dtype=dtype), draw(6, 33, dtype=dtype, seed=1)
+    exact = u.double().clone().requires_grad_()
+    g = act(exact, activation)
+    (du,) = torch.autograd.grad(g, exact, dg.double())
+    kept, out = u.clone(), torch.full_like(u, math.nan)
+    ROWS.activate(u, None, activation, out)
+    assert relative_error(out, g.detach()) < BOUND[dtype] and torch.equal(u, kept)
+    sums = draw(33, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=2)
+    expected_sums = sums.double() + du.sum(0)
+    ROWS.activation_backward(dg, u, None, activation, sums)
+    assert relative_error(dg, du) < BOUND[dtype], "dg is overwritten"
+    assert relative_error(sums, expected_sums) < BOUND[dtype]
+    ROWS.activate(u, None, activation, u)
+    assert torch.equal(u, out), "g may be u"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ("cosine", "mse", "smooth_l1"))
+@pytest.mark.parametrize("normalize", ("none", "l2", "layer"))
+@pytest.mark.parametrize("eps", (1e-8, 3.0))
+@pytest.mark.parametrize("in_place", (False, True))
+def test_token_losses(
+    dtype: torch.dtype, loss: str, normalize: str, eps: float, in_place: bool
+) -> None:
+    spec = Spec("gelu", loss, "none" if loss == "cosine" else normalize, eps, dtype)
+    scale = torch.tensor([[0.1], [1.0], [0.3], [2.0], [0.5]], dtype=dtype)  # around eps = 3
+    z, anchor = 2 * draw(5, 9, dtype=dtype) * scale, 2 * draw(8, 9, dtype=dtype, seed=1)
+    index = torch.tensor([7, 1, 2, 6, 4])
+    coefficient = draw(5, seed=2).to(spec.stat_dtype)
+    exact = z.double().clone().requires_grad_()
+    expected = losses_of(exact, anchor[index].double(), spec)
+    (gradient,) = torch.autograd.grad(expected, exact, coefficient.double())
+    expected = expected.detach()
+
+    kept_z, kept_anchor = z.clone(), anchor.clone()
+    bound = BOUND[torch.float64 if dtype == torch.float64 else torch.float32]
+    losses, again = (torch.full((5,), math.nan, dtype=spec.stat_dtype) for _ in range(2))
+    ROWS.token_losses(z, None, anchor, index, spec, losses)
+    assert relative_error(losses, expected) < bound
+    assert torch.equal(z, kept_z)
+    dz = z if in_place else torch.empty_like(z)
+    sums = draw(9, seed=3).to(spec.stat_dtype)
+    expected_sums = sums.double() + gradient.sum(0)
+    ROWS.token_losses_and_grad(z, None, anchor, index, coefficient, spec, again, dz, sums)
+    assert torch.equal(again, losses)
+    assert relative_error(dz, gradient) < BOUND[dtype]
+    assert relative_error(sums, expected_sums) < BOUND[dtype]
+    assert torch.equal(anchor, kept_anchor) and (in_place or torch.equal(z, kept_z))
+    ROWS.token_losses(kept_z, None, anchor[index], None, spec, again)
+    assert torch.equal(again, losses), "without an index, the rows are the anchor's own"

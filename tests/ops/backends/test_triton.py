@@ -1,0 +1,386 @@
+"""Each Triton kernel against a formula in float64: interpreted on a CPU, or on a GPU.
+
+TRITON_INTERPRET=1 python -m pytest tests/ops/backends/test_triton.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops.backends.triton import config
+from prereg_kernels.ops.backends.triton.backend import TritonRows, interpreting, unavailable
+from tests.helpers import relative_error
+from tests.ops.backends.test_torch import BOUND, DTYPES, act, check_zero_target, losses_of
+
+DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
+if interpreting():  # asked for: that it cannot be is a failure
+    assert unavailable("cpu") is None, unavailable("cpu")
+    from tests.ops.backends.interpreter import repair
+
+    repair()
+elif reason := unavailable(DEVICE.type):
+    pytest.skip(reason, allow_module_level=True)
+
+# Hidden states in float64 are never computed with in 16 bits
+CONVERSIONS = [
+    (source, out)
+    for source in DTYPES
+    for out in DTYPES
+    if not (torch.float64 in (source, out) and 2 in (source.itemsize, out.itemsize))
+]
+SHAPES = ((1, 1), (5, 7), (130, 33), (5, 257))
+# Interpreting one row of the loss takes some 20 ms
+LOSS_SHAPES = ((1, 1), (5, 7), (6, 33), (3, 257))
+KINDS = [("cosine", "none")] + [
+    (loss, normalize) for loss in ("mse", "smooth_l1") for normalize in ("none", "l2", "layer")
+]
+ROWS = TritonRows()
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Every torch.empty is full of NaN: what is read must have been written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
+
+
+def some_rows(count: int, of: int) -> Tensor:
+    """(count,) of `of` rows, in no order, as a view that is not contiguous."""
+    index = torch.randperm(of, generator=torch.Generator().manual_seed(1))[:count]
+    return index.to(DEVICE).repeat_interleave(2)[::2]
+
+
+def padded(x: Tensor) -> Tensor:
+    """x, its rows apart."""
+    wide = empty(x.shape[0], x.shape[1] + 3, dtype=x.dtype)
+    view = wide[:, : x.shape[1]]
+    return view.copy_(x)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "padded": padded,
+    "transposed": lambda x: x.T.contiguous().T,
+    "every other": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "reversed twice": lambda x: x.flip(0).contiguous().flip(0),
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@each_layout
+@each_shape
+@pytest.mark.parametrize("indexed", (False, True))
+def test_gather_rows(shape: tuple[int, int], layout: str, indexed: bool) -> None:
+    rows, columns = shape
+    for source_dtype, dtype in CONVERSIONS:
+        if source_dtype == dtype or layout == "padded":
+            source = LAYOUTS[layout](draw(2 * rows, columns, dtype=source_dtype))
+            index = some_rows(rows, 2 * rows) if indexed else None
+            out = padded(empty(rows, columns, dtype=dtype))
+            source = source if indexed else source[rows:]
+            ROWS.gather_rows(source, index, out)
+            expected = source[index] if indexed else source
+            assert torch.equal(out, expected.to(dtype))
+            assert rows == 1 or out.storage_offset() + out.numel() < out.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("accumulate", (False, True))
+@pytest.mark.parametrize("scaled", (False, True))
+@each_shape
+def test_scatter_rows(shape: tuple[int, int], scaled: bool, accumulate: bool) -> None:
+    rows, columns = shape
+    for dtype, into_dtype in CONVERSIONS:
+        for layout in ("contiguous", "padded", "transposed"):
+            if dtype == into_dtype or layout == "contiguous":
+                _check_scatter(rows, columns, dtype, into_dtype, layout, scaled, accumulate)
+
+
+def _check_scatter(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    into_dtype: torch.dtype,
+    layout: str,
+    scaled: bool,
+    accumulate: bool,
+) -> None:
+    values = padded(draw(rows, columns, dtype=dtype))
+    scale = torch.tensor(0.37, device=DEVICE) if scaled else None
+    for index in (None, some_rows(rows, 2 * rows)):
+        before = draw(2 * rows, columns, dtype=into_dtype, seed=1)
+        into = LAYOUTS[layout](before.clone())
+        target = into[:rows] if index is None else into
+        exact = before.double()
+        chosen = slice(0, rows) if index is None else index
+        added = values.double() * (1.0 if scale is None else scale.double())
+        exact[chosen] = exact[chosen] + added if accumulate else added
+        ROWS.scatter_rows(values, target, index, scale, accumulate)
+        changed = torch.zeros(2 * rows, dtype=torch.bool, device=DEVICE)
+        changed[chosen] = True
+        assert torch.equal(into[~changed], before[~changed])
+        wide = torch.float64 if torch.float64 in (dtype, into_dtype) else torch.float32
+        rounding = 0.0 if not (scaled or accumulate) else torch.finfo(wide).eps
+        allowed = exact.abs() * (torch.finfo(into_dtype).eps / 2) + 4 * rounding
+        if into_dtype == torch.float16:
+            allowed += 2**-25  # half of the smallest subnormal
+        assert ((into.double() - exact).abs() <= allowed).all()
+
+
+@each_dtype
+@each_shape
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(shape: tuple[int, int], dtype: torch.dtype, activation: str) -> None:
+    for has_bias in (False, True):
+        u, dg = padded(draw(*shape, dtype=dtype)), padded(draw(*shape, dtype=dtype, seed=1))
+        bias = draw(shape[1], dtype=dtype, seed=2) if has_bias else None
+        exact = u.double().clone()
+        if bias is not None:
+            exact += bias.double()
+        exact.requires_grad_()
+        g = act(exact, activation)
+        (du,) = torch.autograd.grad(g, exact, dg.double())
+
+        kept = u.clone()
+        out = empty(*shape, dtype=dtype)
+        ROWS.activate(u, bias, activation, out)
+        assert relative_error(out, g.detach()) < BOUND[dtype]
+        assert torch.equal(u, kept)
+        ROWS.activate(kept, bias, activation, kept)
+        assert torch.equal(kept, out), "in place"
+
+        stat = torch.promote_types(dtype, torch.float32)
+        sums = draw(shape[1], dtype=stat, seed=3)
+        expected = sums.double() + du.sum(0)
+        without = dg.clone()
+        ROWS.activation_backward(without, u, bias, activation, None)
+        ROWS.activation_backward(dg, u, bias, activation, sums)
+        assert torch.equal(without, dg)
+        assert relative_error(dg, du) < BOUND[dtype]
+        assert relative_error(sums, expected) < BOUND[stat]
+
+
+@contextmanager
+def registers(count: int) -> Iterator[None]:
+    """With few, rows are read in blocks of columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "REGISTERS", count)
+        patch.setattr(config, "COLUMN_BLOCK", 128)
+        yield
+
+
+@each_dtype
+@pytest.mark.parametrize(("loss", "normalize"), KINDS)
+@pytest.mark.parametrize("in_blocks", (False, True))
+def test_token_losses(dtype: torch.dtype, loss: str, normalize: str, in_blocks: bool) -> None:
+    first = DTYPES.index(dtype) + KINDS.index((loss, normalize))
+    for case in (first % 4, (first + 2) % 4):
+        shape = LOSS_SHAPES[case]
+        if shape[1] == 1 and normalize == "layer":
+            continue  # the variance of one number: 0 / sqrt(eps)
+        spec = Spec("gelu", loss, normalize, 3.0 if case == 1 else 1e-8, dtype)
+        with registers(16 if in_blocks else 65536):
+            _check_losses(shape, spec, case, in_place=first // 4 % 2 == 0, has_bias=case > 0)
+
+
+def _check_losses(
+    shape: tuple[int, int], spec: Spec, case: int, in_place: bool, has_bias: bool
+) -> None:
+    rows, columns = shape
+    dtype, stat = spec.compute_dtype, spec.stat_dtype
+    scale = 0.1 + 2 * torch.rand(rows, 1, generator=torch.Generator().manual_seed(4))
+    z = padded((2 * draw(*shape) * scale.to(DEVICE)).to(dtype))  # around eps = 3
+    bias = draw(columns, dtype=dtype, seed=5) if has_bias else None
+    layout = list(LAYOUTS.values())[case]
+    anchor_dtype = DTYPES[(DTYPES.index(dtype) + case) % 4]
+    anchor = layout(2 * draw(2 * rows, columns, dtype=anchor_dtype, seed=1))
+    index = some_rows(rows, 2 * rows) if case % 2 else None
+    anchor = anchor[:rows] if index is None else anchor
+    coefficient = columns * draw(rows, seed=2).to(stat)  # or float16 gets subnormal
+    if case == 2:
+        coefficient = coefficient[:1].expand(rows)
+
+    exact = z.double().clone()
+    exact = (exact if bias is None else exact + bias.double()).requires_grad_()
+    expected = losses_of(exact, (anchor if index is None else anchor[index]).double(), spec)
+    (gradient,) = torch.autograd.grad(expected, exact, coefficient.double())
+    expected = expected.detach()
+
+    kept_z, kept_anchor = z.clone(), anchor.clone()
+    losses = empty(rows, dtype=stat)
+    ROWS.token_losses(z, bias, anchor, index, spec, losses)
+    assert relative_error(losses, expected) < BOUND[stat]
+    assert torch.equal(z, kept_z)
+
+    again, dz = empty(rows, dtype=stat), z if in_place else empty(*shape, dtype=dtype)
+    sums = draw(columns, dtype=stat, seed=3)
+    all_sums = sums.double() + gradient.sum(0)
+    ROWS.token_losses_and_grad(z, bias, anchor, index, coefficient, spec, again, dz, sums)
+    assert torch.equal(again, losses)
+    assert relative_error(dz, gradient) < BOUND[dtype]
+    assert relative_error(sums, all_sums) < 2 * BOUND[stat]
+    assert torch.equal(anchor, kept_anchor) and (in_place or torch.equal(z, kept_z))
+
+    without = empty(*shape, dtype=dtype)
+    ROWS.token_losses_and_grad(kept_z, bias, anchor, index, coefficient, spec, again, without, None)
+    assert torch.equal(without, dz) and torch.equal(again, losses)
+
+
+@pytest.mark.parametrize("in_blocks", (False, True))
+def test_no_cancellation_near_the_anchor(in_blocks: bool) -> None:
+    """At a distance of 1e-4 the loss is flat to 5e-9, and its gradient 1e-4 times that of noise."""
+    t = draw(3, 200)
+    z = 3 * t + 3e-4 * draw(3, 200, seed=1)
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
+    exact = z.double().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses_of(exact, t.double(), spec).sum(), exact)
+    ones = torch.ones(3, device=DEVICE)
+    with registers(16 if in_blocks else 65536):
+        dz, losses = empty(3, 200), empty(3)
+        ROWS.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+        assert relative_error(dz, gradient) < 1e-3
+        ROWS.token_losses_and_grad(t, None, t, None, ones, spec, losses, dz, None)
+        assert torch.equal(dz, torch.zeros_like(dz)), "z = t"
+
+
+@pytest.mark.parametrize("in_blocks", (False, True))
+def test_zero_target(in_blocks: bool) -> None:
+    with registers(16 if in_blocks else 65536):
+        check_zero_target(ROWS, DEVICE)
+
+
+@pytest.mark.parametrize(("loss", "normalize"), KINDS)
+@pytest.mark.parametrize("in_blocks", (False, True))
+def test_nan_and_zeros(loss: str, normalize: str, in_blocks: bool) -> None:
+    """NaN goes where PyTorch lets it go, and a row of zeros gives what it gives there."""
+    z, t = draw(6, 140), draw(6, 140, seed=1)
+    z[1, 3] = t[2, 135] = math.nan
+    z[3], t[4] = 0, 0
+    spec = Spec("gelu", loss, normalize, 1e-8, torch.float32)
+    coefficient, results = torch.ones(6, device=DEVICE), []
+    with registers(16 if in_blocks else 65536):
+        for rows in (TorchRows(), ROWS):
+            losses, dz, sums = empty(6), empty(6, 140), torch.zeros(140, device=DEVICE)
+            rows.token_losses_and_grad(z, None, t, None, coefficient, spec, losses, dz, sums)
+            results.append((losses, dz, sums))
+    for expected, ours in zip(*results, strict=True):
+        assert torch.equal(ours.isnan(), expected.isnan())
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert results[1][0].isnan().tolist() == [False, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_through_activations(activation: str) -> None:
+    u, dg = draw(3, 40), draw(3, 40, seed=1)
+    u[0, 3] = dg[1, 39] = math.nan
+    results = []
+    for rows in (TorchRows(), ROWS):
+        g, du, sums = empty(3, 40), dg.clone(), torch.zeros(40, device=DEVICE)
+        rows.activate(u, None, activation, g)
+        rows.activation_backward(du, u, None, activation, sums)
+        results.append((g, du, sums))
+    for expected, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("in_blocks", (False, True))
+def test_fewer_programs_than_rows(monkeypatch: pytest.MonkeyPatch, in_blocks: bool) -> None:
+    """As in a large chunk, where each sums up several rows: right, and bitwise repeatable."""
+    monkeypatch.setattr(config, "FILL", 6)
+    assert config.loss_row(13, 140, 4, sums=True).programs == 3
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
+    z, t = draw(13, 140, dtype=torch.bfloat16), draw(13, 140, seed=1)
+    coefficient, runs = torch.ones(13, device=DEVICE), []
+    with registers(16 if in_blocks else 65536):
+        _check_losses((13, 140), spec, case=2, in_place=True, has_bias=True)
+        for _ in range(2):
+            losses, dz, sums = empty(13), z.clone(), torch.zeros(140, device=DEVICE)
+            ROWS.token_losses_and_grad(dz, None, t, None, coefficient, spec, losses, dz, sums)
+            runs.append((losses, dz, sums))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_fewer_programs_than_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "FILL", 2)
+    assert config.programs_along_rows(130, 33, config.tile(33)) == 3
+    test_activations((130, 33), torch.float32, "silu")
+    sums, once = torch.zeros(33, device=DEVICE), torch.zeros(33, device=DEVICE)
+    u, dg = draw(130, 33), draw(130, 33, seed=1)
+    ROWS.activation_backward(dg.clone(), u, None, "gelu", sums)
+    ROWS.activation_backward(dg.clone(), u, None, "gelu", once)
+    assert torch.equal(sums, once)
+
+
+def test_nothing_is_launched_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prereg_kernels.ops.backends.triton import activation, gather, loss, scatter, sums
+
+    for module in (activation, gather, loss, scatter, sums):
+        monkeypatch.setattr(module, "launch", None)
+    none, x, vector = draw(0, 4), draw(3, 4), draw(4)
+    kept = vector.clone()
+    index = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
+    ROWS.gather_rows(x, index, none)
+    ROWS.activate(none, vector, "gelu", none)
+    ROWS.activation_backward(none, none, None, "gelu", vector)
+    ROWS.token_losses(none, None, x, index, spec, draw(0))
+    ROWS.token_losses_and_grad(none, None, x, index, draw(0), spec, draw(0), none, vector)
+    ROWS.scatter_rows(none, x, index, None, True)
+    assert torch.equal(vector, kept)
+
+
+def test_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prereg_kernels.ops.backends.triton import launch
+
+    events: list[Any] = []
+
+    @contextmanager
+    def current_device(device: torch.device) -> Iterator[None]:
+        events.append(("enter", device.index))
+        yield
+        events.append("leave")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: events.append((grid, kwargs["num_warps"]))
+
+    monkeypatch.setattr(torch.cuda, "device", current_device)
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 3))
+    launch.launch(Kernel(), (7,), 4, tensor)
+    assert events == [("enter", 3), ((7,), 4), "leave"]
+    events.clear()
+    launch.launch(Kernel(), (7,), 4, torch.zeros(1))
+    assert events == [((7,), 4)]
+
+
+@pytest.mark.skipif(not interpreting(), reason="a failed assertion ends the use of a GPU")
+@pytest.mark.parametrize("row", (-1, 3))
+def test_index_out_of_range(row: int) -> None:
+    x, index = draw(3, 4), torch.tensor([0, row])
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
+    with pytest.raises(Exception, match="visual_index out of range"):
+        ROWS.gather_rows(x, index, empty(2, 4))
+    with pytest.raises(Exception, match="visual_index out of range"):
+        ROWS.scatter_rows(draw(2, 4), x, index, None, True)
+    with pytest.raises(Exception, match="visual_index out of range"):
+        ROWS.token_losses(draw(2, 4), None, x, index, spec, empty(2))
