@@ -5,6 +5,7 @@ The sources are tiny, and two libraries without content stand for torch's.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -241,7 +242,7 @@ def test_libraries_stay_where_nothing_can_be_compiled(
 
 @pytest.mark.parametrize(
     ("stop", "pause"),
-    ((signal.SIGTERM, "sleep 60"), (signal.SIGKILL, "sleep 1")),  # ninja ends compilers, or cannot
+    ((signal.SIGTERM, "sleep 60"), (signal.SIGKILL, "sleep 2")),  # ninja ends compilers, or cannot
     ids=("stopped", "killed"),
 )
 def test_an_interrupted_build_leaves_the_libraries(
@@ -266,6 +267,9 @@ def test_an_interrupted_build_leaves_the_libraries(
     finally:
         os.killpg(process.pid, stop)
         process.wait()
+    if stop == signal.SIGKILL:  # no other build before that compiler ends
+        with (project.objects / "lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert project.libraries() == before
     project.set_pause("")
     assert project.build()["variants"] == ["one", "two"]
