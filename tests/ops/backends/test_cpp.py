@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends.cpp import CppRows, unavailable
 from prereg_kernels.ops.backends.cpp_libraries import describe, runnable_variants
+from prereg_kernels.ops.names import ACTIVATIONS
 from tests.helpers import relative_error
 from tests.ops.backends.primitives import (
     KINDS,
