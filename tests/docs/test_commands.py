@@ -59,7 +59,7 @@ NOT_RUN = {
         "pip install git+URL",
         "pip install FILE.tar.gz",
         "pip install -e .",
-        "pip install torch setuptools wheel ninja",
+        "pip install torch 'setuptools>=77' wheel ninja",
         "pip install --no-build-isolation .",
         "pip install --no-build-isolation -e '.[dev]'",
         "pip wheel .",
