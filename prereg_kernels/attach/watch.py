@@ -55,6 +55,8 @@ class Watch:
     def evaluated(self, module: nn.Module, output: Any) -> None:
         """Of a call in eval mode: its loss is not meant to be trained by."""
         loss = getattr(output, "loss", None)
+        if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].dim():
+            loss = output[0]  # without labels the logits come first
         if not module.training and isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(self._train_in_eval_mode)
 
