@@ -142,6 +142,22 @@ class PRe:
     def passes(self, value: int) -> None:
         self._state.passes = value
 
+    @property
+    def next_visual_mask(self) -> Tensor | None:
+        """Where the visual tokens of the next forward pass are; None: where their ids are.
+
+        Set it before a call whose `input_ids` do not say so, or that has `inputs_embeds` alone. It
+        is bool, of the shape of `input_ids`, (rows, length), or, where the model makes a sequence
+        of another length, of that; and on the device of the batch. The next pass uses it, training
+        or evaluating, and then it is None again. A token that the attention mask hides is padding.
+        `count` goes by ids.
+        """
+        return self._state.next_mask.mask
+
+    @next_visual_mask.setter
+    def next_visual_mask(self, mask: Tensor | None) -> None:
+        self._state.next_mask.put(mask)
+
     def metrics(self) -> dict[str, float]:
         """Figures of the last training call; with `value_in_eval`, of an evaluating one too.
 

@@ -8,8 +8,7 @@ model's result gets the term added to its loss.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +17,12 @@ from torch import Tensor, nn
 
 from prereg_kernels._util import distributed
 from prereg_kernels.attach.anchors import function_rows, projector_rows
-from prereg_kernels.attach.checkpointing import outside_checkpoint, outside_selection
+from prereg_kernels.attach.checkpointing import (
+    is_recomputation,
+    outside_checkpoint,
+    outside_selection,
+)
+from prereg_kernels.attach.forward import goes_on, parameters_of
 from prereg_kernels.attach.identity import use
 from prereg_kernels.attach.image_spans import find_images
 from prereg_kernels.attach.passes import Calls, Collected, Pass
@@ -43,7 +47,10 @@ class Hooks:
         embeddings = state.model.get_input_embeddings()
         self._compiled_values = _zeros(state.heads, embeddings.weight.device)
         language_model = state.family.language_model_of(state.model)
-        self._names = _parameters(state.model), _parameters(language_model)  # a graph cannot ask
+        self._names = (
+            parameters_of(state.model),
+            parameters_of(language_model),
+        )  # a graph cannot ask
         self._move_compiled_values = _outside_of_graphs(_move)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +95,7 @@ class Hooks:
         if torch.compiler.is_compiling() or self._calls.current is not None:
             return
         inputs = self._named(None, inner, args) | kwargs
-        if inputs.get("input_ids") is not None:
+        if inputs.get("input_ids") is not None or self._state.next_mask.mask is not None:
             call = self._calls.enter(inner)
             call.current = self._read(inner, inputs)
 
@@ -96,7 +103,7 @@ class Hooks:
         if not args:
             return {}
         ask = known is None or not torch.compiler.is_compiling()
-        names = _parameters(module) if ask or known is None else self._names[known]
+        names = parameters_of(module) if ask or known is None else self._names[known]
         return dict(zip(names, args, strict=False))
 
     def _read(self, module: nn.Module, inputs: dict[str, Any]) -> Pass | None:
@@ -107,22 +114,33 @@ class Hooks:
                 "torch.nn.DataParallel, whose threads share the hooks of one; use "
                 "DistributedDataParallel, a process per GPU"
             )
+        next_mask = state.next_mask
+        given = next_mask.take(inputs) if next_mask.mask is not None or next_mask.kept else None
         training = module.training and torch.is_grad_enabled()
         compiled = torch.compiler.is_compiling()
         if not training and not config.value_in_eval:
             return None
-        again = training and not compiled and _is_recomputation()
+        again = training and not compiled and is_recomputation()
         if training and not again:
             state.check_heads_train()
             if not compiled:
                 self._watch.training()
             state.loss = state.last = None
-        if not training and _goes_on(inputs):
+        if not training and goes_on(inputs):
             return None
         input_ids, attention = inputs.get("input_ids"), inputs.get("attention_mask")
-        if input_ids is None:
-            raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
-        mask = state.visual_mask(input_ids, attention)
+        source = "input_ids" if given is None else "next_visual_mask"
+        if given is not None:
+            input_ids = marked = given  # each run of them stands for an image's, as one of ids does
+        elif input_ids is not None:
+            marked = state.visual_mask(input_ids)
+        else:
+            raise ValueError(
+                "input_ids: PRe finds the visual tokens by it; expected ids, or a mask in "
+                "pre.next_visual_mask, got None"
+            )
+        visible = find_visible(attention, marked)
+        mask = marked if visible is None else marked & visible
         values = (
             self._values_in_graph(mask.device) if compiled else _zeros(state.heads, mask.device)
         )
@@ -130,18 +148,17 @@ class Hooks:
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
             if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
                 denominator = mask.new_zeros((), dtype=torch.float32)
-            current = Pass(inputs, training, denominator, mask, values)
+            current = Pass(inputs, source, mask.shape, training, denominator, mask, values)
             current.carry = carry_of(state, current) if training else None
             return current
         index = mask.flatten().nonzero().squeeze(1)
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
-        current = Pass(inputs, training, denominator, index, values, again)
-        if not self._reads_batch and find_visible(attention, input_ids) is not None:
-            current.by_id = state.visual_mask(input_ids)
+        current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
+        if visible is not None:
+            current.by_id = marked
         if config.level == "global":
-            by_id = mask if current.by_id is None else current.by_id
-            current.images = find_images(state.family, inputs, input_ids, by_id, index)
+            current.images = find_images(state.family, inputs, input_ids, marked, index)
         if training:
             if config.token_fraction < 1:
                 current.chosen = self._choose(index)
@@ -179,14 +196,13 @@ class Hooks:
         embeddings = (self._named(1, module, args) | kwargs).get("inputs_embeds")
         if current is None or embeddings is None:
             return
-        ids = current.inputs["input_ids"]
-        if embeddings.shape[:-1] != ids.shape:
+        if embeddings.shape[:-1] != current.shape:
             raise ValueError(
-                "input_ids: PRe finds the visual tokens by it; expected the decoder's sequence "
-                f"to have its shape, {tuple(ids.shape)}, got inputs_embeds of "
-                f"{tuple(embeddings.shape[:-1])}. This model expands or splits its sequence; train "
-                "it with an id for each position, or call prereg_kernels.pre_tap with a mask of "
-                "your own"
+                f"{current.source}: PRe finds the visual tokens by it; expected the decoder's "
+                f"sequence to have its shape, {tuple(current.shape)}, got inputs_embeds of "
+                f"{tuple(embeddings.shape[:-1])}. Where the model expands or splits its sequence, "
+                "train it with an id for each position, or set pre.next_visual_mask before each "
+                "call to a mask of the sequence that the decoder gets"
             )
         with torch.no_grad():
             current.anchor = self._anchor(current, embeddings.detach())
@@ -374,23 +390,3 @@ def _move(values: dict[int, Tensor], device: torch.device) -> None:
 def _outside_of_graphs(function: Any) -> Any:
     """Not a decorator: it would load the compiler with the package."""
     return torch.compiler.disable(function)
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of what its forward takes."""
-    return tuple(inspect.signature(module.forward).parameters)
-
-
-def _is_recomputation() -> bool:
-    """Whether a checkpoint around the model's call runs it again in backward, for its graph.
-
-    Not so with use_reentrant=True, where the call in backward is the first one with grad.
-    """
-    node = torch._C._current_autograd_node()
-    return node is not None and node.name() != "CheckpointFunctionBackward"
-
-
-def _goes_on(inputs: Mapping[str, Any]) -> bool:
-    """Whether these are tokens that generation appends: none is visual, whatever its id."""
-    cache: Any = inputs.get("past_key_values")
-    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())

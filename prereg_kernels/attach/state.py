@@ -13,6 +13,7 @@ from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.families import Family
 from prereg_kernels.attach.heads import PASSES, Heads
 from prereg_kernels.attach.image_spans import check_images
+from prereg_kernels.attach.masks import NextMask
 from prereg_kernels.attach.passes import Collected, Record
 from prereg_kernels.attach.visual import find_visual
 from prereg_kernels.ops.head import PReHead
@@ -26,6 +27,7 @@ class State:
     Attributes:
         model, config, family: as `apply_pre` has resolved them. anchor_features: A.
         heads, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
+        next_mask: as `PRe.next_visual_mask`, and what became of those before.
         last: of the last training call; with `value_in_eval`, of an evaluating one too.
         collected: the passes so far while `PRe.collecting` is open; else None.
         shapes: {name inside of `model.pre_heads`: shape of the whole parameter}.
@@ -46,6 +48,7 @@ class State:
         self.loss_scale: float | Tensor = 1.0
         self.add_to_loss = True
         self.passes = 0
+        self.next_mask = NextMask()
         self.last: Record | None = None
         self.collected: list[Collected] | None = None
         self.hooks: list[RemovableHandle] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from prereg_kernels.attach.checkpointing import is_in_backward
 from prereg_kernels.attach.passes import Pass
 from prereg_kernels.attach.state import State
 
@@ -151,11 +152,6 @@ def _look_at_steps(watch: Watch) -> None:
             watch.step(optimizer)
 
     weakref.finalize(watch, register_optimizer_step_pre_hook(look).remove)
-
-
-def is_in_backward() -> bool:
-    """Whether autograd is running this, as checkpoints do that compute something again."""
-    return torch._C._current_autograd_node() is not None
 
 
 def _reach_term(reached: set[str], gradient: Tensor) -> None:

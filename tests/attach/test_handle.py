@@ -17,7 +17,8 @@ from prereg_kernels.attach.storage import load_heads
 from tests.tiny import make_batch, tiny_llava
 
 PUBLIC = (
-    "heads metrics totals count check visual_mask denominator passes save load loss add_to_loss "
+    "heads metrics totals count check visual_mask next_visual_mask denominator passes save load "
+    "loss add_to_loss "
     # a GradScaler's loop, a loss of several passes and a log have no other way
     "loss_scale collecting config"
 )
