@@ -21,6 +21,7 @@ from prereg_kernels.attach.figures import figures_of
 from prereg_kernels.attach.image_spans import count_images
 from prereg_kernels.attach.passes import Collected
 from prereg_kernels.attach.state import State
+from prereg_kernels.attach.visual import find_visual
 from prereg_kernels.ops.head import PReHead
 
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
@@ -221,7 +222,8 @@ class PRe:
         Args:
             attention_mask: as the model takes it; a token that it hides is padding, not visual.
         """
-        return self._state.visual_mask(input_ids, attention_mask)
+        tokens = self._state.family.visual_token_ids(self._state.model)
+        return find_visual(input_ids, tokens, attention_mask)
 
     def check(self) -> None:
         """Raise ValueError if a head is frozen."""

@@ -30,7 +30,7 @@ from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.sampling import choose_tokens
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
-from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.visual import find_marked, find_visible
 from prereg_kernels.attach.watch import Watch
 
 
@@ -133,7 +133,7 @@ class Hooks:
         if given is not None:
             input_ids = marked = given  # each run of them stands for an image's, as one of ids does
         elif input_ids is not None:
-            marked = state.visual_mask(input_ids)
+            marked = find_marked(input_ids, state.family.visual_token_ids(state.model))
         else:
             raise ValueError(
                 "input_ids: PRe finds the visual tokens by it; expected ids, or a mask in "

@@ -15,7 +15,6 @@ from prereg_kernels.attach.heads import PASSES, Heads
 from prereg_kernels.attach.image_spans import check_images
 from prereg_kernels.attach.masks import NextMask
 from prereg_kernels.attach.passes import Collected, Record
-from prereg_kernels.attach.visual import find_visual
 from prereg_kernels.ops.head import PReHead
 
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
@@ -91,11 +90,6 @@ class State:
     def module_of(self, layer: int) -> nn.Module:
         """The head to call: what a wrapper, as of FSDP1, has put into its place in the model."""
         return getattr(self.model, HEADS)[self._name_of[layer]]
-
-    def visual_mask(self, input_ids: Tensor, attention_mask: Any = None) -> Tensor:
-        """As `PRe.visual_mask`."""
-        tokens = self.family.visual_token_ids(self.model)
-        return find_visual(input_ids, tokens, attention_mask)
 
     def check_heads_train(self) -> None:
         """As `PRe.check`."""
