@@ -115,7 +115,9 @@ class Hooks:
                 "DistributedDataParallel, a process per GPU"
             )
         next_mask = state.next_mask
-        given = next_mask.take(inputs) if next_mask.mask is not None or next_mask.kept else None
+        given = None
+        if next_mask.mask is not None or next_mask.kept:
+            given = next_mask.take(inputs, module.training)
         training = module.training and torch.is_grad_enabled()
         compiled = torch.compiler.is_compiling()
         if not training and not config.value_in_eval:

@@ -61,8 +61,11 @@ class NextMask:
         self.mask = mask
         self._is_of_backward = not torch.compiler.is_compiling() and is_in_backward()
 
-    def take(self, inputs: Mapping[str, Any]) -> Tensor | None:
+    def take(self, inputs: Mapping[str, Any], training: bool) -> Tensor | None:
         """For the pass of a call with these arguments; None: its ids say where the tokens are.
+
+        Args:
+            training: of the module; backward runs no other call again.
 
         Raises:
             ValueError: the mask is on another device than the batch; or backward runs the call
@@ -84,7 +87,7 @@ class NextMask:
             raise ValueError(
                 f"next_visual_mask: expected it on {batch.device}, as the batch, got {mask.device}"
             )
-        if not again:
+        if training and not again:
             self._keep(batch, mask)
         return mask
 
@@ -92,7 +95,9 @@ class NextMask:
         """By its memory: a checkpoint with use_reentrant=True detaches what it is given."""
         for entry in self.kept:
             known = entry.batch()
-            if known is not None and known.dtype == batch.dtype and known.is_set_to(batch):
+            if known is None or (known.dtype, known.device) != (batch.dtype, batch.device):
+                continue
+            if known.is_set_to(batch):
                 return entry
         return None
 

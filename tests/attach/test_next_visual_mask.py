@@ -265,8 +265,11 @@ def test_a_checkpoint_around_the_call(
 def test_one_batch_with_two_masks_cannot_be_told_apart(other: str) -> None:
     model, batch = tiny_llava(), make_batch((1, 2))
     pre, run = apply_pre(model), run_checkpointed(model, False, False)
-    for seed in range(2):  # one after the other is fine
+    for seed in range(2):  # one after the other is fine, and evaluation in between
         step(model, batch, elsewhere(batch, seed), run)
+        pre.next_visual_mask = elsewhere(batch, 9)
+        model.eval()(**batch)
+        model.train()
     pre.next_visual_mask = elsewhere(batch, 2)
     first = run(**batch).loss
     pre.next_visual_mask = elsewhere(batch, 3) if other == "a mask" else None
