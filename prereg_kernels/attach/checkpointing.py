@@ -1,4 +1,4 @@
-"""Gradient checkpointing: stepping out of it, for what it must not hold or compute again."""
+"""Gradient checkpointing: stepping out of it, and telling whether backward runs something again."""
 
 from __future__ import annotations
 
@@ -49,3 +49,17 @@ def outside_selection() -> Iterator[None]:
             private.pop_dispatch_mode()
         for mode in modes:
             private.push_dispatch_mode(mode)
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is running this, as checkpoints do that compute something again."""
+    return private.current_autograd_node() is not None
+
+
+def is_recomputation() -> bool:
+    """Whether a checkpoint around the model's call runs it again in backward, for its graph.
+
+    Not so with use_reentrant=True, where the call in backward is the first one with grad.
+    """
+    node = private.current_autograd_node()
+    return node is not None and node.name() != private.REENTRANT_NODE

@@ -1,4 +1,4 @@
-"""The command line: `prereg train`, `prereg sweep`, `prereg diagnose`, `prereg doctor`."""
+"""The command line: `prereg train`, `sweep`, `diagnose`, `doctor` and `build`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def main() -> None:
         from prereg_kernels.cli.doctor import doctor
 
         doctor(arguments.json)
+        return
+    if arguments.command == "build":
+        _build()
         return
     if arguments.command == "diagnose":
         _diagnose(arguments)
@@ -65,6 +68,17 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         run(arguments, Console(width=width, markup=False, emoji=False))
     except KeyboardInterrupt:
         _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _build() -> None:
+    from prereg_kernels.cli.build import build_libraries
+
+    try:
+        print(build_libraries())
+    except KeyboardInterrupt:
+        _fail("stopped; run again to go on", 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
 
@@ -136,6 +150,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Versions, CPU, GPU and backends: what runs here, and why the rest does not.",
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    commands.add_parser(
+        "build",
+        help="compile the C++ rows for CPUs",
+        description="Compile the C++ rows for CPUs against the torch that is installed. Needs a "
+        "C++ compiler. In a checkout the libraries go into the package, otherwise into "
+        "TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. What is up to date is kept.",
+    )
     return parser
 
 

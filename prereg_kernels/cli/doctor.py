@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from prereg_kernels._util.machine import cpu_name
 from prereg_kernels._util.supported import bounds, is_supported
 from prereg_kernels._version import __version__
-from prereg_kernels.ops.backends.cpp import describe
+from prereg_kernels.ops.backends.cpp_libraries import describe
 from prereg_kernels.ops.backends.registry import choose_rows, unavailable
 from prereg_kernels.ops.chunking import operand_dtype
 from prereg_kernels.ops.names import BACKENDS
@@ -54,7 +55,10 @@ def doctor(as_json: bool) -> None:
 
 def _backends() -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts: dict[str, Any] = {"auto": f"{choose_rows('auto', torch.device(device)).name}, {device}"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons follow
+        auto = choose_rows("auto", torch.device(device)).name
+    facts: dict[str, Any] = {"auto": f"{auto}, {device}"}
     for name in BACKENDS[1:]:
         where = "cpu" if name == "cpp" else device
         reason = unavailable(name, where)

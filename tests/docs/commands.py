@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from accelerate.commands.launch import launch_command_parser
+from pip._internal.commands import create_command
 from torch.distributed.run import get_args_parser
 
 from prereg_kernels.cli.commands import main
@@ -24,7 +25,7 @@ from prereg_kernels.cli.settings import override
 from prereg_kernels.demo.config import RunConfig
 from tests.docs.pages import ROOT
 
-PROGRAMS = ("prereg", "make", "python", "python3", "torchrun", "accelerate")
+PROGRAMS = ("prereg", "make", "pip", "python", "python3", "torchrun", "accelerate")
 BEGINNING = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)})(?: |$)")
 # Each program prints what it is given. Nothing else runs, as there is no path to look on.
 STUBS = [f"{name}() {{ printf '%s\\0' {name} \"$@\"; echo; }}" for name in PROGRAMS]
@@ -66,6 +67,8 @@ def check(command: Command) -> None:
         parser = get_args_parser() if program == "torchrun" else launch_command_parser()
         script = parser.parse_args(arguments[program == "accelerate" :]).training_script
         assert (ROOT / "examples" / script).is_file(), f"no examples/{script}"
+    elif program == "pip":
+        create_command(arguments[0]).parse_args(arguments[1:])
     elif not is_name(command):
         with chdir(ROOT):
             _parse((program, *arguments))

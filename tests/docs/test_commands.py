@@ -59,6 +59,18 @@ NOT_RUN = {
         "python -m benchmarks.step.gpu --out FILE",
     ),
     "runs these tests": ("make test",),
+    "installs packages": (
+        "pip install torch",
+        "pip install .",
+        "pip install git+URL",
+        "pip install FILE.tar.gz",
+        "pip install -e .",
+        "pip install torch 'setuptools>=77' wheel ninja",
+        "pip install --no-build-isolation .",
+        "pip install --no-build-isolation -e '.[dev]'",
+        "pip wheel .",
+    ),
+    "tests/cli/test_build.py::test_compiles_and_says_what_runs runs it": ("prereg build",),
     "a check of every change, beside these tests": ("make lint",),
     "compiles for minutes, and runs tests of tests/ops/backends": ("make sanitize",),
     "tests/cli/test_demo.py::test_experiment_writes_its_report runs it": (
