@@ -18,6 +18,13 @@ class Family:
     Paths are names of registered submodules, dotted, from the model that `apply_pre` gets. As
     those of transformers do, it needs a `config` and `get_input_embeddings`.
 
+    Example:
+        >>> family = Family("mine", projector="model.multi_modal_projector")
+        >>> family.language_model, family.visual_tokens
+        ('model.language_model', ('image_token_id',))
+        >>> len(family.layers_of(model))
+        4
+
     Attributes:
         name: as people call it.
         model_types: the `config.model_type` values that belong to it.
