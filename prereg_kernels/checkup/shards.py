@@ -93,6 +93,12 @@ class Shards:
         with safe_open(self._path(name), framework="pt") as file:
             return file.get_tensor(tensor) if tensor in file.keys() else None  # noqa: SIM118
 
+    def starting(self, name: str, prefix: str) -> dict[str, Tensor]:
+        """The tensors of a shard whose names begin with `prefix`, by the rest of their names."""
+        with safe_open(self._path(name), framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+
     def layer(self, name: str, tensor: str, layer: int) -> Tensor:
         """`tensor[layer]`; the other layers are not read."""
         with safe_open(self._path(name), framework="pt") as file:
