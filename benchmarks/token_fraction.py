@@ -92,6 +92,7 @@ def step_times(cache: str) -> dict[str, list[float]]:
 
 def print_table(stored: dict[str, Any]) -> None:
     """Markdown: step time, and probes with their paired differences to the baseline."""
+    from prereg_kernels.checkup.words import plus_minus
     from prereg_kernels.demo.experiment.summary import Effect
 
     times, rows = stored["step_seconds"], stored["runs"]
@@ -110,8 +111,8 @@ def print_table(stored: dict[str, Any]) -> None:
         cells.append(f"{100 * statistics.median(ratios):+.1f}% ± {100 * error:.1f}%")
         for layer in layers:
             effect = Effect.of(values(BASELINE, layer), values(variant, layer))
-            interval = f" ({100 * effect.difference.mean:+.1f} ± {100 * effect.half_width:.1f})"
-            cells.append(f"{100 * effect.after.mean:.1f}" + interval * (variant != BASELINE))
+            interval = f" ({plus_minus(effect.difference, 100, '.1f')})"
+            cells.append(f"{100 * effect.after.value:.1f}" + interval * (variant != BASELINE))
         print(f"| {variant} |", " | ".join(cells), "|")
     machine = stored["machine"]
     print(

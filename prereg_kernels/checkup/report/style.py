@@ -91,14 +91,11 @@ def panels(
     return figure, axes[:count]
 
 
-def curve(
-    axis: Axes, values: ArrayLike, low: ArrayLike | None, high: ArrayLike | None, **line: Any
-) -> None:
+def curve(axis: Axes, values: ArrayLike, low: ArrayLike, high: ArrayLike, **line: Any) -> None:
     """A line over depth, and the band between two more; `line` is what `Axes.plot` takes."""
     depth = np.arange(len(np.asarray(values)))
     axis.plot(depth, values, markersize=4, **line)
-    if low is not None and high is not None:
-        axis.fill_between(depth, low, high, color=line["color"], alpha=0.18, linewidth=0)
+    axis.fill_between(depth, low, high, color=line["color"], alpha=0.18, linewidth=0)
 
 
 def mark_layer(axis: Axes, layer: int, **bar: Any) -> None:
