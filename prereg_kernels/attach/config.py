@@ -6,17 +6,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from prereg_kernels.ops.arguments import DTYPES, check_name, check_spec
+from prereg_kernels.ops.names import ActivationName, LossName, NormalizationName
 
 Anchor = Callable[[Mapping[str, Any]], Tensor]
-ANCHORS = ("pre_llm", "pre_projector")
-LEVELS = ("patch", "global")
-GRADIENTS = ("auto", "loss", "tap")
+AnchorName = Literal["pre_llm", "pre_projector"]
+LevelName = Literal["patch", "global"]
+GradientName = Literal["auto", "loss", "tap"]
+ANCHORS: tuple[AnchorName, ...] = get_args(AnchorName)
+LEVELS: tuple[LevelName, ...] = get_args(LevelName)
+GRADIENTS: tuple[GradientName, ...] = get_args(GradientName)
 # What a head is: under another of these its parameters have other shapes or mean something else.
 HEAD_SETTINGS = ("layers", "share_head", "head_features", "depth", "activation")
 
@@ -69,19 +73,19 @@ class PReConfig:
 
     layers: int | Sequence[int] | None = None
     weight: float = 0.5
-    anchor: str | Anchor = "pre_llm"
+    anchor: AnchorName | Anchor = "pre_llm"
     anchor_features: int | None = None
-    level: str = "patch"
+    level: LevelName = "patch"
     token_fraction: float = 1.0
     share_head: bool = False
     head_features: int | None = None
     depth: int = 2
-    activation: str = "gelu"
-    loss: str = "cosine"
-    normalize: str = "none"
+    activation: ActivationName = "gelu"
+    loss: LossName = "cosine"
+    normalize: NormalizationName = "none"
     value_in_forward: bool = False
     value_in_eval: bool = False
-    gradient: str = "auto"
+    gradient: GradientName = "auto"
     seed: int = 0
     head_dtype: torch.dtype | str | None = None
 

@@ -15,8 +15,9 @@ import torch
 from prereg_kernels._util.machine import cpu_name
 from prereg_kernels._version import __version__
 from prereg_kernels.ops.backends.cpp import describe
-from prereg_kernels.ops.backends.registry import BACKENDS, choose_rows, unavailable
+from prereg_kernels.ops.backends.registry import choose_rows, unavailable
 from prereg_kernels.ops.chunking import operand_dtype
+from prereg_kernels.ops.names import BACKENDS
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
 Report = dict[str, dict[str, Any]]

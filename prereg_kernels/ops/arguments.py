@@ -9,12 +9,9 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels.ops.names import ACTIVATIONS, LOSSES, NORMALIZATIONS, REDUCTIONS
 from prereg_kernels.ops.transforms import is_wrapped
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
-LOSSES = ("cosine", "mse", "smooth_l1")
-NORMALIZATIONS = ("none", "l2", "layer")
-REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import distributed, fsdp
-from prereg_kernels.ops.arguments import ACTIVATIONS, check_name
+from prereg_kernels.ops.arguments import check_name
 from prereg_kernels.ops.loss import fused_pre_loss
+from prereg_kernels.ops.names import ACTIVATIONS, ActivationName
 from prereg_kernels.ops.tap import pre_tap
 
 
@@ -44,7 +45,7 @@ class PReHead(nn.Module):
         hidden_features: int | None = None,
         *,
         depth: int = 2,
-        activation: str = "gelu",
+        activation: ActivationName = "gelu",
         bias: bool = True,
         seed: int | None = None,
         device: torch.device | str | None = None,

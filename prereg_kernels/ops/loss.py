@@ -16,8 +16,15 @@ from prereg_kernels.ops.arguments import (
     matmul_dtype,
     token_coefficients,
 )
-from prereg_kernels.ops.backends.registry import BACKENDS
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses
+from prereg_kernels.ops.names import (
+    BACKENDS,
+    ActivationName,
+    BackendName,
+    LossName,
+    NormalizationName,
+    ReductionName,
+)
 from prereg_kernels.ops.pipeline import power_of_two
 from prereg_kernels.ops.reference import eager_pre_loss
 from prereg_kernels.ops.transforms import forbid_forward_mode, is_transforming
@@ -32,15 +39,15 @@ def fused_pre_loss(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
-    activation: str = "gelu",
-    loss: str = "cosine",
-    normalize: str = "none",
-    reduction: str = "mean",
+    activation: ActivationName = "gelu",
+    loss: LossName = "cosine",
+    normalize: NormalizationName = "none",
+    reduction: ReductionName = "mean",
     denominator: float | Tensor | None = None,
     eps: float = 1e-8,
     recompute: bool = False,
     chunk_rows: int | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Predictive Regularization (arXiv 2603.20808): `-mean_i cos(f(hidden_i), anchor_i)`.
 

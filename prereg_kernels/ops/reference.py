@@ -24,6 +24,7 @@ from prereg_kernels.ops.arguments import (
     matmul_dtype,
     token_coefficients,
 )
+from prereg_kernels.ops.names import ActivationName, LossName, NormalizationName, ReductionName
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -42,10 +43,10 @@ def eager_pre_loss(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
-    activation: str = "gelu",
-    loss: str = "cosine",
-    normalize: str = "none",
-    reduction: str = "mean",
+    activation: ActivationName = "gelu",
+    loss: LossName = "cosine",
+    normalize: NormalizationName = "none",
+    reduction: ReductionName = "mean",
     denominator: float | Tensor | None = None,
     eps: float = 1e-8,
     upcast: torch.dtype | None = None,

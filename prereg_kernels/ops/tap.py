@@ -23,9 +23,15 @@ from prereg_kernels.ops.arguments import (
     matmul_dtype,
     token_coefficients,
 )
-from prereg_kernels.ops.backends.registry import BACKENDS
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses, store_value
 from prereg_kernels.ops.loss import fused_pre_loss
+from prereg_kernels.ops.names import (
+    BACKENDS,
+    ActivationName,
+    BackendName,
+    LossName,
+    NormalizationName,
+)
 from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
 from prereg_kernels.ops.versions import check_versions, versions_of
 
@@ -39,13 +45,13 @@ def pre_tap(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
-    activation: str = "gelu",
-    loss: str = "cosine",
-    normalize: str = "none",
+    activation: ActivationName = "gelu",
+    loss: LossName = "cosine",
+    normalize: NormalizationName = "none",
     denominator: float | Tensor | None = None,
     eps: float = 1e-8,
     chunk_rows: int | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     compute_value: bool = False,
     value_out: Tensor | None = None,
     carry: float | Tensor | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
 from prereg_kernels.ops import arguments
-from prereg_kernels.ops.arguments import ACTIVATIONS
+from prereg_kernels.ops.names import ACTIVATIONS
 from tests.helpers import (
     assert_as_good_as_eager,
     assert_as_good_on_average,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prereg_kernels.ops import chunking
-from prereg_kernels.ops.arguments import ACTIVATIONS, LOSSES, NORMALIZATIONS
+from prereg_kernels.ops.names import ACTIVATIONS, LOSSES, NORMALIZATIONS
 from tests.fuzzing import fuzz
 from tests.helpers import Problem, check, check_tap, make_problem, residual_like, restride
 

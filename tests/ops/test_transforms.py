@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 
 from prereg_kernels import PReHead, eager_pre_loss, fused_pre_loss, pre_tap
 from prereg_kernels.attach.pooling import pool_images
-from prereg_kernels.ops.arguments import ACTIVATIONS, LOSSES
+from prereg_kernels.ops.names import ACTIVATIONS, LOSSES
 from tests.fuzzing import fuzz
 from tests.helpers import Problem, make_problem, relative_error
 

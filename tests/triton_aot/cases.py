@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import ACTIVATIONS, NORMALIZATIONS, Spec
+from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends.triton.backend import TritonRows
+from prereg_kernels.ops.names import ACTIVATIONS, NORMALIZATIONS
 
 ROWS, POSITIONS = 6144, 2**20  # of a chunk, and of the whole batch
 COLUMNS = (512, 1024, 3584, 4096, 8192, 16384, 20480)

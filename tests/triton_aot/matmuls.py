@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends.triton.matmul_config import STAGES, MatmulConfig, candidates
+from prereg_kernels.ops.names import ACTIVATIONS
 from tests.triton_aot.cases import meta
 from tests.triton_aot.compile import TARGETS, compiling_for
 from tests.triton_aot.inspection import inspect

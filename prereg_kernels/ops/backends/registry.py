@@ -8,8 +8,8 @@ import torch
 
 from prereg_kernels.ops.arguments import check_name
 from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.names import BACKENDS
 
-BACKENDS = ("auto", "torch", "cpp", "triton")
 FASTEST_FIRST = ("triton", "cpp", "torch")
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends import cpp
 from prereg_kernels.ops.backends.cpp import CppRows, describe, runnable_variants, unavailable
+from prereg_kernels.ops.names import ACTIVATIONS
 from tests.helpers import relative_error
 from tests.ops.backends.primitives import (
     KINDS,

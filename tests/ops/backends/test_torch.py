@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends.base import Rows
 from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops.names import ACTIVATIONS
 from tests.helpers import relative_error
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

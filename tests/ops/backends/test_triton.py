@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends.torch import TorchRows
 from prereg_kernels.ops.backends.triton import config
 from prereg_kernels.ops.backends.triton.backend import TritonRows, interpreting, unavailable
+from prereg_kernels.ops.names import ACTIVATIONS
 from tests.helpers import relative_error
 from tests.ops.backends.test_torch import BOUND, DTYPES, act, check_zero_target, losses_of
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prereg_kernels.ops import chunking, custom_ops
-from prereg_kernels.ops.arguments import ACTIVATIONS, Spec
+from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends.triton import fused
 from prereg_kernels.ops.backends.triton.backend import TritonRows, interpreting, unavailable
 from prereg_kernels.ops.backends.triton.fused import FusedStages, FusedTritonRows
@@ -31,6 +31,7 @@ from prereg_kernels.ops.backends.triton.matmul_config import (
     choose_config,
     choose_plan,
 )
+from prereg_kernels.ops.names import ACTIVATIONS
 from prereg_kernels.ops.reference import ACTIVATION_FUNCTIONS
 from tests.helpers import Problem, check, make_problem, relative_error
 
