@@ -14,7 +14,7 @@ import transformers as hf
 from prereg_kernels.checkup.features import visual_features
 from prereg_kernels.checkup.images.datasets import Sample
 from prereg_kernels.checkup.images.image_batches import ImageBatches
-from prereg_kernels.checkup.images.layouts import layout_of
+from prereg_kernels.checkup.images.layouts import family_with_layout
 from prereg_kernels.checkup.images.patches import TokenGrid
 from prereg_kernels.checkup.loading import Loaded
 from tests.attach.families.models import TILES, llava_next
@@ -149,7 +149,7 @@ def test_a_class_token_has_no_place() -> None:
 
 def test_other_families_are_named() -> None:
     with pytest.raises(ValueError, match="model_type 'gemma3': the places of its visual tokens"):
-        layout_of("gemma3")
+        family_with_layout("gemma3")
     loaded = make_loaded("llava", clip())
     loaded.config.vision_config.model_type = "pixtral"
     with pytest.raises(ValueError, match="'llava' with a tower of model_type 'pixtral'"):
