@@ -52,9 +52,9 @@ class Shards:
         """Whether that shard is there, whole, as it was written."""
         try:
             with safe_open(self._path(name), framework="pt") as file:
-                found = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return found.get("checksum") == _checksum(tensors, found.get("facts"))
+                return metadata.get("checksum") == _checksum(tensors, metadata.get("facts"))
         except (FileNotFoundError, SafetensorError):
             return False
 
@@ -79,8 +79,8 @@ class Shards:
     def facts(self, name: str) -> dict[str, Any]:
         """What was written with the tensors."""
         with safe_open(self._path(name), framework="pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()["facts"])
-            return found
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            return facts
 
     def read(self, name: str, tensor: str) -> Tensor:
         """One tensor of a shard."""
@@ -122,17 +122,17 @@ class Shards:
 
 def _directories(parent: Path) -> list[Path]:
     """Of shards, the latest last."""
-    found = [p for p in parent.glob(f"*/{_SETTINGS}") if _OURS.fullmatch(p.parent.name)]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+    paths = [p for p in parent.glob(f"*/{_SETTINGS}") if _OURS.fullmatch(p.parent.name)]
+    return [path.parent for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
 
 
 def _latest(parent: Path) -> dict[str, Any]:
     """The settings of the latest shards, as far as they can be read."""
     for directory in reversed(_directories(parent)):
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                return found
+            settings = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
+            if isinstance(settings, dict):
+                return settings
     return {}
 
 

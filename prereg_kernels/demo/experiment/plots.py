@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from prereg_kernels.checkup.measures.measure import DEMO, STRUCTURE
-from prereg_kernels.checkup.measures.table import MEASURES
+from prereg_kernels.checkup.measures.measure import STRUCTURE
 from prereg_kernels.checkup.report.style import (
     BLUE,
     GREY,
@@ -26,12 +25,12 @@ from prereg_kernels.checkup.report.style import (
     mark_layer,
     panels,
 )
-from prereg_kernels.demo.checkups import read_checkups
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, questions
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, PROPERTIES, Scenes
 from prereg_kernels.demo.experiment.experiment import TRANSFERS, VARIANTS, ExperimentConfig
 from prereg_kernels.demo.experiment.summary import Result, Results, at, unasked
 from prereg_kernels.demo.metrics import read_metrics
+from prereg_kernels.demo.training_checkup import read_checkups
 
 LABELS = {"baseline": "baseline", "pre": "PRe", "other_scene": "control: another scene's target"}
 COLOURS = {"baseline": ORANGE, "pre": BLUE, "other_scene": GREY}
@@ -76,7 +75,7 @@ def probes(results: Results, layer: int) -> Figure:
 
 def structure(results: Results, layer: int) -> Figure:
     """The measures of patch structure over depth."""
-    measures = [m for m in MEASURES if DEMO in m.shown and m.group == STRUCTURE]
+    measures = [m for m in results.measures() if m.group == STRUCTURE]
     rows = -(-len(measures) // COLUMNS)
     figure, axes = panels(len(measures), size=(14, 2.8 * rows), columns=COLUMNS)
     unit = ""

@@ -17,8 +17,6 @@ from rich.table import Table as RichTable
 from prereg_kernels._util.files import write_whole
 from prereg_kernels._version import __version__
 from prereg_kernels.checkup.intervals import Estimate
-from prereg_kernels.checkup.measures.measure import DEMO, STATES, STRUCTURE
-from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.report.html import inlined, write_html
 from prereg_kernels.checkup.words import plus_minus, spread
 from prereg_kernels.demo.config import to_dict
@@ -126,9 +124,8 @@ def _probes(results: Results, layer: int) -> Table:
 
 def _structure(results: Results, layer: int) -> Table:
     rows = []
-    measures = [measure for measure in MEASURES if DEMO in measure.shown]
     for depth in dict.fromkeys((0, layer, results.layers - 1)):
-        for measure in sorted(measures, key=lambda m: (STRUCTURE, STATES).index(m.group)):
+        for measure in results.measures():
             get = at(measure.group, measure.name, depth)
             label = f"layer {depth}: {measure.name}"
             rows.append(_row(label, results, get, measure.scale, measure.digits))

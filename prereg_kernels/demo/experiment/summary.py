@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
 from typing import Any
 
 from prereg_kernels.checkup.intervals import Estimate
+from prereg_kernels.checkup.measures.measure import DEMO, STATES, STRUCTURE, Measure
+from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.words import plus_minus, verdict
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import TRANSFERS
@@ -83,6 +85,10 @@ class Results:
             self.by_variant.setdefault(result["variant"], []).append(result)
         self.seeds = [result["seed"] for result in self.by_variant["baseline"]]
 
+    def measures(self) -> list[Measure]:
+        """The measures that all units have."""
+        return measures_in((r for group in self.by_variant.values() for r in group), DEMO)
+
     def values(self, variant: str, get: Callable[[Result], float]) -> list[float]:
         """One value a seed."""
         return [get(result) for result in self.by_variant[variant]]
@@ -102,6 +108,20 @@ class Results:
     def layers(self) -> int:
         """How many layers were measured, the input included."""
         return len(self.by_variant["baseline"][0]["probe"]["digit"])
+
+
+def measures_in(results: Iterable[Result], place: str) -> list[Measure]:
+    """The table's measures of a place that all results have, those of patch structure first: older
+    results lack newer measures."""
+    groups = (STRUCTURE, STATES)
+    results = list(results)
+    shown = [
+        measure
+        for measure in MEASURES
+        if place in measure.shown
+        and all(measure.name in result[measure.group] for result in results)
+    ]
+    return sorted(shown, key=lambda measure: groups.index(measure.group))
 
 
 def at(*keys: str | int) -> Callable[[Result], Any]:

@@ -13,11 +13,10 @@ import torch
 from prereg_kernels._util.files import write_whole
 from prereg_kernels._util.machine import describe_machine
 from prereg_kernels.checkup.measures.measure import SWEEP, Measure
-from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.words import plus_minus
 from prereg_kernels.demo.config import to_dict
 from prereg_kernels.demo.experiment.experiment import TRANSFERS
-from prereg_kernels.demo.experiment.summary import Effect, Result, at, holm, unasked
+from prereg_kernels.demo.experiment.summary import Effect, Result, at, holm, measures_in, unasked
 from prereg_kernels.demo.sweep.sweep import (
     BASELINE,
     LONG_TAIL,
@@ -65,7 +64,7 @@ def probe_columns(last: int) -> list[Column]:
     ]
 
 
-def structure_columns() -> list[Column]:
+def measure_columns(results: SweepResults) -> list[Column]:
     """The sweep's part of the table of measures, at the setting's own layer."""
 
     def column(measure: Measure) -> Column:
@@ -74,7 +73,8 @@ def structure_columns() -> list[Column]:
 
         return Column(measure.name, read, measure.scale, measure.digits)
 
-    return [column(measure) for measure in MEASURES if SWEEP in measure.shown]
+    runs = (run for point in results.by_point.values() for run in point.values())
+    return [column(measure) for measure in measures_in(runs, SWEEP)]
 
 
 class SweepResults:
@@ -139,7 +139,7 @@ def tables(results: SweepResults) -> list[SweepTable]:
     for title, columns in (
         ("Answers (%)", answer_columns(results.families(own[0]))),
         ("Linear probes at the visual tokens (%)", probe_columns(results.last)),
-        ("Patch structure at the setting's layer", structure_columns()),
+        ("Patch structure at the setting's layer", measure_columns(results)),
     ):
         found.append(SweepTable(title, columns, own, common))
     if results.config.transfer:
