@@ -75,10 +75,10 @@ def _limit(axis: Axes, panel: Panel, own: Sequence[Measure], models: Models) -> 
     ]
     if any(measure.unit == "%" for measure in own):
         axis.yaxis.set_major_formatter(PercentFormatter())
-    if panel.wide and min(values) > 0 and max(values) > 20 * min(values):
+    if panel.wide and values and min(values) > 0 and max(values) > 20 * min(values):
         axis.set_yscale("log")
         return
-    top = panel.top if panel.reach is None else max(panel.reach, 1.1 * max(values))
+    top = panel.top if panel.reach is None else max(panel.reach, 1.1 * max(values, default=0))
     if (panel.bottom, top) != (None, None):
         axis.set_ylim(panel.bottom, top)
 

@@ -119,7 +119,7 @@ def measures_in(results: Iterable[Result], place: str) -> list[Measure]:
         measure
         for measure in MEASURES
         if place in measure.shown
-        and all(measure.name in result[measure.group] for result in results)
+        and all(measure.name in result.get(measure.group, ()) for result in results)
     ]
     return sorted(shown, key=lambda measure: groups.index(measure.group))
 
