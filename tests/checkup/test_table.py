@@ -20,8 +20,8 @@ from prereg_kernels.checkup.measures.measure import (
     Measure,
     PerImage,
     Tokens,
-    per_token,
 )
+from prereg_kernels.checkup.measures.sources import per_token
 from prereg_kernels.checkup.measures.table import MEASURES, PANELS, at_layer
 from prereg_kernels.checkup.report import findings, plots
 from prereg_kernels.checkup.report.style import theme

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from prereg_kernels.checkup.intervals import Estimate, Sums
 from prereg_kernels.checkup.measures.lens import LensSums
-from prereg_kernels.checkup.measures.pooled import pool
 
 CHECKUP, DEMO, SWEEP = "checkup", "demo", "sweep"
 EVERYWHERE = frozenset({CHECKUP, DEMO, SWEEP})
@@ -99,26 +98,6 @@ class Sampled:
     def of(self, tokens: Tokens) -> Any:
         """The record of features that are all in memory."""
         return self.compare(tokens.features, self.prepare(tokens.inputs))
-
-
-def per_token(name: str, values: Callable[[Tensor, Tensor], Tensor]) -> PerImage:
-    """The mean over tokens of a value each.
-
-    Args:
-        name: of the part in files.
-        values: from (N, D) features and inputs to (N,).
-    """
-
-    def keep(tokens: Tokens) -> Part:
-        x = values(tokens.features, tokens.inputs)
-        means = pool(x[:, None], tokens.images)[0][:, 0].double()
-        count = tokens.images.bincount(minlength=tokens.count).double()
-        return {"sum": means * count, "tokens": count}
-
-    def of(tokens: Tokens) -> float:
-        return float(values(tokens.features, tokens.inputs).mean())
-
-    return PerImage(name, keep, lambda sums: sums["sum"] / sums["tokens"], of)
 
 
 class Panel(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +18,33 @@ from prereg_kernels.checkup.measures.measure import (
     PerImage,
     Sampled,
     Tokens,
-    per_token,
 )
 from prereg_kernels.checkup.measures.norms import MassiveDimension, Norms, NormSums
+from prereg_kernels.checkup.measures.pooled import pool
 from prereg_kernels.checkup.measures.similarity import Similarity, SimilaritySums
 from prereg_kernels.checkup.measures.spectrum import Spectrum, SpectrumSums
 from prereg_kernels.checkup.measures.structure import PatchStructure, StructureSums
+
+
+def per_token(name: str, values: Callable[[Tensor, Tensor], Tensor]) -> PerImage:
+    """The mean over tokens of a value each.
+
+    Args:
+        name: of the part in files.
+        values: from (N, D) features and inputs to (N,).
+    """
+
+    def keep(tokens: Tokens) -> Part:
+        x = values(tokens.features, tokens.inputs)
+        means = pool(x[:, None], tokens.images)[0][:, 0].double()
+        count = tokens.images.bincount(minlength=tokens.count).double()
+        return {"sum": means * count, "tokens": count}
+
+    def of(tokens: Tokens) -> float:
+        return float(values(tokens.features, tokens.inputs).mean())
+
+    return PerImage(name, keep, lambda sums: sums["sum"] / sums["tokens"], of)
+
 
 COSINE = per_token(
     "cosine", lambda x, inputs: F.cosine_similarity(x.float(), inputs.float(), dim=1)

@@ -3,7 +3,7 @@ read this table; linear probes, which come with the labels of the images, are no
 
 To add one, write an entry. A mean over tokens needs nothing else:
 
-    Measure("relative norm", per_token("ratio", lambda x, first: x.norm(dim=1) / first.norm(dim=1)))
+    Measure("largest value", sources.per_token("largest", lambda x, inputs: x.amax(dim=1)))
 """
 
 from __future__ import annotations
