@@ -159,17 +159,17 @@ class ImageFolder:
                 return {name: printable(name.split("/")[0]) for name in names}
             return {}
         given = read_labels(labels)
-        found = {
+        classes = {
             name: given[key]
             for name in names
             if (key := name if name in given else name.rsplit("/", 1)[-1]) in given
         }
-        if not found:
+        if not classes:
             raise ValueError(
                 f"{labels}: expected labels of images such as {printable(names[0])}, got labels of "
                 f"{len(given)} others, such as {printable(next(iter(given)))}"
             )
-        return found
+        return classes
 
 
 def _image_files(root: Path) -> Iterator[Path]:

@@ -135,24 +135,24 @@ def tables(results: SweepResults) -> list[SweepTable]:
     """All tables: the common mix's answers, probes and structure, then the long tail's answers."""
     common = [p for p in results.settings if not p.long_tail]
     own = [p for p in results.baselines if p.name == BASELINE]
-    found = []
+    shown = []
     for title, columns in (
         ("Answers (%)", answer_columns(results.families(own[0]))),
         ("Linear probes at the visual tokens (%)", probe_columns(results.last)),
         ("Patch structure at the setting's layer", measure_columns(results)),
     ):
-        found.append(SweepTable(title, columns, own, common))
+        shown.append(SweepTable(title, columns, own, common))
     if results.config.transfer:
         column = Column(TRANSFERS[0], _fixed(at("transfer", TRANSFERS[0], "accuracy")))
         family = results.config.experiment.transfer.family
         title = f"{family.capitalize()} questions, learned afterwards (%)"
-        found.append(SweepTable(title, [column], own, common))
+        shown.append(SweepTable(title, [column], own, common))
     tail = [p for p in results.settings if p.name == LONG_TAIL]
     if tail:
         columns = answer_columns(results.families(tail[0]))
         base = [p for p in results.baselines if p.name == LONG_TAIL_BASELINE]
-        found.append(SweepTable("Answers after a long-tailed mix (%)", columns, base, tail))
-    return found
+        shown.append(SweepTable("Answers after a long-tailed mix (%)", columns, base, tail))
+    return shown
 
 
 def markdown(results: SweepResults, stamps: list[dict[str, Any]]) -> str:
