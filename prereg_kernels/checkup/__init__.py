@@ -13,10 +13,12 @@ from prereg_kernels.checkup.measures.probe import NoProbeError, Probe, linear_pr
 from prereg_kernels.checkup.measures.similarity import Similarity, SimilaritySums, similarity
 from prereg_kernels.checkup.measures.spectrum import Spectrum, SpectrumSums, spectrum
 from prereg_kernels.checkup.measures.structure import PatchStructure, StructureSums, patch_structure
+from prereg_kernels.checkup.results import CheckupResults
 from prereg_kernels.checkup.run import checkup, report
 
 __all__ = [
     "Batch",
+    "CheckupResults",
     "ImageFacts",
     "Lens",
     "LensSums",

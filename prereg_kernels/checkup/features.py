@@ -36,10 +36,10 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     """
     family = find_family(model)
     visual = visual_mask(model, batch)
-    kept: list[Tensor] = []
+    layers: list[Tensor] = []
 
     def keep(states: Tensor) -> None:
-        kept.append(states[visual.to(states.device)])
+        layers.append(states[visual.to(states.device)])
 
     handles = [
         family.language_model_of(model).register_forward_pre_hook(
@@ -63,7 +63,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return kept
+    return layers
 
 
 def visual_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
