@@ -69,7 +69,7 @@ class Family:
     visual_tokens: tuple[str, ...] = ("image_token_id",)
     projector: str | None = None
     regroups: str = "was given no projector"
-    images: str | None = "runs"
+    images: Literal["runs", "equal"] | None = "runs"
     counted_by: tuple[str, ...] = ()
     cut_by: tuple[str, ...] = ()
     layout: Layout | Callable[..., Any] | None = None
