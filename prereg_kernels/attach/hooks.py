@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels._util import distributed
+from prereg_kernels._util import distributed, private
 from prereg_kernels.attach.anchors import function_rows, projector_rows
 from prereg_kernels.attach.checkpointing import (
     is_recomputation,
@@ -108,7 +108,7 @@ class Hooks:
 
     def _read(self, module: nn.Module, inputs: dict[str, Any]) -> Pass | None:
         state, config = self._state, self._state.config
-        if getattr(module, "_is_replica", False):
+        if getattr(module, private.IS_REPLICA, False):
             raise ValueError(
                 "model: expected the model that PRe is attached to, got a replica of "
                 "torch.nn.DataParallel, whose threads share the hooks of one; use "

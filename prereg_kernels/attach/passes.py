@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels._util.private import version_of
 from prereg_kernels.attach.image_spans import Images
 
 
@@ -82,7 +83,7 @@ class Record(NamedTuple):
 
     def is_complete(self) -> bool:
         """Whether the values are there: in training, since backward has written them."""
-        return not self.training or all(value._version for value in self.values.values())
+        return not self.training or all(version_of(value) for value in self.values.values())
 
 
 class Collected(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prereg_kernels._util import distributed, fsdp
+from prereg_kernels._util import distributed, fsdp, private
 from prereg_kernels.attach.anchors import anchor_width, llm_width
 from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.families import Family
@@ -68,11 +68,12 @@ class State:
         self.shapes = {name: tuple(x.shape) for name, x in self.parameters().items()}
         # `save_pretrained` then writes a plain model
         ignored = {f"{HEADS}.{name}" for name in (*self.shapes, PASSES)}
-        before = getattr(model, "_keys_to_ignore_on_save", None) or ()
-        self.shadow("_keys_to_ignore_on_save", {*before, *ignored})
+        before = getattr(model, private.IGNORED_ON_SAVE, None) or ()
+        self.shadow(private.IGNORED_ON_SAVE, {*before, *ignored})
         # What accelerate's FSDP gives a unit of its own, which may then have a dtype of its own
-        names_of_units = getattr(model, "_no_split_modules", None) or []
-        self.shadow("_no_split_modules", type(names_of_units)([*names_of_units, PReHead.__name__]))
+        names_of_units = getattr(model, private.UNSPLIT_MODULES, None) or []
+        units = type(names_of_units)([*names_of_units, PReHead.__name__])
+        self.shadow(private.UNSPLIT_MODULES, units)
         self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
 
     def __getstate__(self) -> dict[str, Any]:

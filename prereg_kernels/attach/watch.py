@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from prereg_kernels._util import private
 from prereg_kernels.attach.checkpointing import is_in_backward
 from prereg_kernels.attach.passes import Pass
 from prereg_kernels.attach.state import State
@@ -103,10 +104,10 @@ class Watch:
             raise RuntimeError(FORGOTTEN)
 
     def _look_at_ddp(self) -> None:
-        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        ddp = private.active_ddp()
         if ddp is None or ddp is self._ddp:
             return
-        known = {id(p) for p in ddp._module_parameters}
+        known = {id(p) for p in private.ddp_parameters(ddp)}
         if any(p.requires_grad and id(p) not in known for p in self._heads()):
             raise ValueError(
                 "model: PRe was attached after DistributedDataParallel took the model's "
@@ -162,5 +163,5 @@ def _reach_layer(reached: set[str], raises: bool, gradient: Tensor) -> None:
     reached.add("layer")
     is_lost = "term" not in reached
     # A graph that is kept may get the term's gradient by another backward pass
-    if raises and is_lost and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if raises and is_lost and not private.keeps_graph():
         raise RuntimeError(FORGOTTEN)

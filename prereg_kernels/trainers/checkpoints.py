@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from prereg_kernels._util import private
 from prereg_kernels.attach.handle import PRe, find_pre, state_of
 from prereg_kernels.attach.saving import heads_of
 from prereg_kernels.attach.state import HEADS
@@ -88,13 +89,14 @@ class Checkpoints(_Base):
         model = state_of(self.pre).model
         if load_result.unexpected_keys and self._read_from is not None:
             load_result = _load_weights(model, self._read_from)
-        ignored = model._keys_to_ignore_on_save
+        ignored = getattr(model, private.IGNORED_ON_SAVE)
         missing = [name for name in load_result.missing_keys if f"{HEADS}." not in name]
-        model._keys_to_ignore_on_save = {name for name in ignored if f"{HEADS}." not in name}
+        others = {name for name in ignored if f"{HEADS}." not in name}
+        setattr(model, private.IGNORED_ON_SAVE, others)
         try:
             super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
         finally:
-            model._keys_to_ignore_on_save = ignored
+            setattr(model, private.IGNORED_ON_SAVE, ignored)
 
 
 def _load_weights(model: Any, path: str) -> Any:

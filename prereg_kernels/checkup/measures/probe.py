@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prereg_kernels.checkup.intervals import half_width
 from prereg_kernels.checkup.measures.tensors import check_features, check_ids
 
 
@@ -60,8 +60,14 @@ def probe(
         NoProbeError: a single class or group, or a class so rare that a training set has only one.
         ValueError: other shapes, features that are not finite, `splits` below 1, or a `test_share`
             outside (0, 1).
+
+    Example:
+        >>> from prereg_kernels.checkup import probe
+        >>> labels = torch.arange(40) % 2
+        >>> found = probe(labels[:, None].float(), labels)
+        >>> found.mean, found.chance, found.interval
+        (1.0, 0.5, (1.0, 1.0))
     """
-    from scipy.stats import t
     from sklearn.model_selection import GroupShuffleSplit
 
     check_features(features)
@@ -91,10 +97,7 @@ def probe(
                 "more rows of the others"
             )
         accuracies.append(linear_probe(x[train], y[train], x[test], y[test], strength=strength))
-    half = math.nan
-    if splits > 1:
-        factor = 1 / splits + test_share / (1 - test_share)
-        half = float(t.ppf(0.975, splits - 1) * np.std(accuracies, ddof=1) * math.sqrt(factor))
+    half = half_width(accuracies, test_share)
     chance = int(counts.max()) / len(y)
     return Probe(float(np.mean(accuracies)), half, chance, tuple(accuracies))
 
@@ -116,6 +119,13 @@ def linear_probe(
     Raises:
         ValueError: shapes that do not fit, features that are not finite, labels that are no
             integers, a single class, a strength that is not above 0.
+
+    Example:
+        >>> from prereg_kernels.checkup import linear_probe
+        >>> x, y = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
+        >>> test_x, test_y = torch.tensor([[-3.0], [3.0], [4.0], [5.0]]), torch.tensor([0, 1, 1, 0])
+        >>> linear_probe(x, y, test_x, test_y)
+        0.75
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

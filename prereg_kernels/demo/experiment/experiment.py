@@ -42,7 +42,9 @@ class TransferConfig:
         family: the new family.
         frozen_steps: of fine-tuning with the lower half frozen, which learns slowly.
         steps: of fine-tuning with everything trainable.
-        lr, warmup: of both. questions_per_scene: in a sequence.
+        lr: peak learning rate of both.
+        warmup: steps up to that peak.
+        questions_per_scene: in a sequence.
         evaluation_scenes: test scenes that are asked about.
     """
 
@@ -74,7 +76,8 @@ class ExperimentConfig:
         seeds: 0 to seeds - 1.
         transfer: the transfer test.
         evaluation_scenes: test scenes, a question of each family about each.
-        probe_train_scenes, probe_test_scenes: scenes whose objects train and test the probes.
+        probe_train_scenes: scenes whose objects train the probes.
+        probe_test_scenes: scenes whose objects test them.
         cost_steps: training steps of baseline and PRe that are timed.
         device: that it is meant for, such as "cpu" or "cuda".
     """
@@ -117,8 +120,8 @@ class Unit:
 
 def units(config: ExperimentConfig) -> list[Unit]:
     """All runs; those that go through the transfer test, the longest, come first."""
-    found = [Unit(seed, variant) for seed in range(config.seeds) for variant in VARIANTS]
-    return sorted(found, key=lambda unit: unit.variant == "other_scene")
+    runs = [Unit(seed, variant) for seed in range(config.seeds) for variant in VARIANTS]
+    return sorted(runs, key=lambda unit: unit.variant == "other_scene")
 
 
 def run_config(config: ExperimentConfig, unit: Unit) -> RunConfig:
@@ -166,8 +169,8 @@ def run_unit(
     if done is not None:
         return done
     run = run_config(config, unit)
-    trained, found = train_and_measure(config, run, directory, out / "cache", report, device)
-    result: dict[str, Any] = {"seed": unit.seed, "variant": unit.variant, **found}
+    trained, measured = train_and_measure(config, run, directory, out / "cache", report, device)
+    result: dict[str, Any] = {"seed": unit.seed, "variant": unit.variant, **measured}
     if unit.variant != "other_scene":
         result["transfer"] = {
             name: transfer_test(config, unit.seed, name, trained, directory, report, device)
@@ -194,9 +197,9 @@ def train_and_measure(
     trained = train(run, directory, cache_dir=cache, progress=False, device=device)
     report("measuring", directory, 0)
     test = Scenes("test", run.seed, run.scenes)
-    asked = [name for name in FAMILIES if name in COMMON_FAMILIES or run.families.get(name, 0) > 0]
+    names = [name for name in FAMILIES if name in COMMON_FAMILIES or run.families.get(name, 0) > 0]
     answers = evaluate(
-        trained.model, trained.packer, test, asked, n_scenes=config.evaluation_scenes
+        trained.model, trained.packer, test, names, n_scenes=config.evaluation_scenes
     )
     return trained, {
         "accuracy": answers.accuracy,
@@ -254,7 +257,7 @@ def transfer_test(
     report(f"transfer, {transfer}", path, run.steps)
     tuned = train(run, path, cache_dir=path, progress=False, tensorboard=False, device=device)
     family = config.transfer.family
-    found = evaluate(
+    answers = evaluate(
         tuned.model,
         tuned.packer,
         Scenes("test", seed, run.scenes),
@@ -263,7 +266,7 @@ def transfer_test(
     )
     return {
         "family": family,
-        "accuracy": found.accuracy[family],
-        "majority": found.majority[family],
-        "lm_loss": found.lm_loss,
+        "accuracy": answers.accuracy[family],
+        "majority": answers.majority[family],
+        "lm_loss": answers.lm_loss,
     }
