@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels.attach.families import find_family
+from prereg_kernels.attach.families import Family, find_family
 from prereg_kernels.attach.visual import find_visual
 
 
 @torch.no_grad()
-def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+def visual_features(
+    model: nn.Module, batch: Mapping[str, Any], family: Family | None = None
+) -> list[Tensor]:
     """Run the model on a batch and keep the visual tokens' states of every layer.
 
     Nothing else is kept: no other position, no cache, and logits of one position only.
@@ -22,14 +24,15 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     Args:
         model: of a supported family. It runs as it is; call `model.eval()` first.
         batch: keyword arguments of its forward, `input_ids` among them; `labels` are left out.
+        family: where a model outside of the table keeps things, as `apply_pre` takes it.
 
     Returns:
         One (N, D) tensor a layer, layer 0 being the LLM's input and layer l the output of decoder
         layer l (as in Hugging Face's `hidden_states`, except that the last is taken before the
         final norm); rows in the order of the visual tokens in `input_ids`.
     """
-    family = find_family(model)
-    visual = visual_mask(model, batch)
+    family = family or find_family(model)
+    visual = visual_mask(model, batch, family)
     layers: list[Tensor] = []
 
     def keep(states: Tensor) -> None:
@@ -60,7 +63,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     return layers
 
 
-def visual_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def visual_mask(model: nn.Module, batch: Mapping[str, Any], family: Family | None = None) -> Tensor:
     """Bool, the shape of `input_ids`: where its tokens are visual. ValueError as `find_family`."""
-    tokens = find_family(model).visual_token_ids(model)
+    tokens = (family or find_family(model)).visual_token_ids(model)
     return find_visual(batch["input_ids"], tokens, batch.get("attention_mask"))
