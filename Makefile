@@ -20,9 +20,10 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
 
 # Build tools first: the package is built against the torch that it will run with.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
+    prereg_kernels/ops/backends/cpp_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
@@ -31,7 +32,7 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.
-ANY_BACKEND := ops/backends triton_aot gpu checkup cli docs util benchmarks/common \
+ANY_BACKEND := ops/backends triton_aot gpu checkup cli docs types util benchmarks/common \
     benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py \
     trainers/test_ranks.py trainers/test_low_precision.py
 OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken

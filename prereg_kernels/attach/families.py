@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from prereg_kernels._util import private
+
 Layout = Literal["crop", "tiles", "blocks"]
 """How the checkup finds the place of each visual token in its image; see
 `prereg_kernels.checkup.images.layouts`."""
@@ -165,7 +167,7 @@ class Family:
         module: Any = model
         for depth, name in enumerate(path.split(".")):
             # Not getattr: a wrapper may pass on the names of what it wraps.
-            inner = module._modules.get(name)
+            inner = private.submodules(module).get(name)
             if inner is None:
                 here = ".".join(["model", *path.split(".")[:depth]])
                 raise ValueError(
@@ -321,7 +323,7 @@ def find_family(model: nn.Module) -> Family:
 
 def _match(model: nn.Module) -> Family | None:
     """By the model's own submodules: a wrapper passes on attributes of what it wraps."""
-    if "lm_head" not in model._modules:
+    if "lm_head" not in private.submodules(model):
         return None
     return family_of_type(getattr(getattr(model, "config", None), "model_type", None))
 
@@ -332,6 +334,6 @@ def family_of_type(model_type: str | None) -> Family | None:
 
 
 def _names(module: nn.Module) -> str:
-    names = list(module._modules)
+    names = list(private.submodules(module))
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return shown or "no submodules"

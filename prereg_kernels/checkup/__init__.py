@@ -1,5 +1,7 @@
 """The checkup: measures of how much of the image the hidden states of an MLLM still hold."""
 
+# Before the function of the same name, which the module's first import would replace
+import prereg_kernels.checkup.report  # noqa: F401
 from prereg_kernels.checkup.batches import Batch, ImageFacts
 from prereg_kernels.checkup.features import visual_features
 from prereg_kernels.checkup.images.patches import TokenGrid

@@ -30,6 +30,12 @@ def visual_features(
         One (N, D) tensor a layer, layer 0 being the LLM's input and layer l the output of decoder
         layer l (as in Hugging Face's `hidden_states`, except that the last is taken before the
         final norm); rows in the order of the visual tokens in `input_ids`.
+
+    Example:
+        >>> from prereg_kernels.checkup import visual_features
+        >>> features = visual_features(model.eval(), batch)
+        >>> len(features), features[0].shape  # the LLM's input and its 4 layers; 8 visual tokens
+        (5, torch.Size([8, 24]))
     """
     family = family or find_family(model)
     visual = visual_mask(model, batch, family)

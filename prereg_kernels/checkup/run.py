@@ -68,6 +68,17 @@ def checkup(
         ValueError: features that are not finite, facts that do not fit the tokens, a forward that
             fails, or no image that can be used.
         OSError: a file cannot be written.
+
+    Example:
+        >>> from prereg_kernels.checkup import (
+        ...     Batch, ImageFacts, checkup, token_norms, visual_features,
+        ... )
+        >>> facts = tuple(ImageFacts(name) for name in ("cat.jpg", "dog.jpg"))
+        >>> results = checkup(model.eval(), [Batch(batch, facts)], "out", name="mine")
+        >>> results.name, len(results.norms)  # the LLM's input and its 4 layers
+        ('mine', 5)
+        >>> results.norms[3].median == token_norms(visual_features(model, batch)[3]).median
+        True
     """
     if model.training:
         raise ValueError("model: expected eval mode, got training mode; call model.eval()")
@@ -140,6 +151,13 @@ def report(
 
     Raises:
         ValueError: two that were not measured on the same images, or have other depths.
+
+    Example:
+        >>> from prereg_kernels.checkup import Batch, ImageFacts, checkup, report
+        >>> facts = tuple(ImageFacts(name) for name in ("cat.jpg", "dog.jpg"))
+        >>> results = checkup(model.eval(), [Batch(batch, facts)], "out")
+        >>> report("out", [results], {"model": "tiny LLaVA"}).name
+        'checkup.html'
     """
     from prereg_kernels.checkup.report.page import write_page
 

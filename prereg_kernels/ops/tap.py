@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels._util import private
 from prereg_kernels.ops.arguments import (
     Inputs,
     Spec,
@@ -87,6 +88,17 @@ def pre_tap(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `fused_pre_loss`. RuntimeError in
             backward, too: if a tensor that it reads was changed in place since.
+
+    Example:
+        >>> hidden, anchor = torch.ones(3, 2, requires_grad=True), torch.zeros(3, 2)
+        >>> tapped, loss = pre_tap(hidden, anchor, loss="mse")
+        >>> loss.item()  # not computed yet
+        0.0
+        >>> (tapped.sum() + 0.5 * loss).backward()
+        >>> loss.item()
+        1.0
+        >>> round(hidden.grad[0, 0].item(), 4)  # 1 + 0.5 * 2 * 1 / (3 * 2)
+        1.1667
     """
     check_name("backend", backend, BACKENDS)
     inputs = check_inputs(
@@ -197,7 +209,7 @@ class _Tap(torch.autograd.Function):
             if not torch.compiler.is_compiling():
                 selector = "visual_mask" if is_mask(select) else "visual_index"
                 check_versions(ctx.versions, {"anchor": anchor, selector: select})
-                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                if not private.keeps_graph():
                     ctx.constants = None  # as autograd frees what it saved
         needs = ctx.needs_input_grad
         inputs = _inputs(parameters, ctx.bias_layers, select, coefficient)
@@ -231,7 +243,7 @@ def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:
     if not ctx.carry_always:
         if ctx.was_used or ctx.carry is None:
             return grad_value
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if private.keeps_graph():
             return None
     return ctx.carry
 

@@ -38,6 +38,19 @@ def test_json_says_the_same() -> None:
     assert report["backends"]["torch"] == "runs"
 
 
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ("5.18.0", "transformers >=5.17,<6"),
+        ("not installed", "transformers >=5.17,<6"),
+        ("6.0.1", "transformers >=5.17,<6; 6.0.1 is out of bounds"),
+    ],
+)
+def test_bounds_of_transformers(monkeypatch: pytest.MonkeyPatch, here: str, said: str) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: here)
+    assert doctor.examine()["versions"]["taken"] == said
+
+
 def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(name: str, device: str) -> str | None:
         return None if name == "torch" else f"no {name} on {device}, because of a reason"

@@ -24,6 +24,11 @@ NOT_RUN = {
         "prereg train --preset scenes --seeds 5",
         "prereg train --preset scenes --weight 0.5 --out runs/weight-0.5",
         "prereg train --preset scenes-gpu",
+        "prereg train --preset scenes --run.pre.weight 0.5 --run.stages.1.steps 100 "
+        "--transfer.steps 30 --out runs/short",
+        "prereg train --preset scenes --run.stages.1.trainable llm --run.families.count 2",
+        "prereg sweep --preset scenes --weights 0.5 1 2 --experiment.run.micro_batch 16 "
+        "--out runs/sweep",
         "prereg sweep --preset scenes",
         "prereg sweep --preset scenes-gpu",
         "make bench",
@@ -54,6 +59,18 @@ NOT_RUN = {
         "python -m benchmarks.step.gpu --out FILE",
     ),
     "runs these tests": ("make test",),
+    "installs packages": (
+        "pip install torch",
+        "pip install .",
+        "pip install git+URL",
+        "pip install FILE.tar.gz",
+        "pip install -e .",
+        "pip install torch 'setuptools>=77' wheel ninja",
+        "pip install --no-build-isolation .",
+        "pip install --no-build-isolation -e '.[dev]'",
+        "pip wheel .",
+    ),
+    "tests/cli/test_build.py::test_compiles_and_says_what_runs runs it": ("prereg build",),
     "a check of every change, beside these tests": ("make lint",),
     "compiles for minutes, and runs tests of tests/ops/backends": ("make sanitize",),
     "tests/cli/test_demo.py::test_experiment_writes_its_report runs it": (

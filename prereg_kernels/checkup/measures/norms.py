@@ -137,6 +137,14 @@ def token_norms(features: Tensor) -> Norms:
 
     Raises:
         ValueError: another shape, no rows, or values that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import token_norms
+        >>> features = torch.ones(3, 1024)
+        >>> features[1, 5] = 2000.0
+        >>> found = token_norms(features)
+        >>> found.median, found.massive_dimensions
+        (32.0, (MassiveDimension(dimension=5, tokens=1, largest=2000.0),))
     """
     return NormSums().update(features).result()
 

@@ -149,6 +149,13 @@ def similarity(features: Tensor, reference: Tensor) -> Similarity:
 
     Raises:
         ValueError: shapes that do not fit, fewer than two rows, or values that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import similarity
+        >>> reference = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> found = similarity(2 * reference, reference)
+        >>> round(found.cka, 6), round(found.cosine, 6), round(found.relative_norm, 6)
+        (1.0, 1.0, 2.0)
     """
     _check_pair(features, reference)
     means = (MeanSums().update(features).result(), MeanSums().update(reference).result())

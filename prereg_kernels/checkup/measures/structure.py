@@ -173,6 +173,13 @@ def patch_structure(
 
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import patch_structure
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> found = patch_structure(features, torch.tensor([0, 0, 1, 1]))
+        >>> round(found.cohesion, 6), round(found.coupling, 6)
+        (1.0, 0.0)
     """
     mean = MeanSums().update(features).result()
     return StructureSums(mean).update(features, objects, images).result()

@@ -42,6 +42,10 @@ def _choose(backend: str, device_type: str) -> Rows:
         # Triton runs on a CPU when it is interpreted, which is for tests that ask for it
         names = [name for name in FASTEST_FIRST if name != "triton" or device_type != "cpu"]
         backend = next(name for name in names if unavailable(name, device_type) is None)
+        if backend == "torch" and "cpp" in names and device_type == "cpu":
+            from prereg_kernels.ops.backends.cpp_libraries import warn_if_not_built
+
+            warn_if_not_built()
     elif reason := unavailable(backend, device_type):
         raise ValueError(f"backend={backend!r}: does not run on {device_type} here: {reason}")
     if backend == "cpp":

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from prereg_kernels.ops.backends import cpp, registry
+from prereg_kernels.ops.backends import cpp_libraries, registry
 from prereg_kernels.ops.backends.registry import FASTEST_FIRST, choose_rows, unavailable
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_cpp_is_built_where_there_is_a_compiler() -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler on this machine")
     assert unavailable("cpp", "cpu") is None
-    assert cpp.describe()["not built"] == {}
+    assert cpp_libraries.describe()["not built"] == {}
 
 
 def test_unknown_backend() -> None:

@@ -13,8 +13,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels import PReConfig, PReHead, apply_pre, remove_pre
+from prereg_kernels.attach.handle import state_of
 from prereg_kernels.attach.storage import load_heads
-from tests.attach.test_regularizer_state import traces
+from tests.attach.test_regularizer import traces
 from tests.attached import anchor_of_pixels
 from tests.tiny import IMAGE_TOKEN, WIDTH, gradients, make_batch, tiny_llava
 
@@ -22,7 +23,7 @@ FILE = "pre_heads.safetensors"
 
 
 def same_heads(a: Any, b: Any) -> bool:
-    ours, theirs = (pre.model.pre_heads.state_dict() for pre in (a, b))
+    ours, theirs = (state_of(pre).model.pre_heads.state_dict() for pre in (a, b))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], x) for n, x in theirs.items())
 
 
@@ -232,7 +233,7 @@ def test_overrides_that_leave_the_heads(tmp_path: Path, overrides: dict[str, Any
         if again:
             assert same_heads(pre, old) and pre.passes == 5 and pre.config.layers == (2,)
         else:
-            model.pre_heads.load_state_dict(old.model.pre_heads.state_dict())
+            model.pre_heads.load_state_dict(state_of(old).model.pre_heads.state_dict())
             pre.passes = 5
         loss = model(**make_batch()).loss
         loss.backward()
