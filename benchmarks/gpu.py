@@ -32,7 +32,7 @@ from benchmarks.gpu_shapes import Case
 from benchmarks.gpu_stages import time_stages, triton_kinds
 from benchmarks.gpu_timing import Effort, make_clock
 from prereg_kernels._util.machine import describe_machine
-from prereg_kernels.ops.backends.registry import choose_rows
+from prereg_kernels.ops.backends.registry import choose_backend
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 270.0  # for everything; what does not fit is skipped, and says so
@@ -122,7 +122,7 @@ class Benchmark:
 
     def row_kernels(self, backend: str) -> None:
         clock, copy_rate = self.session.clock, self.results["ceilings"]["copy_gb_s"]
-        rows = choose_rows(backend, self.session.device)
+        rows = choose_backend(backend, self.session.device)
         buffers = Buffers(self.sized(gpu_shapes.LLAVA), self.session.device)
         for record in time_row_kernels(rows, buffers, clock, self.side, copy_rate):
             self.results["row_kernels"].append(record)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.liger import liger_scheme
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
-from prereg_kernels.ops.chunking import operand_dtype
+from prereg_kernels.ops.dtypes import operand_dtype
 
 
 @dataclass(frozen=True)

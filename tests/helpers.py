@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
-from prereg_kernels.ops.reference import ACTIVATION_FUNCTIONS
+from prereg_kernels.ops.activations import ACTIVATIONS, ActivationName
+from prereg_kernels.ops.losses import LossName
 
 SLACK = 1e-6
+ACTIVATION_NAMES: tuple[str, ...] = get_args(ActivationName)
+LOSS_NAMES: tuple[str, ...] = get_args(LossName)
 FEW, SIBLINGS, SIGNIFICANT = 3, 32, 5.0
 LARGE = 1000
 
@@ -125,7 +128,7 @@ def make_problem(
     weight_dtype = weight_dtype or dtype
     z = hidden
     for layer, weight in enumerate(weights):
-        z = ACTIVATION_FUNCTIONS[options.get("activation", "gelu")](z) if layer else z
+        z = ACTIVATIONS.find(options.get("activation", "gelu"))(z) if layer else z
         z = F.linear(z, weight, None if biases is None else biases[layer])
     anchor = z + noise * z.square().mean().sqrt() * draw(*z.shape)
     return Problem(

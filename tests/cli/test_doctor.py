@@ -34,7 +34,7 @@ def test_json_says_the_same() -> None:
     report = json.loads(run("--json").stdout)
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(report) == {"versions", "cpu", "gpu", "backends", "cpp rows"}
-    assert list(report["backends"]) == ["auto", "torch", "cpp", "triton"]
+    assert list(report["backends"]) == ["auto", "triton", "cpp", "torch"]
     assert report["backends"]["torch"] == "runs"
 
 

@@ -222,14 +222,24 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError, "activation: expected one of gelu, gelu_tanh, silu, relu; got 'tanh'",
     ),
     "activation None": ({"activation": None}, ValueError, "activation: .* got None"),
-    "loss": ({"loss": "l1"}, ValueError, "loss: expected one of cosine, mse, smooth_l1; got 'l1'"),
+    "loss": (
+        {"loss": "cosin"},
+        ValueError, "loss: expected one of cosine, mse, smooth_l1, l1, huber; got 'cosin'",
+    ),
+    "loss None": ({"loss": None}, ValueError, "loss: .* got None"),
+    "parameter of a loss": (
+        {"loss": "huber(beta=1.0)"}, ValueError, "huber: its parameters are: delta; got 'beta'",
+    ),
+    "parameter that is no number": (
+        {"loss": "huber(delta=x)"}, ValueError, r"loss: expected parameters as in 'name\(delta=0.5",
+    ),
     "normalize": (
         {"loss": "mse", "normalize": "batch"},
         ValueError, "normalize: expected one of none, l2, layer; got 'batch'",
     ),
     "normalize of cosine": (
         {"normalize": "l2"},
-        ValueError, "normalize='l2' applies to .* expected normalize='none'",
+        ValueError, "normalize: loss='cosine', which normalises by itself, takes none; got 'l2'",
     ),
     "denominator zero": (
         {"denominator": 0},

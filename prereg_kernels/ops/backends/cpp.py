@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prereg_kernels._util.files import content_digest
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.spec import Spec
 
 PACKAGE = Path(__file__).parents[2]
 SOURCES = PACKAGE.parent / "csrc"  # in a checkout
@@ -47,7 +47,7 @@ def runnable_variants() -> list[str]:
     return [variant for variant in runnable if variant in _read_build().get("variants", [])]
 
 
-class CppRows(Rows):
+class CppBackend(Backend):
     """Args: variant: as `runnable_variants` names them; None: the fastest that this CPU can run.
 
     Raises:
@@ -55,6 +55,7 @@ class CppRows(Rows):
     """
 
     name = "cpp"
+    unavailable = staticmethod(unavailable)
 
     def __init__(self, variant: str | None = None) -> None:
         chosen, reason = _choose_variant()
@@ -67,6 +68,14 @@ class CppRows(Rows):
             )
         _load(self.variant)
         self._ops = getattr(torch.ops, f"prereg_rows_{self.variant}")
+        self._losses, self._activations = self._ops.losses(), self._ops.activations()
+
+    def refuses(self, spec: Spec) -> str | None:
+        if spec.loss not in self._losses:
+            return f"loss={spec.loss!r}"
+        if spec.activation not in self._activations:
+            return f"activation={spec.activation!r}"
+        return None
 
     def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
         self._ops.gather_rows(source, index, out)
@@ -79,33 +88,15 @@ class CppRows(Rows):
     ) -> None:
         self._ops.activation_backward(dg, u, bias, activation, sums)
 
-    def token_losses(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        spec: Spec,
-        losses: Tensor,
-    ) -> None:
-        self._ops.token_losses(z, bias, anchor, index, spec.loss, spec.normalize, spec.eps, losses)
-
-    def token_losses_and_grad(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        coefficient: Tensor,
-        spec: Spec,
-        losses: Tensor,
-        dz: Tensor,
-        sums: Tensor | None,
-    ) -> None:
-        self._ops.token_losses_and_grad(
-            z, bias, anchor, index, coefficient, spec.loss, spec.normalize, spec.eps,
-            losses, dz, sums,
-        )  # fmt: skip
+    def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
+        z, bias, anchor, index, losses, coefficient, dz, sums = chunk
+        formula = spec.loss, spec.normalize, spec.eps
+        if dz is None:
+            self._ops.token_losses(z, bias, anchor, index, *formula, losses)
+        else:
+            self._ops.token_losses_and_grad(
+                z, bias, anchor, index, coefficient, *formula, losses, dz, sums
+            )
 
     def scatter_rows(
         self,

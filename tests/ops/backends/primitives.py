@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.spec import Spec
 from tests.helpers import relative_error
 from tests.ops.backends.test_torch import BOUND, act, draw, losses_of
 
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("cosine", "none"),
-    *(Kind(loss, norm) for loss in ("mse", "smooth_l1") for norm in ("none", "l2", "layer")),
+    *(Kind(loss, norm) for loss in ("mse", "smooth_l1", "l1") for norm in ("none", "l2", "layer")),
 )
 
 
@@ -68,7 +68,7 @@ def draw_index(count: int, of: int) -> Tensor:
 
 
 def check_gather(
-    rows: Rows,
+    rows: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     out_dtype: torch.dtype,
@@ -86,7 +86,7 @@ def check_gather(
 
 
 def check_scatter(
-    rows: Rows,
+    rows: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     into_dtype: torch.dtype,
@@ -113,7 +113,7 @@ def check_scatter(
 
 
 def check_activation(
-    rows: Rows,
+    rows: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     activation: str,
@@ -146,7 +146,7 @@ def check_activation(
 
 
 def check_losses(
-    rows: Rows,
+    rows: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     kind: Kind,
@@ -182,13 +182,13 @@ def check_losses(
     kept_z, kept_anchor = z.view.clone(), anchor.view.clone()
     buffer = torch.full((2, n + 2), SENTINEL, dtype=spec.stat_dtype)
     losses, again = buffer[0, 1:-1], buffer[1, 1:-1]
-    rows.token_losses(z.view, bias, t, index, spec, losses)
+    rows.token_losses(LossChunk(z.view, bias, t, index, losses), spec)
     assert relative_error(losses, expected.detach()) < 2 * BOUND[stat_dtype(dtype)]
     assert torch.equal(z.view, kept_z)
     dz = z if in_place else Placed(torch.full_like(z.view, math.nan), layout)
     sums = draw(columns, seed=3).to(spec.stat_dtype)
     expected_sums = sums.double() + gradient.sum(0)
-    rows.token_losses_and_grad(z.view, bias, t, index, coefficient, spec, again, dz.view, sums)
+    rows.token_losses(LossChunk(z.view, bias, t, index, again, coefficient, dz.view, sums), spec)
     assert torch.equal(again, losses)
     assert relative_error(dz.view, gradient) < 2 * BOUND[dtype]
     assert relative_error(sums, expected_sums) < 2 * BOUND[dtype]

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.backends import cpp
-from prereg_kernels.ops.backends.cpp import CppRows, describe, runnable_variants, unavailable
-from prereg_kernels.ops.names import ACTIVATIONS
-from tests.helpers import relative_error
+from prereg_kernels.ops.backends.base import LossChunk
+from prereg_kernels.ops.backends.cpp import CppBackend, describe, runnable_variants, unavailable
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import ACTIVATION_NAMES, relative_error
 from tests.ops.backends.primitives import (
     KINDS,
     LAYOUTS,
@@ -43,15 +43,15 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids="-".join)
 
 
 @pytest.fixture(params=VARIANTS)
-def rows(request: pytest.FixtureRequest) -> CppRows:
-    return CppRows(request.param)
+def rows(request: pytest.FixtureRequest) -> CppBackend:
+    return CppBackend(request.param)
 
 
 @each_dtype
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @each_shape
 def test_gather_rows(
-    rows: CppRows, dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, int]
+    rows: CppBackend, dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     for layout in (*LAYOUTS, "transposed"):
         check_gather(rows, shape, dtype, out_dtype, layout, indexed=True)
@@ -62,7 +62,7 @@ def test_gather_rows(
 @pytest.mark.parametrize("into_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("accumulate", (False, True))
 def test_scatter_rows(
-    rows: CppRows, dtype: torch.dtype, into_dtype: torch.dtype, accumulate: bool
+    rows: CppBackend, dtype: torch.dtype, into_dtype: torch.dtype, accumulate: bool
 ) -> None:
     for shape, layout, indexed, scale in itertools.product(
         SHAPES, LAYOUTS, (False, True), (None, 0.3)
@@ -72,9 +72,9 @@ def test_scatter_rows(
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 def test_activations(
-    rows: CppRows, dtype: torch.dtype, shape: tuple[int, int], activation: str
+    rows: CppBackend, dtype: torch.dtype, shape: tuple[int, int], activation: str
 ) -> None:
     for layout in LAYOUTS:
         check_activation(rows, shape, dtype, activation, layout)
@@ -82,7 +82,7 @@ def test_activations(
         check_activation(rows, shape, dtype, activation, bias_dtype=bias_dtype)
 
 
-def values_and_slopes(rows: CppRows, u: Tensor, activation: str) -> tuple[Tensor, ...]:
+def values_and_slopes(rows: CppBackend, u: Tensor, activation: str) -> tuple[Tensor, ...]:
     """The activation at u and its derivative, by the rows, then exactly."""
     exact = u.double().requires_grad_()
     expected = act(exact, activation)
@@ -94,8 +94,8 @@ def values_and_slopes(rows: CppRows, u: Tensor, activation: str) -> tuple[Tensor
     return g.double(), du.double(), expected.detach(), slope.nan_to_num(0)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_far_from_zero(rows: CppRows, activation: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+def test_activations_far_from_zero(rows: CppBackend, activation: str) -> None:
     """No bound on the error of the sum hides a wrong tail, an overflow or an underflow."""
     size = torch.logspace(-20, 18, 200)
     u = torch.cat([torch.linspace(-12, 12, 400), size, -size]).unsqueeze(0)
@@ -106,9 +106,9 @@ def test_activations_far_from_zero(rows: CppRows, activation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 def test_activations_of_every_16_bit_number(
-    rows: CppRows, dtype: torch.dtype, activation: str
+    rows: CppBackend, dtype: torch.dtype, activation: str
 ) -> None:
     """Rounded once: half a unit in the last place, and 1/200 of one for the formulas."""
     u = torch.arange(2**16).to(torch.int16).view(dtype)
@@ -125,7 +125,7 @@ def test_activations_of_every_16_bit_number(
 @each_kind
 @each_shape
 def test_token_losses(
-    rows: CppRows, dtype: torch.dtype, kind: Kind, shape: tuple[int, int]
+    rows: CppBackend, dtype: torch.dtype, kind: Kind, shape: tuple[int, int]
 ) -> None:
     for layout, in_place in itertools.product(LAYOUTS, (False, True)):
         check_losses(rows, shape, dtype, kind, layout=layout, in_place=in_place)
@@ -135,7 +135,7 @@ def test_token_losses(
 
 @each_dtype
 @each_kind
-def test_token_losses_options(rows: CppRows, dtype: torch.dtype, kind: Kind) -> None:
+def test_token_losses_options(rows: CppBackend, dtype: torch.dtype, kind: Kind) -> None:
     for shape in SMALL:
         check_losses(rows, shape, dtype, kind, expanded=True)
         check_losses(rows, shape, dtype, kind, eps=3.0)
@@ -149,14 +149,14 @@ def test_token_losses_options(rows: CppRows, dtype: torch.dtype, kind: Kind) -> 
 
 
 @each_kind
-def test_nan_and_infinity_reach_the_loss(rows: CppRows, kind: Kind) -> None:
+def test_nan_and_infinity_reach_the_loss(rows: CppBackend, kind: Kind) -> None:
     """In the body of a row and in its tail; the other rows do not notice."""
     spec = Spec("gelu", *kind, 1e-8, torch.float32)
     clean, t = draw(4, 37), draw(4, 37, seed=1)
 
     def run(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         losses, dz, ones = torch.empty(4), torch.empty_like(z), torch.ones(4)
-        rows.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+        rows.token_losses(LossChunk(z, None, t, None, losses, ones, dz, None), spec)
         return losses, dz
 
     expected = run(clean, t)
@@ -175,8 +175,8 @@ def test_nan_and_infinity_reach_the_loss(rows: CppRows, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_reaches_the_activation(rows: CppRows, dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+def test_nan_reaches_the_activation(rows: CppBackend, dtype: torch.dtype, activation: str) -> None:
     u = draw(1, 37, dtype=dtype)
     u[0, 3] = u[0, 36] = math.nan
     g, du = torch.empty_like(u), torch.ones_like(u)
@@ -190,7 +190,7 @@ def test_nan_reaches_the_activation(rows: CppRows, dtype: torch.dtype, activatio
 @each_dtype
 @pytest.mark.parametrize("shape", ((200, 1100), (3000, 9)), ids=str)
 def test_results_do_not_depend_on_the_threads(
-    rows: CppRows, dtype: torch.dtype, shape: tuple[int, int]
+    rows: CppBackend, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     n, columns = shape
     u, t = draw(n, columns, dtype=dtype), draw(n, columns, dtype=dtype, seed=1)
@@ -204,7 +204,7 @@ def test_results_do_not_depend_on_the_threads(
         losses = torch.empty(n, dtype=spec.stat_dtype)
         rows.activate(u, None, "gelu", g)
         rows.activation_backward(du, u, None, "gelu", sums[0])
-        rows.token_losses_and_grad(u, None, t, None, coefficient, spec, losses, dz, sums[1])
+        rows.token_losses(LossChunk(u, None, t, None, losses, coefficient, dz, sums[1]), spec)
         rows.scatter_rows(u, into, None, None, True)
         return [g, du, losses, dz, sums, into]
 
@@ -224,9 +224,9 @@ def test_variants_agree(dtype: torch.dtype) -> None:
     ones = torch.ones(20, dtype=spec.stat_dtype)
     results = []
     for variant in VARIANTS:
-        rows, g, dz, losses = CppRows(variant), u.clone(), u.clone(), ones.clone()
+        rows, g, dz, losses = CppBackend(variant), u.clone(), u.clone(), ones.clone()
         rows.activate(u, None, "gelu", g)
-        rows.token_losses_and_grad(u, None, t, None, ones, spec, losses, dz, None)
+        rows.token_losses(LossChunk(u, None, t, None, losses, ones, dz, None), spec)
         results.append((g, dz, losses))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -234,7 +234,7 @@ def test_variants_agree(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def tiles(rows: CppRows, monkeypatch: pytest.MonkeyPatch) -> CppRows:
+def tiles(rows: CppBackend, monkeypatch: pytest.MonkeyPatch) -> CppBackend:
     """As on a CPU with tile registers; elsewhere the product is slower, and as exact."""
     if not rows._ops.has_wide_product():
         pytest.skip("this torch comes without MKL's product of bfloat16")
@@ -244,7 +244,7 @@ def tiles(rows: CppRows, monkeypatch: pytest.MonkeyPatch) -> CppRows:
 
 @pytest.mark.parametrize("shape", ((0, 5, 3), (1, 1, 1), (1, 7, 33), (31, 33, 7), (300, 65, 130)))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_wide_products(tiles: CppRows, shape: tuple[int, int, int], layout: str) -> None:
+def test_wide_products(tiles: CppBackend, shape: tuple[int, int, int], layout: str) -> None:
     n, m, k = shape
     d, x = (Placed(draw(n, c, dtype=torch.bfloat16, seed=c), layout).view for c in (m, k))
     exact = d.double().T @ x.double()
@@ -256,7 +256,7 @@ def test_wide_products(tiles: CppRows, shape: tuple[int, int, int], layout: str)
     torch.testing.assert_close(total.double(), start.double() + exact, rtol=1e-5, atol=1e-5)
 
 
-def test_wide_products_of_one_row_again_and_again(tiles: CppRows) -> None:
+def test_wide_products_of_one_row_again_and_again(tiles: CppBackend) -> None:
     """As of a hidden state that is expanded, rows that lie on each other; and a row of a column."""
     d, x = draw(5, 4, dtype=torch.bfloat16), draw(1, 3, dtype=torch.bfloat16, seed=1).expand(5, 3)
     column = draw(3, 1, dtype=torch.bfloat16, seed=2)
@@ -265,7 +265,7 @@ def test_wide_products_of_one_row_again_and_again(tiles: CppRows) -> None:
         torch.testing.assert_close(total.double(), a.double().T @ b.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_where_products_are_wide(tiles: CppRows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_products_are_wide(tiles: CppBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert tiles.has_wide_products(cpu, torch.bfloat16)
     assert not tiles.has_wide_products(cpu, torch.float16)
@@ -300,8 +300,8 @@ WRONG_CALLS = {
         ("token_losses", M, None, M, None, "mse", "none", 1e-8, torch.zeros(8)[::2]),
     "anchor: expected 6 columns":
         ("token_losses", M, None, M[:, :3], None, "mse", "none", 1e-8, torch.zeros(4)),
-    "loss: expected one of cosine, mse, smooth_l1; got 'l1'":
-        ("token_losses", M, None, M, None, "l1", "none", 1e-8, torch.zeros(4)),
+    "loss: expected one of cosine, mse, smooth_l1, l1; got 'huber'":
+        ("token_losses", M, None, M, None, "huber", "none", 1e-8, torch.zeros(4)),
     "normalize: expected 'none' with loss='cosine', got 'l2'":
         ("token_losses", M, None, M, None, "cosine", "l2", 1e-8, torch.zeros(4)),
     r"coefficient: expected shape \[4\], got \[5\]":
@@ -324,17 +324,17 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("message", WRONG_CALLS)
-def test_wrong_arguments_raise(rows: CppRows, message: str) -> None:
+def test_wrong_arguments_raise(rows: CppBackend, message: str) -> None:
     name, *arguments = WRONG_CALLS[message]
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         getattr(torch.ops, f"prereg_rows_{rows.variant}").__getattr__(name)(*arguments)
 
 
-def test_only_one_openmp_runtime_is_loaded(rows: CppRows) -> None:
+def test_only_one_openmp_runtime_is_loaded(rows: CppBackend) -> None:
     # In a process of its own: scikit-learn, in others of these tests, brings another
     code = (
-        "import pathlib; from prereg_kernels.ops.backends.cpp import CppRows; "
-        f"CppRows({rows.variant!r}); print(pathlib.Path('/proc/self/maps').read_text())"
+        "import pathlib; from prereg_kernels.ops.backends.cpp import CppBackend; "
+        f"CppBackend({rows.variant!r}); print(pathlib.Path('/proc/self/maps').read_text())"
     )
     command = [sys.executable, "-c", code]
     maps = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -342,18 +342,18 @@ def test_only_one_openmp_runtime_is_loaded(rows: CppRows) -> None:
     assert len(runtimes) <= 1
 
 
-def test_zero_target(rows: CppRows) -> None:
+def test_zero_target(rows: CppBackend) -> None:
     check_zero_target(rows)
 
 
 def test_unknown_variant() -> None:
     with pytest.raises(ValueError, match=r"variant: expected one of .*; got 'sse'"):
-        CppRows("sse")
+        CppBackend("sse")
 
 
 def test_describe() -> None:
     described = describe()
-    assert described["variant"] == CppRows().variant == VARIANTS[0]
+    assert described["variant"] == CppBackend().variant == VARIANTS[0]
     assert set(VARIANTS) <= set(described["built"])
 
 
@@ -376,7 +376,7 @@ def test_unavailable_says_why(build_file: Path) -> None:
     build_file.write_text(json.dumps(build | {"variants": [], "failed": {"base": "no compiler"}}))
     assert unavailable("cpu") == "not built: no compiler"
     with pytest.raises(ValueError, match="the compiled row primitives: not built: no compiler"):
-        CppRows()
+        CppBackend()
     build_file.unlink()
     assert str(unavailable("cpu")).startswith("not built: the package was installed without")
 

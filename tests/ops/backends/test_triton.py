@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops.backends.base import LossChunk
+from prereg_kernels.ops.backends.torch import TorchBackend
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.backend import TritonRows, interpreting, unavailable
-from prereg_kernels.ops.names import ACTIVATIONS
-from tests.helpers import relative_error
+from prereg_kernels.ops.backends.triton.backend import TritonBackend, interpreting, unavailable
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import ACTIVATION_NAMES, relative_error
 from tests.ops.backends.test_torch import BOUND, DTYPES, act, check_zero_target, losses_of
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
@@ -43,9 +43,11 @@ SHAPES = ((1, 1), (5, 7), (130, 33), (5, 257))
 # Interpreting one row of the loss takes some 20 ms
 LOSS_SHAPES = ((1, 1), (5, 7), (6, 33), (3, 257))
 KINDS = [("cosine", "none")] + [
-    (loss, normalize) for loss in ("mse", "smooth_l1") for normalize in ("none", "l2", "layer")
+    (loss, normalize)
+    for loss in ("mse", "smooth_l1", "l1")
+    for normalize in ("none", "l2", "layer")
 ]
-ROWS = TritonRows()
+ROWS = TritonBackend()
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -150,7 +152,7 @@ def _check_scatter(
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 def test_activations(shape: tuple[int, int], dtype: torch.dtype, activation: str) -> None:
     for has_bias in (False, True):
         u, dg = padded(draw(*shape, dtype=dtype)), padded(draw(*shape, dtype=dtype, seed=1))
@@ -229,21 +231,23 @@ def _check_losses(
 
     kept_z, kept_anchor = z.clone(), anchor.clone()
     losses = empty(rows, dtype=stat)
-    ROWS.token_losses(z, bias, anchor, index, spec, losses)
+    ROWS.token_losses(LossChunk(z, bias, anchor, index, losses), spec)
     assert relative_error(losses, expected) < BOUND[stat]
     assert torch.equal(z, kept_z)
 
     again, dz = empty(rows, dtype=stat), z if in_place else empty(*shape, dtype=dtype)
     sums = draw(columns, dtype=stat, seed=3)
     all_sums = sums.double() + gradient.sum(0)
-    ROWS.token_losses_and_grad(z, bias, anchor, index, coefficient, spec, again, dz, sums)
+    ROWS.token_losses(LossChunk(z, bias, anchor, index, again, coefficient, dz, sums), spec)
     assert torch.equal(again, losses)
     assert relative_error(dz, gradient) < BOUND[dtype]
     assert relative_error(sums, all_sums) < 2 * BOUND[stat]
     assert torch.equal(anchor, kept_anchor) and (in_place or torch.equal(z, kept_z))
 
     without = empty(*shape, dtype=dtype)
-    ROWS.token_losses_and_grad(kept_z, bias, anchor, index, coefficient, spec, again, without, None)
+    ROWS.token_losses(
+        LossChunk(kept_z, bias, anchor, index, again, coefficient, without, None), spec
+    )
     assert torch.equal(without, dz) and torch.equal(again, losses)
 
 
@@ -258,9 +262,9 @@ def test_no_cancellation_near_the_anchor(in_blocks: bool) -> None:
     ones = torch.ones(3, device=DEVICE)
     with registers(16 if in_blocks else 65536):
         dz, losses = empty(3, 200), empty(3)
-        ROWS.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+        ROWS.token_losses(LossChunk(z, None, t, None, losses, ones, dz, None), spec)
         assert relative_error(dz, gradient) < 1e-3
-        ROWS.token_losses_and_grad(t, None, t, None, ones, spec, losses, dz, None)
+        ROWS.token_losses(LossChunk(t, None, t, None, losses, ones, dz, None), spec)
         assert torch.equal(dz, torch.zeros_like(dz)), "z = t"
 
 
@@ -280,9 +284,9 @@ def test_nan_and_zeros(loss: str, normalize: str, in_blocks: bool) -> None:
     spec = Spec("gelu", loss, normalize, 1e-8, torch.float32)
     coefficient, results = torch.ones(6, device=DEVICE), []
     with registers(16 if in_blocks else 65536):
-        for rows in (TorchRows(), ROWS):
+        for rows in (TorchBackend(), ROWS):
             losses, dz, sums = empty(6), empty(6, 140), torch.zeros(140, device=DEVICE)
-            rows.token_losses_and_grad(z, None, t, None, coefficient, spec, losses, dz, sums)
+            rows.token_losses(LossChunk(z, None, t, None, losses, coefficient, dz, sums), spec)
             results.append((losses, dz, sums))
     for expected, ours in zip(*results, strict=True):
         assert torch.equal(ours.isnan(), expected.isnan())
@@ -290,12 +294,12 @@ def test_nan_and_zeros(loss: str, normalize: str, in_blocks: bool) -> None:
     assert results[1][0].isnan().tolist() == [False, True, True, False, False, False]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 def test_nan_through_activations(activation: str) -> None:
     u, dg = draw(3, 40), draw(3, 40, seed=1)
     u[0, 3] = dg[1, 39] = math.nan
     results = []
-    for rows in (TorchRows(), ROWS):
+    for rows in (TorchBackend(), ROWS):
         g, du, sums = empty(3, 40), dg.clone(), torch.zeros(40, device=DEVICE)
         rows.activate(u, None, activation, g)
         rows.activation_backward(du, u, None, activation, sums)
@@ -316,7 +320,7 @@ def test_fewer_programs_than_rows(monkeypatch: pytest.MonkeyPatch, in_blocks: bo
         _check_losses((13, 140), spec, case=2, in_place=True, has_bias=True)
         for _ in range(2):
             losses, dz, sums = empty(13), z.clone(), torch.zeros(140, device=DEVICE)
-            ROWS.token_losses_and_grad(dz, None, t, None, coefficient, spec, losses, dz, sums)
+            ROWS.token_losses(LossChunk(dz, None, t, None, losses, coefficient, dz, sums), spec)
             runs.append((losses, dz, sums))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
@@ -344,8 +348,8 @@ def test_nothing_is_launched_without_rows(monkeypatch: pytest.MonkeyPatch) -> No
     ROWS.gather_rows(x, index, none)
     ROWS.activate(none, vector, "gelu", none)
     ROWS.activation_backward(none, none, None, "gelu", vector)
-    ROWS.token_losses(none, None, x, index, spec, draw(0))
-    ROWS.token_losses_and_grad(none, None, x, index, draw(0), spec, draw(0), none, vector)
+    ROWS.token_losses(LossChunk(none, None, x, index, draw(0)), spec)
+    ROWS.token_losses(LossChunk(none, None, x, index, draw(0), draw(0), none, vector), spec)
     ROWS.scatter_rows(none, x, index, None, True)
     assert torch.equal(vector, kept)
 
@@ -384,4 +388,4 @@ def test_index_out_of_range(row: int) -> None:
     with pytest.raises(Exception, match="visual_index out of range"):
         ROWS.scatter_rows(draw(2, 4), x, index, None, True)
     with pytest.raises(Exception, match="visual_index out of range"):
-        ROWS.token_losses(draw(2, 4), None, x, index, spec, empty(2))
+        ROWS.token_losses(LossChunk(draw(2, 4), None, x, index, empty(2)), spec)

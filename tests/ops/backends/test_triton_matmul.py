@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prereg_kernels.ops import chunking, custom_ops
-from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops import custom_ops, dtypes
+from prereg_kernels.ops.activations import ACTIVATIONS
 from prereg_kernels.ops.backends.triton import fused
-from prereg_kernels.ops.backends.triton.backend import TritonRows, interpreting, unavailable
-from prereg_kernels.ops.backends.triton.fused import FusedStages, FusedTritonRows
+from prereg_kernels.ops.backends.triton.backend import TritonBackend, interpreting, unavailable
+from prereg_kernels.ops.backends.triton.fused import FusedStages, FusedTritonBackend
 from prereg_kernels.ops.backends.triton.matmul_config import (
     EVERYTHING,
     SINGLE,
@@ -31,9 +31,8 @@ from prereg_kernels.ops.backends.triton.matmul_config import (
     choose_config,
     choose_plan,
 )
-from prereg_kernels.ops.names import ACTIVATIONS
-from prereg_kernels.ops.reference import ACTIVATION_FUNCTIONS
-from tests.helpers import Problem, check, make_problem, relative_error
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import ACTIVATION_NAMES, Problem, check, make_problem, relative_error
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
 RUNS = unavailable(DEVICE.type) is None and (
@@ -46,15 +45,15 @@ SMALL = MatmulConfig(
     32, 32, 16, 4, 2, parts=2, programs=1, max_registers=None, flatten=True, group_m=3
 )
 QUARTERS = replace(SMALL, block_m=64, block_n=64, block_k=32, parts=4)
-ROWS = FusedTritonRows(EVERYTHING, SMALL)
-PLAIN = TritonRows()
+ROWS = FusedTritonBackend(EVERYTHING, SMALL)
+PLAIN = TritonBackend()
 # n, K and N: below, at and above the tiles' sizes; K and N are ragged, but aligned
 SHAPES = ((1, 8, 8), (127, 40, 72), (128, 16, 64), (129, 72, 40), (33, 24, 104))
 # The interpreter truncates to bfloat16
 ROUNDING = {torch.bfloat16: 2**-7 if DEVICE.type == "cpu" else 2**-8, torch.float16: 2**-11}
 each_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_activation = pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 with_bias = pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
 
 
@@ -117,13 +116,13 @@ def spec_of(loss: str, dtype: torch.dtype, **options: Any) -> Spec:
 def losses_of(z: Tensor, t: Tensor, loss: str) -> Tensor:
     if loss == "cosine":
         return -F.cosine_similarity(z, t, dim=1)
-    function = F.mse_loss if loss == "mse" else F.smooth_l1_loss
+    function = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[loss]
     return function(z, t, reduction="none").mean(dim=1)
 
 
 def slope(u: Tensor, activation: str) -> Tensor:
     leaf = u.detach().requires_grad_()
-    return torch.autograd.grad(ACTIVATION_FUNCTIONS[activation](leaf).sum(), leaf)[0]
+    return torch.autograd.grad(ACTIVATIONS.find(activation)(leaf).sum(), leaf)[0]
 
 
 def activate(
@@ -134,7 +133,7 @@ def activate(
     u, g = (guarded(shape[0], shape[2], dtype=dtype) for _ in "ug")
     rows.linear_activate(x, w, b, activation, u, g)
     true = plus(x.double() @ w.double().T, b)
-    return u, g, true, ACTIVATION_FUNCTIONS[activation](true)
+    return u, g, true, ACTIVATIONS.find(activation)(true)
 
 
 @needs_triton
@@ -176,7 +175,7 @@ class TestLinearActivate:
 
 @needs_triton
 class TestLinearLosses:
-    @pytest.mark.parametrize("loss", ("cosine", "mse", "smooth_l1"))
+    @pytest.mark.parametrize("loss", ("cosine", "mse", "smooth_l1", "l1"))
     @each_shape
     @pytest.mark.parametrize("indexed", (True, False), ids=("index", "no index"))
     def test_shapes(self, shape: tuple[int, int, int], loss: str, indexed: bool) -> None:
@@ -304,7 +303,7 @@ class TestLinearBackwardScatter:
     "config", (WIDE, TWIN, SINGLE, QUARTERS), ids=("wide", "twin", "single", "q")
 )
 def test_configurations(config: MatmulConfig) -> None:
-    rows, shape, dtype = FusedTritonRows(EVERYTHING, config), (129, 40, 136), torch.bfloat16
+    rows, shape, dtype = FusedTritonBackend(EVERYTHING, config), (129, 40, 136), torch.bfloat16
     _, g, _, true_g = activate(rows, shape, dtype, True, "relu")
     assert_rounded(g, true_g)
     du, sums, true_du, true_sums = backward(rows, shape, dtype, True, "relu")
@@ -332,7 +331,7 @@ def test_repeats_bit_for_bit_and_agrees_with_the_plain_stages() -> None:
     anchor, u_back = (draw(65, 72, dtype=dtype, seed=seed) for seed in (4, 5))
     index, scale = some_rows(65, 65), torch.tensor(2.0, device=DEVICE)
 
-    def run(rows: TritonRows) -> list[Tensor]:
+    def run(rows: TritonBackend) -> list[Tensor]:
         u, g, z, du, into = (guarded(65, 72, dtype=dtype) for _ in range(5))
         losses, sums = guarded(65, dtype=torch.float32), torch.zeros(72, device=DEVICE)
         rows.linear_activate(x, w, b, "gelu_tanh", u, g)
@@ -347,7 +346,7 @@ def test_repeats_bit_for_bit_and_agrees_with_the_plain_stages() -> None:
         assert relative_error(x_first, x_plain) < 2**-10
 
 
-class Names(TritonRows):
+class Names(TritonBackend):
     def __init__(self) -> None:
         self.called: list[str] = []
 
@@ -456,8 +455,8 @@ def run_fused(monkeypatch: pytest.MonkeyPatch, problem: Problem, **options: Any)
         launch(kernel, *args, **constants)
 
     monkeypatch.setattr(matmul_launch, "_launch", note)
-    monkeypatch.setattr(custom_ops, "choose_rows", lambda *_: ROWS)
-    monkeypatch.setattr(chunking, "_native_on_cpu", lambda _: True)
+    monkeypatch.setattr(custom_ops, "choose_backend", lambda *_: ROWS)
+    monkeypatch.setattr(dtypes, "_native_on_cpu", lambda _: True)
     check(problem, **options)
     return launched
 
