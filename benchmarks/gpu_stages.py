@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_kernels import Buffers
 from benchmarks.gpu_timing import Clock, Effort, Measured, describe_error, warm_and_interleave
-from prereg_kernels.ops.backends.base import Backend
+from prereg_kernels.ops.backends.base import Backend, LossChunk
 from tests.helpers import relative_error
 
 APART = "apart"
@@ -38,23 +38,25 @@ def stages(b: Buffers) -> list[Stage]:
     g, du, u = b.draw(b.n, m), torch.empty_like(b.g), torch.empty_like(b.u)
     into = torch.zeros_like(b.hidden)
 
-    def backward_activation(rows: Backend) -> None:
+    def backward_activation(backend: Backend) -> None:
         b.sums_m.zero_()
-        rows.linear_backward_activation(b.z, b.w2, b.u, b.b1, act, du, b.sums_m)
+        backend.linear_backward_activation(b.z, b.w2, b.u, b.b1, act, du, b.sums_m)
 
     return [
         Stage(
             "activate",
             m,
             d,
-            lambda rows: rows.linear_activate(b.h, b.w1, b.b1, act, u, b.g),
+            lambda backend: backend.linear_activate(b.h, b.w1, b.b1, act, u, b.g),
             lambda: [u, b.g],
         ),
         Stage(
             "losses",
             a,
             m,
-            lambda rows: rows.linear_losses(g, b.w2, b.b2, b.anchor, b.index, spec, b.dz, b.losses),
+            lambda backend: backend.linear_losses(
+                g, b.w2, b.b2, LossChunk(b.dz, None, b.anchor, b.index, b.losses), spec
+            ),
             lambda: [b.losses],
         ),
         Stage("backward_activation", m, a, backward_activation, lambda: [du, b.sums_m]),
@@ -62,7 +64,7 @@ def stages(b: Buffers) -> list[Stage]:
             "backward_scatter",
             d,
             m,
-            lambda rows: rows.linear_backward_scatter(
+            lambda backend: backend.linear_backward_scatter(
                 b.u, b.w1, into, b.index, None, False, torch.empty_like(b.h)
             ),
             lambda: [into],
@@ -107,7 +109,7 @@ def time_stages(
     """A record for each stage: the medians of its kinds, interleaved, and the errors of others."""
     for stage in stages(b):
         kinds, chosen = kinds_of(stage, b)
-        steps = {name: Measured(partial(stage.step, rows)) for name, rows in kinds.items()}
+        steps = {name: Measured(partial(stage.step, backend)) for name, backend in kinds.items()}
         errors = wrong_kinds(stage, kinds)
         sound = {name: step for name, step in steps.items() if name not in errors}
         times, later = warm_and_interleave(sound, clock, effort)

@@ -38,7 +38,7 @@ from benchmarks.gpu_timing import (
 )
 from prereg_kernels import eager_pre_loss
 from prereg_kernels._util.machine import describe_source
-from prereg_kernels.ops.backends.base import Backend
+from prereg_kernels.ops.backends.base import Backend, LossChunk
 from prereg_kernels.ops.backends.torch import TorchBackend
 
 CPU = torch.device("cpu")
@@ -305,9 +305,9 @@ def test_full_check() -> None:
 
 def test_stages_are_checked_and_compared() -> None:
     class Wrong(TorchBackend):
-        def linear_losses(self, *arguments: Any) -> None:
-            super().linear_losses(*arguments)
-            arguments[-1].mul_(1.1)
+        def token_losses(self, chunk: LossChunk, spec: Any) -> None:
+            super().token_losses(chunk, spec)
+            chunk.losses.mul_(1.1)
 
         def linear_backward_activation(self, *arguments: Any) -> None:
             raise RuntimeError("out of shared memory")

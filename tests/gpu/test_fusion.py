@@ -41,7 +41,7 @@ def force(monkeypatch: pytest.MonkeyPatch, plan: Any, config: Any = None) -> lis
                 seen.append(stage)
             return chosen
 
-    def choose_backend(backend: str, device: torch.device) -> Backend:
+    def choose_backend(name: str, device: torch.device, spec: Any = None) -> Backend:
         return Watched(plan, config)
 
     monkeypatch.setattr(custom_ops, "choose_backend", choose_backend)

@@ -71,7 +71,7 @@ def _loss(
     head: bool = True,
     transposed: bool = False,
 ) -> Callable[[TritonBackend], None]:
-    def launch(rows: TritonBackend) -> None:
+    def launch(backend: TritonBackend) -> None:
         spec = Spec("gelu", loss, normalize, 1e-8, dtype)
         z = meta(ROWS, columns, dtype=dtype)
         anchor = meta(POSITIONS, columns, dtype=dtype)
@@ -87,17 +87,17 @@ def _loss(
             z if head else meta(ROWS, columns, dtype=dtype),
             meta(columns, dtype=spec.stat_dtype) if head else None,
         )
-        rows.token_losses(chunk, spec)
+        backend.token_losses(chunk, spec)
 
     return launch
 
 
 def _losses_alone(columns: int, dtype: torch.dtype, loss: str) -> Callable[[TritonBackend], None]:
-    def launch(rows: TritonBackend) -> None:
+    def launch(backend: TritonBackend) -> None:
         spec = Spec("gelu", loss, "none", 1e-8, dtype)
         z, bias = meta(ROWS, columns, dtype=dtype), meta(columns, dtype=dtype)
         anchor = meta(POSITIONS, columns, dtype=dtype)
-        rows.token_losses(
+        backend.token_losses(
             LossChunk(z, bias, anchor, index(), meta(ROWS, dtype=spec.stat_dtype)), spec
         )
 
@@ -116,18 +116,18 @@ def activation_cases() -> Iterator[Case]:
 
 
 def _activate(columns: int, dtype: torch.dtype, activation: str) -> Callable[[TritonBackend], None]:
-    def launch(rows: TritonBackend) -> None:
+    def launch(backend: TritonBackend) -> None:
         u, bias = meta(ROWS, columns, dtype=dtype), meta(columns, dtype=dtype)
-        rows.activate(u, bias, activation, torch.empty_like(u))
+        backend.activate(u, bias, activation, torch.empty_like(u))
 
     return launch
 
 
 def _backward(columns: int, dtype: torch.dtype, activation: str) -> Callable[[TritonBackend], None]:
-    def launch(rows: TritonBackend) -> None:
+    def launch(backend: TritonBackend) -> None:
         u, bias = meta(ROWS, columns, dtype=dtype), meta(columns, dtype=dtype)
         sums = meta(columns, dtype=torch.promote_types(dtype, torch.float32))
-        rows.activation_backward(torch.empty_like(u), u, bias, activation, sums)
+        backend.activation_backward(torch.empty_like(u), u, bias, activation, sums)
 
     return launch
 
@@ -145,12 +145,12 @@ def gather_cases() -> Iterator[Case]:
 def _gather(
     source: torch.dtype, out: torch.dtype, transposed: bool = False
 ) -> Callable[[TritonBackend], None]:
-    def launch(rows: TritonBackend) -> None:
+    def launch(backend: TritonBackend) -> None:
         h, into = meta(POSITIONS, 4096, dtype=source), meta(ROWS, 4096, dtype=out)
         if transposed:
-            rows.gather_rows(meta(4096, ROWS, dtype=source).T, None, into)
+            backend.gather_rows(meta(4096, ROWS, dtype=source).T, None, into)
         else:
-            rows.gather_rows(h, index(), into)
+            backend.gather_rows(h, index(), into)
 
     return launch
 
@@ -168,8 +168,8 @@ def scatter_cases() -> Iterator[Case]:
 def _scatter(
     dtype: torch.dtype, into: torch.dtype, accumulate: bool, scaled: bool = False
 ) -> Callable[[TritonBackend], None]:
-    def launch(rows: TritonBackend) -> None:
+    def launch(backend: TritonBackend) -> None:
         values, dh = meta(ROWS, 4096, dtype=dtype), meta(POSITIONS, 4096, dtype=into)
-        rows.scatter_rows(values, dh, index(), meta() if scaled else None, accumulate)
+        backend.scatter_rows(values, dh, index(), meta() if scaled else None, accumulate)
 
     return launch

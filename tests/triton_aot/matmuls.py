@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton.matmul_config import STAGES, MatmulConfig, candidates
 from prereg_kernels.ops.spec import Spec
 from tests.helpers import ACTIVATION_NAMES
@@ -105,9 +106,10 @@ def _losses(dtype: torch.dtype, loss: str, anchor_dtype: torch.dtype | None = No
 
         anchor = meta(POSITIONS, WIDTH, dtype=anchor_dtype or dtype)
         spec = Spec("gelu", loss, "none", 1e-8, dtype)
+        chunk = LossChunk(_chunk(dtype), None, anchor, _index(), meta(ROWS))
         linear_losses(
-            _chunk(dtype), _weight(dtype), meta(WIDTH, dtype=dtype), anchor, _index(), spec,
-            meta(ROWS), config, MULTIPROCESSORS,
+            _chunk(dtype), _weight(dtype), meta(WIDTH, dtype=dtype), chunk, spec, config,
+            MULTIPROCESSORS,
         )  # fmt: skip
 
     return launch

@@ -15,7 +15,7 @@ from tests.helpers import ACTIVATION_NAMES, relative_error
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = list(BOUND)
-ROWS = TorchBackend()
+BACKEND = TorchBackend()
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -50,18 +50,18 @@ def losses_of(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
     return distances[spec.loss].mean(1)
 
 
-def check_zero_target(rows: Backend, device: str | torch.device = "cpu") -> None:
+def check_zero_target(backend: Backend, device: str | torch.device = "cpu") -> None:
     """Of a target of zeros the cosine and its gradient are exactly 0: Adam would scale noise up."""
     z, t = draw(40, 100).to(device), torch.zeros(40, 100, device=device)
     losses, dz = (torch.full(size, math.nan, device=device) for size in ((40,), (40, 100)))
     spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
     ones = torch.ones(40, device=device)
-    rows.token_losses(LossChunk(z, None, t, None, losses, ones, dz, None), spec)
+    backend.token_losses(LossChunk(z, None, t, None, losses, ones, dz, None), spec)
     assert losses.count_nonzero() == 0 and dz.count_nonzero() == 0
 
 
 def test_zero_target() -> None:
-    check_zero_target(ROWS)
+    check_zero_target(BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,7 +70,7 @@ def test_gather_rows(dtype: torch.dtype, indexed: bool) -> None:
     source = draw(10, 4)
     index = torch.tensor([9, 0, 4]) if indexed else None
     out = torch.full((3, 4), math.nan, dtype=dtype)
-    ROWS.gather_rows(source if indexed else source[1:4], index, out)
+    BACKEND.gather_rows(source if indexed else source[1:4], index, out)
     assert torch.equal(out, source[[9, 0, 4] if indexed else [1, 2, 3]].to(dtype))
 
 
@@ -88,7 +88,7 @@ def test_scatter_rows(
     expected[chosen] = expected[chosen] * accumulate + added
     index = torch.tensor(chosen) if indexed else None
     factor = None if scale is None else torch.tensor(scale)
-    ROWS.scatter_rows(values, into if indexed else into[1:4], index, factor, accumulate)
+    BACKEND.scatter_rows(values, into if indexed else into[1:4], index, factor, accumulate)
     assert torch.equal(into, expected.to(dtype))
 
 
@@ -100,14 +100,14 @@ def test_activations(dtype: torch.dtype, activation: str) -> None:
     g = act(exact, activation)
     (du,) = torch.autograd.grad(g, exact, dg.double())
     kept, out = u.clone(), torch.full_like(u, math.nan)
-    ROWS.activate(u, None, activation, out)
+    BACKEND.activate(u, None, activation, out)
     assert relative_error(out, g.detach()) < BOUND[dtype] and torch.equal(u, kept)
     sums = draw(33, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=2)
     expected_sums = sums.double() + du.sum(0)
-    ROWS.activation_backward(dg, u, None, activation, sums)
+    BACKEND.activation_backward(dg, u, None, activation, sums)
     assert relative_error(dg, du) < BOUND[dtype], "dg is overwritten"
     assert relative_error(sums, expected_sums) < BOUND[dtype]
-    ROWS.activate(u, None, activation, u)
+    BACKEND.activate(u, None, activation, u)
     assert torch.equal(u, out), "g may be u"
 
 
@@ -132,16 +132,16 @@ def test_token_losses(
     kept_z, kept_anchor = z.clone(), anchor.clone()
     bound = BOUND[torch.float64 if dtype == torch.float64 else torch.float32]
     losses, again = (torch.full((5,), math.nan, dtype=spec.stat_dtype) for _ in range(2))
-    ROWS.token_losses(LossChunk(z, None, anchor, index, losses), spec)
+    BACKEND.token_losses(LossChunk(z, None, anchor, index, losses), spec)
     assert relative_error(losses, expected) < bound
     assert torch.equal(z, kept_z)
     dz = z if in_place else torch.empty_like(z)
     sums = draw(9, seed=3).to(spec.stat_dtype)
     expected_sums = sums.double() + gradient.sum(0)
-    ROWS.token_losses(LossChunk(z, None, anchor, index, again, coefficient, dz, sums), spec)
+    BACKEND.token_losses(LossChunk(z, None, anchor, index, again, coefficient, dz, sums), spec)
     assert torch.equal(again, losses)
     assert relative_error(dz, gradient) < BOUND[dtype]
     assert relative_error(sums, expected_sums) < BOUND[dtype]
     assert torch.equal(anchor, kept_anchor) and (in_place or torch.equal(z, kept_z))
-    ROWS.token_losses(LossChunk(kept_z, None, anchor[index], None, again), spec)
+    BACKEND.token_losses(LossChunk(kept_z, None, anchor[index], None, again), spec)
     assert torch.equal(again, losses), "without an index, the rows are the anchor's own"

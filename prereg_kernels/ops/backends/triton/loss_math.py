@@ -67,7 +67,8 @@ def loss_slope(p, q, COLUMNS: tl.constexpr, LOSS: tl.constexpr):
     elif LOSS == "smooth_l1":
         d = tl.where(d > 1, 1.0, tl.where(d < -1, -1.0, d)) * (1 / COLUMNS)
     elif LOSS == "l1":
-        d = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) * (1 / COLUMNS)
+        sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
+        d = sign * (1 / COLUMNS)
     return d
 
 
