@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import PReConfig, PReHead, eager_pre_loss, fused_pre_loss, pre_tap
+from tests.helpers import ACTIVATION_NAMES, LOSS_NAMES
 
 
 class DTensor(Tensor):
@@ -219,12 +220,12 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "activation": (
         {"activation": "tanh"},
-        ValueError, "activation: expected one of gelu, gelu_tanh, silu, relu; got 'tanh'",
+        ValueError, f"activation: expected one of {', '.join(ACTIVATION_NAMES)}; got 'tanh'",
     ),
     "activation None": ({"activation": None}, ValueError, "activation: .* got None"),
     "loss": (
         {"loss": "cosin"},
-        ValueError, "loss: expected one of cosine, mse, smooth_l1, l1, huber; got 'cosin'",
+        ValueError, f"loss: expected one of {', '.join(LOSS_NAMES)}; got 'cosin'",
     ),
     "loss None": ({"loss": None}, ValueError, "loss: .* got None"),
     "parameter of a loss": (

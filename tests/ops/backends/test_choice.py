@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from prereg_kernels.ops.backends import cpp, registry
+from prereg_kernels.ops.backends.base import Backend
+from prereg_kernels.ops.backends.cpp import CppBackend
 from prereg_kernels.ops.backends.registry import FASTEST_FIRST, choose_backend, unavailable
+from prereg_kernels.ops.backends.triton.backend import TritonBackend
+from prereg_kernels.ops.losses import LOSSES
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import ACTIVATION_NAMES, LOSS_NAMES
 
 CPU = torch.device("cpu")
 
@@ -30,7 +36,7 @@ def test_cpp_is_built_where_there_is_a_compiler() -> None:
 
 
 def test_unknown_backend() -> None:
-    expected = "backend: expected one of auto, triton, cpp, torch; got 'cuda'"
+    expected = f"backend: expected one of {', '.join(registry.BACKENDS)}; got 'cuda'"
     with pytest.raises(ValueError, match=expected):
         choose_backend("cuda", CPU)
 
@@ -41,6 +47,20 @@ def test_a_backend_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="backend='cpp': does not run on cpu here: cpp is not"):
         choose_backend("cpp", CPU)
     registry._choose.cache_clear()
+
+
+@pytest.mark.parametrize("backend", (CppBackend, TritonBackend))
+def test_a_backend_refuses_what_it_has_no_kernel_for(backend: type[Backend]) -> None:
+    """Of what is built in: huber. `tests/ops/test_losses.py` has what users bring."""
+    native = ("cosine", "mse", "smooth_l1", "l1")
+    for loss in LOSS_NAMES:
+        spec = Spec("gelu", LOSSES.find(loss).text, "none", 1e-8, torch.float32)
+        expected = None if loss in native else f"loss={spec.loss!r}"
+        assert backend().refuses(spec) == expected
+    for activation in ACTIVATION_NAMES:
+        assert backend().refuses(Spec(activation, "mse", "none", 1e-8, torch.float32)) is None
+    other = Spec("mish", "mse", "none", 1e-8, torch.float32)
+    assert backend().refuses(other) == "activation='mish'"
 
 
 def test_triton_does_not_run_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
