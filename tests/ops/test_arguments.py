@@ -316,7 +316,7 @@ FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "chunk_rows bool": ({"chunk_rows": True}, TypeError, "chunk_rows: .* got bool"),
     "backend": (
         {"backend": "cuda"},
-        ValueError, "backend: expected one of auto, torch, cpp, triton; got 'cuda'",
+        ValueError, "backend: expected one of auto, triton, cpp, torch; got 'cuda'",
     ),
 }  # fmt: skip
 
@@ -398,7 +398,7 @@ def test_bad_head(overrides: dict[str, Any], message: str) -> None:
         ({"weight": "0.5"}, "weight: .* got '0.5'"),
         ({"weight": True}, "weight: .* got True"),
         ({"activation": "tanh"}, "activation: expected one of gelu, .* got 'tanh'"),
-        ({"loss": "l1"}, "loss: expected one of cosine, .* got 'l1'"),
+        ({"loss": "cosin"}, "loss: expected one of cosine, .* got 'cosin'"),
         ({"normalize": "batch"}, "normalize: expected one of none, .* got 'batch'"),
         ({"loss": "cosine", "normalize": "l2"}, "normalize"),
         ({"anchor": "dino"}, "anchor: expected one of pre_llm, .* got 'dino'"),
