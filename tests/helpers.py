@@ -20,6 +20,9 @@ from prereg_kernels.ops.losses import LossName
 SLACK = 1e-6
 ACTIVATION_NAMES: tuple[str, ...] = get_args(ActivationName)
 LOSS_NAMES: tuple[str, ...] = get_args(LossName)
+# With kernels of their own in every backend
+KERNEL_ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+KERNEL_LOSSES = ("cosine", "mse", "smooth_l1", "l1")
 FEW, SIBLINGS, SIGNIFICANT = 3, 32, 5.0
 LARGE = 1000
 

@@ -12,7 +12,7 @@ from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton.backend import TritonBackend
 from prereg_kernels.ops.names import NORMALIZATIONS
 from prereg_kernels.ops.spec import Spec
-from tests.helpers import ACTIVATION_NAMES
+from tests.helpers import KERNEL_ACTIVATIONS
 
 ROWS, POSITIONS = 6144, 2**20  # of a chunk, and of the whole batch
 COLUMNS = (512, 1024, 3584, 4096, 8192, 16384, 20480)
@@ -105,7 +105,7 @@ def _losses_alone(columns: int, dtype: torch.dtype, loss: str) -> Callable[[Trit
 
 
 def activation_cases() -> Iterator[Case]:
-    for activation in ACTIVATION_NAMES:
+    for activation in KERNEL_ACTIVATIONS:
         for dtype in (*DTYPES, torch.float64):
             for columns in (512, 3584, 4096):
                 name = f"{activation} {columns} {dtype}"

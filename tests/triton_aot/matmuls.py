@@ -21,7 +21,7 @@ from torch import Tensor
 from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton.matmul_config import STAGES, MatmulConfig, candidates
 from prereg_kernels.ops.spec import Spec
-from tests.helpers import ACTIVATION_NAMES
+from tests.helpers import KERNEL_ACTIVATIONS
 from tests.triton_aot.cases import meta
 from tests.triton_aot.compile import TARGETS, compiling_for
 from tests.triton_aot.inspection import inspect
@@ -64,7 +64,7 @@ def variants(stage: str, everything: bool) -> Iterator[tuple[str, Launch]]:
     """The launches of a stage that differ, the heaviest first."""
     for dtype in (torch.bfloat16, torch.float16):
         if stage == "activate":
-            for activation in ACTIVATION_NAMES:
+            for activation in KERNEL_ACTIVATIONS:
                 yield f"{activation} {dtype}", _activate(dtype, activation)
                 yield f"{activation} {dtype}, g alone", _activate(dtype, activation, store_u=False)
                 if not everything:
@@ -76,7 +76,7 @@ def variants(stage: str, everything: bool) -> Iterator[tuple[str, Launch]]:
                     return
                 yield f"{loss} {dtype}, anchor in float32", _losses(dtype, loss, torch.float32)
         elif stage == "backward_activation":
-            for activation in ACTIVATION_NAMES:
+            for activation in KERNEL_ACTIVATIONS:
                 yield f"{activation} {dtype}", _backward_activation(dtype, activation)
                 if not everything:
                     return

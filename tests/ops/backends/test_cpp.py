@@ -18,7 +18,7 @@ from prereg_kernels.ops.backends import cpp
 from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.cpp import CppBackend, describe, runnable_variants, unavailable
 from prereg_kernels.ops.spec import Spec
-from tests.helpers import ACTIVATION_NAMES, relative_error
+from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 from tests.ops.backends.primitives import (
     KINDS,
     LAYOUTS,
@@ -72,7 +72,7 @@ def test_scatter_rows(
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations(
     backend: CppBackend, dtype: torch.dtype, shape: tuple[int, int], activation: str
 ) -> None:
@@ -94,7 +94,7 @@ def values_and_slopes(backend: CppBackend, u: Tensor, activation: str) -> tuple[
     return g.double(), du.double(), expected.detach(), slope.nan_to_num(0)
 
 
-@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations_far_from_zero(backend: CppBackend, activation: str) -> None:
     """No bound on the error of the sum hides a wrong tail, an overflow or an underflow."""
     size = torch.logspace(-20, 18, 200)
@@ -106,7 +106,7 @@ def test_activations_far_from_zero(backend: CppBackend, activation: str) -> None
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations_of_every_16_bit_number(
     backend: CppBackend, dtype: torch.dtype, activation: str
 ) -> None:
@@ -175,7 +175,7 @@ def test_nan_and_infinity_reach_the_loss(backend: CppBackend, kind: Kind) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_nan_reaches_the_activation(
     backend: CppBackend, dtype: torch.dtype, activation: str
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prereg_kernels.ops.backends.base import Backend, LossChunk
 from prereg_kernels.ops.backends.torch import TorchBackend
 from prereg_kernels.ops.spec import Spec
-from tests.helpers import ACTIVATION_NAMES, relative_error
+from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = list(BOUND)
@@ -93,7 +93,7 @@ def test_scatter_rows(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations(dtype: torch.dtype, activation: str) -> None:
     u, dg = draw(6, 33, dtype=dtype), draw(6, 33, dtype=dtype, seed=1)
     exact = u.double().clone().requires_grad_()

@@ -20,7 +20,7 @@ from prereg_kernels.ops.backends.torch import TorchBackend
 from prereg_kernels.ops.backends.triton import config
 from prereg_kernels.ops.backends.triton.backend import TritonBackend, interpreting, unavailable
 from prereg_kernels.ops.spec import Spec
-from tests.helpers import ACTIVATION_NAMES, relative_error
+from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 from tests.ops.backends.test_torch import BOUND, DTYPES, act, check_zero_target, losses_of
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
@@ -152,7 +152,7 @@ def _check_scatter(
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations(shape: tuple[int, int], dtype: torch.dtype, activation: str) -> None:
     for has_bias in (False, True):
         u, dg = padded(draw(*shape, dtype=dtype)), padded(draw(*shape, dtype=dtype, seed=1))
@@ -294,7 +294,7 @@ def test_nan_and_zeros(loss: str, normalize: str, in_blocks: bool) -> None:
     assert results[1][0].isnan().tolist() == [False, True, True, False, False, False]
 
 
-@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_nan_through_activations(activation: str) -> None:
     u, dg = draw(3, 40), draw(3, 40, seed=1)
     u[0, 3] = dg[1, 39] = math.nan

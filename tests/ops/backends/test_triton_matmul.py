@@ -33,7 +33,7 @@ from prereg_kernels.ops.backends.triton.matmul_config import (
     choose_plan,
 )
 from prereg_kernels.ops.spec import Spec
-from tests.helpers import ACTIVATION_NAMES, Problem, check, make_problem, relative_error
+from tests.helpers import KERNEL_ACTIVATIONS, Problem, check, make_problem, relative_error
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
 RUNS = unavailable(DEVICE.type) is None and (
@@ -54,7 +54,7 @@ SHAPES = ((1, 8, 8), (127, 40, 72), (128, 16, 64), (129, 72, 40), (33, 24, 104))
 ROUNDING = {torch.bfloat16: 2**-7 if DEVICE.type == "cpu" else 2**-8, torch.float16: 2**-11}
 each_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-each_activation = pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+each_activation = pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 with_bias = pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
 
 
