@@ -20,9 +20,10 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
 
 # Build tools first: the package is built against the torch that it will run with.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
+    prereg_kernels/ops/backends/cpp_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
@@ -31,7 +32,8 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.
-ANY_BACKEND := ops/backends triton_aot gpu checkup cli docs util test_benchmarks_gpu.py \
+ANY_BACKEND := ops/backends triton_aot gpu checkup cli docs util benchmarks/common \
+    benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py \
     trainers/test_ranks.py trainers/test_low_precision.py
 OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
@@ -82,8 +84,8 @@ sanitize: $(READY)  ## the tests of the compiled code under the address and UB s
 
 bench: $(READY)  ## the benchmarks on this machine; prints a table, writes benchmarks/results/
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-json=benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/table.py benchmarks/results/cpu.json
+	$(BIN)/python -m pytest benchmarks/loss/test_cpu.py --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.loss.cpu_table benchmarks/results/cpu.json
 
 # On a GPU machine the system python has torch and triton already: no virtual environment there.
 # The benchmark runs whatever the tests say; the last line says which of the two failed.
@@ -95,7 +97,7 @@ gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where th
 	    workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6"); \
 	    timeout --signal INT --kill-after 10 170 $(PYTHON) -m pytest tests/gpu $$workers \
 	        --durations 10 --junitxml $$out/gpu_tests.xml || tests=FAILED; \
-	    timeout --kill-after 10 290 $(PYTHON) -m benchmarks.gpu --out $$out/gpu.json \
+	    timeout --kill-after 10 290 $(PYTHON) -m benchmarks.loss.gpu --out $$out/gpu.json \
 	        || benchmark=FAILED; \
 	    echo "gpu-check: tests $$tests, benchmark $$benchmark"; \
 	    test $$tests$$benchmark = passedpassed; \
@@ -108,7 +110,7 @@ gpu-step:  ## a 7B training step with and without PRe (8 minutes at most; MODEL=
 	@if $(HAS_GPU); then \
 	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; \
 	    PYTORCH_ALLOC_CONF=expandable_segments:True timeout --kill-after 10 480 \
-	        $(PYTHON) -m benchmarks.gpu_step --model $(MODEL) --out $$out/gpu_step_$(MODEL).json; \
+	        $(PYTHON) -m benchmarks.step.gpu --model $(MODEL) --out $$out/gpu_step_$(MODEL).json; \
 	else echo "gpu-step: no GPU on this machine, nothing was run"; fi
 
 # Of our kernels alone: their names end in _kernel. The first run compiles them.

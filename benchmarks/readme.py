@@ -1,7 +1,7 @@
 """Write README's and docs' figures from benchmarks/results/, between their markers.
 
-    python benchmarks/readme.py --keep-demo runs/scenes           # first: keep a demo's summary
-    python benchmarks/readme.py --keep-sweep runs/sweep-scenes    # first: keep a sweep's results
+    python -m benchmarks.readme --keep-demo runs/scenes           # first: keep a demo's summary
+    python -m benchmarks.readme --keep-sweep runs/sweep-scenes    # first: keep a sweep's results
 
 Nothing is measured here.
 """
@@ -14,12 +14,12 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from table import describe, format_table, memory_rows, time_rows
+from benchmarks.loss.cpu_table import format_tables
+from benchmarks.studies.token_fraction import format_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -67,14 +67,7 @@ def demo_section() -> str:
 
 def cpu_section() -> str:
     """The CPU benchmark's tables."""
-    benchmarks = json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]
-    return "\n\n".join(
-        (
-            format_table(time_rows(benchmarks), markdown=True),
-            format_table(memory_rows(benchmarks), markdown=True),
-            describe(benchmarks),
-        )
-    )
+    return format_tables(json.loads((RESULTS / "cpu.json").read_text())["benchmarks"])
 
 
 def sweep_section() -> str:
@@ -89,10 +82,8 @@ def sweep_section() -> str:
 
 
 def token_fraction_section() -> str:
-    """The token_fraction benchmark as a table."""
-    command = [sys.executable, "-m", "benchmarks.token_fraction", "--table"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return run.stdout.strip()
+    """The token_fraction benchmark's table."""
+    return format_table(json.loads((RESULTS / "token_fraction.json").read_text()))
 
 
 def fill(path: Path, marker: str, content: str) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 from tiny import Collator, make_model, make_processor, make_samples
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from prereg_kernels import apply_pre
-from prereg_kernels.attach.handle import PRe
+from prereg_kernels import PRe, apply_pre
 
 
 class Figures(TrainerCallback):

@@ -16,7 +16,7 @@ from prereg_kernels import apply_pre
 from prereg_kernels.trainers.trainer import PReTrainerMixin
 
 
-class PreSFTTrainer(PReTrainerMixin, SFTTrainer):
+class PReSFTTrainer(PReTrainerMixin, SFTTrainer):
     """SFTTrainer with PRe."""
 
 
@@ -30,7 +30,7 @@ def conversation(sample: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     model, processor = make_model(), make_processor()
     apply_pre(model)
-    trainer = PreSFTTrainer(
+    trainer = PReSFTTrainer(
         model,
         SFTConfig(
             tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=4,

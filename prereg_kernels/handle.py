@@ -6,9 +6,11 @@ from prereg_kernels._util import distributed
 from prereg_kernels.attach.anchors import anchor_width, llm_width
 from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.families import Family
-from prereg_kernels.attach.handle import ATTRIBUTE, HEADS, PRe, find_pre, get_pre, heads_of
+from prereg_kernels.attach.handle import ATTRIBUTE, PRe, find_pre, get_pre
 from prereg_kernels.attach.image_spans import check_images, count_images
 from prereg_kernels.attach.passes import Record
+from prereg_kernels.attach.saving import heads_of
+from prereg_kernels.attach.state import HEADS
 from prereg_kernels.attach.storage import (
     PRE_DIR,
     Saved,

@@ -2,7 +2,9 @@
 
 import warnings
 
-from prereg_kernels.attach.handle import HEADS, PRe, find_pre, heads_of
+from prereg_kernels.attach.handle import PRe, find_pre
+from prereg_kernels.attach.saving import heads_of
+from prereg_kernels.attach.state import HEADS
 from prereg_kernels.attach.storage import PRE_DIR
 from prereg_kernels.trainers import PreTrainer, PreTrainerMixin
 from prereg_kernels.trainers.trainer import logger

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
 from prereg_kernels.ops.activations import ACTIVATIONS, ActivationName
+from prereg_kernels.ops.backends import registry
 from prereg_kernels.ops.losses import LossName
 
 SLACK = 1e-6
@@ -386,3 +387,9 @@ def restride(x: Tensor, how: str) -> Tensor:
     if how == "expanded":
         return x[:1].expand_as(x)
     return x
+
+
+def forget_backends() -> None:
+    """Have the next call choose its backend anew, and say again why others were passed over."""
+    for cached in (registry._choose, registry._make, registry._log, registry._note_absence):
+        cached.cache_clear()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prereg_kernels._util import private
+
 _SHARDED = {
     "FSDPModule": "fully_shard(model)",
     "ReplicateModule": "replicate(model)",
@@ -25,8 +27,8 @@ def check_whole(model: nn.Module) -> None:
                     "new parameters would not be reduced over ranks. Call apply_pre(model) before "
                     f"{_SHARDED[kind.__name__]}"
                 )
-    if any(name.endswith("_flat_param") for name, _ in model.named_parameters()) or (
-        model._modules and not any(True for _ in model.parameters())
+    if any(name.endswith(private.FLAT_PARAMETER) for name, _ in model.named_parameters()) or (
+        private.submodules(model) and not any(True for _ in model.parameters())
     ):
         raise ValueError(
             "model: expected one with parameters of its own, but FSDP holds them; call "

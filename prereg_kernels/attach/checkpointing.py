@@ -1,13 +1,11 @@
-"""Gradient checkpointing: stepping out of it, for what it must not hold or compute again."""
+"""Gradient checkpointing: stepping out of it, and telling whether backward runs something again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch.utils import _python_dispatch as dispatch
-from torch.utils import checkpoint
+from prereg_kernels._util import private
 
 
 @contextmanager
@@ -17,16 +15,15 @@ def outside_checkpoint() -> Iterator[None]:
     That is by reference, or as the hooks around the checkpoint have it, such as `save_on_cpu`. The
     recomputation then stops before what is saved here. Elsewhere this changes nothing.
     """
-    autograd = torch._C._autograd  # torch has no public name for taking hooks off
-    hooks = autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
+    hooks = private.top_saved_tensors_hooks()
+    if hooks is None or hooks[0].__module__ != private.CHECKPOINT:
         yield
         return
-    autograd._pop_saved_tensors_default_hooks()
+    private.pop_saved_tensors_hooks()
     try:
         yield
     finally:
-        autograd._push_saved_tensors_default_hooks(*hooks)
+        private.push_saved_tensors_hooks(*hooks)
 
 
 @contextmanager
@@ -36,20 +33,33 @@ def outside_selection() -> Iterator[None]:
     Its recomputation expects the ops of the first run one by one, and PRe's differ: backward shows
     the tap no visual token. Elsewhere this changes nothing.
     """
-    selections = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
-    modes = dispatch._get_current_dispatch_mode_stack()
-    if not any(isinstance(mode, selections) for mode in modes):
+    modes = private.dispatch_modes()
+    if not any(map(private.is_selection, modes)):
         yield
         return
     for _ in modes:
-        dispatch._pop_mode()
-    others = [mode for mode in modes if not isinstance(mode, selections)]
+        private.pop_dispatch_mode()
+    others = [mode for mode in modes if not private.is_selection(mode)]
     for mode in others:
-        dispatch._push_mode(mode)
+        private.push_dispatch_mode(mode)
     try:
         yield
     finally:
         for _ in others:
-            dispatch._pop_mode()
+            private.pop_dispatch_mode()
         for mode in modes:
-            dispatch._push_mode(mode)
+            private.push_dispatch_mode(mode)
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is running this, as checkpoints do that compute something again."""
+    return private.current_autograd_node() is not None
+
+
+def is_recomputation() -> bool:
+    """Whether a checkpoint around the model's call runs it again in backward, for its graph.
+
+    Not so with use_reentrant=True, where the call in backward is the first one with grad.
+    """
+    node = private.current_autograd_node()
+    return node is not None and node.name() != private.REENTRANT_NODE

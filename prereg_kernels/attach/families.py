@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from prereg_kernels._util import private
+
 
 @dataclass(frozen=True)
 class Family:
@@ -131,7 +133,7 @@ class Family:
         module: Any = model
         for depth, name in enumerate(path.split(".")):
             # Not getattr: a wrapper may pass on the names of what it wraps.
-            inner = module._modules.get(name)
+            inner = private.submodules(module).get(name)
             if inner is None:
                 here = ".".join(["model", *path.split(".")[:depth]])
                 raise ValueError(
@@ -247,7 +249,7 @@ def find_family(model: nn.Module) -> Family:
 def _match(model: nn.Module) -> Family | None:
     """By the model's own submodules: a wrapper passes on attributes of what it wraps."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if "lm_head" in model._modules:
+    if "lm_head" in private.submodules(model):
         for family in FAMILIES:
             if model_type in family.model_types:
                 return family
@@ -255,6 +257,6 @@ def _match(model: nn.Module) -> Family | None:
 
 
 def _names(module: nn.Module) -> str:
-    names = list(module._modules)
+    names = list(private.submodules(module))
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return shown or "no submodules"

@@ -1,11 +1,14 @@
-"""The model's `forward` while PRe is attached."""
+"""The model's `forward` while PRe is attached, and what its arguments say."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from prereg_kernels.attach.hooks import Hooks
 
 
@@ -45,3 +48,14 @@ class ModelForward:
             raise
         ours = None if by_hook else hooks.end(hooks.model, args, output)
         return output if ours is None else ours
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of what its forward takes."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def goes_on(inputs: Mapping[str, Any]) -> bool:
+    """Whether these are tokens that generation appends: none is visual, whatever its id."""
+    cache: Any = inputs.get("past_key_values")
+    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from prereg_kernels._util import distributed, fsdp
-from prereg_kernels.attach.anchors import anchor_width, llm_width
+from prereg_kernels._util import distributed
+from prereg_kernels.attach import saving
 from prereg_kernels.attach.config import PReConfig
-from prereg_kernels.attach.families import Family
 from prereg_kernels.attach.figures import figures_of
-from prereg_kernels.attach.heads import PASSES, Heads
-from prereg_kernels.attach.image_spans import check_images, count_images
-from prereg_kernels.attach.passes import Collected, Record
-from prereg_kernels.attach.storage import (
-    PRE_DIR,
-    Saved,
-    check_settings,
-    check_shapes,
-    load_heads,
-    save_heads,
-)
+from prereg_kernels.attach.image_spans import count_images
+from prereg_kernels.attach.passes import Collected
+from prereg_kernels.attach.state import State
 from prereg_kernels.attach.visual import find_visual
 from prereg_kernels.ops.head import PReHead
 
-HEADS = "pre_heads"  # the name under which the heads are registered on the model
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
 
 
@@ -60,97 +50,114 @@ def find_pre(model: nn.Module) -> PRe:
     return pre
 
 
+def state_of(pre: PRe) -> State:
+    """What stands behind the handle, for trainers and other parts of the package."""
+    return pre._state
+
+
 class PRe:
-    """PRe on a model: made by `apply_pre`.
+    """PRe on a model: made by `apply_pre`, taken off by `remove_pre`."""
 
-    Attributes:
-        heads: {layer: PReHead}; with `share_head`, the same one for every layer.
-        config: the settings. anchor_features: A.
-        denominator: None, or what `count` gives (a number or 0-dim Tensor) for the whole optimizer
-            step, summed over micro-batches and ranks: L_PRe of each call is then a sum over its
-            visual tokens (or images) divided by this. A training loop that accumulates gradients
-            sets it every step.
-        loss: the weighted term of the last training call where it was not added to the model's
-            loss: the model got no labels and so computed none, or `add_to_loss` is False. Add it
-            to your loss. Where you do not, and the call had no labels, backward adds its gradient
-            by itself (`PReConfig.gradient`). None otherwise.
-        add_to_loss: False: leave the model's loss alone, for loops that compute their own from
-            other outputs, and add `loss` to it.
-        loss_scale: what your loop multiplies its loss by before backward, such as a GradScaler's
-            scale or 1 / accumulation steps: a number or 0-dim Tensor. It scales the gradient that
-            backward adds by itself, which is in no loss of yours.
-        passes: training calls so far, by which `token_fraction` draws; saved with the heads, and
-            part of the model's `state_dict`.
-    """
-
-    def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
-        layers = family.layers_of(model)
-        family.language_model_of(model)  # before anything is registered: it may not be there
-        numbers = config.resolve_layers(len(layers))
-        if config.level == "global":
-            check_images(family)
-        self.model, self.config, self.family = model, config, family
-        self.anchor_features = anchor_width(config, family, model)
-        self.denominator: float | Tensor | None = None
-        self.loss: Tensor | None = None
-        self.loss_scale: float | Tensor = 1.0
-        self.add_to_loss = True
-        self.passes = 0
-        self.last: Record | None = None
-        self.collected: list[Collected] | None = None  # while `collecting` is open
-        self.hooks: list[RemovableHandle] = []
-        family.visual_token_ids(model)  # raises where there are none
-
-        if config.share_head:
-            shared = self._make_head(layers[numbers[0] - 1])
-            self.heads, names = dict.fromkeys(numbers, shared), {"shared": shared}
-        else:
-            self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
-            names = {str(number): head for number, head in self.heads.items()}
-        self._name_of = {n: "shared" if config.share_head else str(n) for n in numbers}
-        model.add_module(HEADS, Heads(names, self))
-        self._before: dict[str, Any] = {}
-        self._ours: dict[str, Any] = {}
-        # `save_pretrained` then writes a plain model, and the heads to a file of their own
-        self._shapes = {name: tuple(x.shape) for name, x in self._state().items()}
-        ignored = {f"{HEADS}.{name}" for name in (*self._shapes, PASSES)}
-        before = getattr(model, "_keys_to_ignore_on_save", None) or ()
-        self.shadow("_keys_to_ignore_on_save", {*before, *ignored})
-        # What accelerate's FSDP gives a unit of its own, which may then have a dtype of its own
-        names_of_units = getattr(model, "_no_split_modules", None) or []
-        self.shadow("_no_split_modules", type(names_of_units)([*names_of_units, PReHead.__name__]))
-        if hasattr(model, "save_pretrained"):
-            self.shadow("save_pretrained", self._save_pretrained)
-        self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
-        setattr(model, ATTRIBUTE, self)
-
-    def module_of(self, layer: int) -> nn.Module:
-        """The head to call: what a wrapper, as of FSDP1, has put into its place in the model."""
-        return getattr(self.model, HEADS)[self._name_of[layer]]
+    def __init__(self, state: State) -> None:
+        self._state = state
 
     def __repr__(self) -> str:
-        config, parameters = self.config, sum(map(math.prod, self._shapes.values()))
+        config, parameters = self.config, sum(map(math.prod, self._state.shapes.values()))
         anchor = getattr(config.anchor, "__name__", config.anchor)
         return (
             f"PRe(layers={list(self.heads)}, weight={config.weight}, anchor={anchor!r}, "
             f"level={config.level!r}, head_parameters={parameters:,})"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: a term that waits for backward belongs to this one alone."""
-        return vars(self) | {"loss": None, "collected": None}
+    @property
+    def heads(self) -> dict[int, PReHead]:
+        """{layer: PReHead}; with `share_head`, the same one for every layer."""
+        return self._state.heads
 
     @property
-    def is_attached(self) -> bool:
-        """Whether the model has this PRe; not after `remove_pre`."""
-        return vars(self.model).get(ATTRIBUTE) is self
+    def config(self) -> PReConfig:
+        """The settings."""
+        return self._state.config
 
-    def shadow(self, name: str, value: Any) -> None:
-        """Give the model an attribute of its own, until `detach`."""
-        if name in vars(self.model):
-            self._before[name] = vars(self.model)[name]
-        self._ours[name] = value
-        setattr(self.model, name, value)
+    @property
+    def denominator(self) -> float | Tensor | None:
+        """None, or what `count` gives for the whole optimizer step: a number or 0-dim Tensor.
+
+        Sum it over micro-batches and ranks. L_PRe of each call is then a sum over its visual tokens
+        (or images) divided by this. A training loop that accumulates gradients sets it every step.
+        """
+        return self._state.denominator
+
+    @denominator.setter
+    def denominator(self, value: float | Tensor | None) -> None:
+        self._state.denominator = value
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The weighted term of the last training call, where the model's loss does not have it.
+
+        The model got no labels and so computed none, or `add_to_loss` is False. Add the term to
+        your loss. Where you do not, and the call had no labels, backward adds its gradient by
+        itself (`PReConfig.gradient`). None otherwise.
+        """
+        return self._state.loss
+
+    @loss.setter
+    def loss(self, value: Tensor | None) -> None:
+        self._state.loss = value
+
+    @property
+    def add_to_loss(self) -> bool:
+        """False: leave the model's loss alone.
+
+        That is for loops that compute their own from other outputs, and add `loss` to it.
+        """
+        return self._state.add_to_loss
+
+    @add_to_loss.setter
+    def add_to_loss(self, value: bool) -> None:
+        self._state.add_to_loss = value
+
+    @property
+    def loss_scale(self) -> float | Tensor:
+        """What your loop multiplies its loss by before backward: a number or 0-dim Tensor.
+
+        Such as a GradScaler's scale or 1 / accumulation steps. It scales the gradient that backward
+        adds by itself, which is in no loss of yours.
+        """
+        return self._state.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, value: float | Tensor) -> None:
+        self._state.loss_scale = value
+
+    @property
+    def passes(self) -> int:
+        """Training calls so far, by which `token_fraction` draws.
+
+        Saved with the heads, and part of the model's `state_dict`.
+        """
+        return self._state.passes
+
+    @passes.setter
+    def passes(self, value: int) -> None:
+        self._state.passes = value
+
+    @property
+    def next_visual_mask(self) -> Tensor | None:
+        """Where the visual tokens of the next forward pass are; None: where their ids are.
+
+        Set it before a call whose `input_ids` do not say so, or that has `inputs_embeds` alone. It
+        is bool, of the shape of `input_ids`, (rows, length), or, where the model makes a sequence
+        of another length, of that; and on the device of the batch. The next pass uses it, training
+        or evaluating, and then it is None again. A token that the attention mask hides is padding.
+        `count` goes by ids.
+        """
+        return self._state.next_mask.mask
+
+    @next_visual_mask.setter
+    def next_visual_mask(self, mask: Tensor | None) -> None:
+        self._state.next_mask.put(mask)
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last training call; with `value_in_eval`, of an evaluating one too.
@@ -164,9 +171,10 @@ class PRe:
             these are reduced over all ranks, so call it on every rank; ranks that share a batch
             count once. Empty before the first call.
         """
-        if self.last is None:
-            return {}
-        return figures_of(self.last, self.config.level, distributed.copies(self.model))
+        last, model = self._state.last, self._state.model
+        return (
+            {} if last is None else figures_of(last, self.config.level, distributed.copies(model))
+        )
 
     def totals(self) -> Tensor | None:
         """Sums over the rows of the last training call, without a sync or a collective.
@@ -176,7 +184,7 @@ class PRe:
             with level="global", images; and for each layer the sum over them of the row's loss.
             None until backward has computed them.
         """
-        last = self.last
+        last = self._state.last
         return torch.stack([last.rows, *last.sums()]) if last and last.is_complete() else None
 
     @contextmanager
@@ -186,11 +194,12 @@ class PRe:
         Meanwhile the model's loss stays L_LM, and `loss` None, whatever `add_to_loss` is: add the
         terms in the list to your loss. Evaluating passes are there with `value_in_eval`.
         """
-        before, self.collected = self.collected, []
+        state, passes = self._state, list[Collected]()
+        before, state.collected = state.collected, passes
         try:
-            yield self.collected
+            yield passes
         finally:
-            self.collected = before
+            state.collected = before
 
     def count(self, batch: Mapping[str, Any]) -> Tensor:
         """0-dim, int64: the rows that L_PRe of a batch is the mean over, without a sync.
@@ -201,11 +210,11 @@ class PRe:
         Args:
             batch: the keyword arguments of the model's forward.
         """
-        ids, attention = batch["input_ids"], batch.get("attention_mask")
+        ids, visual = batch["input_ids"], self.visual_mask
+        shown = visual(ids, batch.get("attention_mask"))
         if self.config.level == "global":
-            by_id = self.visual_mask(ids)
-            return count_images(self.family, batch, ids, by_id, self.visual_mask(ids, attention))
-        return self.visual_mask(ids, attention).sum()
+            return count_images(self._state.family, batch, ids, visual(ids), shown)
+        return shown.sum()
 
     def visual_mask(self, input_ids: Tensor, attention_mask: Any = None) -> Tensor:
         """Where the visual tokens are: bool, the shape of `input_ids`.
@@ -213,19 +222,12 @@ class PRe:
         Args:
             attention_mask: as the model takes it; a token that it hides is padding, not visual.
         """
-        tokens = self.family.visual_token_ids(self.model)
+        tokens = self._state.family.visual_token_ids(self._state.model)
         return find_visual(input_ids, tokens, attention_mask)
 
-    def check_heads_train(self) -> None:
+    def check(self) -> None:
         """Raise ValueError if a head is frozen."""
-        for layer, head in self.heads.items():
-            parameters = list(head.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                raise ValueError(
-                    f"pre.heads: expected heads that train, got a frozen one at layer {layer} "
-                    "(PEFT freezes all that it did not make); call requires_grad_(True) on each of "
-                    "pre.heads.values(), before you make the optimizer"
-                )
+        self._state.check_heads_train()
 
     def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
         """Write the heads and the settings into the directory `path`, into one file.
@@ -241,17 +243,7 @@ class PRe:
         Raises:
             ValueError: parameters that are not whole, as with DeepSpeed ZeRO-3 and FSDP1.
         """
-        own = self._state()
-        whole = {n: distributed.whole(x) for n, x in (own if heads is None else heads).items()}
-        self._check_whole(whole)
-        if any(x.is_meta for x in whole.values()):
-            raise ValueError(
-                "heads: expected parameters with values, got them on the meta device; save them "
-                "once the model has left it, or pass heads="
-            )
-        sharded = heads is None and any(map(distributed.is_sharded, own.values()))
-        if not sharded or distributed.rank() == 0:
-            save_heads(Path(path), Saved(whole, self._json(), self.passes))
+        saving.save(self._state, path, heads)
 
     def load(self, path: str | Path) -> None:
         """Read the heads that `save` wrote to the directory `path`, or to `path/pre`.
@@ -264,114 +256,29 @@ class PRe:
             ValueError: they cannot be read, or do not fit: other layers, shapes or settings; or the
                 model's are not whole (see `save`).
         """
-        saved = load_heads(path)
-        check_settings(saved, self._json(), path)
-        self.fill(saved, path)
+        saving.load(self._state, path)
 
-    def fill(self, saved: Saved, path: str | Path) -> None:
-        """As `load`, of what was read there, whatever the settings that do not shape the heads."""
-        own = self._state()
-        self._check_whole(own)
-        check_shapes(saved, self._json(), self._shapes, path)
-        self.passes = saved.passes
-        for key, head in getattr(self.model, HEADS).items():
-            head.fill({name: saved.heads[f"{key}.{name}"] for name, _ in head.named_parameters()})
+    if not TYPE_CHECKING:  # type checkers report these names, as any other that is not there
 
-    def detach(self) -> None:
-        """See `remove_pre`."""
-        for hook in self.hooks:
-            hook.remove()
-        delattr(self.model, HEADS)
-        delattr(self.model, ATTRIBUTE)
-        for name, ours in self._ours.items():
-            if vars(self.model).get(name) != ours:  # replaced, or wrapped, by somebody since
-                continue
-            if name in self._before:
-                setattr(self.model, name, self._before[name])
-            else:
-                delattr(self.model, name)
-
-    def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `save_pretrained`, and then PRe's file in `pre/`.
-
-        A `state_dict` without heads leaves them out.
-        """
-        original = self._before.get("save_pretrained")
-        if original is None:
-            original = partial(type(self.model).save_pretrained, self.model)
-        bound = inspect.signature(original).bind(save_directory, *args, **kwargs)
-        bound.apply_defaults()
-        options = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        state = options.get("state_dict")
-        if not self.is_attached:  # somebody has kept this method
-            return original(save_directory, *args, **kwargs)
-        heads = None if state is None else heads_of(state)  # before they are taken out of it
-        result = original(save_directory, *args, **kwargs)
-        if heads != {}:
-            heads = {n: distributed.whole(x) for n, x in (heads or self._state()).items()}
-            if options.get("is_main_process", True) and distributed.rank() == 0:
-                self.save(Path(save_directory) / PRE_DIR, heads)
-                if options.get("push_to_hub"):
-                    _upload(Path(save_directory) / PRE_DIR, options)
-        return result
-
-    def _check_whole(self, heads: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(x.shape) for name, x in heads.items()}
-        if shapes != self._shapes:
-            raise ValueError(
-                f"heads: expected whole parameters, {self._shapes}, got {shapes}; where DeepSpeed "
-                "ZeRO-3 or FSDP1 partitions them, load before they wrap the model, and save with "
-                "heads= (or save_pretrained with state_dict=) from a gathered state dict"
+        def __getattr__(self, name: str) -> Any:
+            """What version 0.1 had here."""
+            if name not in _MOVED:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            instead, read = _MOVED[name]
+            warnings.warn(
+                f"PRe.{name} is no longer public; use {instead}", DeprecationWarning, stacklevel=2
             )
-
-    def _json(self) -> dict[str, Any]:
-        return self.config.to_json(list(self.heads))
-
-    def _state(self) -> dict[str, Tensor]:
-        return dict(getattr(self.model, HEADS).named_parameters())
-
-    def _make_head(self, layer: nn.Module) -> PReHead:
-        like = next(layer.parameters())
-        config = self.config
-        head = PReHead(
-            llm_width(self.model),
-            self.anchor_features,
-            config.head_features,
-            depth=config.depth,
-            activation=config.activation,
-            seed=config.seed,
-            device=like.device,
-            # ZeRO-3 wants the dtype of what it made itself, and keeps float32 copies of all
-            dtype=config.head_dtype_on(like.dtype, as_it_is=distributed.is_partitioned(like)),
-        )
-        head.home = fsdp.Home(self.model)
-        return head
-
-    def _draw_heads(self, *_: Any) -> None:
-        """Where a state dict, by `assign=True`, left them alone on the meta device."""
-        layers = self.family.layers_of(self.model)
-        for number, head in self.heads.items():
-            like = next(layers[number - 1].parameters())
-            if not like.is_meta and all(parameter.is_meta for parameter in head.parameters()):
-                head.to_empty(device=like.device)
+            return read(self._state)
 
 
-def heads_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The heads in a state dict of the model, or of one around it: {name inside: parameter}."""
-    marked = ((name.partition(f"{HEADS}."), x) for name, x in state_dict.items())
-    return {inside: x for (_, mark, inside), x in marked if mark and inside != PASSES}
-
-
-def _upload(folder: Path, options: Mapping[str, Any]) -> None:
-    """To where `save_pretrained(push_to_hub=True)` has put the model, in a commit of its own."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=options.get("token"))
-    name = options.get("repo_id") or folder.parent.resolve().name
-    api.upload_folder(
-        repo_id=api.create_repo(name, exist_ok=True).repo_id,
-        folder_path=folder,
-        path_in_repo=folder.name,
-        commit_message=options.get("commit_message") or "Upload PRe's heads",
-        create_pr=options.get("create_pr", False),
-    )
+# {name: (what to use, where it is now)}
+_MOVED: dict[str, tuple[str, Callable[[State], Any]]] = {
+    "anchor_features": ("pre.config.anchor_features", attrgetter("anchor_features")),
+    "check_heads_train": ("pre.check", attrgetter("check_heads_train")),
+    "detach": ("prereg_kernels.remove_pre(model)", attrgetter("detach")),
+    "family": ("the Family that you gave to apply_pre", attrgetter("family")),
+    "fill": ("pre.load", lambda state: partial(saving.fill, state)),
+    "hooks": ("prereg_kernels.remove_pre(model) to remove them", attrgetter("hooks")),
+    "last": ("pre.metrics() and pre.totals()", attrgetter("last")),
+    "model": ("the model that you gave to apply_pre", attrgetter("model")),
+}

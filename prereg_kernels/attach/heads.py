@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import distributed
+from prereg_kernels._util.private import EXTRA_STATE
 
-PASSES = "_extra_state"  # torch's name for such an entry of a state dict
+PASSES = EXTRA_STATE
 
 
 class Heads(nn.ModuleDict):

@@ -8,42 +8,49 @@ model's result gets the term added to its loss.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels._util import distributed
+from prereg_kernels._util import distributed, private
 from prereg_kernels.attach.anchors import function_rows, projector_rows
-from prereg_kernels.attach.checkpointing import outside_checkpoint, outside_selection
-from prereg_kernels.attach.handle import PRe
+from prereg_kernels.attach.checkpointing import (
+    is_recomputation,
+    outside_checkpoint,
+    outside_selection,
+)
+from prereg_kernels.attach.forward import goes_on, parameters_of
 from prereg_kernels.attach.identity import use
 from prereg_kernels.attach.image_spans import find_images
 from prereg_kernels.attach.passes import Calls, Collected, Pass
 from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.sampling import choose_tokens
+from prereg_kernels.attach.state import State
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
-from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.visual import find_marked, find_visible
 from prereg_kernels.attach.watch import Watch
 
 
 class Hooks:
     """In the order in which a forward pass meets them."""
 
-    def __init__(self, pre: PRe) -> None:
-        self._pre = pre
-        self._calls, self._watch = Calls(), Watch(pre)
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._calls, self._watch = Calls(), Watch(state)
         self._saw_finite_anchor = False
-        config = pre.config
+        config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
-        embeddings = pre.model.get_input_embeddings()
-        self._compiled_values = _zeros(pre.heads, embeddings.weight.device)
-        language_model = pre.family.language_model_of(pre.model)
-        self._names = _parameters(pre.model), _parameters(language_model)  # a graph cannot ask
+        embeddings = state.model.get_input_embeddings()
+        self._compiled_values = _zeros(state.heads, embeddings.weight.device)
+        language_model = state.family.language_model_of(state.model)
+        self._names = (
+            parameters_of(state.model),
+            parameters_of(language_model),
+        )  # a graph cannot ask
         self._move_compiled_values = _outside_of_graphs(_move)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,12 +66,12 @@ class Hooks:
     @property
     def model(self) -> Any:
         """The one that PRe is, or was, attached to."""
-        return self._pre.model
+        return self._state.model
 
     @property
     def is_attached(self) -> bool:
         """Whether PRe is still."""
-        return self._pre.is_attached
+        return self._state.is_attached
 
     @property
     def _pass(self) -> Pass | None:
@@ -88,7 +95,7 @@ class Hooks:
         if torch.compiler.is_compiling() or self._calls.current is not None:
             return
         inputs = self._named(None, inner, args) | kwargs
-        if inputs.get("input_ids") is not None:
+        if inputs.get("input_ids") is not None or self._state.next_mask.mask is not None:
             call = self._calls.enter(inner)
             call.current = self._read(inner, inputs)
 
@@ -96,55 +103,69 @@ class Hooks:
         if not args:
             return {}
         ask = known is None or not torch.compiler.is_compiling()
-        names = _parameters(module) if ask or known is None else self._names[known]
+        names = parameters_of(module) if ask or known is None else self._names[known]
         return dict(zip(names, args, strict=False))
 
     def _read(self, module: nn.Module, inputs: dict[str, Any]) -> Pass | None:
-        pre, config = self._pre, self._pre.config
-        if getattr(module, "_is_replica", False):
+        state, config = self._state, self._state.config
+        if getattr(module, private.IS_REPLICA, False):
             raise ValueError(
                 "model: expected the model that PRe is attached to, got a replica of "
                 "torch.nn.DataParallel, whose threads share the hooks of one; use "
                 "DistributedDataParallel, a process per GPU"
             )
+        next_mask = state.next_mask
+        given = None
+        if next_mask.mask is not None or next_mask.kept:
+            given = next_mask.take(inputs, module.training)
         training = module.training and torch.is_grad_enabled()
         compiled = torch.compiler.is_compiling()
         if not training and not config.value_in_eval:
             return None
-        again = training and not compiled and _is_recomputation()
+        again = training and not compiled and is_recomputation()
         if training and not again:
-            pre.check_heads_train()
+            state.check_heads_train()
             if not compiled:
                 self._watch.training()
-            pre.loss = pre.last = None
-        if not training and _goes_on(inputs):
+            state.loss = state.last = None
+        if not training and goes_on(inputs):
             return None
         input_ids, attention = inputs.get("input_ids"), inputs.get("attention_mask")
-        if input_ids is None:
-            raise ValueError("input_ids: PRe finds the visual tokens by it; expected ids, got None")
-        mask = pre.visual_mask(input_ids, attention)
-        values = self._values_in_graph(mask.device) if compiled else _zeros(pre.heads, mask.device)
-        denominator = pre.denominator if training else None  # of a training step
+        source = "input_ids" if given is None else "next_visual_mask"
+        if given is not None:
+            input_ids = marked = given  # each run of them stands for an image's, as one of ids does
+        elif input_ids is not None:
+            marked = find_marked(input_ids, state.family.visual_token_ids(state.model))
+        else:
+            raise ValueError(
+                "input_ids: PRe finds the visual tokens by it; expected ids, or a mask in "
+                "pre.next_visual_mask, got None"
+            )
+        visible = find_visible(attention, marked)
+        mask = marked if visible is None else marked & visible
+        values = (
+            self._values_in_graph(mask.device) if compiled else _zeros(state.heads, mask.device)
+        )
+        denominator = state.denominator if training else None  # of a training step
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
             if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
                 denominator = mask.new_zeros((), dtype=torch.float32)
-            current = Pass(inputs, training, denominator, mask, values)
-            current.carry = carry_of(pre, current) if training else None
+            current = Pass(inputs, source, mask.shape, training, denominator, mask, values)
+            current.carry = carry_of(state, current) if training else None
             return current
         index = mask.flatten().nonzero().squeeze(1)
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
-        current = Pass(inputs, training, denominator, index, values, again)
-        if not self._reads_batch and find_visible(attention, input_ids) is not None:
-            current.by_id = pre.visual_mask(input_ids)
+        current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
+        if visible is not None:
+            current.by_id = marked
         if config.level == "global":
-            by_id = mask if current.by_id is None else current.by_id
-            current.images = find_images(pre.family, inputs, input_ids, by_id, index)
+            current.images = find_images(state.family, inputs, input_ids, marked, index)
         if training:
             if config.token_fraction < 1:
                 current.chosen = self._choose(index)
-            current.carry = carry_of(pre, current)
-            pre.passes += not again
+            current.carry = carry_of(state, current)
+            state.passes += not again
         return current
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
@@ -154,10 +175,14 @@ class Hooks:
         return dict(self._compiled_values)
 
     def _choose(self, index: Tensor) -> Tensor:
-        pre = self._pre
+        state = self._state
         # Ranks that share a batch draw the same.
-        address = (pre.config.seed, distributed.rank() // distributed.copies(pre.model), pre.passes)
-        return choose_tokens(index.numel(), pre.config.token_fraction, address, index.device)
+        address = (
+            state.config.seed,
+            distributed.rank() // distributed.copies(state.model),
+            state.passes,
+        )
+        return choose_tokens(index.numel(), state.config.token_fraction, address, index.device)
 
     def see_projector(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,22 +198,21 @@ class Hooks:
         embeddings = (self._named(1, module, args) | kwargs).get("inputs_embeds")
         if current is None or embeddings is None:
             return
-        ids = current.inputs["input_ids"]
-        if embeddings.shape[:-1] != ids.shape:
+        if embeddings.shape[:-1] != current.shape:
             raise ValueError(
-                "input_ids: PRe finds the visual tokens by it; expected the decoder's sequence "
-                f"to have its shape, {tuple(ids.shape)}, got inputs_embeds of "
-                f"{tuple(embeddings.shape[:-1])}. This model expands or splits its sequence; train "
-                "it with an id for each position, or call prereg_kernels.pre_tap with a mask of "
-                "your own"
+                f"{current.source}: PRe finds the visual tokens by it; expected the decoder's "
+                f"sequence to have its shape, {tuple(current.shape)}, got inputs_embeds of "
+                f"{tuple(embeddings.shape[:-1])}. Where the model expands or splits its sequence, "
+                "train it with an id for each position, or set pre.next_visual_mask before each "
+                "call to a mask of the sequence that the decoder gets"
             )
         with torch.no_grad():
             current.anchor = self._anchor(current, embeddings.detach())
 
     def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:
         """For each row that L_PRe reads, or, for what entered the LLM, of the whole batch."""
-        pre, source, images = self._pre, self._pre.config.anchor, current.images
-        tokens, width = current.index.numel(), pre.anchor_features
+        state, source, images = self._state, self._state.config.anchor, current.images
+        tokens, width = current.index.numel(), state.anchor_features
         count = None if images is None else images.count
         if source == "pre_llm":
             if images is None:
@@ -207,7 +231,7 @@ class Hooks:
             self._saw_finite_anchor |= tokens > 0
         else:
             rows = projector_rows(
-                current.encoded, tokens, width, pre.family, embeddings, current.shown
+                current.encoded, tokens, width, state.family, embeddings, current.shown
             )
             current.encoded.clear()
         if images is not None:
@@ -225,7 +249,7 @@ class Hooks:
         # The next layer's checkpoint holds its input, this output: saved beside it, it is held
         # once, and this layer's recomputation need not go to its end to bring it back.
         is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
-        is_global = self._pre.config.level == "global"
+        is_global = self._state.config.level == "global"
         with (
             outside_checkpoint() if is_held and not is_global else nullcontext(),
             nullcontext() if compiled else outside_selection(),
@@ -247,17 +271,17 @@ class Hooks:
         of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
         with torch.set_grad_enabled(current.training):
             current.pooled[layer] = pool_images(hidden, of_token, current.images.count, index=index)
-        return use(hidden, *self._pre.module_of(layer).parameters()) if current.training else None
+        return use(hidden, *self._state.module_of(layer).parameters()) if current.training else None
 
     def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
-        head, current = self._pre.module_of(layer), self._pass
+        head, current = self._state.module_of(layer), self._pass
         if current is None:
             # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
             # and nothing else; the first run has counted the loss.
             if not torch.is_grad_enabled():
                 return None
             nothing = hidden.new_zeros(0, dtype=torch.long)
-            anchor = hidden.new_zeros(0, self._pre.anchor_features)
+            anchor = hidden.new_zeros(0, self._state.anchor_features)
             return head(hidden, anchor, tap=True, visual_index=nothing)[0]
         self._check(layer, current)
         index = current.index if current.chosen is None else current.index[current.chosen]
@@ -267,7 +291,7 @@ class Hooks:
         if current.anchor is None:
             raise RuntimeError(
                 f"PRe: layer {layer} runs, but the language model, "
-                f"{self._pre.family.language_model!r}, has not been called with inputs_embeds"
+                f"{self._state.family.language_model!r}, has not been called with inputs_embeds"
             )
         if current.training and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -280,7 +304,7 @@ class Hooks:
         self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
     ) -> Tensor | None:
         """The layer's loss, into `current`; in training, returns the tapped `hidden`."""
-        head, config = self._pre.module_of(layer), self._pre.config
+        head, config = self._state.module_of(layer), self._state.config
         assert current.anchor is not None
         anchor = current.anchor.to(hidden.device)
         options: dict[str, Any] = {"loss": config.loss, "normalize": config.normalize}
@@ -315,7 +339,7 @@ class Hooks:
         return tapped
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        pre, current = self._pre, self._calls.leave(module)
+        state, current = self._state, self._calls.leave(module)
         if output is None:  # the forward raised
             return None
         if not torch.compiler.is_compiling():
@@ -325,32 +349,32 @@ class Hooks:
         pooled = [self._loss(layer, current, x, None) for layer, x in current.pooled.items()]
         record = record_of(current, output)
         if not current.again:
-            pre.last = record
+            state.last = record
         if not current.training:
-            if pre.collected is not None:
-                pre.collected.append(Collected(None, record))
+            if state.collected is not None:
+                state.collected.append(Collected(None, record))
             return None
-        if len(current.losses) < len(pre.heads):
+        if len(current.losses) < len(state.heads):
             raise RuntimeError(
-                f"PRe: expected the layers {list(pre.heads)} to run, got {list(current.losses)}. "
+                f"PRe: expected the layers {list(state.heads)} to run, got {list(current.losses)}. "
                 "torch.compile leaves out hooks that came after it, so attach PRe before the first "
                 "call; and those of checkpointed layers: there, compile the other layers alone, "
                 "each by layer.compile(), or train without checkpointing"
             )
         if current.carry is not None:
             output = carry_in(output, [x for x in pooled if x is not None])
-        if current.carry is not None and pre.config.gradient == "tap":
+        if current.carry is not None and state.config.gradient == "tap":
             return output
         values = [value.to(record.tokens.device) for value in current.losses.values()]
-        term = torch.stack(values).mean() * pre.config.weight * label_share(current)
+        term = torch.stack(values).mean() * state.config.weight * label_share(current)
         self._watch.term(term, current)
-        if pre.collected is not None:
+        if state.collected is not None:
             if not current.again:
-                pre.collected.append(Collected(term, record))
+                state.collected.append(Collected(term, record))
             return output
-        if current.inputs.get("labels") is None or not pre.add_to_loss:
+        if current.inputs.get("labels") is None or not state.add_to_loss:
             if not current.again:
-                pre.loss = term
+                state.loss = term
             return output
         return add_to_loss(output, term)
 
@@ -368,23 +392,3 @@ def _move(values: dict[int, Tensor], device: torch.device) -> None:
 def _outside_of_graphs(function: Any) -> Any:
     """Not a decorator: it would load the compiler with the package."""
     return torch.compiler.disable(function)
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of what its forward takes."""
-    return tuple(inspect.signature(module.forward).parameters)
-
-
-def _is_recomputation() -> bool:
-    """Whether a checkpoint around the model's call runs it again in backward, for its graph.
-
-    Not so with use_reentrant=True, where the call in backward is the first one with grad.
-    """
-    node = torch._C._current_autograd_node()
-    return node is not None and node.name() != "CheckpointFunctionBackward"
-
-
-def _goes_on(inputs: Mapping[str, Any]) -> bool:
-    """Whether these are tokens that generation appends: none is visual, whatever its id."""
-    cache: Any = inputs.get("past_key_values")
-    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels._util.private import version_of
 from prereg_kernels.attach.image_spans import Images
 
 
@@ -18,6 +19,8 @@ class Pass:
     """What one forward pass of the model needs to remember; gone when it ends."""
 
     inputs: Mapping[str, Any]
+    source: str  # what says where the visual tokens are: "input_ids" or "next_visual_mask",
+    shape: torch.Size  # and its shape
     training: bool
     denominator: float | Tensor | None
     index: Tensor  # (N,) visual positions in the flattened batch; or, in a graph, the mask of them
@@ -25,7 +28,7 @@ class Pass:
     again: bool = False  # it has been counted, and backward brings back what its graph needs
     # What backward multiplies the gradient of a layer's loss by, where no loss holds the term
     carry: float | Tensor | None = None
-    by_id: Tensor | None = None  # bool, where visual ids are, hidden or not; None: all in `index`
+    by_id: Tensor | None = None  # bool, where they are, hidden or not; None: all in `index`
     chosen: Tensor | None = None  # (K,) of them, by which L_PRe is estimated; None: all
     images: Images | None = None  # with level="global"
     encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
@@ -80,7 +83,7 @@ class Record(NamedTuple):
 
     def is_complete(self) -> bool:
         """Whether the values are there: in training, since backward has written them."""
-        return not self.training or all(value._version for value in self.values.values())
+        return not self.training or all(version_of(value) for value in self.values.values())
 
 
 class Collected(NamedTuple):

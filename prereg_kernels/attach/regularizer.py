@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from prereg_kernels._util import fsdp
+from prereg_kernels._util.supported import check_transformers
 from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.families import Family, find_family
 from prereg_kernels.attach.forward import ModelForward
-from prereg_kernels.attach.handle import PRe, get_pre
+from prereg_kernels.attach.handle import ATTRIBUTE, PRe, get_pre, state_of
 from prereg_kernels.attach.hooks import Hooks
+from prereg_kernels.attach.saving import fill, save_pretrained
+from prereg_kernels.attach.state import State
 from prereg_kernels.attach.storage import load_heads
 
 
@@ -62,19 +65,23 @@ def apply_pre(
         raise ValueError("config: expected None with from_pretrained, which has settings; got both")
     if get_pre(model) is not None:
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
+    check_transformers()
     fsdp.check_whole(model)
     family = family or find_family(model)
     if from_pretrained is None:
-        pre = PRe(model, (config or PReConfig()).replace(**overrides), family)
+        state = State(model, (config or PReConfig()).replace(**overrides), family)
     else:
         saved, count = load_heads(from_pretrained), len(family.layers_of(model))
-        pre = PRe(model, PReConfig.from_json(saved.config, overrides, count), family)
+        restored = PReConfig.from_json(saved.config, overrides, count)
+        state = State(model, restored, family)
         try:
-            pre.fill(saved, from_pretrained)
+            fill(state, saved, from_pretrained)
         except BaseException:
-            pre.detach()
+            state.detach()
             raise
-    _attach_hooks(pre)
+    _attach_hooks(state)
+    pre = PRe(state)
+    state.shadow(ATTRIBUTE, pre)
     return pre
 
 
@@ -90,31 +97,33 @@ def remove_pre(model: nn.Module) -> None:
     pre = get_pre(model)
     if pre is None:
         raise ValueError("model: PRe is not attached; expected a model that apply_pre was given")
-    pre.detach()
+    state_of(pre).detach()
 
 
-def _attach_hooks(pre: PRe) -> None:
-    """Put the hooks on `pre.model`; `pre.detach` removes them."""
-    model, family, hooks = pre.model, pre.family, Hooks(pre)
+def _attach_hooks(state: State) -> None:
+    """Put the hooks on the model; `state.detach` removes them."""
+    model, family, hooks = state.model, state.family, Hooks(state)
     language_model, layers = family.language_model_of(model), family.layers_of(model)
-    pre.shadow("forward", ModelForward(hooks, vars(model).get("forward")))
-    pre.hooks += [
+    if hasattr(model, "save_pretrained"):  # PRe's file beside a plain model
+        state.shadow("save_pretrained", partial(save_pretrained, state))
+    state.shadow("forward", ModelForward(hooks, vars(model).get("forward")))
+    state.hooks += [
         model.register_forward_pre_hook(hooks.begin, with_kwargs=True),
         language_model.register_forward_pre_hook(hooks.see_embeddings, with_kwargs=True),
         model.register_forward_hook(hooks.end, always_call=True),
     ]
     for inner in family.parts_around_language_model(model):
-        pre.hooks += [
+        state.hooks += [
             inner.register_forward_pre_hook(hooks.begin_inside, with_kwargs=True),
             inner.register_forward_hook(hooks.end, always_call=True),
         ]
-    if pre.config.anchor == "pre_projector":
+    if state.config.anchor == "pre_projector":
         projector = family.projector_of(model)
         hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
-        pre.hooks.append(hook)
-    for number in pre.heads:
+        state.hooks.append(hook)
+    for number in state.heads:
         see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
-        pre.hooks.append(layers[number - 1].register_forward_hook(see))
+        state.hooks.append(layers[number - 1].register_forward_hook(see))
 
 
 def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:

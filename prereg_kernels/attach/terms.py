@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.attach.handle import PRe
 from prereg_kernels.attach.identity import carry_along
 from prereg_kernels.attach.passes import Pass, Record
+from prereg_kernels.attach.state import State
 
 
 def label_share(current: Pass) -> float | Tensor:
@@ -26,24 +26,24 @@ def label_share(current: Pass) -> float | Tensor:
     return labels / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
 
 
-def carry_of(pre: PRe, current: Pass) -> float | Tensor | None:
+def carry_of(state: State, current: Pass) -> float | Tensor | None:
     """The gradient of a layer's loss where no loss of the caller's holds it; None: one has to.
 
     Raises:
         ValueError: it depends on the step's labels, which the call does not show.
     """
-    inputs, gradient = current.inputs, pre.config.gradient
+    inputs, gradient = current.inputs, state.config.gradient
     has_labels = inputs.get("labels") is not None
-    if pre.collected is not None or gradient == "loss" or (gradient == "auto" and has_labels):
+    if state.collected is not None or gradient == "loss" or (gradient == "auto" and has_labels):
         return None
     items = inputs.get("num_items_in_batch")
-    if items is not None and not has_labels and pre.denominator is None:
+    if items is not None and not has_labels and state.denominator is None:
         raise ValueError(
             "labels: the call has num_items_in_batch without them, so PRe cannot tell its share "
             "of the step; expected both, or pre.denominator, or a trainer with "
-            "prereg_kernels.trainers.trainer.PReTrainerMixin"
+            "prereg_kernels.trainers.PReTrainerMixin"
         )
-    return pre.loss_scale * (pre.config.weight / len(pre.heads)) * label_share(current)
+    return state.loss_scale * (state.config.weight / len(state.heads)) * label_share(current)
 
 
 def record_of(current: Pass, output: Any) -> Record:

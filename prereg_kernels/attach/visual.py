@@ -19,11 +19,17 @@ def find_visual(input_ids: Tensor, tokens: tuple[int, ...], attention_mask: Any 
         input_ids: (rows, length). tokens: the ids of visual tokens.
         attention_mask: as the model's forward takes it, see `find_visible`.
     """
-    visual = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in tokens:
-        visual |= input_ids == token
+    marked = find_marked(input_ids, tokens)
     visible = find_visible(attention_mask, input_ids)
-    return visual if visible is None else visual & visible
+    return marked if visible is None else marked & visible
+
+
+def find_marked(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """As `find_visual`, hidden or not."""
+    marked = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in tokens:
+        marked |= input_ids == token
+    return marked
 
 
 def find_visible(attention_mask: Any, input_ids: Tensor) -> Tensor | None:

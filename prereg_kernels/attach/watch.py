@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from prereg_kernels.attach.handle import PRe
+from prereg_kernels._util import private
+from prereg_kernels.attach.checkpointing import is_in_backward
 from prereg_kernels.attach.passes import Pass
+from prereg_kernels.attach.state import State
 
 FORGOTTEN = (
     "PRe: the backward pass came from a loss without the term, so the heads do not train. Such a "
     "loss is computed elsewhere than in the model, as TRL's SFTTrainer does. Use the loss that the "
-    "model returns; or a trainer with prereg_kernels.trainers.trainer.PReTrainerMixin; or set "
+    "model returns; or a trainer with prereg_kernels.trainers.PReTrainerMixin; or set "
     "pre.add_to_loss = False, and after each call of the model add pre.loss to yours; or "
     "apply_pre(model, gradient='tap'), where backward adds the term's gradient by itself, times "
     "pre.loss_scale"
@@ -27,8 +29,8 @@ FORGOTTEN = (
 class Watch:
     """Looks at each call before it runs, without a sync; says each thing once."""
 
-    def __init__(self, pre: PRe) -> None:
-        self._pre = pre
+    def __init__(self, state: State) -> None:
+        self._state = state
         self._said: set[str] = set()
         self._ddp: Any = None
         self._steps_without_heads: int | None = 0  # None: an optimizer has the heads, or is told
@@ -55,6 +57,8 @@ class Watch:
     def evaluated(self, module: nn.Module, output: Any) -> None:
         """Of a call in eval mode: its loss is not meant to be trained by."""
         loss = getattr(output, "loss", None)
+        if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].dim():
+            loss = output[0]  # without labels the logits come first
         if not module.training and isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(self._train_in_eval_mode)
 
@@ -68,17 +72,19 @@ class Watch:
         """Of a layer that runs outside of any call of the model."""
         if module.training and torch.is_grad_enabled() and not is_in_backward():
             self._warn(
-                f"PRe: layer {layer} ran outside of a call of the {type(self._pre.model).__name__} "
-                "that PRe is attached to, and such calls train no head; call the model itself, or "
-                "the part of it that takes input_ids"
+                f"PRe: layer {layer} ran outside of a call of the "
+                f"{type(self._state.model).__name__} that PRe is attached to, and such calls train "
+                "no head; call the model itself, or the part of it that takes input_ids"
             )
 
     def gradient(self, tapped: Tensor, current: Pass) -> None:
         """When backward comes to the layer, see that it has brought the term's gradient."""
-        pre = self._pre
-        is_owed = pre.config.gradient == "auto" and current.carry is None and pre.collected is None
+        state = self._state
+        is_owed = (
+            state.config.gradient == "auto" and current.carry is None and state.collected is None
+        )
         # With level="global" the two may come in any order
-        raises = is_owed and pre.config.level == "patch"
+        raises = is_owed and state.config.level == "patch"
         if tapped.requires_grad and not torch.compiler.is_compiling():
             tapped.register_hook(partial(_reach_layer, current.reached, raises))
 
@@ -88,20 +94,20 @@ class Watch:
             term.register_hook(partial(_reach_term, current.reached))
 
     def _look_at_the_last_term(self) -> None:
-        last = self._pre.last
+        last = self._state.last
         if last is None or last.reached != {"layer"} or (last.is_carried and last.is_complete()):
             return
-        if self._pre.config.gradient == "loss":
+        if self._state.config.gradient == "loss":
             self._warn(FORGOTTEN)
-        elif self._pre.collected is None:
-            self._pre.last = None
+        elif self._state.collected is None:
+            self._state.last = None
             raise RuntimeError(FORGOTTEN)
 
     def _look_at_ddp(self) -> None:
-        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        ddp = private.active_ddp()
         if ddp is None or ddp is self._ddp:
             return
-        known = {id(p) for p in ddp._module_parameters}
+        known = {id(p) for p in private.ddp_parameters(ddp)}
         if any(p.requires_grad and id(p) not in known for p in self._heads()):
             raise ValueError(
                 "model: PRe was attached after DistributedDataParallel took the model's "
@@ -112,12 +118,12 @@ class Watch:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Of an optimizer that is about to take a step."""
-        if self._steps_without_heads is None or not self._pre.is_attached:
+        if self._steps_without_heads is None or not self._state.is_attached:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) in stepped for p in self._heads()):
             self._steps_without_heads = None
-        elif any(id(p) in stepped for p in self._pre.model.parameters() if p.requires_grad):
+        elif any(id(p) in stepped for p in self._state.model.parameters() if p.requires_grad):
             self._steps_without_heads += 1
             if self._steps_without_heads == 3:
                 self._steps_without_heads = None
@@ -129,7 +135,7 @@ class Watch:
                 )
 
     def _heads(self) -> list[nn.Parameter]:
-        return [p for head in self._pre.heads.values() for p in head.parameters()]
+        return [p for head in self._state.heads.values() for p in head.parameters()]
 
     def _warn(self, message: str) -> None:
         if message not in self._said:
@@ -149,11 +155,6 @@ def _look_at_steps(watch: Watch) -> None:
     weakref.finalize(watch, register_optimizer_step_pre_hook(look).remove)
 
 
-def is_in_backward() -> bool:
-    """Whether autograd is running this, as checkpoints do that compute something again."""
-    return torch._C._current_autograd_node() is not None
-
-
 def _reach_term(reached: set[str], gradient: Tensor) -> None:
     reached.add("term")
 
@@ -162,5 +163,5 @@ def _reach_layer(reached: set[str], raises: bool, gradient: Tensor) -> None:
     reached.add("layer")
     is_lost = "term" not in reached
     # A graph that is kept may get the term's gradient by another backward pass
-    if raises and is_lost and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if raises and is_lost and not private.keeps_graph():
         raise RuntimeError(FORGOTTEN)

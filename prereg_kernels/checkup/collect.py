@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prereg_kernels._util import private
 from prereg_kernels.attach.families import find_family
 from prereg_kernels.checkup.batches import Batch, Batches, ImageFacts
 from prereg_kernels.checkup.features import visual_features, visual_mask
@@ -263,8 +264,8 @@ def _objects(run: _Run) -> tuple[Tensor, list[dict[str, str]], Tensor]:
 def _lens(model: nn.Module) -> Callable[[Tensor], LensSums]:
     """The logit lens of a layer's features, through the model's own norm and head."""
     language_model = find_family(model).language_model_of(model)
-    norm = language_model._modules.get("norm")
-    head: Any = model._modules["lm_head"]
+    norm = private.submodules(language_model).get("norm")
+    head: Any = private.submodules(model)["lm_head"]
     if norm is None:
         raise ValueError(f"model: {type(language_model).__name__} has no final norm at .norm")
     assert isinstance(norm, nn.Module)

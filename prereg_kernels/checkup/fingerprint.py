@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels._util import private
 from prereg_kernels._util.files import content_digest
 from prereg_kernels._version import __version__
 
@@ -46,13 +47,13 @@ def of_model(model: nn.Module) -> dict[str, str]:
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else config
     if isinstance(settings, dict):  # where it was loaded from does not change it
-        settings = {key: x for key, x in settings.items() if key != "_name_or_path"}
+        settings = {key: x for key, x in settings.items() if key != private.NAME_OR_PATH}
     adapters = [
         (name, module.active_adapters, module.disable_adapters, getattr(module, "scaling", None))
         for name, module in model.named_modules()
         if isinstance(getattr(module, "disable_adapters", None), bool)  # PEFT's layers
     ]
-    attention = getattr(config, "_attn_implementation", None)
+    attention = getattr(config, private.ATTENTION, None)
     return {
         "weights": digest(tensors),
         "config": digest(type(model).__qualname__, settings, attention, adapters),

@@ -86,7 +86,19 @@ def _ends(draws: NDArray[np.float64]) -> tuple[float, float]:
 def over_splits(values: Sequence[float], test_share: float) -> Estimate:
     """The mean of accuracies, or of paired differences, over the repeated splits of a probe.
 
-    The t interval with Nadeau and Bengio's correction (2003): splits share most of their rows.
+    Raises:
+        ValueError: as `half_width`.
+    """
+    half = half_width(values, test_share)
+    mean = float(np.mean(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def half_width(values: Sequence[float], test_share: float) -> float:
+    """Of the t interval of a mean over splits; NaN for a single one.
+
+    With Nadeau and Bengio's correction (2003), which scipy does not have: splits share most of
+    their rows.
 
     Raises:
         ValueError: no values, some that are not finite, or a share outside of (0, 1).
@@ -98,9 +110,7 @@ def over_splits(values: Sequence[float], test_share: float) -> Estimate:
     if not 0 < test_share < 1:
         raise ValueError(f"test_share: expected a share between 0 and 1, got {test_share}")
     n = len(values)
-    mean = float(np.mean(values))
     if n < 2:
-        return Estimate(mean)
+        return math.nan
     factor = 1 / n + test_share / (1 - test_share)
-    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) * math.sqrt(factor))
-    return Estimate(mean, mean - half, mean + half)
+    return float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) * math.sqrt(factor))

@@ -15,13 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from prereg_kernels._util import private
 from prereg_kernels._util.files import printable, read_json
 from prereg_kernels.checkup.images.layouts import check_tower, layout_of
 from prereg_kernels.checkup.images.reading import SkipImage
 
 CODE = {
-    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
+    *private.IMPLEMENTATIONS, "auto_map", "attn_implementation", "experts_implementation",
     "use_kernels", "kernel_config", "fusion_config", "distributed_config", "transformers_weights",
 }  # fmt: skip
 """Keys of a config that decide which code runs, and on which files; at any depth."""

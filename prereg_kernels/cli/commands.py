@@ -1,4 +1,4 @@
-"""The command line: `prereg train`, `prereg sweep`, `prereg diagnose`, `prereg doctor`."""
+"""The command line: `prereg train`, `sweep`, `diagnose`, `doctor` and `build`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from prereg_kernels._version import __version__
 
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments, flags = parser.parse_known_args()
+    if flags and arguments.command not in ("train", "sweep"):
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if arguments.command == "doctor":
         from prereg_kernels.cli.doctor import doctor
 
         doctor(arguments.json)
+        return
+    if arguments.command == "build":
+        _build()
         return
     if arguments.command == "diagnose":
         _diagnose(arguments)
@@ -38,7 +44,7 @@ def main() -> None:
     try:
         console = Console()
         command = {"train": train, "sweep": sweep}[arguments.command]
-        command(arguments, console if console.is_terminal else Console(width=120))
+        command(arguments, flags, console if console.is_terminal else Console(width=120))
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
@@ -64,6 +70,23 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
+
+
+def _build() -> None:
+    from prereg_kernels.cli.build import build_libraries
+
+    try:
+        print(build_libraries())
+    except KeyboardInterrupt:
+        _fail("stopped; run again to go on", 130)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+_EVERY_SETTING = (
+    "Every setting of the file is a flag as well, by its path: {}. What the file says is the "
+    "default. --settings lists them all with their values."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train with PRe",
         description="Train: a preset's paired experiment with its report, or one run from a file. "
         "Run again after an interruption: it goes on from the last checkpoint.",
+        epilog=_EVERY_SETTING.format("--run.pre.weight 0.5 --run.stages.1.steps 100"),
+        allow_abbrev=False,  # `--seed` is a setting of a run, and not short for `--seeds`
     )
     source = train.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -113,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
     )
     train.add_argument("--fresh", action="store_true", help="do not resume what is there")
+    _add_settings(train)
     group = train.add_argument_group("with --preset")
     _add_size(group)
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
@@ -124,6 +150,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Versions, CPU, GPU and backends: what runs here, and why the rest does not.",
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    commands.add_parser(
+        "build",
+        help="compile the C++ rows for CPUs",
+        description="Compile the C++ rows for CPUs against the torch that is installed. Needs a "
+        "C++ compiler. In a checkout the libraries go into the package, otherwise into "
+        "TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. What is up to date is kept.",
+    )
     return parser
 
 
@@ -132,6 +165,12 @@ def _named(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a directory, got an empty name")
     return Path(text)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--settings", action="store_true", help="list every setting as a flag, and stop"
+    )
 
 
 def _add_size(group: Any) -> None:
@@ -149,6 +188,8 @@ def _add_sweep(commands: Any) -> None:
         description="Train over PRe's weights, layers, anchors and token fractions, one at a time, "
         "against baselines paired by seed; writes results.json, tables.md and plots/. Run again "
         "after an interruption: it goes on with what is not finished.",
+        epilog=_EVERY_SETTING.format("--weights 0.5 1 2 --experiment.run.micro_batch 16"),
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--preset", required=True, help="scenes, scenes-gpu, or a YAML file of your own"
@@ -158,6 +199,7 @@ def _add_sweep(commands: Any) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, ...; default: the preset's")
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    _add_settings(parser)
     parser.add_argument(
         "--report", action="store_true", help="train nothing: only report what is finished"
     )
@@ -220,4 +262,5 @@ def _add_diagnose(commands: Any) -> None:
         help="default: as stored; float32 on a CPU",
     )
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
+    _add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print checkup.json, nothing else")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from prereg_kernels._util.files import printable
+from prereg_kernels.cli.settings import override, show
 from prereg_kernels.demo.checks import require_count, shown
 from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, to_dict
 from prereg_kernels.demo.data.scenes import Scenes
@@ -37,22 +39,25 @@ from prereg_kernels.demo.sweep.sweep import run_unit as run_sweep_unit
 from prereg_kernels.demo.sweep.sweep import units as sweep_units
 
 
-def train(arguments: argparse.Namespace, console: Console) -> None:
-    """The command `prereg train`."""
+def train(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
+    """The command `prereg train`, with flags of settings."""
     check_one_process()
     if arguments.preset is not None:
-        _experiment(arguments, console)
+        _experiment(arguments, flags, console)
         return
     for name in ("seeds", "steps", "weight", "workers"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name}: goes with --preset; with --config, set it in the file")
-    _single(arguments, console)
+    _single(arguments, flags, console)
 
 
-def sweep(arguments: argparse.Namespace, console: Console) -> None:
-    """The command `prereg sweep`."""
+def sweep(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
+    """The command `prereg sweep`, with flags of settings."""
     check_one_process()
-    settings = load_sweep(arguments.preset)
+    settings = override(load_sweep(arguments.preset), flags)
+    if arguments.settings:
+        show(settings, "sweep")
+        return
     experiment = _with_overrides(settings.experiment, arguments)
     devices = _devices(experiment.device, arguments)
     settings = replace(settings, experiment=replace(experiment, device=_kind(devices)))
@@ -70,8 +75,11 @@ def sweep(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"results: {printable(path)}", markup=False)
 
 
-def _single(arguments: argparse.Namespace, console: Console) -> None:
-    settings = load_config(arguments.config, RunConfig)
+def _single(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
+    settings = override(load_config(arguments.config, RunConfig), flags)
+    if arguments.settings:
+        show(settings, "train")
+        return
     out = arguments.out or Path("runs") / arguments.config.stem
     device = _usable(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     result = train_run(settings, out, resume=not arguments.fresh, device=device)
@@ -86,12 +94,15 @@ def _single(arguments: argparse.Namespace, console: Console) -> None:
     )
 
 
-def _experiment(arguments: argparse.Namespace, console: Console) -> None:
+def _experiment(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
     start = time.perf_counter()
-    settings = _with_overrides(load_preset(arguments.preset), arguments)
+    settings = _with_overrides(override(load_preset(arguments.preset), flags), arguments)
     if arguments.weight is not None:
         pre = replace(settings.run.pre, weight=arguments.weight)
         settings = replace(settings, run=replace(settings.run, pre=pre))
+    if arguments.settings:
+        show(settings, "train")
+        return
     devices = _devices(settings.device, arguments)
     settings = replace(settings, device=_kind(devices))
     out = arguments.out or Path("runs") / Path(arguments.preset).stem

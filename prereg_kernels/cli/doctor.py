@@ -7,15 +7,17 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from prereg_kernels._util.machine import cpu_name
+from prereg_kernels._util.supported import bounds, is_supported
 from prereg_kernels._version import __version__
 from prereg_kernels.ops.activations import ACTIVATIONS
-from prereg_kernels.ops.backends.cpp import describe
+from prereg_kernels.ops.backends.cpp_libraries import describe
 from prereg_kernels.ops.backends.registry import CLASSES, choose_backend, unavailable
 from prereg_kernels.ops.dtypes import operand_dtype
 from prereg_kernels.ops.losses import LOSSES
@@ -29,7 +31,8 @@ def examine() -> Report:
     """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing here raises."""
     return {
         "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        | {name: _version(name) for name in PACKAGES}
+        | {"taken": _taken()},
         "cpu": _cpu(),
         "gpu": _gpu(),
         "backends": _backends(),
@@ -54,15 +57,18 @@ def doctor(as_json: bool) -> None:
 
 def _backends() -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts: dict[str, Any] = {"auto": f"{choose_backend('auto', device).name}, {device}"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons follow
+        auto = choose_backend("auto", device).name
+    facts: dict[str, Any] = {"auto": f"{auto}, {device}"}
     for name in CLASSES:
         where = torch.device("cpu") if name == "cpp" else device
         reason = unavailable(name, where.type)
-        facts[name] = _taken(name, where) if reason is None else f"does not run here: {reason}"
+        facts[name] = _coverage(name, where) if reason is None else f"does not run here: {reason}"
     return facts
 
 
-def _taken(name: str, device: torch.device) -> str:
+def _coverage(name: str, device: torch.device) -> str:
     """That the backend runs, and what "auto" leaves to the next one."""
     backend = choose_backend(name, device)
     plain = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
@@ -106,6 +112,13 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _taken() -> str:
+    """Which releases of transformers are, and whether the one here is one of them."""
+    here = _version("transformers")
+    out = "" if here == "not installed" or is_supported(here) else f"; {here} is out of bounds"
+    return f"transformers {bounds()}{out}"
 
 
 def _compiler() -> str:

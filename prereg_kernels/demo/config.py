@@ -38,9 +38,13 @@ class TowerConfig:
     """How the vision tower learns to see: supervised, each patch naming its digit's properties.
 
     Attributes:
-        steps, batch: optimizer steps and scenes a step.
-        lr, weight_decay: AdamW's; cosine schedule with `warmup` steps.
-        min_digits, max_digits: its scenes are denser than the questions' (more labels an image).
+        steps: optimizer steps.
+        batch: scenes a step.
+        lr: AdamW's peak learning rate; then a cosine.
+        warmup: steps up to that peak.
+        weight_decay: AdamW's.
+        min_digits: fewest digits of its scenes, denser than the questions' (more labels an image).
+        max_digits: most digits of its scenes.
         digit_weight: weight of the digit's cross-entropy against each attribute's.
         seed: of the initial weights and the data. Runs with different seeds share one tower.
     """
@@ -104,6 +108,7 @@ class StageConfig:
         name: for the logs.
         steps: optimizer steps.
         lr: peak learning rate, reached after `warmup` steps, then a cosine down to 0.
+        warmup: steps up to that peak.
         trainable: parts that train, of "tower", "projector", "llm".
         frozen_layers: so many of the first decoder layers, and the embeddings, stay frozen.
         pre: whether PRe is on (its settings are the run's).
@@ -148,15 +153,21 @@ class RunConfig:
 
     Attributes:
         seed: of the decoder's initial weights and of the data; runs to be paired share it.
-        scenes, model, tower: what is seen, what sees it, and how it learned to see.
+        scenes: what is seen.
+        model: what sees it.
+        tower: how it learned to see.
         stages: in order; by default LLaVA's two, with PRe in the second.
         pre: PRe's settings, for the stages that switch it on.
         families: {question family: weight} of the training questions.
         questions_per_scene: labels in each sequence.
         distinct_scenes: train on so many scenes, over and over; None: never the same one twice.
-        micro_batch, accumulation: scenes in a micro-batch and micro-batches in a step.
+        micro_batch: scenes in a micro-batch.
+        accumulation: micro-batches in a step.
         precision: "fp32", or "bf16" (autocast; weights and optimizer stay fp32).
-        weight_decay, beta1, beta2, grad_clip: AdamW's, and the largest gradient norm.
+        weight_decay: AdamW's.
+        beta1: AdamW's.
+        beta2: AdamW's.
+        grad_clip: the largest gradient norm.
         checkpoint_every: steps between checkpoints; there is always one at the end.
         checkup_every: steps between checkups during training (answers and probes, as after it);
             None: none. They draw no random number and change no weight.
@@ -199,7 +210,7 @@ class RunConfig:
                 "frozen_layers", stage.frozen_layers <= depth, f"<= {depth}", stage.frozen_layers
             )
             ok = not stage.pre or self.pre.layer <= depth
-            require("layer", ok, f"at most {depth}, the decoder's depth", self.pre.layer)
+            require("pre.layer", ok, f"at most {depth}, the decoder's depth", self.pre.layer)
         check_families(self.families)
         for name in ("questions_per_scene", "micro_batch", "accumulation", "checkup_scenes"):
             require_count(name, getattr(self, name))

@@ -20,7 +20,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from prereg_kernels.attach.handle import PRe
-from prereg_kernels.attach.regularizer import apply_pre
+from prereg_kernels.attach.regularizer import apply_pre, remove_pre
 from prereg_kernels.attach.storage import PRE_DIR
 from prereg_kernels.demo.checkpoints.checkpoint import (
     Checkpoint,
@@ -198,7 +198,7 @@ def _train(
         if stop_requested():  # during the last checkpoint
             raise TrainingInterrupted(step, path)
     if pre is not None:
-        pre.detach()
+        remove_pre(model)
     model.set_attn_implementation("sdpa")  # who goes on may do so in fp32, unlike flash-attention
     return RunResult(
         model=model.eval(),
@@ -311,7 +311,7 @@ def _attach_pre(
     """PRe as the stage wants it; its heads live on from a stage before that had it too."""
     if not stage.pre:
         if pre is not None:
-            pre.detach()
+            remove_pre(model)
         return None
     if pre is not None:
         pre.heads[config.pre.layer].requires_grad_(True)  # set_trainable froze all there was

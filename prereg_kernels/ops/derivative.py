@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_OFF = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+from prereg_kernels._util.private import autograd_within_an_op
 
 
 def value_and_vjp(
@@ -19,7 +18,7 @@ def value_and_vjp(
     Not by torch.func: it refuses to run under saved-tensor hooks, such as activation checkpointing
     has, and compiled graphs switch it off.
     """
-    with _autograd():
+    with autograd_within_an_op():
         leaf = _ordinary(x.detach()).requires_grad_()
         value = function(leaf, *map(_ordinary, constants))
         (gradient,) = torch.autograd.grad(value, leaf, upstream)
@@ -29,14 +28,3 @@ def value_and_vjp(
 def _ordinary(x: Tensor) -> Tensor:
     """A tensor that autograd takes, unlike one that inference mode made."""
     return x.clone() if x.is_inference() else x
-
-
-@contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd switched on, with nobody's hooks on what it saves: that does not leave the block."""
-    below, view = (torch._C._SetExcludeDispatchKeyGuard(key, False) for key in _OFF)
-    with (
-        below, view, torch.inference_mode(False), torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
-    ):  # fmt: skip
-        yield

@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from prereg_kernels._util import private
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -39,9 +41,8 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 @cache
 def _native_on_cpu(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return private.has_onednn_fp16()
+    if not private.has_onednn_bf16():
         return False
     # x86: true with any AVX-512, but only these two have products of bfloat16
-    x86 = torch.cpu._is_avx2_supported()
-    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return not private.has_avx2() or private.has_avx512_bf16() or private.has_amx_tiles()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prereg_kernels._util import private
 from prereg_kernels.ops.activations import Activation, ActivationName
 from prereg_kernels.ops.arguments import Inputs, check_inputs, is_mask, token_coefficients
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
@@ -192,7 +193,7 @@ class _Tap(torch.autograd.Function):
             if not torch.compiler.is_compiling():
                 selector = "visual_mask" if is_mask(select) else "visual_index"
                 check_versions(ctx.versions, {"anchor": anchor, selector: select})
-                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                if not private.keeps_graph():
                     ctx.constants = None  # as autograd frees what it saved
         constants = len(others) - len(parameters)  # the arguments before the parameters
         needs = [need_hidden, *others[constants:]]
@@ -217,6 +218,6 @@ def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:
     if not ctx.carry_always:
         if ctx.was_used or ctx.carry is None:
             return grad_value
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if private.keeps_graph():
             return None
     return ctx.carry

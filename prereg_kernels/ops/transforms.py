@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from prereg_kernels._util import private
 
 
 def is_transforming() -> bool:
     """Whether one of torch.func's transforms (grad, vmap, ...) or forward mode runs this code."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return private.is_functorch_active() or private.is_in_forward_mode()
 
 
 def forgets_functions() -> bool:
@@ -24,14 +25,13 @@ def forgets_functions() -> bool:
     return is_transforming() or torch.compiler.is_exporting()
 
 
-def is_wrapped(x: Tensor) -> bool:
-    """Whether a transform sees `x`: under vmap its values are those of a whole batch."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+is_wrapped = private.is_functorch_wrapped
+"""Whether a transform sees a tensor: under vmap its values are those of a whole batch."""
 
 
 def forbid_forward_mode(*tensors: Tensor | None) -> None:
     """Raise if one of them carries a tangent, which an op below autograd would drop."""
-    if forward_ad._current_level >= 0:  # else nothing does, and there is no call to pay for
+    if private.is_in_forward_mode():  # else nothing does, and there is no call to pay for
         _ForbidForwardMode.apply(*[x for x in tensors if x is not None])
 
 

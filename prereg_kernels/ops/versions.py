@@ -9,10 +9,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from prereg_kernels._util.private import version_of
+
 
 def versions_of(*tensors: Tensor | None) -> list[int | None]:
     """Each one's version; None where there is no tensor, or one that counts no writes."""
-    return [None if x is None or x.is_inference() else x._version for x in tensors]
+    return [None if x is None or x.is_inference() else version_of(x) for x in tensors]
 
 
 def check_versions(before: list[int | None], tensors: Mapping[str, Tensor | None]) -> None:

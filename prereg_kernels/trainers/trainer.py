@@ -20,29 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import reduce
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from prereg_kernels.attach.handle import HEADS, PRe, find_pre, heads_of
+from prereg_kernels.attach.handle import find_pre, state_of
 from prereg_kernels.attach.passes import Record
-from prereg_kernels.attach.storage import PRE_DIR
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from prereg_kernels.attach.state import HEADS
+from prereg_kernels.trainers.checkpoints import Checkpoints
 
 logger = logging.get_logger(__name__)
 
 
-class PReTrainerMixin(_Base):
+class PReTrainerMixin(Checkpoints):
     """What makes a Trainer a PReTrainer; put it first: `class My(PReTrainerMixin, SFTTrainer)`.
 
     - The gradient of a step is that of `L_LM + weight * L_PRe`, with L_PRe the mean over all visual
@@ -93,12 +86,6 @@ class PReTrainerMixin(_Base):
         self._window: Tensor | None = None
         self._evaluated: Tensor | None = None
         self._is_optimizer_checked = False
-        self._read_from: str | None = None  # the checkpoint that is being read
-
-    @property
-    def pre(self) -> PRe:
-        """PRe's handle on the model."""
-        return find_pre(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's.
@@ -106,7 +93,7 @@ class PReTrainerMixin(_Base):
         Raises:
             ValueError: a head is frozen, or not in the optimizer.
         """
-        self.pre.check_heads_train()
+        self.pre.check()
         self._window, self._is_optimizer_checked = None, False
         try:
             return super().train(*args, **kwargs)
@@ -125,8 +112,8 @@ class PReTrainerMixin(_Base):
         """Raise ValueError if the optimizer has parameters of the model, but not its heads."""
         groups = getattr(optimizer, "param_groups", None) or ()
         held = {id(p) for group in groups for p in group["params"]}
-        heads = getattr(self.pre.model, HEADS)
-        missing = [n for n, p in heads.named_parameters() if p.requires_grad and id(p) not in held]
+        heads = state_of(self.pre).parameters().items()
+        missing = [n for n, p in heads if p.requires_grad and id(p) not in held]
         # Without any, it is of tensors made from them, or takes the model itself, as LOMO does.
         if missing and any(id(p) in held for p in self.model.parameters()):
             raise ValueError(
@@ -336,65 +323,6 @@ class PReTrainerMixin(_Base):
         by_items = self.model_accepts_loss_kwargs and items is not None
         return not by_items and self.compute_loss_func is None
 
-    # Checkpoints.
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        # A state dict is given where the parameters are sharded, and holds them whole; or nothing,
-        # where DeepSpeed has them in files of its own. `save_pretrained` takes the heads out of it.
-        heads = None if state_dict is None else heads_of(state_dict)
-        super()._save(output_dir, state_dict)
-        # The model's own `save_pretrained` writes its heads, on rank 0; a PeftModel's writes the
-        # adapters alone.
-        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        written = inner is self.pre.model and not self.args.save_on_each_node
-        if not written and heads != {}:
-            self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        with self._reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self._heads_are_in_the_state():
-            self.pre.load(Path(resume_from_checkpoint) / PRE_DIR)
-
-    def _load_best_model(self) -> None:
-        path = self.state.best_model_checkpoint
-        with self._reading(path):
-            super()._load_best_model()
-        if self._heads_are_in_the_state():
-            return
-        if (Path(path) / PRE_DIR).is_dir():
-            self.pre.load(Path(path) / PRE_DIR)
-        else:  # as Trainer does for the model: another node has it
-            logger.warning(f"Could not locate the heads of the best model at {path}/{PRE_DIR}")
-
-    def _heads_are_in_the_state(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    @contextmanager
-    def _reading(self, path: str) -> Iterator[None]:
-        self._read_from = path
-        try:
-            yield
-        finally:
-            self._read_from = None
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As if there were no heads, which have their own file."""
-        model = self.pre.model
-        if load_result.unexpected_keys and self._read_from is not None:
-            load_result = _load_weights(model, self._read_from)
-        ignored = model._keys_to_ignore_on_save
-        missing = [name for name in load_result.missing_keys if f"{HEADS}." not in name]
-        model._keys_to_ignore_on_save = {name for name in ignored if f"{HEADS}." not in name}
-        try:
-            super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-        finally:
-            model._keys_to_ignore_on_save = ignored
-
 
 class PReTrainer(PReTrainerMixin, Trainer):
     """transformers' Trainer for a model with PRe attached; see PReTrainerMixin."""
@@ -403,22 +331,3 @@ class PReTrainer(PReTrainerMixin, Trainer):
 def _totals(record: Record) -> Tensor:
     """(1 + layers,): the rows of a pass, and the sum of their losses for each layer."""
     return torch.stack([record.rows, *record.sums()])
-
-
-def _load_weights(model: Any, path: str) -> Any:
-    """Load a checkpoint's weights, as `from_pretrained` reads them.
-
-    `save_pretrained` writes the names of the hub's checkpoints, which are not the modules' in most
-    multimodal models; Trainer (5.17) looks for the modules', and leaves all else as it was.
-    """
-    own = (x for name, x in model.state_dict().items() if f"{HEADS}." not in name)
-    dtypes = {x.dtype for x in own if x.is_floating_point()}
-    widest = reduce(torch.promote_types, dtypes)  # so that nothing is rounded on the way
-    with torch.random.fork_rng(devices=[]):
-        read = type(model).from_pretrained(
-            path,
-            config=model.config,  # a file's may name code to fetch, as for attention
-            dtype=widest,
-            local_files_only=True,
-        )
-    return model.load_state_dict(read.state_dict(), strict=False)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from prereg_kernels import apply_pre
+from prereg_kernels import apply_pre, remove_pre
 from prereg_kernels._util import distributed
 from prereg_kernels.attach.sampling import choose_tokens
 from tests.tiny import PATCHES, gradients, make_batch, tiny_llava
@@ -161,7 +161,7 @@ def test_evaluation_reads_all_tokens() -> None:
         pre = apply_pre(model, token_fraction=fraction, value_in_eval=True)
         model(**batch)
         values.append(pre.metrics()["pre_loss"])
-        pre.detach()
+        remove_pre(model)
     assert values[0] == values[1] != 0
 
 

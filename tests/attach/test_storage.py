@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from prereg_kernels import apply_pre
+from prereg_kernels.attach.handle import state_of
+from prereg_kernels.attach.saving import fill
 from prereg_kernels.attach.storage import HEADS_FILE, Saved, load_heads, save_heads
 from tests.fuzzing import damaged, fuzz
 from tests.tiny import tiny_llava
@@ -97,7 +99,7 @@ def test_heads_of_other_kinds_of_numbers_are_refused(tmp_path: Path, dtype: torc
         apply_pre(tiny_llava(), from_pretrained=tmp_path)
     state = {name: x.to(dtype) for name, x in before.items()}
     with pytest.raises(ValueError, match=f"got {dtype}"):
-        pre.fill(Saved(state, pre._json(), 0), "memory")
+        fill(state_of(pre), Saved(state, state_of(pre).settings(), 0), "memory")
     with pytest.raises(ValueError, match=f"got {dtype}"):
         pre.save(tmp_path / "other", state)
     assert all(torch.equal(x, before[n]) for n, x in model.pre_heads.named_parameters())

@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from fractions import Fraction
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools.mask import decode, frPyObjects, merge
 
 
 def runs(region: NDArray[np.bool_]) -> list[int]:
@@ -63,21 +63,10 @@ def pixels_of(counts: list[Any], size: tuple[int, int]) -> NDArray[np.bool_]:
     return np.array([[flat[x * size[0] + y] for x in range(size[1])] for y in range(size[0])])
 
 
-def centres_inside(points: list[float], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels whose centres have an odd number of edges at their left, in fractions."""
-    corners = [(Fraction(x), Fraction(y)) for x, y in zip(points[::2], points[1::2], strict=True)]
-    region = np.zeros(size, dtype=bool)
-    for row in range(size[0]):
-        y = row + Fraction(1, 2)
-        crossings = [
-            x0 + (y - y0) * (x1 - x0) / (y1 - y0)
-            for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True)
-            if (y0 <= y) != (y1 <= y)
-        ]
-        for column in range(size[1]):
-            at_left = [x for x in crossings if x <= column + Fraction(1, 2)]
-            region[row, column] = len(at_left) % 2 == 1
-    return region
+def by_pycocotools(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """What COCO's evaluations make of an annotation: `annToMask` of pycocotools' COCO."""
+    code = frPyObjects(segmentation, *size)
+    return decode(merge(code) if isinstance(code, list) else code).astype(bool)
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:

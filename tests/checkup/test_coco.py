@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from PIL import Image
 
 from prereg_kernels.checkup.images.coco import CocoImages, decode
 from prereg_kernels.checkup.images.reading import SkipImage
-from tests.checkup.coco_codes import centres_inside, in_child, pack, runs
+from tests.checkup.coco_codes import by_pycocotools, in_child, pack, runs
 from tests.checkup.pictures import noise
 
 
@@ -106,25 +107,34 @@ def test_runs_whose_sum_wraps(form: str) -> None:
     assert in_child(decode, code, (4, 4))[0] == "ValueError"
 
 
-@pytest.mark.parametrize("at_a_time", [1 << 20, 40])
-def test_polygons_hold_the_centres_inside(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
-    """Pixels whose centre no edge touches, against fractions; crossing outlines, holes and all."""
-    monkeypatch.setattr("prereg_kernels.checkup.images.coco._CROSSINGS", at_a_time, raising=False)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        points = (rng.random((rng.integers(3, 12), 2)) * [37, 28] - 3).round(2).ravel().tolist()
-        assert (decode([points], (22, 31)) == centres_inside(points, (22, 31))).all()
+@pytest.mark.parametrize("digits", [0, 1, 2, 15])
+def test_polygons_are_those_of_pycocotools(digits: int) -> None:
+    """Crossing outlines, holes, parts outside of the image; in fifths of a pixel and between."""
+    rng = np.random.default_rng(digits)
+    drawn = 0
+    for _ in range(50):
+        size = (int(rng.integers(1, 25)), int(rng.integers(1, 35)))
+        polygons = [
+            ((rng.random((rng.integers(3, 12), 2)) * 1.5 - 0.25) * size[::-1]).round(digits)
+            for _ in range(2)
+        ]
+        segmentation = [points.ravel().tolist() for points in polygons]
+        expected = by_pycocotools(segmentation, size)
+        assert (decode(segmentation, size) == expected).all()
+        drawn += expected.sum()
+    assert drawn > 2000
 
 
-def test_neighbouring_polygons_share_no_pixel() -> None:
-    """Edges run through centres here, and each of those belongs to one side."""
-    corners = [(0, 0), (12, 0), (12, 8), (0, 8)]
-    middle = (5.5, 3.5)
-    parts = [
-        decode([[*a, *b, *middle]], (8, 12)).astype(int)
-        for a, b in zip(corners, [*corners[1:], corners[0]], strict=True)
-    ]
-    assert (sum(parts) == 1).all()
+@pytest.mark.parametrize("size", [(8, 6), (1, 9), (9, 1)])
+def test_windows_of_runs(size: tuple[int, int]) -> None:
+    """Every rectangle, the whole image and none of it included, as list and as text."""
+    for top, bottom in itertools.combinations_with_replacement(range(size[0] + 1), 2):
+        for left, right in itertools.combinations_with_replacement(range(size[1] + 1), 2):
+            mask = np.zeros(size, dtype=bool)
+            mask[top:bottom, left:right] = True
+            counts = runs(mask)
+            for code in (counts, [*counts, 0], [*counts, 0, 0], pack(counts)):
+                assert (decode({"size": list(size), "counts": code}, size) == mask).all()
 
 
 def test_a_polygon_takes_the_memory_of_its_image() -> None:
@@ -135,12 +145,35 @@ def test_a_polygon_takes_the_memory_of_its_image() -> None:
     tracemalloc.stop()
 
 
-def test_polygons_with_many_points_are_drawn_in_bounded_memory() -> None:
-    polygon = np.stack([np.linspace(0, 1000, 6000), np.tile([0, 1000], 3000)], axis=1)
-    tracemalloc.start()
-    decode([polygon.ravel().tolist()], (1000, 1000))
-    assert tracemalloc.get_traced_memory()[1] < 1.5e8  # 6 million crossings
-    tracemalloc.stop()
+@pytest.mark.parametrize(
+    ("polygon", "message"),
+    [
+        (np.stack([np.linspace(0, 1000, 6000), np.tile([0, 1000], 3000)], 1), "an outline of"),
+        (np.zeros((2**20 + 1, 2)), "an outline of"),
+        (np.array([[0, 0], [2**19, 0], [0, 1]]), "an outline of"),
+        (np.array([[0, 0], [2**28, 0], [0, 1]]), "expected pixels"),
+    ],
+    ids=["zigzag", "points", "edge", "far"],
+)
+def test_long_polygons_are_refused(polygon: NDArray[Any], message: str) -> None:
+    """pycocotools would take as much memory as they are long."""
+    failed, found = in_child(decode, [polygon.ravel().tolist()], (1000, 1000))
+    assert failed == "ValueError" and message in found
+
+
+def test_a_polygon_that_is_just_short_enough() -> None:
+    polygon = [[0, 0, 2**19 - 9, 0, 0, 9]]
+    assert (decode(polygon, (20, 30)) == by_pycocotools(polygon, (20, 30))).all()
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [[[0, 0, 4, 0, 4, 4]], {"size": [2**13, 2**13 + 1], "counts": [2**26 + 2**13 - 1, 1]}],
+    ids=["polygon", "runs"],
+)
+def test_images_of_too_many_pixels(segmentation: Any) -> None:
+    failed, found = in_child(decode, segmentation, (2**13, 2**13 + 1))
+    assert failed == "ValueError" and "at most 67108864 pixels" in found
 
 
 def test_a_long_number_takes_linear_time() -> None:
@@ -334,3 +367,10 @@ def test_a_large_file_of_nothing_is_not_read(tmp_path: Path) -> None:
         CocoImages(tmp_path, tmp_path / "a.json")
     assert tracemalloc.get_traced_memory()[1] < 2e7
     tracemalloc.stop()
+
+
+def test_a_process_that_dies_fails_a_test() -> None:
+    """And the next one is another: the fuzzers rely on it."""
+    with pytest.raises(AssertionError, match="the process died"):
+        in_child(os._exit, 1)
+    assert in_child(len, "abc") == ("", 3)

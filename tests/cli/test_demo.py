@@ -69,7 +69,21 @@ def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
         ),
         (["train", "--preset", "tiny.yaml", "--weight", "3"], "holds results of other settings"),
         (["train", "--preset", "tiny.yaml", "--device", "abacus"], "--device: 'abacus' is not"),
-        (["train", "--preset", "tiny.yaml", "--nope"], "unrecognized arguments: --nope"),
+        (["train", "--preset", "tiny.yaml", "--nope"], "unknown flags: --nope; --settings lists"),
+        (["doctor", "--nope"], "unrecognized arguments: --nope"),
+        (["train", "--preset", "tiny.yaml", "--run.pre.weight", "4"], "holds results of other"),
+        (
+            ["train", "--preset", "tiny.yaml", "--run.pre.wait", "4"],
+            "unknown flags: --run.pre.wait",
+        ),
+        (
+            ["train", "--config", "run.yaml", "--seed", "-3"],
+            "prereg: --seed: expected at least 0, got -3",
+        ),
+        (
+            ["sweep", "--preset", "scenes", "--experiment.seeds", "0"],
+            "--experiment.seeds: expected at least 1, got 0",
+        ),
         (["nope"], "invalid choice: 'nope'"),
     ],
 )
@@ -78,6 +92,7 @@ def test_errors_are_one_line(
 ) -> None:
     directory, _ = experiment
     (directory / "bad.yaml").write_text("stepz: 3\n")
+    (directory / "run.yaml").write_text("seed: 3\n")
     run = prereg(*arguments, cwd=directory)
     assert run.returncode == 2
     assert message in run.stderr

@@ -14,6 +14,7 @@ from prereg_kernels.cli import doctor
 from prereg_kernels.ops.backends import registry
 from prereg_kernels.ops.backends.torch import TorchBackend
 from prereg_kernels.ops.spec import Spec
+from tests.helpers import forget_backends
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,17 +41,30 @@ def test_json_says_the_same() -> None:
     assert report["backends"]["torch"] == "runs"
 
 
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ("5.18.0", "transformers >=5.17,<6"),
+        ("not installed", "transformers >=5.17,<6"),
+        ("6.0.1", "transformers >=5.17,<6; 6.0.1 is out of bounds"),
+    ],
+)
+def test_bounds_of_transformers(monkeypatch: pytest.MonkeyPatch, here: str, said: str) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: here)
+    assert doctor.examine()["versions"]["taken"] == said
+
+
 def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(name: str, device: str) -> str | None:
         return None if name == "torch" else f"no {name} on {device}, because of a reason"
 
     monkeypatch.setattr(doctor, "unavailable", reason)
     monkeypatch.setattr(registry, "unavailable", reason)
-    registry._choose.cache_clear()
+    forget_backends()
     try:
         text = doctor.show(doctor.examine())
     finally:
-        registry._choose.cache_clear()
+        forget_backends()
     assert "auto            torch, cpu" in text
     assert "does not run here: no cpp on cpu, because of a reason" in text
     assert "does not run here: no triton on cpu, because of a reason" in text

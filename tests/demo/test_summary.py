@@ -36,6 +36,16 @@ def test_the_p_value_and_the_interval_agree() -> None:
     assert math.isnan(Effect.of([1.0], [2.0]).p_value)
 
 
+@pytest.mark.filterwarnings("error")
+def test_differences_that_are_equal_or_all_but() -> None:
+    """0.3 - 0.2 and 0.8 - 0.7 differ in the last digit: scipy would warn, or find NaN."""
+    effect = Effect.of([0.2, 0.7], [0.3, 0.8])
+    assert effect.half_width < 1e-14 and effect.p_value < 1e-14 and effect.direction == 1
+    equal = Effect.of([1.0, 2.0], [2.0, 3.0])
+    assert equal.half_width == 0 and equal.direction == 1
+    assert Effect.of([1.0, 2.0], [1.0, 2.0]).direction == 0
+
+
 def test_holm_steps_down() -> None:
     # 0.05 / 4, / 3, / 2: the third fails, and with it the fourth, which alone would pass
     assert holm([0.012, 0.049, 0.03, 0.016]) == [True, False, False, True]

@@ -16,12 +16,16 @@ from typing import Any
 from unittest import mock
 
 from accelerate.commands.launch import launch_command_parser
+from pip._internal.commands import create_command
 from torch.distributed.run import get_args_parser
 
 from prereg_kernels.cli.commands import main
+from prereg_kernels.cli.demo import load_preset, load_sweep
+from prereg_kernels.cli.settings import override
+from prereg_kernels.demo.config import RunConfig
 from tests.docs.pages import ROOT
 
-PROGRAMS = ("prereg", "make", "python", "python3", "torchrun", "accelerate")
+PROGRAMS = ("prereg", "make", "pip", "python", "python3", "torchrun", "accelerate")
 BEGINNING = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)})(?: |$)")
 # Each program prints what it is given. Nothing else runs, as there is no path to look on.
 STUBS = [f"{name}() {{ printf '%s\\0' {name} \"$@\"; echo; }}" for name in PROGRAMS]
@@ -63,6 +67,8 @@ def check(command: Command) -> None:
         parser = get_args_parser() if program == "torchrun" else launch_command_parser()
         script = parser.parse_args(arguments[program == "accelerate" :]).training_script
         assert (ROOT / "examples" / script).is_file(), f"no examples/{script}"
+    elif program == "pip":
+        create_command(arguments[0]).parse_args(arguments[1:])
     elif not is_name(command):
         with chdir(ROOT):
             _parse((program, *arguments))
@@ -150,15 +156,34 @@ class _ParsedError(BaseException):
 
 
 def _parse(command: Command) -> None:
-    parse = argparse.ArgumentParser.parse_args
+    parser = argparse.ArgumentParser
+    parse, parse_known = parser.parse_args, parser.parse_known_args
 
     def parse_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         parse(self, *args, **kwargs)
         raise _ParsedError
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+    def parse_known_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        arguments, flags = parse_known(self, *args, **kwargs)
+        if self.prog != "prereg":  # but one of its commands
+            return arguments, flags
+        if flags:
+            override(_settings_of(arguments), flags)
+        raise _ParsedError
+
+    with (
+        mock.patch.object(parser, "parse_args", parse_args),
+        mock.patch.object(parser, "parse_known_args", parse_known_args),
+    ):
         try:
             _run_here(command)
         except _ParsedError:
             return
     raise AssertionError(f"{command}: nothing was parsed")
+
+
+def _settings_of(arguments: argparse.Namespace) -> Any:
+    """What the flags of a command are of; of a file that the text makes up, the defaults."""
+    if arguments.command == "sweep":
+        return load_sweep(arguments.preset)
+    return RunConfig() if arguments.config else load_preset(arguments.preset)

@@ -1,6 +1,6 @@
 """Gradient checkpointing around the tap: what is held for backward, and the gradients.
 
-What is computed again is counted in tests/test_benchmarks_gpu_step.py.
+What is computed again is counted in tests/benchmarks/step/test_gpu.py.
 """
 
 from __future__ import annotations

@@ -204,3 +204,21 @@ def test_checkpointing_with_the_other_layers_compiled() -> None:
             layer.compile(backend="aot_eager", fullgraph=True)
     _, ours = train(model, model, batch)
     compare(ours, expected)
+
+
+def test_next_visual_mask() -> None:
+    """A step with a mask, and one by ids."""
+    steps: list[list[dict[str, Tensor]]] = []
+    for compiled in (False, True):
+        model = make_model("llava")
+        batch = make_batch("llava", model, "text only").inputs
+        pre, ours = apply_pre(model), []
+        call = whole(model) if compiled else model
+        mask = batch["input_ids"] % 3 == 0
+        tokens = int((mask & batch["attention_mask"].bool()).sum())
+        for pre.next_visual_mask, count in ((mask, tokens), (None, 0)):
+            ours.append(train(model, call, batch)[1])
+            assert pre.next_visual_mask is None and pre.metrics()["visual_tokens"] == count
+        steps.append(ours)
+    for expected, compiled_step in zip(*steps, strict=True):
+        compare(compiled_step, expected)

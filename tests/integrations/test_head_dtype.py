@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels import PReConfig, apply_pre, eager_pre_loss, remove_pre
 from prereg_kernels.attach.storage import load_heads, save_heads
-from tests.attach.test_regularizer_state import traces
+from tests.attach.test_regularizer import traces
 from tests.attached import NON_REENTRANT, eager_term, seen
 from tests.helpers import relative_error
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, make_batch, tiny_llava

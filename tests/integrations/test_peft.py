@@ -71,8 +71,8 @@ def check_gradients(lora: Any, pre: PRe, batch: Any) -> None:
     lora(**batch.inputs).loss.backward()
     assert all(p.grad is None for p in lora.parameters() if not p.requires_grad)
     ours = take_gradients(parameters)
-    remove_pre(pre.model)
-    lm, term = eager_term(pre.model, batch.inputs, pre.heads, batch.visual)
+    remove_pre(lora)
+    lm, term = eager_term(lora.base_model.model, batch.inputs, pre.heads, batch.visual)
     (lm + pre.config.weight * term).backward()
     compare(ours, take_gradients(parameters))
 
@@ -163,12 +163,12 @@ def test_an_adapter_file_has_no_heads(tmp_path: Path) -> None:
 def test_merged_it_is_a_plain_model(tmp_path: Path, remove_first: bool) -> None:
     plain = make_model("llava")
     batch = make_batch("llava", plain).inputs
-    lora, pre = attach(make_model("llava"), "PRe first")
+    lora, _ = attach(make_model("llava"), "PRe first")
     lora(**batch).loss.backward()
     with torch.no_grad():
         expected = lora.eval()(**batch).logits
     if remove_first:
-        remove_pre(pre.model)
+        remove_pre(lora)
     merged = lora.merge_and_unload()
     if not remove_first:
         remove_pre(merged)

@@ -25,6 +25,7 @@ from tests.helpers import (
     Problem,
     check,
     check_tap,
+    forget_backends,
     make_problem,
     relative_error,
     residual_like,
@@ -52,8 +53,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in ("_by_name", "_by_text"):
             monkeypatch.setattr(known, name, dict(getattr(known, name)))
     yield
-    registry._choose.cache_clear()
-    registry._log.cache_clear()
+    forget_backends()
 
 
 @pytest.fixture
@@ -146,8 +146,7 @@ class TestEverywhere:
         assert torch.equal(run(fused_pre_loss, same)["dW0"], run(fused_pre_loss, problem)["dW0"])
 
     def test_auto_falls_back_and_says_so_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        registry._choose.cache_clear()
-        registry._log.cache_clear()
+        forget_backends()
         with caplog.at_level(logging.DEBUG, logger="prereg_kernels"):
             for eps in (1e-8, 1e-7):
                 loss = LOSSES.find("log_cosh").text

@@ -7,6 +7,7 @@ through such a loss is told once, in the first step.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,23 +19,35 @@ from tests.tiny import make_batch, tiny_llava
 MESSAGE = "PRe: backward ran through a loss that the model computed in eval mode"
 
 
+@pytest.mark.parametrize("return_dict", (True, False), ids=("output", "tuple"))
 @pytest.mark.parametrize("call", ("model", "forward"))
-def test_backward_in_eval_mode(call: str) -> None:
+def test_backward_in_eval_mode(call: str, return_dict: bool) -> None:
     model, batch = tiny_llava().eval(), make_batch()
     apply_pre(model)
-    run: Any = model if call == "model" else model.forward
-    loss = run(**batch).loss
+    run: Any = partial(model if call == "model" else model.forward, return_dict=return_dict)
+    loss = run(**batch)[0]
     with pytest.warns(UserWarning, match=f"{MESSAGE}.*model.train()"):
         loss.backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(**batch).loss.backward()
+        run(**batch)[0].backward()
         run(**batch)
         with torch.no_grad():
             run(**batch)
         model.train()
-        run(**batch).loss.backward()
+        run(**batch)[0].backward()
     assert model.pre_heads["2"].weight_0.grad.norm() > 0
+
+
+@pytest.mark.parametrize("return_dict", (True, False), ids=("output", "tuple"))
+def test_a_loss_of_ones_own_in_eval_mode_is_no_false_alarm(return_dict: bool) -> None:
+    """Such as a saliency map's: without labels the model computes none, and logits come first."""
+    model, batch = tiny_llava().eval(), make_batch()
+    apply_pre(model)
+    del batch["labels"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch, return_dict=return_dict)[0].mean().backward()
 
 
 def test_evaluation_with_grad_is_no_false_alarm() -> None:

@@ -1,8 +1,8 @@
 """Masks that are made of COCO's polygons are larger than the objects.
 
 Polygons were drawn five times as large by a library that fills their outlines too, so thin objects
-grew. A pixel belongs to a polygon where its centre is inside. Then the mask's area, averaged over
-where the pixels lie, is the polygon's.
+grew. They are drawn by pycocotools now, as in COCO's evaluations. Then the mask's area, averaged
+over where the pixels lie, is the polygon's.
 """
 
 from __future__ import annotations

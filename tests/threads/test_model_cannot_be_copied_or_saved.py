@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from prereg_kernels import apply_pre, find_pre, remove_pre
+from prereg_kernels.attach.handle import state_of
 from tests.attached import anchor_of_pixels
 from tests.tiny import gradients, make_batch, tiny_llava
 
@@ -42,7 +43,7 @@ def test_a_saved_model_trains_on(settings: dict[str, Any]) -> None:
     ours, expected = train(loaded), train(model)
     assert all(torch.equal(ours[name], x) for name, x in expected.items())
     assert find_pre(loaded).metrics() == find_pre(model).metrics()
-    assert find_pre(loaded).model is loaded
+    assert state_of(find_pre(loaded)).model is loaded
     remove_pre(loaded)
     assert "forward" not in vars(loaded) and not hasattr(loaded, "pre_heads")
 

@@ -45,7 +45,7 @@ class Listed(Trainer):
         return super()._prepare_inputs(collate(inputs))
 
 
-class PreListed(PReTrainerMixin, Listed):
+class PReListed(PReTrainerMixin, Listed):
     """With PRe."""
 
 
@@ -60,11 +60,11 @@ class DividesItself(Listed):
         return model(**inputs).loss / self.current_gradient_accumulation_steps
 
 
-class PreDividesItself(PReTrainerMixin, DividesItself):
+class PReDividesItself(PReTrainerMixin, DividesItself):
     """With PRe."""
 
 
-class Counted(PreListed):
+class Counted(PReListed):
     """One that knows what is in the list."""
 
     def count_rows(self, batch: Sequence[Row]) -> Tensor:
@@ -97,7 +97,7 @@ def step_of(out: Path, cls: type[Trainer], size: int) -> tuple[dict[str, Tensor]
 
 
 @pytest.mark.parametrize("size", (8, 4, 2))
-@pytest.mark.parametrize("cls", (PreListed, PreDividesItself))
+@pytest.mark.parametrize("cls", (PReListed, PReDividesItself))
 def test_each_micro_batch_is_divided_by_what_it_sees(
     tmp_path: Path, cls: type[Trainer], size: int
 ) -> None:
@@ -118,7 +118,7 @@ def test_it_is_said_where_it_is_not_the_steps_mean(
     lines: list[str] = []
     logger = SimpleNamespace(warning_once=lines.append)
     monkeypatch.setattr("prereg_kernels.trainers.trainer.logger", logger)
-    step_of(tmp_path, PreListed, len(make_rows()) // micro_batches)
+    step_of(tmp_path, PReListed, len(make_rows()) // micro_batches)
     assert len(lines) == said
     assert all("batch of type list" in line and "override count_rows" in line for line in lines)
 
@@ -127,7 +127,7 @@ def test_it_is_said_where_it_is_not_the_steps_mean(
 def test_batches_of_any_type(tmp_path: Path, batch: Any) -> None:
     model = tiny_llava()
     pre = apply_pre(model)
-    trainer = make_trainer(model, tmp_path, cls=PreListed)
+    trainer = make_trainer(model, tmp_path, cls=PReListed)
     batches, _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     assert batches == [batch] and pre.denominator == 1
 
@@ -136,7 +136,7 @@ def test_the_figures_are_the_mean_over_all_rows(tmp_path: Path) -> None:
     model, rows = tiny_llava(), make_rows()
     pre = apply_pre(model)
     trainer = make_trainer(
-        model, tmp_path, cls=PreListed, per_device_train_batch_size=2, logging_steps=2,
+        model, tmp_path, cls=PReListed, per_device_train_batch_size=2, logging_steps=2,
         gradient_accumulation_steps=2, learning_rate=0.0,
     )  # fmt: skip
     trainer.train()

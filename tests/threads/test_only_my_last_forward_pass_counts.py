@@ -75,7 +75,7 @@ class Passes(Trainer):
         return sum(each.loss for each in passes)
 
 
-class PrePasses(PReTrainerMixin, Passes):
+class PRePasses(PReTrainerMixin, Passes):
     """With PRe."""
 
 
@@ -93,7 +93,7 @@ class PassesBeside(Passes):
         return loss
 
 
-class PrePassesBeside(PReTrainerMixin, PassesBeside):
+class PRePassesBeside(PReTrainerMixin, PassesBeside):
     """With PRe."""
 
 
@@ -117,7 +117,7 @@ def by_definition(heads: Any, batches: list[list[Row]], parts: Any) -> dict[str,
 
 @pytest.mark.parametrize("size", (8, 4, 2))
 @pytest.mark.parametrize("parts", (whole, two_views, rows_apart, first_row))
-@pytest.mark.parametrize("cls", (PrePasses, PrePassesBeside))
+@pytest.mark.parametrize("cls", (PRePasses, PRePassesBeside))
 def test_the_gradients_of_a_step(
     tmp_path: Path, cls: type[Trainer], parts: Any, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +134,7 @@ def test_the_figures_are_of_all_passes(tmp_path: Path) -> None:
     model, rows = tiny_llava(), make_rows()
     pre = apply_pre(model)
     trainer = make_trainer(
-        model, tmp_path, cls=PrePasses, per_device_train_batch_size=4, logging_steps=2,
+        model, tmp_path, cls=PRePasses, per_device_train_batch_size=4, logging_steps=2,
         learning_rate=0.0,
     )  # fmt: skip
     trainer.train()

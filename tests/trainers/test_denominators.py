@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
-from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels import apply_pre, find_pre, remove_pre
 from prereg_kernels.trainers.trainer import PReTrainer, PReTrainerMixin
 from tests.attached import compare
 from tests.tiny import PATCHES, gradients, tiny_llava
@@ -182,18 +182,18 @@ class UnknownItems(Trainer):
         return super().get_batch_samples(*args)[0], None
 
 
-class PreUnknownItems(PReTrainerMixin, UnknownItems):
+class PReUnknownItems(PReTrainerMixin, UnknownItems):
     pass
 
 
 def test_a_step_of_unknown_labels(tmp_path: Path) -> None:
     """The LM loss is a mean of means, and so is its figure."""
-    (ours,), heads = steps_of(tmp_path, 2, 4, cls=PreUnknownItems)
+    (ours,), heads = steps_of(tmp_path, 2, 4, cls=PReUnknownItems)
     compare(ours, eager_gradients(heads, make_rows(), groups=cut(2)))
     model = tiny_llava()
     apply_pre(model)
     trainer = make_trainer(
-        model, tmp_path, cls=PreUnknownItems, per_device_train_batch_size=2,
+        model, tmp_path, cls=PReUnknownItems, per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
     )  # fmt: skip
     trainer.train()
@@ -297,13 +297,13 @@ def test_pieces_of_sequences(tmp_path: Path, name: str) -> None:
             super().__init__(*args, **kwargs)
             self.accelerator = SimpleNamespace(parallelism_config=parallelism)
 
-    class PrePieces(PReTrainerMixin, Pieces):
+    class PRePieces(PReTrainerMixin, Pieces):
         pass
 
     model = tiny_llava()
     apply_pre(model)
     with pytest.raises(ValueError, match="whole sequences on each rank, got context or sequence"):
-        make_trainer(model, tmp_path, cls=PrePieces)
+        make_trainer(model, tmp_path, cls=PRePieces)
 
 
 class OtherLoss(PReTrainer):
@@ -343,4 +343,4 @@ def test_model_init(tmp_path: Path) -> None:
     trainer = make_trainer(None, tmp_path, model_init=make_model)
     first = trainer.pre
     trainer.train()
-    assert trainer.pre is not first and trainer.pre.model is trainer.model
+    assert trainer.pre is not first and trainer.pre is find_pre(trainer.model)

@@ -21,7 +21,7 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 
-class PreSFTTrainer(PReTrainerMixin, trl.SFTTrainer):
+class PReSFTTrainer(PReTrainerMixin, trl.SFTTrainer):
     """SFTTrainer with PRe."""
 
 
@@ -45,7 +45,7 @@ def make_sft(model: Any, out: Path, **arguments: Any) -> Any:
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
         "dataset_kwargs": {"skip_prepare_dataset": True}, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    return PreSFTTrainer(
+    return PReSFTTrainer(
         model,
         trl.SFTConfig(**(defaults | arguments)),
         data_collator=pick,

@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools.mask import decode as decode_mask
+from pycocotools.mask import frPyObjects
 
 from prereg_kernels._util.files import content_digest, printable
 from prereg_kernels.checkup.fingerprint import digest, of_files
 from prereg_kernels.checkup.images.datasets import Sample, read_object
-from prereg_kernels.checkup.images.patches import ranges
 from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
 
 _LIKE = "COCO annotations, a JSON object with images, annotations and categories"
-_FAR = 1 << 31  # coordinates beyond are no pixels
-_CROSSINGS = 1 << 20  # of edges with rows, at a time
+_FAR = 1 << 28  # coordinates beyond are no pixels; pycocotools counts fifths of them in 32 bits
+_LONGEST = 1 << 20  # px of an outline, of which pycocotools takes 80 bytes each
+_LARGEST = 1 << 26  # pixels of an image; runs of more overflow the text that pycocotools writes
 
 _Region = tuple[tuple[slice, slice], NDArray[np.bool_]]  # a window of the image, and what is in it
+
+_NOWHERE: _Region = (slice(0), slice(0)), np.zeros((0, 0), dtype=np.bool_)
 
 TARGET = "category"
 """What the object-level probe reads."""
@@ -150,7 +154,8 @@ def decode(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
         size: (height, width) of the image.
 
     Returns:
-        (H, W) bool; of polygons, the pixels whose centres are inside of one or more.
+        (H, W) bool: what pycocotools makes of it, the reference of COCO's evaluations. Polygons
+            are united.
 
     Raises:
         ValueError: another size, counts that do not add up to it, or points that are none.
@@ -163,7 +168,12 @@ def decode(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def _regions(segmentation: Any, size: tuple[int, int]) -> Iterator[_Region]:
-    """The parts of one annotation, which may overlap."""
+    """The parts of one annotation, which may overlap.
+
+    Everything is checked before pycocotools has it: its C code believes what it is given.
+    """
+    if size[0] * size[1] > _LARGEST:
+        raise ValueError(f"size: expected at most {_LARGEST} pixels, got {list(size)}")
     if isinstance(segmentation, Mapping):
         yield _run_lengths(segmentation, size)
     elif isinstance(segmentation, str):
@@ -174,39 +184,29 @@ def _regions(segmentation: Any, size: tuple[int, int]) -> Iterator[_Region]:
 
 
 def _polygon(polygon: Any, size: tuple[int, int]) -> _Region:
-    """The pixels whose centres are inside of a polygon, and the window that they are in.
+    """The pixels of a polygon, and a window of the image that holds them.
 
-    Inside is what an odd number of edges lies to the left of. A centre on an edge is inside of what
-    lies to the right of it or below, so that neighbours never share a pixel.
+    pycocotools walks the outline in steps of a fifth of a pixel. It checks neither what an integer
+    holds nor how much memory the steps take.
     """
     if not isinstance(polygon, list | tuple) or len(polygon) % 2 or len(polygon) < 6:
         raise ValueError(f"segmentation: expected 3 points or more, got {reprlib.repr(polygon)}")
     if not all(type(v) in (int, float) and abs(v) < _FAR for v in polygon):  # false of NaN
         raise ValueError(f"segmentation: expected pixels, got {reprlib.repr(polygon)}")
-    # the first pixel at or behind a point, counted by centres
-    points = np.array(polygon, dtype=np.float64).reshape(-1, 2) - 0.5
-    (left, top), (right, bottom) = (
-        np.clip(np.ceil(corner), 0, size[::-1]).astype(np.int64)
-        for corner in (points.min(axis=0), points.max(axis=0))
-    )
-    toggles = np.zeros((bottom - top, right - left + 1), dtype=np.uint8)
-    ends = np.stack([points, np.roll(points, -1, axis=0)])
-    low, high = np.take_along_axis(ends, ends[:, :, 1:].argsort(axis=0), axis=0)
-    first, end = (np.clip(np.ceil(y), top, bottom).astype(int) for y in (low[:, 1], high[:, 1]))
-    parts = -(-len(points) * int(bottom - top) // _CROSSINGS)
-    for part in np.array_split(np.arange(len(points)), min(len(points), max(1, parts))):
-        edge, row = ranges(first[part], end[part])
-        edge = part[edge]
-        (x, y), (width, height) = low[edge].T, (high - low)[edge].T
-        column = np.clip(np.ceil(x + (row - y) * width / height), left, right).astype(np.int64)
-        at = (row - top) * toggles.shape[1] + column - left
-        np.add.at(toggles.reshape(-1), at, np.uint8(1))  # modulo 256: only parity counts
-    region = np.cumsum(toggles[:, :-1], axis=1, dtype=np.uint8) % 2 == 1
-    return (slice(top, bottom), slice(left, right)), region
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    outline = np.abs(points - np.roll(points, -1, axis=0)).max(axis=1).sum()
+    if outline + len(points) > _LONGEST:
+        raise ValueError(f"segmentation: expected an outline of {_LONGEST} px at most")
+    width, height = np.clip(np.ceil(points.max(axis=0)), 0, size[::-1]).astype(int).tolist()
+    if not width or not height:
+        return _NOWHERE
+    # nothing of it is right of these columns or below these rows
+    code = frPyObjects([list(polygon)], height, width)[0]
+    return _decoded(_unpack(code["counts"]), (height, width))
 
 
 def _run_lengths(code: Mapping[str, Any], size: tuple[int, int]) -> _Region:
-    """Runs of background and object in turn, down the columns; the columns with an object."""
+    """Runs of background and object in turn, down the columns."""
     given = code["size"]
     if not isinstance(given, list | tuple) or [*map(type, given)] != [int, int]:
         raise ValueError(f"size: expected [height, width], got {reprlib.repr(given)}")
@@ -215,11 +215,23 @@ def _run_lengths(code: Mapping[str, Any], size: tuple[int, int]) -> _Region:
     counts = code["counts"]
     runs = _unpack(counts) if isinstance(counts, (str, bytes)) else counts
     _check_runs(runs, size[0] * size[1])
-    inside_object = np.arange(len(runs)) % 2 == 1
-    whole = np.repeat(inside_object, np.array(runs, np.int64)).reshape(size[1], size[0]).T
-    behind = runs[-1] if len(runs) % 2 else 0
-    window = slice(None), slice(runs[0] // size[0], size[1] - behind // size[0])
-    return window, whole[window]
+    return _decoded(runs, size)
+
+
+def _decoded(runs: Sequence[int], size: tuple[int, int]) -> _Region:
+    """The region of runs that were checked, and the columns that hold it."""
+    if len(runs) < 2:
+        return _NOWHERE
+    height, inner = size[0], list(runs)
+    left, inner[0] = divmod(runs[0], height)
+    behind = 0
+    if len(runs) % 2:
+        behind, inner[-1] = divmod(runs[-1], height)
+    width = size[1] - left - behind
+    if not width:
+        return _NOWHERE
+    code = frPyObjects({"size": [height, width], "counts": inner}, height, width)
+    return (slice(height), slice(left, left + width)), decode_mask(code).view(np.bool_)
 
 
 def _check_runs(runs: Any, pixels: int) -> None:

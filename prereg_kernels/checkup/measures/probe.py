@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prereg_kernels.checkup.intervals import half_width
 from prereg_kernels.checkup.measures.tensors import check_features, check_ids
 
 
@@ -61,7 +61,6 @@ def probe(
         ValueError: other shapes, features that are not finite, `splits` below 1, or a `test_share`
             outside (0, 1).
     """
-    from scipy.stats import t
     from sklearn.model_selection import GroupShuffleSplit
 
     check_features(features)
@@ -91,10 +90,7 @@ def probe(
                 "more rows of the others"
             )
         accuracies.append(linear_probe(x[train], y[train], x[test], y[test], strength=strength))
-    half = math.nan
-    if splits > 1:
-        factor = 1 / splits + test_share / (1 - test_share)
-        half = float(t.ppf(0.975, splits - 1) * np.std(accuracies, ddof=1) * math.sqrt(factor))
+    half = half_width(accuracies, test_share)
     chance = int(counts.max()) / len(y)
     return Probe(float(np.mean(accuracies)), half, chance, tuple(accuracies))
 

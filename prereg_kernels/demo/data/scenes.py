@@ -49,8 +49,10 @@ class SceneConfig:
         image_size: side of the square image.
         grid: cells per side.
         patch_size: side of a patch; must divide `image_size`.
-        min_digits, max_digits: digits in a scene, drawn uniformly.
-        min_size, max_size: side of a digit's tile.
+        min_digits: fewest digits in a scene, whose number is drawn uniformly.
+        max_digits: most digits in a scene.
+        min_size: smallest side of a digit's tile.
+        max_size: largest side of a digit's tile.
         jitter: largest displacement of a tile from the centre of its cell, per axis.
         classes_per_scene: a scene draws its digits from so many classes, so that counts exceed 1.
         clutter: strength of the strokes and dots that belong to no object, in [0, 1].

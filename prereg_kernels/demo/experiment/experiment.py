@@ -42,7 +42,9 @@ class TransferConfig:
         family: the new family.
         frozen_steps: of fine-tuning with the lower half frozen, which learns slowly.
         steps: of fine-tuning with everything trainable.
-        lr, warmup: of both. questions_per_scene: in a sequence.
+        lr: peak learning rate of both.
+        warmup: steps up to that peak.
+        questions_per_scene: in a sequence.
         evaluation_scenes: test scenes that are asked about.
     """
 
@@ -74,7 +76,8 @@ class ExperimentConfig:
         seeds: 0 to seeds - 1.
         transfer: the transfer test.
         evaluation_scenes: test scenes, a question of each family about each.
-        probe_train_scenes, probe_test_scenes: scenes whose objects train and test the probes.
+        probe_train_scenes: scenes whose objects train the probes.
+        probe_test_scenes: scenes whose objects test them.
         cost_steps: training steps of baseline and PRe that are timed.
         device: that it is meant for, such as "cpu" or "cuda".
     """

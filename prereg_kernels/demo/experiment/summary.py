@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -50,17 +51,18 @@ class Effect:
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float]) -> Effect:
         """From one value a seed of each variant, in the same order."""
-        from scipy.stats import t
+        from scipy.stats import ttest_rel
 
-        differences = [b - a for a, b in zip(before, after, strict=True)]
-        spread = Spread.of(differences)
-        n = len(differences)
-        error = spread.deviation / math.sqrt(n)  # NaN for a single seed, as what follows from it
-        half = float(t.ppf(0.975, n - 1)) * error if n > 1 else math.nan
-        if error == 0:
-            p_value = float(spread.mean == 0)
-        else:
-            p_value = 2 * float(t.sf(abs(spread.mean) / error, n - 1)) if n > 1 else math.nan
+        spread = Spread.of([b - a for a, b in zip(before, after, strict=True)])
+        half = p_value = math.nan
+        if spread.deviation == 0:  # scipy's interval is NaN
+            half, p_value = 0.0, float(spread.mean == 0)
+        elif len(before) > 1:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Precision loss")  # differences all but equal
+                test = ttest_rel(after, before)
+            low, high = test.confidence_interval(0.95)
+            half, p_value = float(high - low) / 2, float(test.pvalue)
         return cls(Spread.of(before), Spread.of(after), spread, half, p_value)
 
     @property

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prereg_kernels._util import private
 from prereg_kernels.demo.checks import check_numbers, require_count
 from prereg_kernels.demo.data.packing import IMAGE, Batch
 from prereg_kernels.demo.data.scenes import SceneConfig
@@ -27,9 +28,11 @@ class ModelConfig:
 
     Attributes:
         width: hidden size of the tower and of the decoder.
-        tower_layers, decoder_layers: depth of each.
+        tower_layers: depth of the tower.
+        decoder_layers: depth of the decoder.
         heads: attention heads of each; must divide `width`.
-        tower_mlp, decoder_mlp: width of their feed-forward layers.
+        tower_mlp: width of the tower's feed-forward layers.
+        decoder_mlp: width of the decoder's.
         initializer_range: standard deviation of the decoder's initial weights. At this width, the
             usual 0.02 leaves the decoder on its first plateau for longer than a short run lasts.
     """
@@ -122,7 +125,7 @@ def build_model(
         vision_feature_select_strategy="default",  # drop the CLS token: one token a patch remains
         tie_word_embeddings=False,
     )
-    llava._attn_implementation = attention
+    setattr(llava, private.ATTENTION, attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(llava)

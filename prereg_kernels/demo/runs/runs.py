@@ -11,11 +11,16 @@ from pathlib import Path
 
 import yaml
 
-from prereg_kernels.demo.checkpoints.checkpoint import (CHECKPOINTS, checkpoints_in, clear_checkpoints, is_checkpoint)
+from prereg_kernels.demo.checkpoints.checkpoint import (
+    CHECKPOINTS,
+    checkpoints_in,
+    clear_checkpoints,
+    is_checkpoint,
+)
 from prereg_kernels.demo.checkups import CHECKUPS_FILE
-from prereg_kernels.demo.config import (RunConfig, from_dict, load_config, read_yaml, save_config)
-from prereg_kernels.demo.runs.directories import (LOCK, MARK, held, is_marked)
+from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, save_config
 from prereg_kernels.demo.metrics import METRICS_FILE, TENSORBOARD
+from prereg_kernels.demo.runs.directories import LOCK, MARK, held, is_marked
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"

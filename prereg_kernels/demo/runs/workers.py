@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from prereg_kernels.demo.experiment.experiment import Report
-from prereg_kernels.demo.runs.interrupts import sigint_ignored
 from prereg_kernels.demo.loop import TrainingInterrupted
 from prereg_kernels.demo.metrics import METRICS_FILE
+from prereg_kernels.demo.runs.interrupts import sigint_ignored
 from prereg_kernels.demo.runs.runs import ERROR_FILE
 
 

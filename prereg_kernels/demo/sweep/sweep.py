@@ -55,7 +55,10 @@ class SweepConfig:
     Attributes:
         experiment: its run with PRe is the centre, from which each setting differs in one thing;
             its seeds, evaluation, probes and device are the sweep's.
-        weights, layers, anchors, token_fractions: values to try; the centre's is always there.
+        weights: values to try; the centre's is always there, as for the next three.
+        layers: values to try.
+        anchors: values to try.
+        token_fractions: values to try.
         long_tail: {question family: weight} of a second mix, on which a baseline and the centre are
             trained too; None: no such runs.
         transfer: also run the transfer test with the lower half frozen, as deep as the centre's

@@ -49,6 +49,11 @@ class Backend(ABC):
         return None
 
     @staticmethod
+    def note_absence(device_type: str) -> None:
+        """Called once where "auto" would have taken it, and it does not run: a place to warn."""
+        return None
+
+    @staticmethod
     def on_request_only(device_type: str) -> bool:
         """Whether "auto" passes it over on such devices though it runs."""
         return False

@@ -62,13 +62,19 @@ def _accept(name: str, device_type: str, spec: Spec | None) -> Backend | None:
     if _class(name).on_request_only(device_type):
         return None
     if reason := unavailable(name, device_type):
-        _log(name, f"does not run on {device_type} here: {reason}")
+        _note_absence(name, device_type, reason)
         return None
     backend = _make(name)
     if refused := spec and backend.refuses(spec):
         _log(name, f"has no kernel for {refused}")
         return None
     return backend
+
+
+@cache
+def _note_absence(name: str, device_type: str, reason: str) -> None:
+    _log(name, f"does not run on {device_type} here: {reason}")
+    _class(name).note_absence(device_type)
 
 
 @cache

@@ -17,7 +17,7 @@ from tests.attach.families.batches import Batch, has, make_batch
 from tests.attach.families.models import CASES, make_model
 from tests.attach.families.packing import pack
 from tests.attach.families.test_models import FAMILY_SCENES, checkpointed, every_family
-from tests.attach.test_regularizer_state import traces
+from tests.attach.test_regularizer import traces
 from tests.attached import both, compare
 
 PROJECTED = tuple(t for family in FAMILIES if family.projector for t in family.model_types)

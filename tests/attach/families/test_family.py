@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prereg_kernels import apply_pre
 from prereg_kernels.attach.families import FAMILIES, Family, find_family
 from tests.attach.families.models import CASES, WIDTH, WORDS, make_model
-from tests.attach.test_regularizer_state import traces
+from tests.attach.test_regularizer import traces
 from tests.attached import both, compare
 from tests.tiny import make_batch as make_llava_batch
 from tests.tiny import tiny_llava

@@ -12,7 +12,7 @@ from torch import nn
 from prereg_kernels import apply_pre, remove_pre
 from tests.attach.families.batches import SCENES, has, make_batch
 from tests.attach.families.models import CASES, LAYERS, make_model
-from tests.attach.test_regularizer_state import traces
+from tests.attach.test_regularizer import traces
 from tests.attached import NON_REENTRANT, both, compare, seen
 from tests.tiny import gradients
 

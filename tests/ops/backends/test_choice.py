@@ -7,14 +7,14 @@ import shutil
 import pytest
 import torch
 
-from prereg_kernels.ops.backends import cpp, registry
+from prereg_kernels.ops.backends import cpp_libraries, registry
 from prereg_kernels.ops.backends.base import Backend
 from prereg_kernels.ops.backends.cpp import CppBackend
 from prereg_kernels.ops.backends.registry import FASTEST_FIRST, choose_backend, unavailable
 from prereg_kernels.ops.backends.triton.backend import TritonBackend
 from prereg_kernels.ops.losses import LOSSES
 from prereg_kernels.ops.spec import Spec
-from tests.helpers import KERNEL_ACTIVATIONS, KERNEL_LOSSES, LOSS_NAMES
+from tests.helpers import KERNEL_ACTIVATIONS, KERNEL_LOSSES, LOSS_NAMES, forget_backends
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_cpp_is_built_where_there_is_a_compiler() -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler on this machine")
     assert unavailable("cpp", "cpu") is None
-    assert cpp.describe()["not built"] == {}
+    assert cpp_libraries.describe()["not built"] == {}
 
 
 def test_unknown_backend() -> None:
@@ -43,10 +43,10 @@ def test_unknown_backend() -> None:
 
 def test_a_backend_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "unavailable", lambda name, device: f"{name} is not for {device}")
-    registry._choose.cache_clear()
+    forget_backends()
     with pytest.raises(ValueError, match="backend='cpp': does not run on cpu here: cpp is not"):
         choose_backend("cpp", CPU)
-    registry._choose.cache_clear()
+    forget_backends()
 
 
 @pytest.mark.parametrize("backend", (CppBackend, TritonBackend))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.backends import cpp
+from prereg_kernels._util import private
 from prereg_kernels.ops.backends.base import LossChunk
-from prereg_kernels.ops.backends.cpp import CppBackend, describe, runnable_variants, unavailable
+from prereg_kernels.ops.backends.cpp import CppBackend, unavailable
+from prereg_kernels.ops.backends.cpp_libraries import describe, runnable_variants
 from prereg_kernels.ops.spec import Spec
 from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 from tests.ops.backends.primitives import (
@@ -240,7 +239,7 @@ def tiles(backend: CppBackend, monkeypatch: pytest.MonkeyPatch) -> CppBackend:
     """As on a CPU with tile registers; elsewhere the product is slower, and as exact."""
     if not backend._ops.has_wide_product():
         pytest.skip("this torch comes without MKL's product of bfloat16")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(private, "has_amx_tiles", lambda: True)
     return backend
 
 
@@ -271,7 +270,7 @@ def test_where_products_are_wide(tiles: CppBackend, monkeypatch: pytest.MonkeyPa
     cpu = torch.device("cpu")
     assert tiles.has_wide_products(cpu, torch.bfloat16)
     assert not tiles.has_wide_products(cpu, torch.float16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(private, "has_amx_tiles", lambda: False)
     assert not tiles.has_wide_products(cpu, torch.bfloat16)
 
 
@@ -357,40 +356,3 @@ def test_describe() -> None:
     described = describe()
     assert described["variant"] == CppBackend().variant == VARIANTS[0]
     assert set(VARIANTS) <= set(described["built"])
-
-
-@pytest.fixture
-def build_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the file about the build, which a test can change."""
-    copy = tmp_path / "_rows_build.json"
-    shutil.copy(cpp.PACKAGE / copy.name, copy)
-    monkeypatch.setattr(cpp, "PACKAGE", tmp_path)
-    for cached in (cpp._read_build, cpp._choose_variant, cpp._load):
-        monkeypatch.setattr(cpp, cached.__name__, cached.__wrapped__)
-    return copy
-
-
-def test_unavailable_says_why(build_file: Path) -> None:
-    build = json.loads(build_file.read_text())
-    assert unavailable("cuda") == "it is for CPUs only"
-    build_file.write_text(json.dumps(build | {"torch": "2.0.1+cpu"}))
-    assert f"built against torch 2.0.1+cpu, this is {torch.__version__}" in str(unavailable("cpu"))
-    build_file.write_text(json.dumps(build | {"variants": [], "failed": {"base": "no compiler"}}))
-    assert unavailable("cpu") == "not built: no compiler"
-    with pytest.raises(ValueError, match="the compiled row primitives: not built: no compiler"):
-        CppBackend()
-    build_file.unlink()
-    assert str(unavailable("cpu")).startswith("not built: the package was installed without")
-
-
-def test_a_broken_library_is_a_reason(build_file: Path) -> None:
-    for variant in VARIANTS:
-        (build_file.parent / f"_rows_{variant}.so").write_bytes(b"not a library")
-    assert "its library does not load" in str(unavailable("cpu"))
-
-
-@pytest.mark.skipif(not cpp.SOURCES.is_dir(), reason="not a checkout")
-def test_libraries_of_other_sources_are_not_used(build_file: Path) -> None:
-    build = json.loads(build_file.read_text())
-    build_file.write_text(json.dumps(build | {"sources": "0" * 64}))
-    assert str(unavailable("cpu")).startswith("built from other sources than csrc/")

@@ -1,0 +1,161 @@
+"""The CPU row primitives against a copy: `python -m benchmarks.loss.cpu_primitives [--json FILE]`.
+
+A primitive is measured by the bytes that it has to move: each element that it reads, once, and
+each that it writes, once (BYTES). Its yardstick is `copy_` of float32, which reads and writes as
+many bytes on as many threads, from the same level of the memory: what fits into a cache is compared
+with a copy within that cache. In-place primitives can exceed a copy, which has a line to fetch
+before it can write it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.report import write_json
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.backends.cpp import CppBackend
+from prereg_kernels.ops.backends.torch import TorchBackend
+from prereg_kernels.ops.spec import Spec
+
+# A chunk that stays in the second or third level of cache, and one that stays in none
+SIZES = {"cache": (512, 1024), "memory": (16384, 2048)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Bytes an element of the chunk, e = bytes of the dtype
+BYTES = {
+    "gather_rows": "2 e: reads the source, writes out",
+    "activate": "2 e: reads u, writes g",
+    "activation_backward": "3 e: reads dg and u, writes dg; with column sums",
+    "token_losses": "2 e: reads z and the anchor",
+    "token_losses_and_grad": "3 e: reads z and the anchor, writes dz over z; with column sums",
+    "scatter_rows": "2 e: reads the values, writes into",
+    "scatter_rows, accumulate": "3 e: reads the values and into, writes into",
+}
+
+
+class Case(NamedTuple):
+    name: str
+    primitive: str  # of BYTES
+    run: Callable[[], None]
+
+
+def cases(rows: Backend, count: int, columns: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Every primitive on tensors of its own, with a bias and an index where it takes one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    index = torch.randperm(count, generator=generator)
+    a, b, bias = draw(count, columns), draw(count, columns), draw(columns)
+    out, scale = torch.empty_like(a), torch.tensor(0.5)
+    # Where every derivative is 1: repeated in place, others would soon leave only subnormal numbers
+    far = torch.full_like(a, 40)
+    losses, sums = torch.empty(count), torch.zeros(columns)
+    coefficient = torch.ones(()).expand(count)
+    bias = rows.bias_left(bias, dtype)
+
+    yield Case("gather_rows", "gather_rows", lambda: rows.gather_rows(a, index, out))
+    for act in ("gelu", "gelu_tanh", "silu", "relu"):
+        yield Case(f"activate, {act}", "activate", lambda act=act: rows.activate(a, bias, act, out))
+        yield Case(
+            f"activation_backward, {act}",
+            "activation_backward",
+            lambda act=act: rows.activation_backward(out, far, bias, act, sums),
+        )
+    for loss, normalize in (("cosine", "none"), ("mse", "none"), ("mse", "l2"), ("mse", "layer"),
+                            ("smooth_l1", "layer")):  # fmt: skip
+        spec = Spec("gelu", loss, normalize, 1e-8, dtype)
+        yield Case(
+            f"token_losses, {loss} {normalize}",
+            "token_losses",
+            lambda spec=spec: rows.token_losses(LossChunk(a, bias, b, index, losses), spec),
+        )
+        yield Case(
+            f"token_losses_and_grad, {loss} {normalize}",
+            "token_losses_and_grad",
+            lambda spec=spec: rows.token_losses(
+                LossChunk(a, bias, b, index, losses, coefficient, a, sums), spec
+            ),
+        )
+    yield Case("scatter_rows", "scatter_rows", lambda: rows.scatter_rows(a, b, index, None, False))
+    yield Case(
+        "scatter_rows, accumulate, scale",
+        "scatter_rows, accumulate",
+        lambda: rows.scatter_rows(a, b, index, scale, True),
+    )
+
+
+def seconds(run: Callable[[], None], budget: float = 0.15) -> float:
+    """Median of repeated calls, of several each where one is short."""
+    run()
+    begin = time.perf_counter()
+    run()
+    calls = max(1, int(0.002 / (time.perf_counter() - begin)))
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - start < budget:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        times.append((time.perf_counter() - begin) / calls)
+    return statistics.median(times)
+
+
+def copy_bandwidth(moved: int) -> float:
+    """GB/s of a copy that reads and writes this many bytes in all."""
+    source, out = torch.ones(moved // 8), torch.empty(moved // 8)
+    return moved / seconds(lambda: out.copy_(source)) / 1e9
+
+
+def measure(rows: Backend) -> Iterator[dict[str, Any]]:
+    for size, (count, columns) in SIZES.items():
+        for dtype in DTYPES:
+            for name, primitive, run in cases(rows, count, columns, dtype):
+                factor = int(BYTES[primitive].split()[0])
+                moved = factor * dtype.itemsize * count * columns
+                copy, taken = copy_bandwidth(moved), seconds(run)
+                yield {
+                    "primitive": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "size": size,
+                    "shape": [count, columns],
+                    "bytes": moved,
+                    "seconds": taken,
+                    "gigabytes_per_second": moved / taken / 1e9,
+                    "percent_of_copy": 100 * moved / taken / 1e9 / copy,
+                }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", choices=("cpp", "torch"), default="cpp")
+    parser.add_argument("--variant", help="of the compiled primitives")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows: Backend = CppBackend(arguments.variant) if arguments.backend == "cpp" else TorchBackend()
+
+    figures = []
+    for one in measure(rows):
+        figures.append(one)
+        print(
+            f"{one['size']:7} {one['dtype']:9} {one['primitive']:40} "
+            f"{one['gigabytes_per_second']:6.1f} GB/s {one['percent_of_copy']:5.0f}% of a copy",
+            flush=True,
+        )
+    if arguments.json:
+        result = {"threads": arguments.threads, "bytes_per_element": BYTES, "figures": figures}
+        write_json(result, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A CPU benchmark run's tables, in Markdown: `python -m benchmarks.loss.cpu_table FILE.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.report import markdown_table
+
+Row = tuple[str, ...]
+
+
+def time_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
+    """A header, the floor in ms, then time / floor: an implementation a row, a size a column."""
+    timed = [b for b in benchmarks if "ratio_to_floor" in b["extra_info"]]
+    cells = {}
+    for benchmark in timed:
+        info = benchmark["extra_info"]
+        ratio = f"{info['ratio_to_floor']:.2f}"
+        if info["implementation"] == "floor":
+            ratio = f"{1e3 * benchmark['stats']['median']:.0f} ms"
+        cells[info["implementation"], info["size"]] = ratio
+    sizes = list(dict.fromkeys(size for _, size in cells))
+    names = list(dict.fromkeys(name for name, _ in cells))
+    rows: list[Row] = [("time / floor", *(size.split(" ", 1)[1] for size in sizes))]
+    return rows + [(name, *(cells.get((name, size), "-") for size in sizes)) for name in names]
+
+
+def memory_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
+    """A header, then each implementation's peak memory and how many times less than eager's."""
+    peaks = {
+        b["extra_info"]["implementation"]: b["extra_info"]["peak_bytes"]
+        for b in benchmarks
+        if "peak_bytes" in b["extra_info"]
+    }
+    rows: list[Row] = [("peak memory", "MiB", "eager / this")]
+    for name, peak in peaks.items():
+        rows.append((name, f"{peak / 2**20:.0f}", f"{peaks['eager'] / peak:.1f}"))
+    return rows
+
+
+def describe(benchmarks: list[dict[str, Any]]) -> str:
+    """One sentence on what was measured, where."""
+    info = benchmarks[0]["extra_info"]
+    changed = " with changes" if info["dirty"] else ""
+    sizes = {b["extra_info"]["size"].split(" ")[0] for b in benchmarks if "peak_bytes" not in
+             b["extra_info"]}  # fmt: skip
+    emulated = any(b["extra_info"].get("emulated") for b in benchmarks)
+    note = (
+        " This CPU has no bfloat16 arithmetic, and PyTorch's emulation takes minutes at the larger "
+        "sizes (-): the floor is that of float32, in which these rows run their matmuls."
+    )
+    return (
+        f"Forward and backward, {', '.join(sorted(sizes))}, medians of interleaved rounds; the "
+        "floor is the six matmuls alone. Peak memory of a step beyond its inputs and the gradient "
+        f"of hidden, one thread. {info['device']}, {info['capability']}, {info['threads']} "
+        f"threads, torch {info['torch']}, commit {info['commit']}{changed}."
+        + (note if emulated else "")
+    )
+
+
+def format_tables(benchmarks: list[dict[str, Any]]) -> str:
+    """The tables, and the sentence under them."""
+    tables = (
+        markdown_table(head, rows, left=1)
+        for head, *rows in (time_rows(benchmarks), memory_rows(benchmarks))
+    )
+    return "\n\n".join([*tables, describe(benchmarks)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    options = parser.parse_args()
+    benchmarks = json.loads(options.file.read_text())["benchmarks"]
+    if not benchmarks:
+        parser.error(f"{options.file} holds no benchmarks")
+    print(format_tables(benchmarks))
+
+
+if __name__ == "__main__":
+    main()

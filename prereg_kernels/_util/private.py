@@ -1,0 +1,187 @@
+"""Every private name of torch and transformers that the package uses, and what it stands for.
+
+No public name does the same. Such a name may change with any release, so each has a test of its own
+(tests/util/test_private.py), which fails there by name. What runs in each call of the op is bound
+once, and costs what torch's own name costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch, checkpoint
+
+# Autograd.
+
+current_autograd_node = torch._C._current_autograd_node
+"""The node whose backward runs; None outside of backward."""
+
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+"""Within backward: whether its graph stays for another one (`retain_graph=True`)."""
+
+is_functorch_active = torch._C._are_functorch_transforms_active
+"""Whether one of torch.func's transforms runs this code."""
+
+is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a tensor is one that such a transform sees."""
+
+
+def is_in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on: without it, no tensor carries a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def version_of(x: Tensor) -> int:
+    """The number that every write in place counts up."""
+    return x._version
+
+
+# Checkpointing: the hooks of saved tensors, and the modes that see each op.
+
+CHECKPOINT = "torch.utils.checkpoint"
+"""The module of the hooks that a non-reentrant checkpoint has on saved tensors."""
+REENTRANT_NODE = "CheckpointFunctionBackward"
+"""The node whose backward runs a reentrant checkpoint again."""
+
+
+def top_saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """The innermost pair of hooks; None where there are none."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
+
+
+def pop_saved_tensors_hooks() -> None:
+    """Take the innermost pair off, whoever put it on."""
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def push_saved_tensors_hooks(pack: Any, unpack: Any) -> None:
+    """Put a pair on."""
+    torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+@contextmanager
+def autograd_within_an_op() -> Iterator[None]:
+    """Autograd where a custom op runs, which is below it, and nobody's hooks on what it saves.
+
+    What it saves must not outlive the block.
+    """
+    exclude = torch._C._SetExcludeDispatchKeyGuard
+    with (
+        exclude(torch._C.DispatchKey.AutogradFunctionality, False),
+        exclude(torch._C.DispatchKey.ADInplaceOrView, False),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ):
+        yield
+
+
+def dispatch_modes() -> list[Any]:
+    """The modes that see each op, the innermost last."""
+    return list(_python_dispatch._get_current_dispatch_mode_stack())
+
+
+def is_selection(mode: Any) -> bool:
+    """Whether a mode is one of selective checkpointing, of its first run or its second."""
+    kinds = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return isinstance(mode, kinds)
+
+
+def pop_dispatch_mode() -> None:
+    """Take the innermost mode off."""
+    _python_dispatch._pop_mode()
+
+
+def push_dispatch_mode(mode: Any) -> None:
+    """Put a mode on."""
+    _python_dispatch._push_mode(mode)
+
+
+# Processors: which products of low precision they have.
+
+
+def has_avx2() -> bool:
+    """Whether this is an x86 with AVX2."""
+    return bool(torch.cpu._is_avx2_supported())
+
+
+def has_avx512_bf16() -> bool:
+    """Whether it has AVX-512's products of bfloat16."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def has_amx_tiles() -> bool:
+    """Whether it has tile registers, and the system lets us use them."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def has_onednn_bf16() -> bool:
+    """Whether oneDNN takes bfloat16 here: on x86, with any AVX-512."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_onednn_fp16() -> bool:
+    """Whether oneDNN takes float16 here."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+# Modules, and what wraps them.
+
+EXTRA_STATE = "_extra_state"
+"""The entry of a state dict that `get_extra_state` fills."""
+IS_REPLICA = "_is_replica"
+"""What `nn.DataParallel` sets on the copies that its threads run."""
+FLAT_PARAMETER = "_flat_param"
+"""How FullyShardedDataParallel names the parameter that it packs others into."""
+
+
+def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own, by name: a wrapper passes on attributes of what it wraps, but not these."""
+    return module._modules
+
+
+def active_ddp() -> Any:
+    """The DistributedDataParallel whose forward runs, or None."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def ddp_parameters(ddp: Any) -> Sequence[nn.Parameter]:
+    """Those whose gradients it averages over ranks."""
+    parameters: Sequence[nn.Parameter] = ddp._module_parameters
+    return parameters
+
+
+# transformers' models and configs.
+
+IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
+"""A model's attribute: the names that `save_pretrained` leaves out."""
+UNSPLIT_MODULES = "_no_split_modules"
+"""A model's attribute: the classes that Accelerate gives an FSDP unit of their own."""
+NAME_OR_PATH = "_name_or_path"
+"""The entry of `config.to_dict()` that says where a config came from."""
+ATTENTION = "_attn_implementation"
+"""A config's attribute: which code computes attention."""
+IMPLEMENTATIONS = (
+    ATTENTION,
+    "_attn_implementation_internal",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+"""Keys under which a config.json can name code to run."""
+
+# What classes of the package define, and torch or transformers call.
+
+MODULE_METHODS = frozenset({"_apply", "_load_from_state_dict"})
+"""Of nn.Module: what `to` and its like call, and what `load_state_dict` does, a module each."""
+FSDP_ATTRIBUTES = frozenset({"_is_fsdp_managed_module"})
+"""What FSDP sets on each module that it takes charge of."""
+TRAINER_METHODS = frozenset(
+    {"_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"}
+)
+"""Of transformers.Trainer: what it calls to write and read checkpoints."""

@@ -1,0 +1,40 @@
+"""The releases of transformers that the package takes.
+
+Its Trainer calls private methods that PReTrainer overrides. A release that calls others would leave
+the heads out of checkpoints without a word, so an unknown major one is refused at install.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from functools import cache
+
+TRANSFORMERS = (5, 17), (6, 0)
+"""The first release taken, which is the one tested, and the first that is not."""
+
+
+def is_supported(version: str) -> bool:
+    """Whether a release of transformers is within the bounds; of a name that is none, False."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    first, end = TRANSFORMERS
+    return numbers is not None and first <= (int(numbers[1]), int(numbers[2])) < end
+
+
+@cache
+def check_transformers() -> None:
+    """Warn, once, if the transformers that is loaded is out of bounds: pip can be told to."""
+    version = getattr(sys.modules.get("transformers"), "__version__", None)
+    if version is not None and not is_supported(version):
+        warnings.warn(
+            f"transformers: expected {bounds()}, got {version}; PRe overrides private methods of "
+            "its Trainer, and others may not call them",
+            stacklevel=3,
+        )
+
+
+def bounds() -> str:
+    """The bounds as pip writes them."""
+    (major, minor), (end, _) = TRANSFORMERS
+    return f">={major}.{minor},<{end}"

@@ -1,0 +1,154 @@
+"""State: all that PRe keeps about a model. Hooks and trainers write it; `PRe` shows part of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from prereg_kernels._util import distributed, fsdp, private
+from prereg_kernels.attach.anchors import anchor_width, llm_width
+from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.heads import PASSES, Heads
+from prereg_kernels.attach.image_spans import check_images
+from prereg_kernels.attach.masks import NextMask
+from prereg_kernels.attach.passes import Collected, Record
+from prereg_kernels.ops.head import PReHead
+
+HEADS = "pre_heads"  # the name under which the heads are registered on the model
+
+
+class State:
+    """PRe on a model, from `apply_pre` to `remove_pre`.
+
+    Attributes:
+        model, config, family: as `apply_pre` has resolved them. anchor_features: A.
+        heads, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
+        next_mask: as `PRe.next_visual_mask`, and what became of those before.
+        last: of the last training call; with `value_in_eval`, of an evaluating one too.
+        collected: the passes so far while `PRe.collecting` is open; else None.
+        shapes: {name inside of `model.pre_heads`: shape of the whole parameter}.
+        hooks: those on the model, to be removed.
+        is_attached: False after `detach`.
+    """
+
+    def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
+        layers = family.layers_of(model)
+        family.language_model_of(model)  # before anything is registered: it may not be there
+        numbers = config.resolve_layers(len(layers))
+        if config.level == "global":
+            check_images(family)
+        self.model, self.config, self.family = model, config, family
+        self.anchor_features = anchor_width(config, family, model)
+        self.denominator: float | Tensor | None = None
+        self.loss: Tensor | None = None
+        self.loss_scale: float | Tensor = 1.0
+        self.add_to_loss = True
+        self.passes = 0
+        self.next_mask = NextMask()
+        self.last: Record | None = None
+        self.collected: list[Collected] | None = None
+        self.hooks: list[RemovableHandle] = []
+        self.is_attached = True
+        family.visual_token_ids(model)  # raises where there are none
+
+        self.heads: dict[int, PReHead]
+        if config.share_head:
+            shared = self._make_head(layers[numbers[0] - 1])
+            self.heads, names = dict.fromkeys(numbers, shared), {"shared": shared}
+        else:
+            self.heads = {number: self._make_head(layers[number - 1]) for number in numbers}
+            names = {str(number): head for number, head in self.heads.items()}
+        self._name_of = {n: "shared" if config.share_head else str(n) for n in numbers}
+        model.add_module(HEADS, Heads(names, self))
+        self._before: dict[str, Any] = {}
+        self._ours: dict[str, Any] = {}
+        self.shapes = {name: tuple(x.shape) for name, x in self.parameters().items()}
+        # `save_pretrained` then writes a plain model
+        ignored = {f"{HEADS}.{name}" for name in (*self.shapes, PASSES)}
+        before = getattr(model, private.IGNORED_ON_SAVE, None) or ()
+        self.shadow(private.IGNORED_ON_SAVE, {*before, *ignored})
+        # What accelerate's FSDP gives a unit of its own, which may then have a dtype of its own
+        names_of_units = getattr(model, private.UNSPLIT_MODULES, None) or []
+        units = type(names_of_units)([*names_of_units, PReHead.__name__])
+        self.shadow(private.UNSPLIT_MODULES, units)
+        self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a term that waits for backward belongs to this one alone."""
+        return vars(self) | {"loss": None, "collected": None}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """{name inside of `model.pre_heads`: parameter}, as they are there, whole or not."""
+        return dict(getattr(self.model, HEADS).named_parameters())
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON values, with the resolved layers."""
+        return self.config.to_json(list(self.heads))
+
+    def module_of(self, layer: int) -> nn.Module:
+        """The head to call: what a wrapper, as of FSDP1, has put into its place in the model."""
+        return getattr(self.model, HEADS)[self._name_of[layer]]
+
+    def check_heads_train(self) -> None:
+        """As `PRe.check`."""
+        for layer, head in self.heads.items():
+            parameters = list(head.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                raise ValueError(
+                    f"pre.heads: expected heads that train, got a frozen one at layer {layer} "
+                    "(PEFT freezes all that it did not make); call requires_grad_(True) on each of "
+                    "pre.heads.values(), before you make the optimizer"
+                )
+
+    def shadow(self, name: str, value: Any) -> None:
+        """Give the model an attribute of its own, until `detach`."""
+        if name in vars(self.model):
+            self._before[name] = vars(self.model)[name]
+        self._ours[name] = value
+        setattr(self.model, name, value)
+
+    def shadowed(self, name: str) -> Any:
+        """The attribute of its own that the model had before; None if it had none."""
+        return self._before.get(name)
+
+    def detach(self) -> None:
+        """As `remove_pre`."""
+        for hook in self.hooks:
+            hook.remove()
+        delattr(self.model, HEADS)
+        for name, ours in self._ours.items():
+            if vars(self.model).get(name) != ours:  # replaced, or wrapped, by somebody since
+                continue
+            if name in self._before:
+                setattr(self.model, name, self._before[name])
+            else:
+                delattr(self.model, name)
+        self.is_attached = False
+
+    def _make_head(self, layer: nn.Module) -> PReHead:
+        like = next(layer.parameters())
+        config = self.config
+        head = PReHead(
+            llm_width(self.model),
+            self.anchor_features,
+            config.head_features,
+            depth=config.depth,
+            activation=config.activation,
+            seed=config.seed,
+            device=like.device,
+            # ZeRO-3 wants the dtype of what it made itself, and keeps float32 copies of all
+            dtype=config.head_dtype_on(like.dtype, as_it_is=distributed.is_partitioned(like)),
+        )
+        head.home = fsdp.Home(self.model)
+        return head
+
+    def _draw_heads(self, *_: Any) -> None:
+        """Where a state dict, by `assign=True`, left them alone on the meta device."""
+        layers = self.family.layers_of(self.model)
+        for number, head in self.heads.items():
+            like = next(layers[number - 1].parameters())
+            if not like.is_meta and all(parameter.is_meta for parameter in head.parameters()):
+                head.to_empty(device=like.device)

@@ -1,0 +1,118 @@
+"""Checkpoints of a Trainer whose model has PRe: a plain model, and its heads beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from prereg_kernels._util import private
+from prereg_kernels.attach.handle import PRe, find_pre, state_of
+from prereg_kernels.attach.saving import heads_of
+from prereg_kernels.attach.state import HEADS
+from prereg_kernels.attach.storage import PRE_DIR
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+logger = logging.get_logger(__name__)
+
+
+class Checkpoints(_Base):
+    """What makes a Trainer save the heads in `pre/` and read them there; part of PReTrainerMixin.
+
+    Under FSDP with sharded checkpoints, and under DeepSpeed, the heads are part of what these save
+    and load.
+    """
+
+    _read_from: str | None = None  # the checkpoint that is being read
+
+    @property
+    def pre(self) -> PRe:
+        """PRe's handle on the model."""
+        return find_pre(self.model)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        # A state dict is given where the parameters are sharded, and holds them whole; or nothing,
+        # where DeepSpeed has them in files of its own. `save_pretrained` takes the heads out of it.
+        heads = None if state_dict is None else heads_of(state_dict)
+        super()._save(output_dir, state_dict)
+        # The model's own `save_pretrained` writes its heads, on rank 0; a PeftModel's writes the
+        # adapters alone.
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        written = inner is state_of(self.pre).model and not self.args.save_on_each_node
+        if not written and heads != {}:
+            self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._heads_are_in_the_state():
+            self.pre.load(Path(resume_from_checkpoint) / PRE_DIR)
+
+    def _load_best_model(self) -> None:
+        path = self.state.best_model_checkpoint
+        with self._reading(path):
+            super()._load_best_model()
+        if self._heads_are_in_the_state():
+            return
+        if (Path(path) / PRE_DIR).is_dir():
+            self.pre.load(Path(path) / PRE_DIR)
+        else:  # as Trainer does for the model: another node has it
+            logger.warning(f"Could not locate the heads of the best model at {path}/{PRE_DIR}")
+
+    def _heads_are_in_the_state(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        self._read_from = path
+        try:
+            yield
+        finally:
+            self._read_from = None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As if there were no heads, which have their own file."""
+        model = state_of(self.pre).model
+        if load_result.unexpected_keys and self._read_from is not None:
+            load_result = _load_weights(model, self._read_from)
+        ignored = getattr(model, private.IGNORED_ON_SAVE)
+        missing = [name for name in load_result.missing_keys if f"{HEADS}." not in name]
+        others = {name for name in ignored if f"{HEADS}." not in name}
+        setattr(model, private.IGNORED_ON_SAVE, others)
+        try:
+            super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+        finally:
+            setattr(model, private.IGNORED_ON_SAVE, ignored)
+
+
+def _load_weights(model: Any, path: str) -> Any:
+    """Load a checkpoint's weights, as `from_pretrained` reads them.
+
+    `save_pretrained` writes the names of the hub's checkpoints, which are not the modules' in most
+    multimodal models; Trainer (5.17) looks for the modules', and leaves all else as it was.
+    """
+    own = (x for name, x in model.state_dict().items() if f"{HEADS}." not in name)
+    dtypes = {x.dtype for x in own if x.is_floating_point()}
+    widest = reduce(torch.promote_types, dtypes)  # so that nothing is rounded on the way
+    with torch.random.fork_rng(devices=[]):
+        read = type(model).from_pretrained(
+            path,
+            config=model.config,  # a file's may name code to fetch, as for attention
+            dtype=widest,
+            local_files_only=True,
+        )
+    return model.load_state_dict(read.state_dict(), strict=False)

@@ -1,0 +1,313 @@
+"""Each private name of torch and transformers that we use is there, and does what we use it for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from prereg_kernels._util import private
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def leaf(*values: float) -> Tensor:
+    return torch.tensor(values, requires_grad=True)
+
+
+def test_current_autograd_node() -> None:
+    seen = []
+
+    def look(gradient: Tensor) -> None:
+        seen.append(private.current_autograd_node())
+
+    x = leaf(3.0)
+    assert private.current_autograd_node() is None
+    y = x * 2
+    y.register_hook(look)
+    y.exp().backward()
+    assert [node.name() for node in seen] == ["MulBackward0"]
+    assert seen[0] is y.grad_fn
+    assert private.current_autograd_node() is None
+
+
+@pytest.mark.parametrize(("reentrant", "name"), [(True, private.REENTRANT_NODE), (False, None)])
+def test_the_node_of_a_checkpoint(reentrant: bool, name: str | None) -> None:
+    seen = []
+
+    def block(x: Tensor) -> Tensor:
+        node = private.current_autograd_node()
+        seen.append(node and node.name())
+        return x.exp().sin()
+
+    checkpoint.checkpoint(block, leaf(1.0), use_reentrant=reentrant).backward()
+    assert seen[0] is None and len(seen) == 2
+    assert seen[1] == name if reentrant else seen[1] not in (None, private.REENTRANT_NODE)
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_keeps_graph(retain: bool) -> None:
+    seen = []
+    y = leaf(3.0) * 2
+    y.register_hook(lambda gradient: seen.append(private.keeps_graph()))
+    y.backward(retain_graph=retain)
+    assert seen == [retain]
+
+
+def test_is_functorch_active() -> None:
+    seen = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(private.is_functorch_active())
+        return x.sum()
+
+    f(torch.ones(2))
+    torch.func.grad(f)(torch.ones(2))
+    torch.func.vmap(f)(torch.ones(2, 2))
+    assert seen == [False, True, True]
+
+
+def test_is_functorch_wrapped() -> None:
+    seen = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(private.is_functorch_wrapped(x))
+        return x.sum()
+
+    f(torch.ones(2))
+    torch.func.vmap(f)(torch.ones(2, 2))
+    torch.func.grad(f)(torch.ones(2))
+    assert seen == [False, True, True]
+
+
+def test_is_in_forward_mode() -> None:
+    assert not private.is_in_forward_mode()
+    with forward_ad.dual_level():
+        assert private.is_in_forward_mode()
+    assert not private.is_in_forward_mode()
+    seen = []
+    torch.func.jvp(
+        lambda x: seen.append(private.is_in_forward_mode()) or x, (torch.ones(1),), (torch.ones(1),)
+    )
+    assert seen == [True]
+
+
+def test_version_of() -> None:
+    x = torch.zeros(3)
+    view = x[:2]
+    assert private.version_of(x) == private.version_of(view) == 0
+    view.add_(1)
+    assert private.version_of(x) == private.version_of(view) == 1
+
+
+def test_hooks_of_saved_tensors() -> None:
+    assert private.top_saved_tensors_hooks() is None
+
+    def pack(x: Tensor) -> Tensor:
+        packed.append(x)
+        return x
+
+    def unpack(x: Tensor) -> Tensor:
+        return x
+
+    packed: list[Tensor] = []
+    x = leaf(1.0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        hooks = private.top_saved_tensors_hooks()
+        assert hooks == (pack, unpack)
+        private.pop_saved_tensors_hooks()
+        x.exp()
+        assert private.top_saved_tensors_hooks() is None and packed == []
+        private.push_saved_tensors_hooks(*hooks)
+        x.exp()
+        assert len(packed) == 1
+    assert private.top_saved_tensors_hooks() is None
+
+
+def test_hooks_of_a_checkpoint() -> None:
+    seen = []
+
+    def block(x: Tensor) -> Tensor:
+        hooks = private.top_saved_tensors_hooks()
+        seen.append(hooks and hooks[0].__module__)
+        return x.exp()
+
+    checkpoint.checkpoint(block, leaf(1.0), use_reentrant=False).backward()
+    checkpoint.checkpoint(block, leaf(1.0), use_reentrant=True).backward()
+    assert seen == [private.CHECKPOINT, private.CHECKPOINT, None, None]
+
+
+def test_modes_of_selective_checkpointing() -> None:
+    seen = []
+
+    def block(x: Tensor) -> Tensor:
+        modes = private.dispatch_modes()
+        seen.append([(type(mode).__name__, private.is_selection(mode)) for mode in modes])
+        return x.exp().sin()
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+
+    checkpoint.checkpoint(block, leaf(1.0), use_reentrant=False, context_fn=contexts).backward()
+    assert [[is_selection for _, is_selection in modes] for modes in seen] == [[True], [True]]
+    assert seen[0] != seen[1]  # one of the first run, one of the second
+    assert not private.is_selection(torch.utils._python_dispatch.TorchDispatchMode())
+
+
+def test_dispatch_modes_are_a_stack() -> None:
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    assert private.dispatch_modes() == []
+    with Count() as outer, Count() as inner:
+        assert private.dispatch_modes() == [outer, inner]
+        private.pop_dispatch_mode()
+        assert private.dispatch_modes() == [outer]
+        torch.ones(1)
+        assert (outer.calls, inner.calls) == (1, 0)
+        private.push_dispatch_mode(inner)
+        assert private.dispatch_modes() == [outer, inner]
+
+
+def flags() -> set[str]:
+    """What Linux says of an x86; skips elsewhere."""
+    info = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not info.is_file():
+        pytest.skip("an x86's flags are read from /proc/cpuinfo")
+    line = next(line for line in info.read_text().splitlines() if line.startswith("flags"))
+    return set(line.split(":")[1].split())
+
+
+def test_what_the_processor_has() -> None:
+    has = flags()
+    assert private.has_avx2() == ("avx2" in has)
+    assert private.has_avx512_bf16() == ("avx512_bf16" in has)
+    assert private.has_amx_tiles() == ({"amx_tile"} <= has)
+
+
+def test_what_onednn_takes() -> None:
+    has = flags()
+    if {"avx512vl", "avx512bw", "avx512dq"} <= has:
+        assert private.has_onednn_bf16()
+    elif "avx2" not in has:
+        assert not private.has_onednn_bf16()
+    if "avx512_fp16" in has:
+        assert private.has_onednn_fp16()
+    elif not {"avx512_fp16", "avx_ne_convert", "amx_fp16"} & has:
+        assert not private.has_onednn_fp16()
+
+
+def test_extra_state() -> None:
+    class Module(nn.Module):
+        def get_extra_state(self) -> Tensor:
+            return torch.tensor(7)
+
+    assert nn.Sequential(Module()).state_dict() == {f"0.{private.EXTRA_STATE}": torch.tensor(7)}
+
+
+def test_replicas_of_data_parallel() -> None:
+    module = nn.Linear(2, 2)
+    assert not hasattr(module, private.IS_REPLICA)
+    replica = module._replicate_for_data_parallel()  # what nn.parallel.replicate calls
+    assert getattr(replica, private.IS_REPLICA) is True
+
+
+def test_flat_parameters(one_rank: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    sharded = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
+    assert [name.split(".")[-1] for name, _ in sharded.named_parameters()] == [
+        private.FLAT_PARAMETER
+    ]
+
+
+def test_submodules() -> None:
+    shared = nn.Linear(2, 2)
+    module = nn.ModuleDict({"a": shared, "b": shared})
+    module.register_module("c", None)
+    found = private.submodules(module)
+    assert list(found) == ["a", "b", "c"]
+    assert found["a"] is found["b"] is shared and found["c"] is None
+
+
+def test_ddp(one_rank: None) -> None:
+    seen = []
+
+    class Module(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(private.active_ddp())
+            return super().forward(x)
+
+    module = Module(2, 2)
+    module.bias.requires_grad_(False)
+    ddp = nn.parallel.DistributedDataParallel(module)
+    assert private.active_ddp() is None
+    ddp(torch.ones(1, 2))
+    assert seen == [ddp] and private.active_ddp() is None
+    assert {id(p) for p in private.ddp_parameters(ddp)} >= {id(module.weight)}
+    added = nn.Parameter(torch.ones(1))
+    module.register_parameter("added", added)
+    assert id(added) not in {id(p) for p in private.ddp_parameters(ddp)}
+
+
+def test_methods_of_modules() -> None:
+    calls = []
+
+    class Module(nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            calls.append("_apply")
+            return super()._apply(fn, recurse)
+
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            assert isinstance(state_dict, dict) and prefix == "0." and len(args) == 5
+            calls.append("_load_from_state_dict")
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    model = nn.Sequential(Module(2, 2))
+    for move in (
+        lambda: model.to(torch.float64),
+        model.float,
+        lambda: model.to_empty(device="cpu"),
+    ):
+        move()
+    assert calls == 3 * ["_apply"]
+    model.load_state_dict(model.state_dict())
+    assert set(calls) == private.MODULE_METHODS and calls[3:] == ["_load_from_state_dict"]
+
+
+def test_what_fully_shard_sets(one_rank: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    set_to = []
+
+    class Module(nn.Linear):
+        @property
+        def _is_fsdp_managed_module(self) -> bool:
+            return bool(set_to)
+
+        @_is_fsdp_managed_module.setter
+        def _is_fsdp_managed_module(self, value: bool) -> None:
+            set_to.append((value, type(self.weight).__name__))
+
+    assert frozenset(vars(Module)) >= private.FSDP_ATTRIBUTES
+    fully_shard(Module(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    assert set_to == [(True, "DTensor")]  # after the parameters have been sharded

@@ -1,0 +1,65 @@
+"""The bounds of transformers: one truth for pip, for the warning and for the doctor."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from prereg_kernels import apply_pre
+from prereg_kernels._util import supported
+from tests.tiny import tiny_llava
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+@pytest.fixture(autouse=True)
+def not_said_yet() -> None:
+    supported.check_transformers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "is_supported"),
+    [
+        ("5.17.0", True),
+        ("5.17.0.dev0", True),
+        ("5.100.2", True),
+        ("5.16.9", False),
+        ("4.57.1", False),
+        ("6.0.0", False),
+        ("6.0.0rc1", False),
+        ("10.17", False),
+        ("main", False),
+    ],
+)
+def test_bounds(version: str, is_supported: bool) -> None:
+    assert supported.is_supported(version) == is_supported
+
+
+def test_the_metadata_has_the_same_bounds() -> None:
+    assert PROJECT.read_text().count(f'"transformers{supported.bounds()}"') == 2
+    assert PROJECT.read_text().count('"transformers>') == 2
+
+
+def test_what_is_pinned_is_what_was_tested() -> None:
+    first = ".".join(map(str, supported.TRANSFORMERS[0]))
+    constraints = PROJECT.with_name("constraints.txt").read_text()
+    assert f"\ntransformers=={first}." in constraints
+
+
+def test_another_release_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tiny_llava(), tiny_llava()
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "6.1.0")
+    with pytest.warns(UserWarning, match=r"expected >=5\.17,<6, got 6\.1\.0"):
+        apply_pre(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_pre(second)
+
+
+def test_the_release_here_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_pre(tiny_llava())
