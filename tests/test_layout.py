@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 
 import prereg_kernels
+from prereg_kernels import checkup
 
 PACKAGE = Path(prereg_kernels.__file__).parent
 MAY_IMPORT = {
@@ -75,6 +77,13 @@ def test_an_old_module_warns_and_has_its_names(module: str) -> None:
     assert set(old.__all__) == set(MOVED[module].split())
     for member in old.__all__:
         assert getattr(old, member) is not None
+
+
+def test_a_public_function_is_not_replaced_by_a_module_of_its_name() -> None:
+    """As the import of a module sets an attribute of the package that it is in."""
+    importlib.import_module("prereg_kernels.checkup.report.page")
+    for name in checkup.__all__:
+        assert not inspect.ismodule(getattr(checkup, name)), name
 
 
 def test_old_spellings_are_the_same_classes() -> None:

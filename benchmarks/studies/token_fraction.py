@@ -93,6 +93,7 @@ def step_times(cache: str) -> dict[str, list[float]]:
 
 def format_table(stored: dict[str, Any]) -> str:
     """Markdown: step time, and probes with their paired differences to the baseline."""
+    from prereg_kernels.checkup.words import plus_minus
     from prereg_kernels.demo.experiment.summary import Effect
 
     times, rows = stored["step_seconds"], stored["runs"]
@@ -112,8 +113,8 @@ def format_table(stored: dict[str, Any]) -> str:
         cells.append(f"{100 * statistics.median(ratios):+.1f}% ± {100 * error:.1f}%")
         for layer in layers:
             effect = Effect.of(values(BASELINE, layer), values(variant, layer))
-            interval = f" ({100 * effect.difference.mean:+.1f} ± {100 * effect.half_width:.1f})"
-            cells.append(f"{100 * effect.after.mean:.1f}" + interval * (variant != BASELINE))
+            interval = f" ({plus_minus(effect.difference, 100, '.1f')})"
+            cells.append(f"{100 * effect.after.value:.1f}" + interval * (variant != BASELINE))
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines.append(
         f"\n{stored['seeds']} paired seeds; after ± the standard error of the time, and half the "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import reprlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -43,18 +44,42 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def read_json(path: Path) -> Any:
-    """The values of a JSON file.
+def read_json(
+    path: Path,
+    like: str | None = None,
+    pairs_hook: Callable[[Iterable[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The values of a JSON file in UTF-8.
+
+    Args:
+        like: what kind of object is expected, for the message; then a large file of something else
+            is not read whole. None: values of any type.
+        pairs_hook: makes an object of its pairs, in place of dict; its ValueErrors name the file.
 
     Raises:
-        ValueError: it is not JSON; the message names the file.
+        ValueError: it is not JSON, no such object, or too much; the message names the file.
         OSError: it cannot be read.
     """
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{printable(path)}: not valid JSON: {reason}") from None
+        with path.open(encoding="utf-8-sig") as file:
+            if like is not None:
+                while (start := file.read(1 << 20)).isspace():
+                    pass
+                if not start.lstrip().startswith("{"):
+                    raise ValueError(f"expected {like}; got {reprlib.repr(start.strip())}")
+                file.seek(0)
+            return json.load(file, object_pairs_hook=pairs_hook)
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON: {error}"
+    except UnicodeDecodeError as error:
+        reason = f"not valid JSON: expected UTF-8 text: {error}"
+    except RecursionError:
+        reason = "not valid JSON: it is nested too deeply"
+    except MemoryError:
+        reason = "expected less than fills the memory"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{printable(path)}: {reason}")
 
 
 def content_digest(paths: Iterable[Path]) -> str:

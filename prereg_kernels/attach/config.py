@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from prereg_kernels.ops.dtypes import DTYPES
 from prereg_kernels.ops.losses import Loss, LossName
 from prereg_kernels.ops.names import NormalizationName
 from prereg_kernels.ops.spec import check_name, check_spec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 AnchorName = Literal["pre_llm", "pre_projector"]
@@ -72,6 +75,16 @@ class PReConfig:
             where the model is: a step of 1e-5, a learning rate of full fine-tuning, leaves every
             bfloat16 weight above 1/256 as it was. The matmuls run in the dtype of the hidden
             states whatever this is.
+
+    Example:
+        >>> config = PReConfig(layers=(8, 16), loss="smooth_l1", normalize="l2")
+        >>> config.weight, config.depth, config.activation
+        (0.5, 2, 'gelu')
+        >>> config.replace(weight=1.0).weight
+        1.0
+        >>> PReConfig(level="image")
+        Traceback (most recent call last):
+        ValueError: level: expected one of patch, global; got 'image'
     """
 
     layers: int | Sequence[int] | None = None
@@ -135,11 +148,15 @@ class PReConfig:
                 f"whole images, got {self.token_fraction!r}"
             )
 
-    def replace(self, **overrides: Any) -> PReConfig:
+    def replace(self, **overrides: Unpack[Settings]) -> PReConfig:
         """A copy with some fields changed.
 
         Raises:
             TypeError: an unknown field.
+
+        Example:
+            >>> PReConfig(layers=3).replace(level="global").layers
+            3
         """
         self._check_names(overrides)
         return dataclasses.replace(self, **overrides)
@@ -149,6 +166,10 @@ class PReConfig:
 
         Raises:
             TypeError, ValueError: not integers, none at all, duplicates, or out of range.
+
+        Example:
+            >>> PReConfig().resolve_layers(32), PReConfig(layers=(8, 16)).resolve_layers(32)
+            ((16,), (8, 16))
         """
         layers = max(1, count // 2) if self.layers is None else self.layers
         if not isinstance(layers, (int, Sequence)):
@@ -227,6 +248,28 @@ class PReConfig:
         for name in overrides:
             if name not in known:
                 raise TypeError(f"{name}: not a setting of PRe; expected one of {', '.join(known)}")
+
+
+class Settings(TypedDict, total=False):
+    """The fields of PReConfig as keyword arguments; a test holds both equal."""
+
+    layers: int | Sequence[int] | None
+    weight: float
+    anchor: AnchorName | Anchor
+    anchor_features: int | None
+    level: LevelName
+    token_fraction: float
+    share_head: bool
+    head_features: int | None
+    depth: int
+    activation: ActivationName
+    loss: LossName
+    normalize: NormalizationName
+    value_in_forward: bool
+    value_in_eval: bool
+    gradient: GradientName
+    seed: int
+    head_dtype: torch.dtype | str | None
 
 
 def _anchor_name(anchor: Any) -> Any:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from prereg_kernels._util import private
 
+Layout = Literal["crop", "tiles", "blocks"]
+"""How the checkup finds the place of each visual token in its image; see
+`prereg_kernels.checkup.images.layouts`."""
+
 
 @dataclass(frozen=True)
 class Family:
-    """The few facts that PRe needs about a family of multimodal models.
+    """The few facts that PRe and the checkup need about a family of multimodal models.
 
     For a model outside of the table, spell them out and pass them to `apply_pre(model, family=)`.
     Paths are names of registered submodules, dotted, from the model that `apply_pre` gets. As
@@ -34,6 +39,20 @@ class Family:
         counted_by: names of those arguments of the model's forward that have an entry for each
             image or video. cut_by: of those that have a (t, h, w) for each video which is laid out
             as t runs of tokens, each of them an image.
+
+    What follows is for the checkup of image files. PRe needs none of it.
+
+    Attributes:
+        layout: where an image's tokens lie. "crop": a token a patch of the resized and cropped
+            image, row by row. "tiles": LLaVA-NeXT's. "blocks": a token a block of merged patches
+            of the image at its own size. Or a function of the model's config, its image processor,
+            the (height, width) of an image and what the processor made of it, to a `TokenGrid`.
+            None: not known, and image files cannot be measured.
+        towers: `model_type`s of the vision encoders that the layout was tested with; empty: any.
+        processor: from the model's config to the name and the settings of the image processor that
+            the family usually has, for directories without one.
+        markers: names of the config attributes with the ids before and after an image's tokens.
+        token_types: name of the argument of the model's forward that is 1 at image tokens.
     """
 
     name: str
@@ -46,6 +65,11 @@ class Family:
     images: str | None = "runs"
     counted_by: tuple[str, ...] = ()
     cut_by: tuple[str, ...] = ()
+    layout: Layout | Callable[..., Any] | None = None
+    towers: tuple[str, ...] = ()
+    processor: Callable[[Any], tuple[str, dict[str, Any]]] | None = None
+    markers: tuple[str, ...] = ()
+    token_types: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("language_model", "layers", "projector"):
@@ -56,6 +80,8 @@ class Family:
             ("visual_tokens", "config attributes"),
             ("counted_by", "arguments"),
             ("cut_by", "arguments"),
+            ("towers", "vision encoders"),
+            ("markers", "config attributes"),
         ):
             names = getattr(self, field)
             are_names = isinstance(names, tuple) and all(isinstance(n, str) for n in names)
@@ -65,6 +91,14 @@ class Family:
             raise ValueError(f"images: expected 'runs', 'equal' or None, got {self.images!r}")
         if self.images == "equal" and not self.counted_by:
             raise ValueError("counted_by: images='equal' needs the arguments that count them")
+        layouts = get_args(Layout)
+        if self.layout not in (*layouts, None) and not callable(self.layout):
+            expected = ", ".join(map(repr, layouts))
+            raise ValueError(
+                f"layout: expected {expected}, a function or None, got {self.layout!r}"
+            )
+        if len(self.markers) not in (0, 2):
+            raise ValueError(f"markers: expected one before and one after, got {self.markers!r}")
 
     def language_model_of(self, model: nn.Module) -> nn.Module:
         """The module whose forward gets the merged embeddings.
@@ -150,6 +184,33 @@ _MERGES = "merges 2 x 2 patches into a token"
 _SHUFFLES = "shuffles several patches into a token"
 _TILES = "puts the patches of tiles together again, crops them and adds newlines"
 
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+def _tower_processor(config: Any) -> tuple[str, dict[str, Any]]:
+    side = config.vision_config.image_size
+    square = {"height": side, "width": side}
+    if config.vision_config.model_type == "siglip_vision_model":
+        return "SiglipImageProcessor", {"size": square}
+    return "CLIPImageProcessor", {"size": {"shortest_edge": side}, "crop_size": square}
+
+
+def _qwen_processor(config: Any) -> tuple[str, dict[str, Any]]:
+    vision = config.vision_config
+    return "Qwen2VLImageProcessor", {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }
+
+
+_QWEN_IMAGES: dict[str, Any] = {
+    "layout": "blocks",
+    "processor": _qwen_processor,
+    "markers": ("vision_start_token_id", "vision_end_token_id"),
+    "token_types": "mm_token_type_ids",
+}
+
 # Where a family has no token for video, frames are images to it.
 FAMILIES = (
     Family(
@@ -158,8 +219,19 @@ FAMILIES = (
         projector=_PROJECTOR,
         images="equal",
         counted_by=("pixel_values",),
+        layout="crop",
+        towers=_TOWERS,
+        processor=_tower_processor,
     ),
-    Family("LLaVA-NeXT", ("llava_next",), regroups=_TILES, counted_by=("image_sizes",)),
+    Family(
+        "LLaVA-NeXT",
+        ("llava_next",),
+        regroups=_TILES,
+        counted_by=("image_sizes",),
+        layout="tiles",
+        towers=_TOWERS,
+        processor=_tower_processor,
+    ),
     Family(
         "LLaVA-OneVision",
         ("llava_onevision",),
@@ -173,6 +245,7 @@ FAMILIES = (
         visual_tokens=_IMAGE_AND_VIDEO,
         regroups=_MERGES,
         counted_by=("image_grid_thw", "video_grid_thw"),
+        **_QWEN_IMAGES,
     ),
     Family(
         "Qwen2.5-VL",
@@ -180,6 +253,7 @@ FAMILIES = (
         visual_tokens=_IMAGE_AND_VIDEO,
         regroups=_MERGES,
         counted_by=("image_grid_thw", "video_grid_thw"),
+        **_QWEN_IMAGES,
     ),
     Family(
         "Qwen3-VL",
@@ -188,6 +262,7 @@ FAMILIES = (
         regroups=_MERGES,
         counted_by=("image_grid_thw",),
         cut_by=("video_grid_thw",),
+        **_QWEN_IMAGES,
     ),
     # A batch counts only tiles; its processor writes <img> and </img> around each image's, always.
     Family("InternVL", ("internvl",), regroups=_SHUFFLES),
@@ -248,12 +323,14 @@ def find_family(model: nn.Module) -> Family:
 
 def _match(model: nn.Module) -> Family | None:
     """By the model's own submodules: a wrapper passes on attributes of what it wraps."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if "lm_head" in private.submodules(model):
-        for family in FAMILIES:
-            if model_type in family.model_types:
-                return family
-    return None
+    if "lm_head" not in private.submodules(model):
+        return None
+    return family_of_type(getattr(getattr(model, "config", None), "model_type", None))
+
+
+def family_of_type(model_type: str | None) -> Family | None:
+    """The family that a `config.model_type` belongs to; None if it is in no entry of the table."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
 def _names(module: nn.Module) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from prereg_kernels._util import fsdp
 from prereg_kernels._util.supported import check_transformers
-from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.config import PReConfig, Settings
 from prereg_kernels.attach.families import Family, find_family
 from prereg_kernels.attach.forward import ModelForward
 from prereg_kernels.attach.handle import ATTRIBUTE, PRe, get_pre, state_of
@@ -19,6 +19,9 @@ from prereg_kernels.attach.saving import fill, save_pretrained
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.storage import load_heads
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def apply_pre(
     model: nn.Module,
@@ -26,7 +29,7 @@ def apply_pre(
     *,
     family: Family | None = None,
     from_pretrained: str | Path | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Settings],
 ) -> PRe:
     """Attach PRe: `model(**batch).loss` then carries the gradient of `L_LM + weight * L_PRe`.
 
@@ -54,6 +57,14 @@ def apply_pre(
             already, a layer that does not exist, settings or heads that do not fit what was saved.
         FileNotFoundError: there are no heads at `from_pretrained`.
         TypeError: an unknown setting.
+
+    Example:
+        >>> pre = apply_pre(model, layers=2, weight=0.5)
+        >>> pre.heads[2]
+        PReHead(weights=[(24, 24), (24, 24)], activation='gelu')
+        >>> model.train()(**batch).loss.backward()  # the gradient of L_LM + 0.5 * L_PRe
+        >>> sorted(pre.metrics())
+        ['lm_loss', 'pre_loss', 'visual_tokens']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -93,6 +104,15 @@ def remove_pre(model: nn.Module) -> None:
 
     Raises:
         ValueError: PRe is not attached.
+
+    Example:
+        >>> names = list(model.state_dict())
+        >>> pre = apply_pre(model)
+        >>> list(model.state_dict()) == names
+        False
+        >>> remove_pre(model)
+        >>> list(model.state_dict()) == names
+        True
     """
     pre = get_pre(model)
     if pre is None:

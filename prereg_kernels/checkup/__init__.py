@@ -1,5 +1,7 @@
 """The checkup: measures of how much of the image the hidden states of an MLLM still hold."""
 
+# Before the function of the same name, which the module's first import would replace
+import prereg_kernels.checkup.report  # noqa: F401
 from prereg_kernels.checkup.batches import Batch, ImageFacts
 from prereg_kernels.checkup.features import visual_features
 from prereg_kernels.checkup.images.patches import TokenGrid
@@ -11,10 +13,12 @@ from prereg_kernels.checkup.measures.probe import NoProbeError, Probe, linear_pr
 from prereg_kernels.checkup.measures.similarity import Similarity, SimilaritySums, similarity
 from prereg_kernels.checkup.measures.spectrum import Spectrum, SpectrumSums, spectrum
 from prereg_kernels.checkup.measures.structure import PatchStructure, StructureSums, patch_structure
+from prereg_kernels.checkup.results import CheckupResults
 from prereg_kernels.checkup.run import checkup, report
 
 __all__ = [
     "Batch",
+    "CheckupResults",
     "ImageFacts",
     "Lens",
     "LensSums",

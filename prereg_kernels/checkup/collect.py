@@ -1,8 +1,8 @@
 """From batches to shards: two passes over the images, a layer's features never kept whole.
 
-The first pass keeps, of each batch, what is small: a mean feature an image and an object, norms,
-top tokens, and a few rows an image for the measures that need a scatter matrix. Its means give the
-mean patch; the second pass measures patch structure, as it is and with that mean subtracted.
+The first pass keeps, of each batch, what is small: a mean feature an image and an object, a few
+rows an image for the measures that need a scatter matrix, and the parts of the table's sources. Its
+means give the mean patch; the second pass keeps the parts of the sources that read objects and it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -25,17 +25,21 @@ from prereg_kernels.attach.families import find_family
 from prereg_kernels.checkup.batches import Batch, Batches, ImageFacts
 from prereg_kernels.checkup.features import visual_features, visual_mask
 from prereg_kernels.checkup.measures.lens import LensSums
-from prereg_kernels.checkup.measures.norms import MassiveDimension, NormSums
+from prereg_kernels.checkup.measures.measure import Counted, PerImage, Tokens
 from prereg_kernels.checkup.measures.pooled import pool
-from prereg_kernels.checkup.measures.structure import StructureSums
+from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.model_files import in_words
 from prereg_kernels.checkup.shards import Shards
 
 Progress = Callable[[int, int], None]
-"""Told of (batches done, batches in all), both passes counted."""
+"""Gets (batches done, batches in all), both passes counted."""
 
 ROWS = 8192
 """Patches, spread over all images, that the spectrum and CKA are computed from."""
+
+
+KEPT = {m.source.name: m.source for m in MEASURES if isinstance(m.source, (Counted, PerImage))}
+"""The sources of which a part is kept of each batch, by name."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,41 @@ class _Run:
 
     def rows(self, image: int) -> Tensor:
         return (self.image == image).nonzero().squeeze(1)
+
+    @cached_property
+    def objects(self) -> Tensor:
+        """(N,) the object of each row in its image, -1 = background or not known."""
+        objects = torch.full_like(self.image, -1)
+        for b, facts in enumerate(self.batch.images):
+            if facts.objects is not None:
+                objects[self.rows(b)] = torch.from_numpy(facts.objects)
+        return objects
+
+    def parts(
+        self, lens: Callable[[Tensor], LensSums] | None = None, mean: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Of every layer, the parts of the sources that read objects, or of the others.
+
+        Args:
+            lens: as in `Tokens`, for the others.
+            mean: (L + 1, D), for those that read objects.
+        """
+        parts = {}
+        for depth, layer in enumerate(self.layers):
+            tokens = Tokens(
+                layer,
+                self.layers[0].to(layer),
+                self.image.to(layer.device),
+                len(self.batch.images),
+                self.objects.to(layer.device),
+                None if mean is None else mean[depth],
+                lens,
+            )
+            for name, source in KEPT.items():
+                if (isinstance(source, PerImage) and source.objects) == (mean is not None):
+                    for key, x in source.keep(tokens).items():
+                        parts[f"{name}.{key}.{depth}"] = x
+        return parts
 
 
 def collect(
@@ -89,12 +128,12 @@ def collect(
         name = second_pass(index)
         if not shards.has(name):
             facts = shards.facts(first_pass(index))
-            measured = {}
+            parts = {}
             if facts.get("objects"):
                 run = _run(model, batches[index])
                 assert run is not None
-                measured = _second(run, mean)
-            shards.write(name, measured, {})
+                parts = run.parts(mean=mean)
+            shards.write(name, parts, {})
         progress(len(batches) + index + 1, total)
 
 
@@ -184,24 +223,13 @@ def _first(
         ]
     )
     objects, labels, owner = _objects(run)
-    kept: dict[str, list[Tensor]] = defaultdict(list)
-    top: list[Tensor] = []
-    lens_of = _lens(model)
-    massive: list[tuple[int, list[MassiveDimension]]] = []
-    for depth, layer in enumerate(run.layers):
-        image = run.image.to(layer.device)
-        kept["image_means"].append(pool(layer, image)[0])
-        kept["object_means"].append(pool(layer, objects)[0])
-        kept["sample"].append(layer[picked])
-        norms = NormSums().update(layer)
-        kept["norms"].append(norms.norms)
-        massive.append((norms.massive_tokens, norms.dimensions))
-        cosine = F.cosine_similarity(layer.float(), run.layers[0].to(layer).float(), dim=1)
-        kept["cosines"].append(pool(cosine[:, None], image)[0][:, 0])
-        words = lens_of(layer).times
-        top.append(torch.tensor([[depth, token, times] for token, times in words.items()]))
-    tensors = {name: torch.stack(parts) for name, parts in kept.items()}
-    tensors["top"] = torch.cat(top)
+    stacks: dict[str, list[Tensor]] = defaultdict(list)
+    for layer in run.layers:
+        stacks["image_means"].append(pool(layer, run.image)[0])
+        stacks["object_means"].append(pool(layer, objects)[0])
+        stacks["sample"].append(layer[picked])
+    tensors = {name: torch.stack(parts) for name, parts in stacks.items()}
+    tensors.update(run.parts(logit_lens_of(model)))
     tensors["tokens"] = torch.tensor([len(r) for r in rows])
     tensors["object_owner"] = owner
     shown_now = list(images)[:shown]
@@ -214,29 +242,8 @@ def _first(
         "objects": labels,
         "skipped": run.batch.skipped,
         "shown": shown_now,
-        "massive": massive,
     }
     return tensors, facts
-
-
-def _second(run: _Run, mean: Tensor) -> dict[str, Tensor]:
-    """Patch structure of each image: (L + 1, B, 4) means, and how many pairs they are over."""
-    pairs = torch.zeros(len(run.batch.images), 2, dtype=torch.float64)
-    found = torch.zeros(len(run.layers), len(pairs), 4, dtype=torch.float64)
-    for b, facts in enumerate(run.batch.images):
-        if facts.objects is None:
-            continue
-        objects = torch.from_numpy(facts.objects)
-        sizes = objects[objects >= 0].bincount().double()
-        pairs[b, 0] = (sizes * (sizes - 1)).sum()
-        pairs[b, 1] = sizes.sum().square() - sizes.square().sum()
-        if not pairs[b].any():
-            continue
-        rows = run.rows(b)
-        for depth, layer in enumerate(run.layers):
-            structure = StructureSums(mean[depth]).update(layer[rows], objects).result()
-            found[depth, b] = torch.tensor(structure[:4], dtype=torch.float64)
-    return {"structure": found, "pairs": pairs}
 
 
 def _objects(run: _Run) -> tuple[Tensor, list[dict[str, str]], Tensor]:
@@ -261,7 +268,7 @@ def _objects(run: _Run) -> tuple[Tensor, list[dict[str, str]], Tensor]:
     return number, labels, torch.tensor(owner, dtype=torch.int64)
 
 
-def _lens(model: nn.Module) -> Callable[[Tensor], LensSums]:
+def logit_lens_of(model: nn.Module) -> Callable[[Tensor], LensSums]:
     """The logit lens of a layer's features, through the model's own norm and head."""
     language_model = find_family(model).language_model_of(model)
     norm = private.submodules(language_model).get("norm")
@@ -279,17 +286,17 @@ def _lens(model: nn.Module) -> Callable[[Tensor], LensSums]:
 
 def _drawn(facts: ImageFacts, b: int) -> Mapping[str, Tensor]:
     """What the page needs to draw an image."""
-    found: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     if facts.picture is not None:
-        found[f"picture_{b}"] = facts.picture
+        arrays[f"picture_{b}"] = facts.picture
     if facts.grid is not None:
-        found[f"boxes_{b}"] = facts.grid.boxes
-        found[f"places_{b}"] = np.stack([facts.grid.row, facts.grid.column])
-        found[f"grid_{b}"] = np.array(facts.grid.shape)
+        arrays[f"boxes_{b}"] = facts.grid.boxes
+        arrays[f"places_{b}"] = np.stack([facts.grid.row, facts.grid.column])
+        arrays[f"grid_{b}"] = np.array(facts.grid.shape)
     if facts.objects is not None:
-        found[f"objects_{b}"] = facts.objects
+        arrays[f"objects_{b}"] = facts.objects
     # copies: images may share an array, which safetensors refuses to write twice
-    return {name: torch.from_numpy(x.copy()) for name, x in found.items()}
+    return {name: torch.from_numpy(x.copy()) for name, x in arrays.items()}
 
 
 def _draw(name: str, count: int, wanted: int) -> Tensor:

@@ -27,13 +27,19 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
         One (N, D) tensor a layer, layer 0 being the LLM's input and layer l the output of decoder
         layer l (as in Hugging Face's `hidden_states`, except that the last is taken before the
         final norm); rows in the order of the visual tokens in `input_ids`.
+
+    Example:
+        >>> from prereg_kernels.checkup import visual_features
+        >>> features = visual_features(model.eval(), batch)
+        >>> len(features), features[0].shape  # the LLM's input and its 4 layers; 8 visual tokens
+        (5, torch.Size([8, 24]))
     """
     family = find_family(model)
     visual = visual_mask(model, batch)
-    kept: list[Tensor] = []
+    layers: list[Tensor] = []
 
     def keep(states: Tensor) -> None:
-        kept.append(states[visual.to(states.device)])
+        layers.append(states[visual.to(states.device)])
 
     handles = [
         family.language_model_of(model).register_forward_pre_hook(
@@ -57,7 +63,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return kept
+    return layers
 
 
 def visual_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

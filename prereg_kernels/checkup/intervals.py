@@ -17,11 +17,21 @@ Sums = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval, whose ends are NaN where there is none."""
+    """A number with its 95% interval, whose ends are NaN where there is none.
+
+    Attributes:
+        deviation: of what the number is the mean of; NaN where that is not said.
+    """
 
     value: float
     low: float = math.nan
     high: float = math.nan
+    deviation: float = math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval, where it reaches equally far to both sides."""
+        return (self.high - self.low) / 2
 
     @property
     def direction(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from prereg_kernels._util.files import read_json
+from prereg_kernels.checkup.images.layouts import family_with_layout
 from prereg_kernels.checkup.images.processing import place
 from prereg_kernels.checkup.model_files import check_weights, naming, offline, read_config
 
@@ -67,7 +68,7 @@ def load(
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     with _quiet(), offline(), naming(directory):
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        model, loading = AutoModelForImageTextToText.from_pretrained(
             directory,
             generation_config=GenerationConfig(),  # else its file is read as well
             dtype="auto" if dtype is None else dtype,
@@ -75,7 +76,7 @@ def load(
             output_loading_info=True,
             **local,
         )
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills them with random numbers
         raise ValueError(
             f"{directory}: expected weights of the whole model, {len(missing)} are missing, such "
@@ -111,8 +112,14 @@ def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]
     path, settings = _processor_settings(directory)
     note: tuple[str, ...] = ()
     if settings is None:
+        usual = family_with_layout(config.model_type).processor
+        if usual is None:
+            raise ValueError(
+                f"{directory}: expected an image processor, {' or '.join(_PROCESSOR_FILES)}, got "
+                "none; name another directory with --processor"
+            )
         with naming(directory / "config.json"):
-            name, settings = _usual_processor(config)
+            name, settings = usual(config)
         note = (
             f"There is no image processor in {directory.name}: the family's usual one was used "
             f"({name}, {', '.join(f'{key} {value}' for key, value in settings.items())}). If the "
@@ -147,21 +154,6 @@ def _processor_settings(directory: Path) -> tuple[Path, dict[str, Any] | None]:
         if isinstance(settings, dict) and "image_processor_type" in settings:
             return path, settings
     return directory, None
-
-
-def _usual_processor(config: Any) -> tuple[str, dict[str, Any]]:
-    vision = config.vision_config
-    if config.model_type.startswith("qwen"):
-        return "Qwen2VLImageProcessor", {
-            "patch_size": vision.patch_size,
-            "merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-        }
-    side = vision.image_size
-    square = {"height": side, "width": side}
-    if vision.model_type == "siglip_vision_model":
-        return "SiglipImageProcessor", {"size": square}
-    return "CLIPImageProcessor", {"size": {"shortest_edge": side}, "crop_size": square}
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,9 @@ from torch import Tensor
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.checkup.collect import first_pass, mean_patch, second_pass
-from prereg_kernels.checkup.measures.lens import Lens
-from prereg_kernels.checkup.measures.mean import MeanSums
-from prereg_kernels.checkup.measures.norms import MassiveDimension, Norms
+from prereg_kernels.checkup.intervals import Sums
+from prereg_kernels.checkup.measures.measure import Counted, PerImage, Sampled
 from prereg_kernels.checkup.measures.probe import NoProbeError, Probe, probe
-from prereg_kernels.checkup.measures.similarity import Similarity, SimilaritySums
-from prereg_kernels.checkup.measures.spectrum import Spectrum, SpectrumSums
 from prereg_kernels.checkup.shards import Shards
 
 TEST_SHARE = 0.25
@@ -49,9 +46,6 @@ class Measured:
     Attributes:
         names: of the images. tokens: (I,) visual tokens of each.
         layers: L + 1, the input included.
-        norms: (L + 1, tokens) float64, of every visual token.
-        cosines: (I, L + 1) each image's mean cosine of patches to their input.
-        structure: (I, L + 1, 4) each image's cohesion, coupling and both centred; pairs: (I, 2).
         skipped: {reason: names of images}.
     """
 
@@ -63,19 +57,11 @@ class Measured:
         self._count = count
         self.names = [name for i in self._used for name in facts[i]["images"]]
         self.skipped: dict[str, list[str]] = {}
-        for found in facts:
-            for name, reason in found["skipped"]:
+        for of_batch in facts:
+            for name, reason in of_batch["skipped"]:
                 self.skipped.setdefault(printable(reason), []).append(printable(name))
-        self.tokens = self._cat("tokens", 0).numpy()
-        self.norms = self._cat("norms", 1)
-        self.cosines = self._cat("cosines", 1).double().numpy().T
-        self.layers = len(self.norms)
-        self.structure, self.pairs = self._structure()
-
-    @property
-    def has_objects(self) -> bool:
-        """Whether there are pairs of patches to compare."""
-        return bool(self.pairs.any())
+        self.tokens = torch.cat([shards.read(first_pass(i), "tokens") for i in self._used]).numpy()
+        self.layers = len(shards.read(first_pass(self._used[0]), "image_means"))
 
     @cached_property
     def sample_rows(self) -> int:
@@ -87,27 +73,61 @@ class Measured:
         """D."""
         return int(self._layer("sample", 0).shape[1])
 
-    def spectra(self, done: Callable[[], None]) -> list[tuple[Spectrum, Similarity]]:
-        """Of each layer's sample. Holds three (D, D) matrices: layer 0's, a layer's, theirs."""
+    def sums(self, source: PerImage) -> Sums | None:
+        """{name: (I, L + 1)} of a source; None where no image has anything to say."""
+        parts = [self._stacked(source, i) for i in self._used]
+        names = next(filter(None, parts), {})
+        blank = np.zeros(self.layers)
+        sums = {
+            name: np.concatenate(
+                [
+                    part[name] if part else np.tile(blank, (len(self._facts[i]["images"]), 1))
+                    for i, part in zip(self._used, parts, strict=True)
+                ]
+            )
+            for name in names
+        }
+        return sums if any(x.any() for x in sums.values()) else None
+
+    def _stacked(self, source: PerImage, index: int) -> dict[str, NDArray[np.float64]]:
+        """{name: (images, L + 1)} of a batch; empty where the source reads objects and none is
+        there."""
+        shard = (second_pass if source.objects else first_pass)(index)
+        layers = self._layers(shard, source.name)
+        names = layers[0] if layers else {}
+        return {
+            name: torch.stack([layer[name] for layer in layers], dim=1).numpy() for name in names
+        }
+
+    def records(self, source: Counted | Sampled, done: Callable[[], None]) -> list[Any]:
+        """What the measures of a source read, a record a layer."""
+        if isinstance(source, Counted):
+            parts = [self._layers(first_pass(i), source.name) for i in self._used]
+            return [source.combine(layer) for layer in zip(*parts, strict=True)]
         first = self._layer("sample", 0)
-        first_mean, first_sums = MeanSums().update(first).result(), SpectrumSums().update(first)
-        found = []
+        prepared = source.prepare(first)
+        records = []
         for depth in range(self.layers):
-            x, mean, sums = first, first_mean, first_sums
-            if depth:
-                x = self._layer("sample", depth)
-                mean, sums = MeanSums().update(x).result(), SpectrumSums().update(x)
-            similar = SimilaritySums((mean, first_mean)).update(x, first).result(sums, first_sums)
-            found.append((sums.result(), similar))
+            x = self._layer("sample", depth) if depth else first
+            records.append(source.compare(x, prepared))
             done()
-        return found
+        return records
+
+    def _layers(self, shard: str, source: str) -> list[Mapping[str, Tensor]]:
+        """A source's part of a batch at each layer; none where it is not there."""
+        tensors = self._shards.starting(shard, f"{source}.")
+        layers: list[dict[str, Tensor]] = [{} for _ in range(self.layers)] if tensors else []
+        for name, x in tensors.items():
+            key, _, depth = name.rpartition(".")
+            layers[int(depth)][key] = x
+        return list(layers)
 
     def probes(self, done: Callable[[], None]) -> tuple[dict[str, list[Probe]], dict[str, str]]:
         """{target: one probe a layer}, and {target: why there is none}.
 
         Targets are "image: ..." (a row an image) and "object: ..." (a row an object).
         """
-        found: dict[str, list[Probe]] = {}
+        probes: dict[str, list[Probe]] = {}
         missing: dict[str, str] = {}
         for level, tensor in (("image", "image_means"), ("object", "object_means")):
             labels, owners = self._labels(level)
@@ -118,48 +138,31 @@ class Measured:
                 y = torch.tensor([classes.index(labels[i][target]) for i in rows])
                 groups = torch.tensor([owners[i] for i in rows])
                 try:
-                    found[name] = []
+                    probes[name] = []
                     for depth in range(self.layers):
                         x = self._layer(tensor, depth)[rows]
-                        found[name].append(
+                        probes[name].append(
                             probe(x, y, groups=groups, splits=self._splits, test_share=TEST_SHARE)
                         )
                         done()
                 except NoProbeError as error:
-                    del found[name]
+                    del probes[name]
                     missing[name] = str(error)
-        return found, missing
+        return probes, missing
 
     def unlabelled(self) -> list[str]:
         """What is left out of a probe for want of a label, in sentences."""
-        found = []
+        sentences = []
         for level in ("image", "object"):
             labels, _ = self._labels(level)
             for target in dict.fromkeys(name for row in labels for name in row):
                 count = sum(target in row for row in labels)
                 if count < len(labels):
-                    found.append(
+                    sentences.append(
                         f"Only {count} of {len(labels)} {level}s have a label of {target}: the "
                         f"probe of {level}: {target} leaves the others out."
                     )
-        return found
-
-    def lenses(self) -> list[Lens]:
-        """The logit lens at each layer."""
-        counts: list[Counter[int]] = [Counter() for _ in range(self.layers)]
-        for i in self._used:
-            for depth, token, times in self._shards.read(first_pass(i), "top").tolist():
-                counts[depth][token] += times
-        return [Lens.of(times) for times in counts]
-
-    def token_norms(self) -> list[Norms]:
-        """Norms of all tokens at each layer, and their massive activations."""
-        found = []
-        for depth, norms in enumerate(self.norms):
-            massive = [self._facts[i]["massive"][depth] for i in self._used]
-            dimensions = [MassiveDimension(*one) for _, several in massive for one in several]
-            found.append(Norms.of(norms, sum(tokens for tokens, _ in massive), dimensions))
-        return found
+        return sentences
 
     def shown(self) -> list[Shown]:
         """The images of the page."""
@@ -195,29 +198,14 @@ class Measured:
             before += images
         return labels, owners
 
-    def _structure(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        parts, pairs = [], []
-        for i in self._used:
-            if self._facts[i]["objects"]:
-                parts.append(self._shards.read(second_pass(i), "structure").movedim(0, 1))
-                pairs.append(self._shards.read(second_pass(i), "pairs"))
-            else:
-                images = len(self._facts[i]["images"])
-                parts.append(torch.zeros(images, self.layers, 4, dtype=torch.float64))
-                pairs.append(torch.zeros(images, 2, dtype=torch.float64))
-        return torch.cat(parts).numpy(), torch.cat(pairs).numpy()
-
     def _shown(self, shard: str, b: int, name: str) -> Shown:
-        found = {}
+        facts = {}
         for what in ("picture", "boxes", "places", "grid", "objects"):
             tensor = self._shards.get(shard, f"{what}_{b}")
-            found[what] = None if tensor is None else tensor.numpy()
-        grid = found.pop("grid")
+            facts[what] = None if tensor is None else tensor.numpy()
+        grid = facts.pop("grid")
         shape = None if grid is None else (int(grid[0]), int(grid[1]))
-        return Shown(printable(name), self._shards.read(shard, f"patches_{b}"), grid=shape, **found)
-
-    def _cat(self, tensor: str, dim: int) -> Tensor:
-        return torch.cat([self._shards.read(first_pass(i), tensor) for i in self._used], dim=dim)
+        return Shown(printable(name), self._shards.read(shard, f"patches_{b}"), grid=shape, **facts)
 
     def _layer(self, tensor: str, depth: int) -> Tensor:
         return torch.cat([self._shards.layer(first_pass(i), tensor, depth) for i in self._used])

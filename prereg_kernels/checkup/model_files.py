@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from prereg_kernels._util import private
 from prereg_kernels._util.files import printable, read_json
-from prereg_kernels.checkup.images.layouts import check_tower, layout_of
+from prereg_kernels.checkup.images.layouts import check_tower, family_with_layout
 from prereg_kernels.checkup.images.reading import SkipImage
 
 CODE = {
@@ -55,7 +55,7 @@ def read_config(directory: Path) -> tuple[Any, list[str]]:
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     kind = str(content.get("model_type"))
     with naming(directory):
-        layout_of(kind)
+        family_with_layout(kind)
     with naming(path):
         left_out: list[str] = []
         content = _without_code(content, left_out)
@@ -78,7 +78,7 @@ def check_weights(directory: Path, config: Any) -> None:
                 tensors += len(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected a whole safetensors file: {error}") from None
-    for part in (config, config.get_text_config(), config.vision_config):
+    for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
         for key in ("num_hidden_layers", "depth"):
             layers = getattr(part, key, 0)
             if isinstance(layers, int) and layers > tensors:
@@ -93,11 +93,12 @@ def _built(kind: str, content: dict[str, Any]) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     free = CONFIG_MAPPING[kind].sub_configs["text_config"] is AutoConfig
-    text = (content.get("text_config") or {}).get("model_type", "llama")  # LLaVA's default
+    usual = CONFIG_MAPPING[kind]().get_text_config().model_type
+    text = (content.get("text_config") or {}).get("model_type", usual)
     if free and text not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"text_config: expected a causal language model, got model_type {text!r}")
     config = CONFIG_MAPPING[kind].from_dict(content)
-    check_tower(kind, config.vision_config.model_type)
+    check_tower(kind, config)
     return config
 
 

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from prereg_kernels.checkup.intervals import Bootstrap, Estimate, Sums, over_splits
 from prereg_kernels.checkup.measured import TEST_SHARE, Measured
 from prereg_kernels.checkup.measures.lens import Lens
+from prereg_kernels.checkup.measures.measure import CHECKUP, Counted, Measure, PerImage, Sampled
 from prereg_kernels.checkup.measures.norms import Norms
 from prereg_kernels.checkup.measures.probe import Probe
+from prereg_kernels.checkup.measures.sources import LENS, NORMS
+from prereg_kernels.checkup.measures.table import MEASURES
 
 Curve = list[Estimate]
 """An estimate a layer."""
@@ -22,33 +25,8 @@ Curve = list[Estimate]
 Formula = Callable[[Sums], NDArray[np.float64]]
 
 
-def _mean(name: str, count: str) -> Formula:
-    return lambda sums: sums[name] / sums[count]
-
-
-def _combined(first: Formula, second: Formula, how: Callable[[Any, Any], Any]) -> Formula:
-    return lambda sums: how(first(sums), second(sums))
-
-
-_COHESION, _COUPLING = _mean("cohesion", "within"), _mean("coupling", "between")
-_CENTRED_COHESION = _mean("centred cohesion", "within")
-_CENTRED_COUPLING = _mean("centred coupling", "between")
-
-STRUCTURE: dict[str, Formula] = {
-    "cohesion": _COHESION,
-    "coupling": _COUPLING,
-    "contrast": _combined(_COHESION, _COUPLING, np.divide),
-    "difference": _combined(_COHESION, _COUPLING, np.subtract),
-    "centred cohesion": _CENTRED_COHESION,
-    "centred coupling": _CENTRED_COUPLING,
-    "centred contrast": _combined(_CENTRED_COHESION, _CENTRED_COUPLING, np.divide),
-    "centred difference": _combined(_CENTRED_COHESION, _CENTRED_COUPLING, np.subtract),
-}
-COSINE = "cosine to input"
-
-
 @dataclass(frozen=True)
-class Diagnosis:
+class CheckupResults:
     """One model's numbers, a value a layer in every list.
 
     Attributes:
@@ -79,50 +57,58 @@ class Diagnosis:
         return self.measured.layers
 
 
-def diagnose(
+def results_of(
     name: str,
     measured: Measured,
     tokenizer: Any = None,
     notes: Sequence[str] = (),
     done: Callable[[], None] = lambda: None,
-) -> Diagnosis:
+) -> CheckupResults:
     """All numbers of one model.
 
     Args:
         tokenizer: names the top tokens; None shows their ids.
         done: called after each layer of each slow measure.
     """
-    curves: dict[str, Curve] = {}
-    changes: dict[str, Curve] = {}
     bootstrap = Bootstrap(len(measured.names))
-    for key, (sums, formula) in _resampled(measured).items():
-        curves[key] = bootstrap.estimate(sums, formula)
-        changes[key] = bootstrap.estimate(sums, _since_input(formula))
-    for spectrum, similar in measured.spectra(done):
-        for key, value in (
-            ("CKA with input", similar.cka),
-            ("debiased CKA with input", similar.debiased_cka),
-            ("centred cosine to input", similar.centred_cosine),
-            ("effective dimension", spectrum.effective_dimension),
-            ("mean correlation", spectrum.mean_correlation),
-        ):
-            curves.setdefault(key, []).append(Estimate(value))
+    resampled = _resampled(measured)
+    records: dict[object, list[Any]] = {}
+    for source in dict.fromkeys(measure.source for measure in _shown()):
+        if not isinstance(source, PerImage):
+            records[source] = measured.records(source, done)
     probes, missing = measured.probes(done)
-    for target, found in probes.items():
-        curves[target] = [over_splits(p.accuracies, TEST_SHARE) for p in found]
-        changes[target] = [_difference(found[0], p) for p in found]
-    lenses, norms = measured.lenses(), measured.token_norms()
-    curves["silenced tokens"] = [Estimate(lens.silenced) for lens in lenses]
-    curves["entropy of top tokens"] = [Estimate(lens.entropy) for lens in lenses]
-    curves["median norm"] = [Estimate(found.median) for found in norms]
-    curves["outlier tokens"] = [Estimate(found.outliers) for found in norms]
-    curves["massive activations"] = [Estimate(found.massive) for found in norms]
+
+    def without_interval(kind: type) -> dict[str, Curve]:
+        return {
+            m.name: [Estimate(float(m.value(record))) for record in records[m.source]]
+            for m in _shown()
+            if isinstance(m.source, kind)
+        }
+
+    curves = {
+        **{key: bootstrap.estimate(*parts) for key, parts in resampled.items()},
+        **without_interval(Sampled),
+        **{
+            target: [over_splits(p.accuracies, TEST_SHARE) for p in layers]
+            for target, layers in probes.items()
+        },
+        **without_interval(Counted),
+    }
+    changes = {
+        key: bootstrap.estimate(sums, _since_input(formula))
+        for key, (sums, formula) in resampled.items()
+    }
+    for target, layers in probes.items():
+        changes[target] = [probe_change(layers[0], p) for p in layers]
+    lenses = records[LENS]
     tokens = {word.token: _word(tokenizer, word.token) for lens in lenses for word in lens[2]}
     notes = (*notes, *measured.unlabelled())
-    return Diagnosis(name, curves, changes, probes, missing, lenses, norms, tokens, measured, notes)
+    return CheckupResults(
+        name, curves, changes, probes, missing, lenses, records[NORMS], tokens, measured, notes
+    )
 
 
-def differences(first: Diagnosis, second: Diagnosis) -> dict[str, Curve]:
+def differences(first: CheckupResults, second: CheckupResults) -> dict[str, Curve]:
     """second - first at each layer, paired by image, or by split of the same images.
 
     Raises:
@@ -139,7 +125,7 @@ def differences(first: Diagnosis, second: Diagnosis) -> dict[str, Curve]:
             f"compare: expected models of the same depth, got {a.layers - 1} and {b.layers - 1} "
             "layers"
         )
-    found: dict[str, Curve] = {}
+    curves: dict[str, Curve] = {}
     bootstrap = Bootstrap(len(a.names))
     before, after = _resampled(a), _resampled(b)
     for key in (key for key in before if key in after):
@@ -152,49 +138,50 @@ def differences(first: Diagnosis, second: Diagnosis) -> dict[str, Curve]:
             ]
             return parts[1] - parts[0]
 
-        found[key] = bootstrap.estimate(both, difference)
+        curves[key] = bootstrap.estimate(both, difference)
     for target in (target for target in first.probes if target in second.probes):
         pairs = zip(first.probes[target], second.probes[target], strict=True)
-        found[target] = [_difference(p, q) for p, q in pairs]
-    return found
+        curves[target] = [probe_change(p, q) for p, q in pairs]
+    return curves
 
 
 def mean_probe(probes: Mapping[str, Sequence[Probe]], targets: Sequence[str]) -> list[Probe]:
     """The targets' accuracies averaged split by split; their splits are the same."""
-    found = []
+    means = []
     for layer in zip(*(probes[target] for target in targets), strict=True):
         accuracies = tuple(np.mean([p.accuracies for p in layer], axis=0).tolist())
         mean, chance = float(np.mean(accuracies)), float(np.mean([p.chance for p in layer]))
-        found.append(Probe(mean, math.nan, chance, accuracies))
-    return found
+        means.append(Probe(mean, math.nan, chance, accuracies))
+    return means
 
 
 def probe_change(before: Probe, after: Probe) -> Estimate:
     """after - before, paired by split."""
-    return _difference(before, after)
+    pairs = zip(before.accuracies, after.accuracies, strict=True)
+    return over_splits([b - a for a, b in pairs], TEST_SHARE)
+
+
+def _shown() -> list[Measure]:
+    return [measure for measure in MEASURES if CHECKUP in measure.shown]
 
 
 def _resampled(measured: Measured) -> dict[str, tuple[Sums, Formula]]:
-    """The measures that are ratios of sums over images: {measure: (the sums, the ratio)}."""
-    tokens = np.repeat(measured.tokens[:, None].astype(np.float64), measured.layers, axis=1)
-    cosine = {"cosine": measured.cosines * tokens, "tokens": tokens}
-    found: dict[str, tuple[Sums, Formula]] = {COSINE: (cosine, _mean("cosine", "tokens"))}
-    if measured.has_objects:
-        within, between = (
-            np.repeat(measured.pairs[:, i : i + 1], measured.layers, axis=1) for i in (0, 1)
-        )
-        sums = {"within": within, "between": between}
-        for i, (name, pairs) in enumerate(
-            (
-                ("cohesion", within),
-                ("coupling", between),
-                ("centred cohesion", within),
-                ("centred coupling", between),
-            )
-        ):
-            sums[name] = np.where(pairs > 0, measured.structure[:, :, i], 0.0) * pairs
-        found |= {name: (sums, formula) for name, formula in STRUCTURE.items()}
-    return found
+    """The measures that are read from sums over images: {measure: (the sums, the formula)}."""
+    sums: dict[PerImage, Sums | None] = {}
+    formulas: dict[str, tuple[Sums, Formula]] = {}
+    for measure in _shown():
+        source = measure.source
+        if isinstance(source, PerImage):
+            if source not in sums:
+                sums[source] = measured.sums(source)
+            of_images = sums[source]
+            if of_images is not None:
+                formulas[measure.name] = of_images, _formula(measure, source)
+    return formulas
+
+
+def _formula(measure: Measure, source: PerImage) -> Formula:
+    return lambda sums: measure.value(source.read(sums))
 
 
 def _since_input(formula: Formula) -> Formula:
@@ -203,11 +190,6 @@ def _since_input(formula: Formula) -> Formula:
         return values - values[..., :1]
 
     return change
-
-
-def _difference(before: Probe, after: Probe) -> Estimate:
-    pairs = zip(before.accuracies, after.accuracies, strict=True)
-    return over_splits([b - a for a, b in pairs], TEST_SHARE)
 
 
 def _word(tokenizer: Any, token: int) -> str:

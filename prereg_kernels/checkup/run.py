@@ -14,13 +14,13 @@ from prereg_kernels.checkup.batches import Batches
 from prereg_kernels.checkup.collect import collect
 from prereg_kernels.checkup.fingerprint import digest, of_code, of_model
 from prereg_kernels.checkup.measured import Measured
-from prereg_kernels.checkup.results import Diagnosis, diagnose, differences
+from prereg_kernels.checkup.results import CheckupResults, differences, results_of
 from prereg_kernels.checkup.shards import Shards
 
 _LOG = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Told of (phase, steps done, steps in all)."""
+"""Gets (phase, steps done, steps in all)."""
 
 SHOWN = 2
 """Images of which maps are drawn."""
@@ -39,13 +39,13 @@ def checkup(
     settings: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     progress: Progress = lambda phase, done, total: None,
-) -> Diagnosis:
+) -> CheckupResults:
     """Measure every layer of a model on images, in bounded memory, and remember it on disk.
 
     Run again with the same arguments after an interruption, it goes on from the last whole batch.
     What was measured with other weights, batches or code, or another config or device, is not
     touched: everything is measured anew beside it, and a line of the log says why. `report` makes
-    the page of one diagnosis or of two.
+    the page of the results of one model or of two.
 
     Args:
         model: of a supported family, in eval mode, on the device to run on.
@@ -65,6 +65,17 @@ def checkup(
         ValueError: features that are not finite, facts that do not fit the tokens, a forward that
             fails, or no image that can be used.
         OSError: a file cannot be written.
+
+    Example:
+        >>> from prereg_kernels.checkup import (
+        ...     Batch, ImageFacts, checkup, token_norms, visual_features,
+        ... )
+        >>> facts = tuple(ImageFacts(name) for name in ("cat.jpg", "dog.jpg"))
+        >>> results = checkup(model.eval(), [Batch(batch, facts)], "out", name="mine")
+        >>> results.name, len(results.norms)  # the LLM's input and its 4 layers
+        ('mine', 5)
+        >>> results.norms[3].median == token_norms(visual_features(model, batch)[3]).median
+        True
     """
     if model.training:
         raise ValueError("model: expected eval mode, got training mode; call model.eval()")
@@ -102,7 +113,7 @@ def checkup(
         steps += 1
         progress("measures", steps, 0)
 
-    return diagnose(printable(name), measured, tokenizer, notes, step)
+    return results_of(printable(name), measured, tokenizer, notes, step)
 
 
 def _data(batches: Batches, count: bool) -> tuple[Mapping[str, str], int]:
@@ -120,11 +131,12 @@ def _data(batches: Batches, count: bool) -> tuple[Mapping[str, str], int]:
 
 
 def report(
-    out: str | Path, found: Sequence[Diagnosis], facts: Mapping[str, Any] | None = None
+    out: str | Path, results: Sequence[CheckupResults], facts: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write checkup.json, plots/ and checkup.html of one diagnosis, or of two to compare.
+    """Write checkup.json, plots/ and checkup.html of one model, or of two to compare.
 
     Args:
+        results: what `checkup` returned, of one model or of two.
         facts: {what: value} for the page's first lines.
 
     Returns:
@@ -132,10 +144,17 @@ def report(
 
     Raises:
         ValueError: two that were not measured on the same images, or have other depths.
+
+    Example:
+        >>> from prereg_kernels.checkup import Batch, ImageFacts, checkup, report
+        >>> facts = tuple(ImageFacts(name) for name in ("cat.jpg", "dog.jpg"))
+        >>> results = checkup(model.eval(), [Batch(batch, facts)], "out")
+        >>> report("out", [results], {"model": "tiny LLaVA"}).name
+        'checkup.html'
     """
     from prereg_kernels.checkup.report.page import write_page
 
-    if len(found) not in (1, 2):
-        raise ValueError(f"found: expected one diagnosis, or two to compare, got {len(found)}")
-    apart = differences(*found) if len(found) == 2 else {}
-    return write_page(Path(out), found, apart, facts or {})
+    if len(results) not in (1, 2):
+        raise ValueError(f"results: expected one model's, or two to compare, got {len(results)}")
+    apart = differences(*results) if len(results) == 2 else {}
+    return write_page(Path(out), results, apart, facts or {})

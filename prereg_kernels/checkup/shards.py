@@ -52,9 +52,9 @@ class Shards:
         """Whether that shard is there, whole, as it was written."""
         try:
             with safe_open(self._path(name), framework="pt") as file:
-                found = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return found.get("checksum") == _checksum(tensors, found.get("facts"))
+                return metadata.get("checksum") == _checksum(tensors, metadata.get("facts"))
         except (FileNotFoundError, SafetensorError):
             return False
 
@@ -79,8 +79,8 @@ class Shards:
     def facts(self, name: str) -> dict[str, Any]:
         """What was written with the tensors."""
         with safe_open(self._path(name), framework="pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()["facts"])
-            return found
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            return facts
 
     def read(self, name: str, tensor: str) -> Tensor:
         """One tensor of a shard."""
@@ -92,6 +92,12 @@ class Shards:
         """One tensor of a shard, None where it has no such one."""
         with safe_open(self._path(name), framework="pt") as file:
             return file.get_tensor(tensor) if tensor in file.keys() else None  # noqa: SIM118
+
+    def starting(self, name: str, prefix: str) -> dict[str, Tensor]:
+        """The tensors of a shard whose names begin with `prefix`, by the rest of their names."""
+        with safe_open(self._path(name), framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
 
     def layer(self, name: str, tensor: str, layer: int) -> Tensor:
         """`tensor[layer]`; the other layers are not read."""
@@ -116,17 +122,17 @@ class Shards:
 
 def _directories(parent: Path) -> list[Path]:
     """Of shards, the latest last."""
-    found = [p for p in parent.glob(f"*/{_SETTINGS}") if _OURS.fullmatch(p.parent.name)]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+    paths = [p for p in parent.glob(f"*/{_SETTINGS}") if _OURS.fullmatch(p.parent.name)]
+    return [path.parent for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
 
 
 def _latest(parent: Path) -> dict[str, Any]:
     """The settings of the latest shards, as far as they can be read."""
     for directory in reversed(_directories(parent)):
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                return found
+            settings = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
+            if isinstance(settings, dict):
+                return settings
     return {}
 
 

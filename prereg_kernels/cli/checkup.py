@@ -1,4 +1,4 @@
-"""The command `prereg diagnose`: the checkup of a model directory, or of two."""
+"""The command `prereg checkup`: the checkup of a model directory, or of two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.loading import Loaded, load
 from prereg_kernels.checkup.report.findings import headline, middle_layer
 from prereg_kernels.checkup.report.page import NUMBERS
-from prereg_kernels.checkup.results import Diagnosis
+from prereg_kernels.checkup.results import CheckupResults
 from prereg_kernels.checkup.run import checkup, report
 from prereg_kernels.checkup.shards import Shards
 
@@ -52,16 +52,16 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.fresh:
         for name in names:
             Shards.clear(arguments.out / "shards" / name)
-    found: list[Diagnosis] = []
+    results: list[CheckupResults] = []
     for directory, name in zip(directories, names, strict=True):
         if not arguments.json:
             console.print(f"{printable(name)}: {printable(directory)}", highlight=False)
-        found.append(_measure(directory, name, samples, arguments, console))
-    page = report(arguments.out, found, _facts(found, arguments))
+        results.append(_measure(directory, name, samples, arguments, console))
+    page = report(arguments.out, results, _facts(results, arguments))
     if arguments.json:
         console.out((arguments.out / NUMBERS).read_text(encoding="utf-8"), highlight=False)
         return
-    _print(found, console)
+    _print(results, console)
     console.print(f"page: {printable(page)}", highlight=False)
 
 
@@ -71,7 +71,7 @@ def _measure(
     samples: Samples | None,
     arguments: argparse.Namespace,
     console: Console,
-) -> Diagnosis:
+) -> CheckupResults:
     loaded = load(
         directory,
         processor=arguments.processor,
@@ -166,8 +166,8 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device: {chosen!r} is not usable here: {error}") from None
 
 
-def _facts(found: Sequence[Diagnosis], arguments: argparse.Namespace) -> dict[str, str]:
-    measured = found[0].measured
+def _facts(results: Sequence[CheckupResults], arguments: argparse.Namespace) -> dict[str, str]:
+    measured = results[0].measured
     skipped = sum(map(len, measured.skipped.values()))
     source = "digit scenes" if arguments.scenes else str(arguments.images)
     return {
@@ -193,29 +193,29 @@ def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
         yield update
 
 
-def _print(found: Sequence[Diagnosis], console: Console) -> None:
-    layer = middle_layer(found[0].layers)
-    last = found[0].layers - 1
-    table = Table(title=printable(headline(found[0])), title_justify="left")
+def _print(results: Sequence[CheckupResults], console: Console) -> None:
+    layer = middle_layer(results[0].layers)
+    last = results[0].layers - 1
+    table = Table(title=printable(headline(results[0])), title_justify="left")
     table.add_column("")
-    for diagnosis in found:
+    for model in results:
         for depth in dict.fromkeys((0, layer, last)):
             where = "input" if depth == 0 else f"layer {depth}"
-            table.add_column(f"{diagnosis.name}\n{where}", justify="right")
-    keys = [key for key in found[0].curves if all(key in d.curves for d in found)]
+            table.add_column(f"{model.name}\n{where}", justify="right")
+    keys = [key for key in results[0].curves if all(key in d.curves for d in results)]
     for key in keys:
         cells = []
-        for diagnosis in found:
+        for model in results:
             for depth in dict.fromkeys((0, layer, last)):
-                cells.append(f"{diagnosis.curves[key][depth].value:.3f}")
+                cells.append(f"{model.curves[key][depth].value:.3f}")
         table.add_row(printable(key), *cells)
     console.print(table)
-    for diagnosis in found:
-        for reason, names in diagnosis.measured.skipped.items():
+    for model in results:
+        for reason, names in model.measured.skipped.items():
             console.print(
-                f"{diagnosis.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
+                f"{model.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
                 highlight=False,
             )
-        lines = [f"no probe of {target}: {reason}" for target, reason in diagnosis.missing.items()]
-        for line in (*lines, *diagnosis.notes):
-            console.print(printable(f"{diagnosis.name}: {line}"), highlight=False)
+        lines = [f"no probe of {target}: {reason}" for target, reason in model.missing.items()]
+        for line in (*lines, *model.notes):
+            console.print(printable(f"{model.name}: {line}"), highlight=False)

@@ -1,4 +1,4 @@
-"""The command line: `prereg train`, `sweep`, `diagnose`, `doctor` and `build`."""
+"""The command line: `prereg train`, `sweep`, `checkup`, `doctor` and `build`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 
 from prereg_kernels._util.files import printable
 from prereg_kernels._version import __version__
+
+_OLD_NAME = "diagnose"
+"""What `prereg checkup` was called in version 0.1."""
 
 
 def main() -> None:
@@ -27,8 +30,8 @@ def main() -> None:
     if arguments.command == "build":
         _build()
         return
-    if arguments.command == "diagnose":
-        _diagnose(arguments)
+    if arguments.command in ("checkup", _OLD_NAME):
+        _checkup(arguments)
         return
     try:
         from rich.console import Console
@@ -55,13 +58,13 @@ def main() -> None:
         _fail(f"out of memory: {error}")
 
 
-def _diagnose(arguments: argparse.Namespace) -> None:
+def _checkup(arguments: argparse.Namespace) -> None:
     try:
         from rich.console import Console
 
         from prereg_kernels.cli.checkup import run
     except ModuleNotFoundError as error:
-        _fail(f"{error}; diagnose needs: pip install 'prereg-kernels[diagnostics]'")
+        _fail(f"{error}; checkup needs: pip install 'prereg-kernels[checkup]'")
     try:
         # what is printed has names from outside in it: no markup, no emoji by their names
         width = None if Console().is_terminal else 120
@@ -143,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_size(group)
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
     _add_sweep(commands)
-    _add_diagnose(commands)
+    _add_checkup(commands)
     doctor = commands.add_parser(
         "doctor",
         help="what is installed, and what runs here",
@@ -206,9 +209,10 @@ def _add_sweep(commands: Any) -> None:
     _add_size(parser)
 
 
-def _add_diagnose(commands: Any) -> None:
+def _add_checkup(commands: Any) -> None:
     parser = commands.add_parser(
-        "diagnose",
+        "checkup",
+        aliases=[_OLD_NAME],
         help="what a model's visual tokens still hold, layer by layer",
         description="The checkup: linear probes, patch structure, similarity to the input and the "
         "logit lens at every layer; writes checkup.html, checkup.json and plots/. Run again after "

@@ -32,7 +32,6 @@ from prereg_kernels.demo.checkpoints.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from prereg_kernels.demo.checkups import CheckupLog, training_checkup
 from prereg_kernels.demo.config import RunConfig, StageConfig, to_dict
 from prereg_kernels.demo.data.packing import IGNORE, Batch, Packer, TrainStream, build_tokenizer
 from prereg_kernels.demo.data.scenes import Scenes
@@ -49,6 +48,7 @@ from prereg_kernels.demo.runs.directories import check_one_process
 from prereg_kernels.demo.runs.interrupts import deferred_signals
 from prereg_kernels.demo.runs.runs import held_run, write_settings
 from prereg_kernels.demo.schedule import cosine_with_warmup
+from prereg_kernels.demo.training_checkup import CheckupLog, training_checkup
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the user asked for it

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from prereg_kernels.checkup import linear_probe, patch_structure, pool, token_norms, visual_features
+from prereg_kernels.checkup import MeanSums, linear_probe, pool, visual_features
+from prereg_kernels.checkup.collect import logit_lens_of
+from prereg_kernels.checkup.measures.measure import DEMO, Tokens
+from prereg_kernels.checkup.measures.table import at_layer
 from prereg_kernels.demo.data.scene_batches import SceneBatches
 from prereg_kernels.demo.data.scenes import PROPERTIES, Scenes
 
@@ -63,36 +66,43 @@ def measure(
     train_scenes: int,
     test_scenes: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Probes and patch structure at every layer, 0 (the LLM's input) to the last.
+    """Probes and the demo's part of the table of measures at every layer, 0 (the LLM's input) to
+    the last.
 
     Unlike the checkup's probes, which split one set of images, these are fitted on other scans.
 
     Returns:
-        "probe": {property: test accuracy of a linear probe on object features, per layer};
-        "structure": {"cohesion", "coupling", "contrast", "difference", and the same on features
-        from which the mean over all patches was subtracted, as "centred ...", per layer};
-        "states": {"cosine to input", "norm": means over visual tokens, per layer}.
+        "probe": {property: test accuracy of a linear probe on object features, per layer}; for each
+        group of measures, "structure" and "states", {measure: its number, per layer}.
     """
     fit = layer_features(model, train, train_scenes)
     held_out = layer_features(model, test, test_scenes)
-    probe = {
-        name: [
-            linear_probe(x, fit.labels[name], y, held_out.labels[name])
-            for x, y in zip(fit.objects, held_out.objects, strict=True)
-        ]
-        for name in PROPERTIES
+    groups: dict[str, dict[str, list[float]]] = {
+        "probe": {
+            name: [
+                linear_probe(x, fit.labels[name], y, held_out.labels[name])
+                for x, y in zip(fit.objects, held_out.objects, strict=True)
+            ]
+            for name in PROPERTIES
+        }
     }
-    structure: dict[str, list[float]] = {}
-    for layer in held_out.patches:
-        found = patch_structure(layer, held_out.owner, held_out.scene)
-        for prefix in ("", "centred_"):
-            for name in ("cohesion", "coupling", "contrast", "difference"):
-                key = prefix.replace("_", " ") + name
-                structure.setdefault(key, []).append(getattr(found, prefix + name))
-    first = held_out.patches[0]
-    cosines = [F.cosine_similarity(layer, first, dim=1) for layer in held_out.patches]
-    states = {
-        "cosine to input": [float(cosine.mean()) for cosine in cosines],
-        "norm": [token_norms(layer).mean for layer in held_out.patches],
-    }
-    return {"probe": probe, "structure": structure, "states": states}
+    for tokens in _tokens(held_out, model):
+        for group, numbers in at_layer(tokens, DEMO).items():
+            for name, number in numbers.items():
+                groups.setdefault(group, {}).setdefault(name, []).append(number)
+    return groups
+
+
+def _tokens(features: LayerFeatures, model: nn.Module) -> Iterator[Tokens]:
+    """What measures read, a layer at a time."""
+    lens = logit_lens_of(model)
+    for layer in features.patches:
+        yield Tokens(
+            layer,
+            features.patches[0],
+            features.scene,
+            int(features.scene.max()) + 1,
+            features.owner,
+            MeanSums().update(layer).result(),
+            lens,
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from prereg_kernels._util import distributed, fsdp
 from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
 from prereg_kernels.ops.loss import fused_pre_loss
+from prereg_kernels.ops.options import LossOptions, TapOptions
 from prereg_kernels.ops.tap import pre_tap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PReHead(nn.Module):
@@ -35,6 +39,16 @@ class PReHead(nn.Module):
 
     The parameters belong to this module itself, not to submodules: FSDP and ZeRO gather a module's
     own parameters when its forward is called, and no submodule's forward ever is.
+
+    Example:
+        >>> head = PReHead(8, 6, seed=0)
+        >>> [tuple(weight.shape) for weight in head.weights]
+        [(8, 8), (6, 8)]
+        >>> hidden, anchor = torch.ones(2, 5, 8), torch.ones(2, 5, 6)
+        >>> loss = head(hidden, anchor, visual_mask=torch.ones(2, 5, dtype=torch.bool))
+        >>> loss.backward()
+        >>> head.weights[0].grad.shape
+        torch.Size([8, 8])
     """
 
     def __init__(
@@ -154,8 +168,43 @@ class PReHead(nn.Module):
         activation = cast(ActivationName, self.activation)  # or the text of another
         return function(hidden, anchor, self.weights, self.biases, activation=activation, **options)
 
-    def tap(self, hidden: Tensor, anchor: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """`pre_tap` with this head's parameters, called as the module so that its hooks run."""
+    if TYPE_CHECKING:  # nn.Module says that a call takes and returns anything
+
+        @overload
+        def __call__(
+            self,
+            hidden: Tensor,
+            anchor: Tensor,
+            *,
+            tap: Literal[False] = False,
+            **options: Unpack[LossOptions],
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden: Tensor,
+            anchor: Tensor,
+            *,
+            tap: Literal[True],
+            **options: Unpack[TapOptions],
+        ) -> tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def tap(
+        self, hidden: Tensor, anchor: Tensor, **options: Unpack[TapOptions]
+    ) -> tuple[Tensor, Tensor]:
+        """`pre_tap` with this head's parameters, called as the module so that its hooks run.
+
+        Example:
+            >>> head, hidden = PReHead(8, 8, depth=0), torch.ones(4, 8, requires_grad=True)
+            >>> tapped, loss = head.tap(hidden, torch.zeros(4, 8), loss="mse", compute_value=True)
+            >>> loss.item()
+            1.0
+            >>> torch.equal(tapped, hidden)
+            True
+        """
         return self(hidden, anchor, tap=True, **options)
 
     def extra_repr(self) -> str:

@@ -89,6 +89,16 @@ def fused_pre_loss(
         TypeError, ValueError, IndexError: naming the argument, what came and what was expected.
             Values (weights, indices, the denominator) are looked at on the CPU only.
         RuntimeError: for forward-mode derivatives and double backward: use `eager_pre_loss`.
+
+    Example:
+        >>> hidden = torch.tensor([[3.0, 4.0], [0.0, 2.0]], requires_grad=True)
+        >>> anchor = torch.tensor([[4.0, 3.0], [5.0, 0.0]])
+        >>> loss = fused_pre_loss(hidden, anchor)  # no head; cosines 0.96 and 0
+        >>> round(loss.item(), 4)
+        -0.48
+        >>> loss.backward()
+        >>> round(hidden.grad[1, 0].item(), 4)  # the second token turns to its anchor
+        -0.25
     """
     check_reduction(reduction, denominator)
     check_name("backend", backend, BACKENDS)

@@ -45,6 +45,13 @@ def eager_pre_loss(
         upcast: compute everything in this dtype (`torch.float64` makes the reference that the
             tests measure against); None: the matmuls in the dtype of `hidden` or of autocast,
             the loss in float32 (float64 for float64 inputs).
+
+    Example:
+        >>> hidden, anchor = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
+        >>> eager_pre_loss(hidden, anchor, loss="mse", upcast=torch.float64)  # (1 + 4) / 2
+        tensor(2.5000, dtype=torch.float64)
+        >>> eager_pre_loss(hidden, anchor, [torch.eye(2)], loss="mse", reduction="none")
+        tensor([2.5000])
     """
     check_reduction(reduction, denominator)
     if upcast is not None and upcast not in DTYPES:

@@ -78,6 +78,17 @@ def pre_tap(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `fused_pre_loss`. RuntimeError in
             backward, too: if a tensor that it reads was changed in place since.
+
+    Example:
+        >>> hidden, anchor = torch.ones(3, 2, requires_grad=True), torch.zeros(3, 2)
+        >>> tapped, loss = pre_tap(hidden, anchor, loss="mse")
+        >>> loss.item()  # not computed yet
+        0.0
+        >>> (tapped.sum() + 0.5 * loss).backward()
+        >>> loss.item()
+        1.0
+        >>> round(hidden.grad[0, 0].item(), 4)  # 1 + 0.5 * 2 * 1 / (3 * 2)
+        1.1667
     """
     check_name("backend", backend, BACKENDS)
     inputs = check_inputs(

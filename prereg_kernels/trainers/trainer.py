@@ -19,8 +19,8 @@ A plain `transformers.Trainer` trains a model with PRe attached, too, with three
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,15 @@ from prereg_kernels.attach.passes import Record
 from prereg_kernels.attach.state import HEADS
 from prereg_kernels.trainers.checkpoints import Checkpoints
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 logger = logging.get_logger(__name__)
+
+
+def _as(original: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
+    """For type checkers: a method that passes its arguments on has the type of Trainer's."""
+    return lambda method: method
 
 
 class PReTrainerMixin(Checkpoints):
@@ -59,6 +67,15 @@ class PReTrainerMixin(Checkpoints):
 
     Raises (when made):
         ValueError: a model without PRe, or one of the above.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> class MyTrainer(PReTrainerMixin, Trainer):
+        ...     pass
+        >>> pre = apply_pre(model)
+        >>> trainer = MyTrainer(model, TrainingArguments("out", use_cpu=True, report_to="none"))
+        >>> trainer.pre is pre
+        True
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -87,6 +104,7 @@ class PReTrainerMixin(Checkpoints):
         self._evaluated: Tensor | None = None
         self._is_optimizer_checked = False
 
+    @_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's.
 
@@ -101,6 +119,7 @@ class PReTrainerMixin(Checkpoints):
             self.pre.denominator = None  # of a step of this run; of no use to what comes after
             self._counts = []
 
+    @_as(Trainer.create_optimizer)
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -215,6 +234,7 @@ class PReTrainerMixin(Checkpoints):
         # As often as the passes saw the batch's rows, which was counted once.
         return terms.sum() * (self._counted.to(seen) / seen.clamp(min=1))
 
+    @_as(Trainer.training_step)
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's: the forward and backward passes of a micro-batch."""
         self._counted = self._counts.pop(0) if self._counts else None
@@ -237,6 +257,7 @@ class PReTrainerMixin(Checkpoints):
         self._window = figures if self._window is None else self._window + figures
         return loss
 
+    @_as(Trainer.log)
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's; its regular figures get those of PRe beside them.
 
@@ -293,6 +314,7 @@ class PReTrainerMixin(Checkpoints):
             output.metrics.update(self._figures_of(totals.tolist(), f"{metric_key_prefix}_"))
         return output
 
+    @_as(Trainer.prediction_step)
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
         with self.pre.collecting() as passes:
@@ -325,7 +347,20 @@ class PReTrainerMixin(Checkpoints):
 
 
 class PReTrainer(PReTrainerMixin, Trainer):
-    """transformers' Trainer for a model with PRe attached; see PReTrainerMixin."""
+    """transformers' Trainer for a model with PRe attached; see PReTrainerMixin.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> pre = apply_pre(model)
+        >>> arguments = TrainingArguments("out", max_steps=1, use_cpu=True, report_to="none")
+        >>> trainer = PReTrainer(model, arguments, train_dataset=[batch] * 8)
+        >>> trainer.count_rows(batch)  # its visual tokens, which the step's L_PRe is the mean over
+        tensor(8)
+    """
+
+    @_as(Trainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 def _totals(record: Record) -> Tensor:

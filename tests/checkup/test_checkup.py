@@ -33,6 +33,7 @@ from prereg_kernels.checkup.batches import Batch, ImageFacts
 from prereg_kernels.checkup.images.datasets import ImageFolder, Subset
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.intervals import Estimate
+from prereg_kernels.checkup.measures.sources import COSINE
 from prereg_kernels.checkup.report.findings import (
     comparison,
     headline,
@@ -43,7 +44,7 @@ from prereg_kernels.checkup.report.findings import (
 from prereg_kernels.checkup.report.page import as_json
 from prereg_kernels.checkup.report.plots import CURVES
 from prereg_kernels.checkup.report.style import theme
-from prereg_kernels.checkup.results import Diagnosis, differences
+from prereg_kernels.checkup.results import CheckupResults, differences
 from prereg_kernels.checkup.run import checkup, report
 from tests.attach.families.models import LAYERS
 from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, save_folder
@@ -64,7 +65,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> ImageBatches:
 
 
 @pytest.fixture(scope="module")
-def found(batches: ImageBatches, tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
+def found(batches: ImageBatches, tmp_path_factory: pytest.TempPathFactory) -> CheckupResults:
     model = batches._loaded.model
     return checkup(model, batches, tmp_path_factory.mktemp("out"), name="tiny", splits=3)
 
@@ -121,7 +122,9 @@ class _Only:
         return self._samples[self._index]
 
 
-def test_every_curve_is_the_measure_of_one_shot(found: Diagnosis, truth: dict[str, Any]) -> None:
+def test_every_curve_is_the_measure_of_one_shot(
+    found: CheckupResults, truth: dict[str, Any]
+) -> None:
     assert found.layers == LAYERS + 1
     model = truth["model"]
     for depth, x in enumerate(truth["layers"]):
@@ -156,7 +159,7 @@ def test_every_curve_is_the_measure_of_one_shot(found: Diagnosis, truth: dict[st
         assert found.lenses[depth].most_frequent == lens.most_frequent
 
 
-def test_probes_are_those_of_pooled_features(found: Diagnosis, truth: dict[str, Any]) -> None:
+def test_probes_are_those_of_pooled_features(found: CheckupResults, truth: dict[str, Any]) -> None:
     depth = 2
     x = truth["layers"][depth]
     images, _ = pool(x, truth["images"])
@@ -173,14 +176,17 @@ def test_probes_are_those_of_pooled_features(found: Diagnosis, truth: dict[str, 
     assert found.measured._labels("object")[1] == (ids // 10).tolist()
 
 
-def test_rows_are_in_the_order_of_the_names(found: Diagnosis, truth: dict[str, Any]) -> None:
+def test_rows_are_in_the_order_of_the_names(found: CheckupResults, truth: dict[str, Any]) -> None:
     """Which pairing two models by image relies on."""
     x, first = truth["layers"][2], truth["layers"][0]
     cosine = torch.nn.functional.cosine_similarity(x, first, dim=1)
     expected, _ = pool(cosine[:, None], truth["images"])
     assert found.measured.names == truth["names"]
     assert found.measured.tokens.tolist() == truth["images"].bincount().tolist()
-    assert found.measured.cosines[:, 2] == pytest.approx(expected[:, 0].numpy(), rel=1e-4)
+    sums = found.measured.sums(COSINE)
+    assert sums is not None
+    means = sums["sum"][:, 2] / sums["tokens"][:, 2]
+    assert means == pytest.approx(expected[:, 0].numpy(), rel=1e-4)
 
 
 def test_massive_activations_of_all_batches(batches: ImageBatches, tmp_path: Path) -> None:
@@ -203,7 +209,7 @@ def test_massive_activations_of_all_batches(batches: ImageBatches, tmp_path: Pat
     assert [[one["dimension"] for one in layer] for layer in numbers[:3]] == [[], [], [5]]
 
 
-def test_changes_start_at_zero_and_intervals_hold_the_value(found: Diagnosis) -> None:
+def test_changes_start_at_zero_and_intervals_hold_the_value(found: CheckupResults) -> None:
     for key in ("contrast", "centred difference", "cosine to input"):
         curve, change = found.curves[key], found.changes[key]
         assert change[0].value == change[0].low == change[0].high == 0
@@ -213,12 +219,12 @@ def test_changes_start_at_zero_and_intervals_hold_the_value(found: Diagnosis) ->
             assert change[depth].value == pytest.approx(difference, abs=1e-12)
 
 
-def test_what_could_not_be_used_is_counted(found: Diagnosis) -> None:
+def test_what_could_not_be_used_is_counted(found: CheckupResults) -> None:
     assert found.measured.skipped == {"damaged, or not an image": ["dark/zz.png"]}
     assert len(found.measured.names) == COUNT
 
 
-def test_features_stay_in_bounded_memory(found: Diagnosis) -> None:
+def test_features_stay_in_bounded_memory(found: CheckupResults) -> None:
     """Of a batch, no more patches are kept than asked for, but of the shown images."""
     shown = found.measured.shown()
     assert len(shown) == 2
@@ -236,7 +242,7 @@ class _KilledError(Exception):
 
 @pytest.mark.parametrize("after", [0, 2, 5, 7, 9])
 def test_goes_on_after_a_kill(
-    batches: ImageBatches, found: Diagnosis, tmp_path: Path, after: int
+    batches: ImageBatches, found: CheckupResults, tmp_path: Path, after: int
 ) -> None:
     model = batches._loaded.model
     done = []
@@ -262,7 +268,7 @@ def _doubled(model: torch.nn.Module, inputs: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("what", ["code", "libraries"])
 def test_shards_of_other_code_are_not_read(
-    batches: ImageBatches, found: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    batches: ImageBatches, found: CheckupResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, what: str,
 ) -> None:  # fmt: skip
     """Another commit has the same version."""
@@ -279,7 +285,7 @@ def test_shards_of_other_code_are_not_read(
 
 
 def test_two_models_are_compared_image_by_image(
-    batches: ImageBatches, found: Diagnosis, tmp_path: Path
+    batches: ImageBatches, found: CheckupResults, tmp_path: Path
 ) -> None:
     """The same model twice differs by exactly nothing; with another head, in the lens alone."""
     model: Any = batches._loaded.model
@@ -299,7 +305,7 @@ def test_two_models_are_compared_image_by_image(
 
 
 @pytest.fixture(scope="module")
-def reported(found: Diagnosis, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reported(found: CheckupResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a page."""
     missing = {"image: breed": "train_y: expected at least 2 classes, got 1"}
     return report(tmp_path_factory.mktemp("page"), [replace(found, missing=missing)]).parent
@@ -317,11 +323,11 @@ def test_the_page_needs_no_network(reported: Path) -> None:
     assert "24 images are few" in page
 
 
-def test_small_and_negative_numbers(found: Diagnosis) -> None:
+def test_small_and_negative_numbers(found: CheckupResults) -> None:
     """A real minus sign, none before a zero, and no fall of 0%."""
     layer = middle_layer(found.layers)
 
-    def moved(before: float, after: float) -> Diagnosis:
+    def moved(before: float, after: float) -> CheckupResults:
         curve = [Estimate(before if depth < layer else after) for depth in range(found.layers)]
         change = [Estimate(after - before, *sorted((2 * (after - before), 0.5 * (after - before))))]
         keys = ("contrast", "centred difference")
@@ -341,7 +347,7 @@ def test_small_and_negative_numbers(found: Diagnosis) -> None:
     assert (tile.before, tile.after) == ("0.00", "−0.07")
 
 
-def test_legends_have_the_names_letter_for_letter(found: Diagnosis) -> None:
+def test_legends_have_the_names_letter_for_letter(found: CheckupResults) -> None:
     """Also those that matplotlib takes for a formula, or for the name of a line without one."""
     names = ["$..^^$", "_x"]
     two = [replace(found, name=name) for name in names]
@@ -355,7 +361,7 @@ def test_legends_have_the_names_letter_for_letter(found: Diagnosis) -> None:
             assert texts == [(name, False) for name in names]
 
 
-def test_which_cka_is_named(found: Diagnosis) -> None:
+def test_which_cka_is_named(found: CheckupResults) -> None:
     layer = middle_layer(found.layers)
     plain, debiased = (
         found.curves[f"{kind}CKA with input"][layer].value for kind in ("", "debiased ")
@@ -367,13 +373,13 @@ def test_which_cka_is_named(found: Diagnosis) -> None:
     without = replace(found, curves={**found.curves, "debiased CKA with input": none})
     (line,) = (line for line in sentences(without) if "CKA" in line)
     assert line.endswith(f"the plain CKA of all of them {plain:.3f}.")
-    for diagnosis, value, kind in ((found, debiased, "debiased"), (without, plain, "plain")):
-        (tile,) = (tile for tile in tiles(diagnosis) if tile.title == "CKA with input")
+    for results, value, kind in ((found, debiased, "debiased"), (without, plain, "plain")):
+        (tile,) = (tile for tile in tiles(results) if tile.title == "CKA with input")
         assert (tile.after, tile.note) == (f"{value:.2f}", f"1: nothing changed; {kind}")
 
 
 def test_a_full_disk_leaves_no_half_page(
-    found: Diagnosis, reported: Path, fill_disk: Callable[[], None]
+    found: CheckupResults, reported: Path, fill_disk: Callable[[], None]
 ) -> None:
     before = {p: p.read_bytes() for p in reported.rglob("*") if p.is_file()}
     fill_disk()
@@ -432,7 +438,7 @@ def test_unlabelled_images_are_counted(batches: ImageBatches, tmp_path: Path) ->
     ],
 )
 def test_only_labels_can_be_the_reason_for_no_probe(
-    found: Diagnosis, monkeypatch: pytest.MonkeyPatch, broken: Any, message: str
+    found: CheckupResults, monkeypatch: pytest.MonkeyPatch, broken: Any, message: str
 ) -> None:
     whole = found.measured._layer
     monkeypatch.setattr(found.measured, "_layer", lambda *which: broken(whole(*which)))

@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers as hf
 
+from prereg_kernels.attach import families
+from prereg_kernels.attach.families import Family
 from prereg_kernels.checkup.features import visual_features
 from prereg_kernels.checkup.images.datasets import Sample
 from prereg_kernels.checkup.images.image_batches import ImageBatches
-from prereg_kernels.checkup.images.layouts import layout_of
-from prereg_kernels.checkup.images.patches import TokenGrid
+from prereg_kernels.checkup.images.layouts import family_with_layout
+from prereg_kernels.checkup.images.patches import TokenGrid, regular_grid
 from prereg_kernels.checkup.loading import Loaded
 from tests.attach.families.models import TILES, llava_next
 from tests.checkup.pictures import QWEN_PROCESSOR, local_tower, make_loaded, noise
@@ -149,7 +151,7 @@ def test_a_class_token_has_no_place() -> None:
 
 def test_other_families_are_named() -> None:
     with pytest.raises(ValueError, match="model_type 'gemma3': the places of its visual tokens"):
-        layout_of("gemma3")
+        family_with_layout("gemma3")
     loaded = make_loaded("llava", clip())
     loaded.config.vision_config.model_type = "pixtral"
     with pytest.raises(ValueError, match="'llava' with a tower of model_type 'pixtral'"):
@@ -168,3 +170,28 @@ def test_images_of_different_tiles_in_one_batch() -> None:
     ]
     assert len({len(x) for x in alone}) > 1
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_an_entry_of_the_table_says_how_batches_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout of one's own, markers, and an argument for token types."""
+    loaded = make_loaded("llava", clip())
+    usual = ImageBatches(loaded, one(noise(16, 16)))[0]
+
+    def upside_down(config: Any, processor: Any, size: Any, processed: Any) -> TokenGrid:
+        grid = regular_grid(size, (2, 2), resized=size)
+        return TokenGrid(size, (2, 2), 1 - grid.row, grid.column, grid.boxes[::-1])
+
+    loaded.config.before_id, loaded.config.after_id = 3, 4
+    mine = Family(
+        "Mine", ("llava",), layout=upside_down, markers=("before_id", "after_id"),
+        token_types="kinds",
+    )  # fmt: skip
+    monkeypatch.setattr(families, "FAMILIES", (mine,))
+    batch = ImageBatches(loaded, one(noise(16, 16)))[0]
+    token = loaded.config.image_token_id
+    assert usual.inputs["input_ids"].tolist() == [[token] * 4]
+    assert batch.inputs["input_ids"].tolist() == [[3, *[token] * 4, 4]]
+    assert batch.inputs["kinds"].tolist() == [[0, 1, 1, 1, 1, 0]]
+    grid = batch.images[0].grid
+    assert grid is not None
+    assert grid.row.tolist() == [1, 1, 0, 0]

@@ -49,7 +49,7 @@ def _first(sums: Any) -> Any:
 
 
 class _Sampled:
-    """What maps take of a diagnosis."""
+    """What maps take of a model's results."""
 
     measured: Any
 

@@ -1,4 +1,4 @@
-"""`prereg diagnose` as a user meets it."""
+"""`prereg checkup` as a user meets it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def prereg(
 ) -> Callable[..., Run]:
     """The command, in this process: importing everything anew takes seconds."""
 
-    def run(*arguments: str) -> Run:
+    def run(*arguments: str, command: str = "checkup") -> Run:
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", ["prereg", "diagnose", *arguments])
+        monkeypatch.setattr(sys, "argv", ["prereg", command, *arguments])
         code = 0
         try:
             main()
@@ -71,7 +71,7 @@ def test_two_models(place: Path, prereg: Callable[..., Run]) -> None:
     assert "b against a" in page
 
     before = {p: p.stat().st_mtime_ns for p in (place / "out" / "shards").rglob("*.safetensors")}
-    again = prereg(*arguments, "--json")
+    again = prereg(*arguments, "--json", command="diagnose")  # its name in version 0.1
     assert again.code == 0, again.err
     assert json.loads(again.out) == numbers
     after = {p: p.stat().st_mtime_ns for p in (place / "out" / "shards").rglob("*.safetensors")}

@@ -10,26 +10,35 @@ import pytest
 
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import TRANSFERS
-from prereg_kernels.demo.experiment.summary import Effect, Results, Spread, headline, holm, unasked
+from prereg_kernels.demo.experiment.summary import (
+    Effect,
+    Results,
+    headline,
+    holm,
+    over_seeds,
+    unasked,
+)
 
 
 def test_effect_is_a_paired_t_interval() -> None:
     effect = Effect.of([1.0, 2.0, 3.0], [2.0, 3.5, 4.0])
-    assert effect.difference.mean == pytest.approx(3.5 / 3)
+    assert effect.difference.value == pytest.approx(3.5 / 3)
     assert effect.difference.deviation == pytest.approx(statistics.stdev([1.0, 1.5, 1.0]))
     # t(0.975, 2 degrees of freedom) = 4.302653
     expected = 4.302653 * statistics.stdev([1.0, 1.5, 1.0]) / math.sqrt(3)
-    assert effect.half_width == pytest.approx(expected, rel=1e-6)
-    assert effect.direction == 1
-    assert Effect.of([2.0, 3.5, 4.0], [1.0, 2.0, 3.0]).direction == -1
-    assert Effect.of([1.0, 2.0, 3.0], [2.0, 1.0, 3.0]).direction == 0
+    assert effect.difference.half_width == pytest.approx(expected, rel=1e-6)
+    assert effect.difference.direction == 1
+    assert Effect.of([2.0, 3.5, 4.0], [1.0, 2.0, 3.0]).difference.direction == -1
+    assert Effect.of([1.0, 2.0, 3.0], [2.0, 1.0, 3.0]).difference.direction == 0
 
 
 def test_the_p_value_and_the_interval_agree() -> None:
     # t = 5 / (sqrt(3) * 1 / sqrt(4)) = 5.773503, three degrees of freedom: 2 * sf = 0.010339
     effect = Effect.of([0.0] * 4, [5 - 1.5, 5 - 1.5, 5 + 1.5, 5 + 1.5])
     assert effect.p_value == pytest.approx(0.010339, abs=1e-5)
-    at_the_edge = Effect.of([0.0] * 4, [x + effect.half_width - 5 for x in (3.5, 3.5, 6.5, 6.5)])
+    at_the_edge = Effect.of(
+        [0.0] * 4, [x + effect.difference.half_width - 5 for x in (3.5, 3.5, 6.5, 6.5)]
+    )
     assert at_the_edge.p_value == pytest.approx(0.05)
     assert Effect.of([1.0, 2.0], [1.0, 2.0]).p_value == 1.0
     assert Effect.of([1.0, 2.0], [2.0, 3.0]).p_value == 0.0
@@ -40,10 +49,14 @@ def test_the_p_value_and_the_interval_agree() -> None:
 def test_differences_that_are_equal_or_all_but() -> None:
     """0.3 - 0.2 and 0.8 - 0.7 differ in the last digit: scipy would warn, or find NaN."""
     effect = Effect.of([0.2, 0.7], [0.3, 0.8])
-    assert effect.half_width < 1e-14 and effect.p_value < 1e-14 and effect.direction == 1
+    assert (
+        effect.difference.half_width < 1e-14
+        and effect.p_value < 1e-14
+        and effect.difference.direction == 1
+    )
     equal = Effect.of([1.0, 2.0], [2.0, 3.0])
-    assert equal.half_width == 0 and equal.direction == 1
-    assert Effect.of([1.0, 2.0], [1.0, 2.0]).direction == 0
+    assert equal.difference.half_width == 0 and equal.difference.direction == 1
+    assert Effect.of([1.0, 2.0], [1.0, 2.0]).difference.direction == 0
 
 
 def test_holm_steps_down() -> None:
@@ -56,9 +69,9 @@ def test_holm_steps_down() -> None:
 
 def test_a_single_seed_decides_nothing() -> None:
     effect = Effect.of([0.1], [0.9])
-    assert effect.direction == 0
-    assert math.isnan(effect.half_width)
-    assert Spread.of([0.1]).mean == pytest.approx(0.1)
+    assert effect.difference.direction == 0
+    assert math.isnan(effect.difference.half_width)
+    assert over_seeds([0.1]).value == pytest.approx(0.1)
 
 
 def result(seed: int, variant: str, kept: float, answers: float, moved: float) -> dict[str, Any]:

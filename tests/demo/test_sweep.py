@@ -160,8 +160,8 @@ def test_a_setting_is_compared_at_its_own_layer_over_the_seeds_it_shares() -> No
     own, last, *_ = probe_columns(results.last)
     effect = results.effect(two, own.measure(results.layer(two)))
     expected = Effect.of([0.70, 0.73], [0.90, 0.95])
-    assert effect.difference.mean == pytest.approx(expected.difference.mean)
-    assert effect.half_width == pytest.approx(expected.half_width)
+    assert effect.difference.value == pytest.approx(expected.difference.value)
+    assert effect.difference.half_width == pytest.approx(expected.difference.half_width)
     assert own.measure(1)(rows[0]) == pytest.approx(0.60) and last.heading == "unasked, layer 2"
     assert last.measure(1)(rows[0]) == pytest.approx(0.70)
     stamp = {"device": "CPU", "torch": "2", "commit": "abc", "dirty": False}
@@ -212,7 +212,7 @@ def test_it_writes_what_it_found(swept: tuple[Path, str]) -> None:
     ):
         effect = Effect.of(*([get(run) for run in by_point[p]] for p in ("baseline", name)))
         shown = columns[column]
-        text = f"{shown.scale * effect.difference.mean:+{shown.digits}} ± "
+        text = f"{shown.scale * effect.difference.value:+{shown.digits}} ± "
         row = [line for line in page.splitlines() if line.startswith(f"| {name} | 2 |")]
         assert any(text in line for line in row), (text, row)
     assert "**Answers after a long-tailed mix (%)**" in output

@@ -142,7 +142,7 @@ def test_examples_that_are_not_run_everywhere() -> None:
 
 def test_no_command_is_outside_of_backticks() -> None:
     """Where there is nothing between a program's name and what it is told."""
-    told = r"launch|-[mc]|train|sweep|diagnose|doctor|--[\w-]+|[\w/-]+\.py"
+    told = r"launch|-[mc]|train|sweep|checkup|doctor|--[\w-]+|[\w/-]+\.py"
     targets = "|".join(page.partition(" ")[2] for page in pages()[0].spans)
     command = re.compile(rf"\b(?:(?:{'|'.join(PROGRAMS)}) (?:{told})|make (?:{targets}))\b")
     for page in pages():

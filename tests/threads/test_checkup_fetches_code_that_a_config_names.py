@@ -25,7 +25,8 @@ import json, os, sys
 import transformers.integrations.hub_kernels as kernels
 import transformers.modeling_utils as modeling
 from prereg_kernels.cli.commands import main
-import prereg_kernels.cli.checkup, prereg_kernels.checkup.report.page as page
+import prereg_kernels.cli.checkup
+from prereg_kernels.checkup.report import page
 
 place, seen = os.getcwd(), []
 RUNS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.", "urllib.")

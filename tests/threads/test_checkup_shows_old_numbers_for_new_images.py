@@ -23,6 +23,7 @@ from transformers import Qwen2VLImageProcessorPil
 from prereg_kernels.checkup import checkup, report
 from prereg_kernels.checkup.images.datasets import ImageFolder
 from prereg_kernels.checkup.images.image_batches import ImageBatches
+from prereg_kernels.checkup.report import page
 from prereg_kernels.cli.commands import main
 from tests.checkup.pictures import (
     QWEN_PROCESSOR,
@@ -39,7 +40,7 @@ TEMPLATE = "{% for m in messages %}hello <image> look{% endfor %}"
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time, and say nothing else."""
-    monkeypatch.setattr("prereg_kernels.checkup.report.page._draw", lambda *_: {})
+    monkeypatch.setattr(page, "_draw", lambda *_: {})
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pycocotools.mask import decode as decode_mask
 from pycocotools.mask import frPyObjects
 
-from prereg_kernels._util.files import content_digest, printable
+from prereg_kernels._util.files import content_digest, printable, read_json
 from prereg_kernels.checkup.fingerprint import digest, of_files
-from prereg_kernels.checkup.images.datasets import Sample, read_object
+from prereg_kernels.checkup.images.datasets import Sample
 from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
 
 _LIKE = "COCO annotations, a JSON object with images, annotations and categories"
@@ -49,7 +49,7 @@ class CocoImages:
         if not root.is_dir():
             raise ValueError(f"images: expected a directory, got {root}")
         self._root, self._annotations = root, annotations
-        content = read_object(annotations, _LIKE)
+        content = read_json(annotations, _LIKE)
         try:
             self._names = _named(content, "categories", "name")
             files = _named(content, "images", "file_name")

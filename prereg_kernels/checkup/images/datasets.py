@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from prereg_kernels._util.files import printable
+from prereg_kernels._util.files import printable, read_json
 from prereg_kernels.checkup.fingerprint import digest, of_files
 from prereg_kernels.checkup.images.patches import check_mask
 from prereg_kernels.checkup.images.reading import (
@@ -160,17 +159,17 @@ class ImageFolder:
                 return {name: printable(name.split("/")[0]) for name in names}
             return {}
         given = read_labels(labels)
-        found = {
+        classes = {
             name: given[key]
             for name in names
             if (key := name if name in given else name.rsplit("/", 1)[-1]) in given
         }
-        if not found:
+        if not classes:
             raise ValueError(
                 f"{labels}: expected labels of images such as {printable(names[0])}, got labels of "
                 f"{len(given)} others, such as {printable(next(iter(given)))}"
             )
-        return found
+        return classes
 
 
 def _image_files(root: Path) -> Iterator[Path]:
@@ -194,7 +193,7 @@ def read_labels(path: Path) -> dict[str, str]:
     """
     if path.suffix == ".json":
         like = 'an object such as {"a.jpg": "cat"}'
-        table = read_object(path, like, _one_class_each)
+        table = read_json(path, like, _one_class_each)
         for label in table.values():
             if not isinstance(label, (str, int)):
                 raise ValueError(f"{path}: expected {like}; got the class {reprlib.repr(label)}")
@@ -225,43 +224,6 @@ def _pair(row: Sequence[str]) -> tuple[str, str]:
     if not label:
         raise ValueError(f"expected a class of {printable(name)[:60]}, got none")
     return name, label
-
-
-def read_object(
-    path: Path,
-    like: str,
-    pairs_hook: Callable[[Iterable[tuple[str, Any]]], dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-        like: what is expected, for the message.
-        pairs_hook: makes an object of its pairs, in place of dict.
-
-    Raises:
-        ValueError: none, or one that JSON does not allow; the message names the file.
-        OSError: it cannot be read.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            # a large file of something else is not read whole
-            while (start := file.read(1 << 20)).isspace():
-                pass
-            if not start.lstrip().startswith("{"):
-                raise ValueError(f"expected {like}; got {reprlib.repr(start.strip())}")
-            file.seek(0)
-            found: dict[str, Any] = json.load(file, object_pairs_hook=pairs_hook)
-            return found
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: expected {like}; got one that is nested too deeply") from None
-    except MemoryError:
-        raise ValueError(f"{path}: expected {like}; got more than fits into memory") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _one_class_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

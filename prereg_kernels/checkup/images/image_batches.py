@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels.attach.families import Family
 from prereg_kernels.checkup.batches import Batch, ImageFacts
 from prereg_kernels.checkup.fingerprint import digest
 from prereg_kernels.checkup.images.datasets import Sample, Samples
-from prereg_kernels.checkup.images.layouts import check_tower, layout_of
+from prereg_kernels.checkup.images.layouts import check_tower, family_with_layout
 from prereg_kernels.checkup.images.patches import owners
 from prereg_kernels.checkup.images.processing import place
 from prereg_kernels.checkup.images.reading import SkipImage
@@ -43,9 +44,9 @@ class ImageBatches:
         if not 0 < purity <= 1:
             raise ValueError(f"purity: expected a share in (0, 1], got {purity}")
         self._loaded, self._samples, self._size, self._purity = loaded, samples, size, purity
-        layout_of(loaded.config.model_type)
-        check_tower(loaded.config.model_type, loaded.config.vision_config.model_type)
-        self._before, self._after, self._token = _surroundings(loaded)
+        self._family = family_with_layout(loaded.config.model_type)
+        check_tower(loaded.config.model_type, loaded.config)
+        self._before, self._after, self._token = _surroundings(loaded, self._family)
         model: Any = loaded.model
         rows = model.get_input_embeddings().num_embeddings
         outside = [i for i in (self._token, *self._before, *self._after) if not 0 <= i < rows]
@@ -110,8 +111,8 @@ class ImageBatches:
             attention[row, : len(sequence)] = 1
         pixels = {name: _joined([processed[name] for _, processed in rows]) for name in rows[0][1]}
         inputs = {"input_ids": ids, "attention_mask": attention, **pixels}
-        if self._loaded.config.model_type.startswith("qwen"):
-            inputs["mm_token_type_ids"] = (ids == self._token).long()
+        if self._family.token_types is not None:
+            inputs[self._family.token_types] = (ids == self._token).long()
         return inputs
 
 
@@ -126,16 +127,17 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def _surroundings(loaded: Loaded) -> tuple[list[int], list[int], int]:
+def _surroundings(loaded: Loaded, family: Family) -> tuple[list[int], list[int], int]:
     """The ids before and after an image's tokens, and the id of those.
 
     The chat template's where the tokenizer has one, so that the image stands where it stood in
     training; else the family's markers alone.
     """
     config = loaded.config
-    token = config.image_token_id
+    name = family.visual_tokens[0]
+    token = getattr(config, name, None)
     if not isinstance(token, int):
-        raise ValueError(f"model: expected an image_token_id in its config, got {token}")
+        raise ValueError(f"model: expected an {name} in its config, got {token}")
     tokenizer = loaded.tokenizer
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
@@ -154,10 +156,9 @@ def _surroundings(loaded: Loaded) -> tuple[list[int], list[int], int]:
     before = []
     if tokenizer is not None and tokenizer.bos_token_id is not None:
         before.append(int(tokenizer.bos_token_id))
-    start = getattr(config, "vision_start_token_id", None)
-    end = getattr(config, "vision_end_token_id", None)
-    before += [] if start is None else [int(start)]
-    return before, [] if end is None else [int(end)], token
+    start, end = ([getattr(config, name, None)] for name in family.markers or ("", ""))
+    before += [int(marker) for marker in start if marker is not None]
+    return before, [int(marker) for marker in end if marker is not None], token
 
 
 def _padding(config: Any, token: int) -> int:

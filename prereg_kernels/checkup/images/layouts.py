@@ -1,4 +1,7 @@
-"""The order in which each model family lays out an image's tokens, and what each of them covers."""
+"""Layouts: the order of an image's tokens, and what each of them covers.
+
+A `Family` names one. "crop": LLaVA's. "tiles": LLaVA-NeXT's. "blocks": Qwen2-VL's and after.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +12,61 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prereg_kernels.attach.families import FAMILIES, Family, family_of_type
 from prereg_kernels.checkup.images.patches import TokenGrid, centre_window, regular_grid
-
-TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""Those of LLaVA and LLaVA-NeXT whose tokens' places are known, by `model_type`."""
 
 Layout = Callable[[Any, Any, tuple[int, int], Mapping[str, Tensor]], TokenGrid]
 """From the model's config, its image processor, an image's (height, width) and what the processor
 made of that image alone, to the places of its tokens."""
 
 
-def layout_of(model_type: str) -> Layout:
-    """The layout of a family, by `config.model_type`.
+def family_with_layout(model_type: str) -> Family:
+    """The family of a `config.model_type`, if the places of its visual tokens are known.
 
     Raises:
-        ValueError: a family whose layout is not known here.
+        ValueError: they are not.
     """
-    if model_type not in LAYOUTS:
+    family = family_of_type(model_type)
+    if family is None or family.layout is None:
+        known = [name for family in FAMILIES if family.layout for name in family.model_types]
         raise ValueError(
             f"model_type {model_type!r}: the places of its visual tokens are not known here; "
-            f"expected one of {', '.join(LAYOUTS)}. Other families can be measured from Python, "
+            f"expected one of {', '.join(known)}. Other families can be measured from Python, "
             "with batches of your own: see checkup()"
         )
-    return LAYOUTS[model_type]
+    return family
 
 
-def check_tower(model_type: str, tower: object) -> None:
-    """Raise ValueError unless the layout of a tower of that `model_type` is known."""
-    if model_type in ("llava", "llava_next") and tower not in TOWERS:
+def layout_of(family: Family) -> Layout:
+    """What finds the places of a family's tokens."""
+    assert family.layout is not None
+    return family.layout if callable(family.layout) else LAYOUTS[family.layout]
+
+
+def check_tower(model_type: str, config: Any) -> None:
+    """Raise ValueError unless the layout is known for the vision encoder of that config."""
+    family = family_with_layout(model_type)
+    tower = config.vision_config.model_type if family.towers else None
+    if family.towers and tower not in family.towers:
         raise ValueError(
             f"model_type {model_type!r} with a tower of model_type {tower!r}: the places of its "
-            f"visual tokens are not known here; expected {' or '.join(TOWERS)}"
+            f"visual tokens are not known here; expected {' or '.join(family.towers)}"
         )
 
 
-def llava(
+def cropped(
     config: Any, processor: Any, size: tuple[int, int], processed: Mapping[str, Tensor]
 ) -> TokenGrid:
     """One token a patch, row by row, of the resized and centre-cropped image."""
     vision = config.vision_config
     height, width = processed["pixel_values"].shape[-2:]
-    seen = (int(height), int(width))
-    shape = (seen[0] // vision.patch_size, seen[1] // vision.patch_size)
+    cut = (int(height), int(width))
+    shape = (cut[0] // vision.patch_size, cut[1] // vision.patch_size)
     source = _padded(processor, size)
     offset = ((source[0] - size[0]) // 2, (source[1] - size[1]) // 2)
     resized = _resized(processor, source)
     crop = getattr(processor, "do_center_crop", False)
-    window = centre_window(resized, seen) if crop else (0, 0, *resized)
+    window = centre_window(resized, cut) if crop else (0, 0, *resized)
     # patches that do not fill the tower's input are cut off at the right and at the bottom
     cell = vision.patch_size
     window = (window[0], window[1], window[0] + shape[0] * cell, window[1] + shape[1] * cell)
@@ -66,7 +77,7 @@ def llava(
     return _prepended(grid, int(keeps_class and vision.model_type == "clip_vision_model"))
 
 
-def llava_next(
+def tiled(
     config: Any, processor: Any, size: tuple[int, int], processed: Mapping[str, Tensor]
 ) -> TokenGrid:
     """First the small copy of the whole image, then the patches of all tiles, row by row over the
@@ -102,7 +113,7 @@ def llava_next(
     return _prepended(_with_newlines(grid), (side // cell) ** 2)
 
 
-def qwen(
+def merged(
     config: Any, processor: Any, size: tuple[int, int], processed: Mapping[str, Tensor]
 ) -> TokenGrid:
     """One token a block of merged patches, row by row, of the image resized to whole blocks."""
@@ -114,14 +125,14 @@ def qwen(
     )
 
 
-def pixels_made(model_type: str, processor: Any, size: tuple[int, int]) -> int:
+def pixels_made(family: Family, processor: Any, size: tuple[int, int]) -> int:
     """Of the largest picture that the processor makes of an image on its way.
 
     LLaVA's processors pad to a square or resize by the shorter edge, and crop later: of a strip of
     1 x 60,000 pixels they make billions.
     """
     target = getattr(processor, "size", None) or {}
-    if model_type == "llava":
+    if family.layout == "crop":
         source = _padded(processor, size)
         sizes = [source, _resized(processor, source)]
     else:
@@ -188,10 +199,4 @@ def _with_newlines(grid: TokenGrid) -> TokenGrid:
     )
 
 
-LAYOUTS: dict[str, Layout] = {
-    "llava": llava,
-    "llava_next": llava_next,
-    "qwen2_vl": qwen,
-    "qwen2_5_vl": qwen,
-    "qwen3_vl": qwen,
-}
+LAYOUTS: dict[str, Layout] = {"crop": cropped, "tiles": tiled, "blocks": merged}

@@ -120,8 +120,8 @@ def _owners(
     area = (bottom - top) * (right - left)
     # sums of equal shares may differ by rounding
     enough = np.maximum(covered.max(axis=1), purity * area) - 1e-9 * area
-    found = (covered >= enough[:, None]) & (area[:, None] > 0)
-    return np.asarray(np.where(found.any(axis=1), found.argmax(axis=1) - 1, -1), dtype=np.int64)
+    owning = (covered >= enough[:, None]) & (area[:, None] > 0)
+    return np.asarray(np.where(owning.any(axis=1), owning.argmax(axis=1) - 1, -1), dtype=np.int64)
 
 
 def _pixels(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from prereg_kernels.checkup.images.layouts import layout_of, pixels_made
+from prereg_kernels.checkup.images.layouts import family_with_layout, layout_of, pixels_made
 from prereg_kernels.checkup.images.patches import TokenGrid
 from prereg_kernels.checkup.images.reading import SkipImage
 from prereg_kernels.checkup.model_files import in_words
@@ -34,11 +34,12 @@ def place(
     """
     size = image.shape[0], image.shape[1]
     most = Image.MAX_IMAGE_PIXELS
+    family = family_with_layout(config.model_type)
     try:
-        if most is not None and pixels_made(config.model_type, processor, size) > most:
+        if most is not None and pixels_made(family, processor, size) > most:
             raise SkipImage(f"the image processor would make more than {most:,} pixels of it")
         made = process(processor, image)
-        return layout_of(config.model_type)(config, processor, size, made), made
+        return layout_of(family)(config, processor, size, made), made
     except SkipImage:
         raise
     except Exception as error:  # Qwen's limit on proportions, no memory, whatever a processor says

@@ -140,5 +140,12 @@ def logit_lens(
 
     Raises:
         ValueError: another shape, no rows, or features or logits that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import logit_lens
+        >>> features = torch.tensor([[0.0, 1.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+        >>> lens = logit_lens(features, torch.nn.Identity(), torch.eye(2), few=1)
+        >>> lens.silenced, lens.most_frequent[0]  # of 4 tokens 3 say token 1
+        (0.75, TopToken(token=1, times=3))
     """
     return LensSums(norm, weight, bias).update(features).result(few=few, listed=listed)

@@ -55,11 +55,11 @@ class Norms(NamedTuple):
             raise ValueError("features: expected at least 1 row in all, got 0")
         if not bool(torch.isfinite(norms).all()):
             raise ValueError("norms: expected finite values, got NaN or infinity")
-        found: dict[int, MassiveDimension] = {}
+        by_dimension: dict[int, MassiveDimension] = {}
         for more in dimensions:
-            had = found.get(more.dimension, MassiveDimension(more.dimension, 0, 0.0))
-            tokens, largest = had.tokens + more.tokens, max(had.largest, more.largest)
-            found[more.dimension] = MassiveDimension(more.dimension, tokens, largest)
+            before = by_dimension.get(more.dimension, MassiveDimension(more.dimension, 0, 0.0))
+            tokens, largest = before.tokens + more.tokens, max(before.largest, more.largest)
+            by_dimension[more.dimension] = MassiveDimension(more.dimension, tokens, largest)
         norms = norms.double()
         median = float(_median(norms[None]))
         return cls(
@@ -68,7 +68,7 @@ class Norms(NamedTuple):
             float(norms.max()),
             float((norms > OUTLIER * median).double().mean()),
             massive_tokens / len(norms),
-            tuple(sorted(found.values(), key=lambda one: (-one.tokens, -one.largest))),
+            tuple(sorted(by_dimension.values(), key=lambda one: (-one.tokens, -one.largest))),
         )
 
 
@@ -102,8 +102,8 @@ class NormSums:
             self.massive_tokens += int(massive.any(dim=1).sum())
             self._counts += massive.sum(dim=0)
             if len(magnitudes):
-                found = magnitudes.where(massive, 0.0).amax(dim=0).double()
-                self._largest = torch.maximum(self._largest, found)
+                largest = magnitudes.where(massive, 0.0).amax(dim=0).double()
+                self._largest = torch.maximum(self._largest, largest)
         return self
 
     @property
@@ -137,6 +137,14 @@ def token_norms(features: Tensor) -> Norms:
 
     Raises:
         ValueError: another shape, no rows, or values that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import token_norms
+        >>> features = torch.ones(3, 1024)
+        >>> features[1, 5] = 2000.0
+        >>> found = token_norms(features)
+        >>> found.median, found.massive_dimensions
+        (32.0, (MassiveDimension(dimension=5, tokens=1, largest=2000.0),))
     """
     return NormSums().update(features).result()
 

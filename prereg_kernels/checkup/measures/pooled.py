@@ -21,6 +21,12 @@ def pool(features: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import pool
+        >>> pool(torch.tensor([[1.0], [3.0], [5.0], [9.0]]), torch.tensor([0, 0, 2, -1]))
+        (tensor([[2.],
+                [5.]]), tensor([0, 2]))
     """
     check_features(features)
     check_ids(groups, "groups", len(features))

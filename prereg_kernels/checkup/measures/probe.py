@@ -60,6 +60,13 @@ def probe(
         NoProbeError: a single class or group, or a class so rare that a training set has only one.
         ValueError: other shapes, features that are not finite, `splits` below 1, or a `test_share`
             outside (0, 1).
+
+    Example:
+        >>> from prereg_kernels.checkup import probe
+        >>> labels = torch.arange(40) % 2
+        >>> found = probe(labels[:, None].float(), labels)
+        >>> found.mean, found.chance, found.interval
+        (1.0, 0.5, (1.0, 1.0))
     """
     from sklearn.model_selection import GroupShuffleSplit
 
@@ -112,6 +119,13 @@ def linear_probe(
     Raises:
         ValueError: shapes that do not fit, features that are not finite, labels that are no
             integers, a single class, a strength that is not above 0.
+
+    Example:
+        >>> from prereg_kernels.checkup import linear_probe
+        >>> x, y = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
+        >>> test_x, test_y = torch.tensor([[-3.0], [3.0], [4.0], [5.0]]), torch.tensor([0, 1, 1, 0])
+        >>> linear_probe(x, y, test_x, test_y)
+        0.75
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -91,14 +91,14 @@ class Scatter:
             strip = self._matrix[i : i + STRIP, first:]
             if scale is not None:
                 strip = strip * scale[i : i + STRIP, None] * scale[first:]
-            found = strip.abs().pow(power)
+            powers = strip.abs().pow(power)
             if self._symmetric:  # right of the diagonal block, each entry stands for two
                 size = len(strip)
-                block = found[:, :size]
-                upper = block.triu(1).sum() + found[:, size:].sum()
+                block = powers[:, :size]
+                upper = block.triu(1).sum() + powers[:, size:].sum()
                 total += float(2 * upper + block.diagonal().sum())
             else:
-                total += float(found.sum())
+                total += float(powers.sum())
         return total
 
 

@@ -113,9 +113,9 @@ class SimilaritySums:
             return math.nan
         assert self._means is not None and self._cross.means is not None
         traces = [float(scatter.diagonal().sum()) for scatter in pair]
-        for i, (given, found) in enumerate(zip(self._means, self._cross.means, strict=True)):
-            off = float((given.to(found) - found).square().sum())
-            if off > 1e-6 * traces[i] / n + 1e-12 * float(found.square().sum()):
+        for i, (given, mean) in enumerate(zip(self._means, self._cross.means, strict=True)):
+            off = float((given.to(mean) - mean).square().sum())
+            if off > 1e-6 * traces[i] / n + 1e-12 * float(mean.square().sum()):
                 raise ValueError("means: expected those of the same rows, got others")
 
         def hsic(total: float, p: float, q: float, products: float) -> float:
@@ -149,6 +149,13 @@ def similarity(features: Tensor, reference: Tensor) -> Similarity:
 
     Raises:
         ValueError: shapes that do not fit, fewer than two rows, or values that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import similarity
+        >>> reference = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> found = similarity(2 * reference, reference)
+        >>> round(found.cka, 6), round(found.cosine, 6), round(found.relative_norm, 6)
+        (1.0, 1.0, 2.0)
     """
     _check_pair(features, reference)
     means = (MeanSums().update(features).result(), MeanSums().update(reference).result())

@@ -63,5 +63,12 @@ def spectrum(features: Tensor) -> Spectrum:
 
     Raises:
         ValueError: another shape, fewer than two rows, or values that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import spectrum
+        >>> square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> found = spectrum(square)
+        >>> round(found.effective_dimension, 6), round(found.mean_correlation, 6)
+        (2.0, 0.0)
     """
     return SpectrumSums().update(features).result()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class PatchStructure(NamedTuple):
     """Mean cosine similarities between patches (arXiv 2603.20808, patch-structure degradation).
 
     A component that all patches share raises both alike and squeezes the contrast towards 1; the
-    centred values are those after the mean patch was subtracted.
+    centred values are those after the mean patch was subtracted. Numbers, or arrays of them.
     """
 
     cohesion: float  # over pairs of distinct patches of the same object
@@ -31,10 +33,17 @@ class PatchStructure(NamedTuple):
     centred_cohesion: float = math.nan
     centred_coupling: float = math.nan
 
+    @classmethod
+    def of(cls, sums: Mapping[str, Any]) -> PatchStructure:
+        """From arrays of sums of similarities, by the fields' names, over the numbers of pairs
+        "within" objects and "between" them."""
+        pairs = (sums["within"], sums["between"]) * 2
+        return cls(*(_ratio(sums[name], n) for name, n in zip(cls._fields, pairs, strict=True)))
+
     @property
     def contrast(self) -> float:
         """cohesion / coupling. It explodes where coupling is near 0: look at both as well."""
-        return self.cohesion / self.coupling if self.coupling else math.nan
+        return _ratio(self.cohesion, self.coupling)
 
     @property
     def difference(self) -> float:
@@ -44,12 +53,19 @@ class PatchStructure(NamedTuple):
     @property
     def centred_contrast(self) -> float:
         """centred_cohesion / centred_coupling: the coupling is often near 0, or negative."""
-        return self.centred_cohesion / self.centred_coupling if self.centred_coupling else math.nan
+        return _ratio(self.centred_cohesion, self.centred_coupling)
 
     @property
     def centred_difference(self) -> float:
         """centred_cohesion - centred_coupling."""
         return self.centred_cohesion - self.centred_coupling
+
+
+def _ratio(x: Any, y: Any) -> Any:
+    """x / y, NaN where y is 0."""
+    if isinstance(y, np.ndarray):
+        return x / np.where(y == 0, math.nan, y)
+    return x / y if y else math.nan
 
 
 class StructureSums:
@@ -66,6 +82,9 @@ class StructureSums:
     Raises:
         ValueError: a mean of another shape, or one that is not finite.
 
+    Attributes:
+        pairs: how many so far, within an object and between two.
+
     Memory: an (objects of the batch, D) table in float64; nothing grows with the batches.
     """
 
@@ -73,7 +92,7 @@ class StructureSums:
         if mean is not None:
             check_mean(mean, "mean")
         self._mean = mean
-        self._pairs = [0, 0]  # within an object, between two
+        self.pairs = [0, 0]
         self._similarity = [[0.0, 0.0], [0.0, 0.0]]  # as they are, centred
 
     @torch.no_grad()
@@ -99,8 +118,8 @@ class StructureSums:
         sizes = torch.bincount(group, minlength=len(groups))
         image_sizes = torch.zeros_like(ids).index_add_(0, image, sizes)
         within = int((sizes * (sizes - 1)).sum())
-        self._pairs[0] += within
-        self._pairs[1] += int((image_sizes * (image_sizes - 1)).sum()) - within
+        self.pairs[0] += within
+        self.pairs[1] += int((image_sizes * (image_sizes - 1)).sum()) - within
 
         for centred in (False, True) if self._mean is not None else (False,):
             sums, own = self._object_sums(centred, features, rows, group, len(groups))
@@ -132,7 +151,7 @@ class StructureSums:
         values = [
             total / pairs if pairs else math.nan
             for totals in self._similarity
-            for total, pairs in zip(totals, self._pairs, strict=True)
+            for total, pairs in zip(totals, self.pairs, strict=True)
         ]
         return PatchStructure(*(values if self._mean is not None else values[:2]))
 
@@ -154,6 +173,13 @@ def patch_structure(
 
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
+
+    Example:
+        >>> from prereg_kernels.checkup import patch_structure
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> found = patch_structure(features, torch.tensor([0, 0, 1, 1]))
+        >>> round(found.cohesion, 6), round(found.coupling, 6)
+        (1.0, 0.0)
     """
     mean = MeanSums().update(features).result()
     return StructureSums(mean).update(features, objects, images).result()

@@ -16,7 +16,7 @@ from torch import Tensor
 from prereg_kernels.checkup.measured import Shown
 from prereg_kernels.checkup.measures.tensors import check_features
 from prereg_kernels.checkup.report.style import plain
-from prereg_kernels.checkup.results import Diagnosis
+from prereg_kernels.checkup.results import CheckupResults
 
 COLUMNS = 7
 """Layers in a row of maps, at most."""
@@ -45,18 +45,20 @@ def chosen_patch(shown: Shown) -> int:
     return int(candidates[((places - centre) ** 2).sum(axis=0).argmin()])
 
 
-def maps(found: Sequence[Diagnosis], shown: Sequence[Shown], colours: Mapping[str, str]) -> Figure:
+def maps(
+    models: Sequence[CheckupResults], shown: Sequence[Shown], colours: Mapping[str, str]
+) -> Figure:
     """One image, a column a layer. For each model, a row of similarities: the cosine of every patch
     to a chosen one, the mean patch (over all images) subtracted, since what all patches share would
     make every map bright; the scale is from -1 to 1 throughout. Then, for each model, a row of
     patches coloured by `aligned_components`.
     """
-    layers = layers_shown(found[0].layers)
-    sheet = _Sheet(2 * len(found), len(layers) + 1, shown[0])
+    layers = layers_shown(models[0].layers)
+    sheet = _Sheet(2 * len(models), len(layers) + 1, shown[0])
     patch = chosen_patch(shown[0])
     drawn = None
-    for row, (diagnosis, image) in enumerate(zip(found, shown, strict=True)):
-        mean = diagnosis.measured.mean()
+    for row, (model, image) in enumerate(zip(models, shown, strict=True)):
+        mean = model.measured.mean()
         sheet.picture(row, image, patch)
         for column, layer in enumerate(layers, start=1):
             x = image.patches[layer].double() - mean[layer]
@@ -65,13 +67,13 @@ def maps(found: Sequence[Diagnosis], shown: Sequence[Shown], colours: Mapping[st
             drawn = _overlay(axis, image, similar.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             _mark(axis, image, patch)
     first: Tensor | None = None
-    for row, (diagnosis, image) in enumerate(zip(found, shown, strict=True), start=len(found)):
-        scores = aligned_components(diagnosis, image, layers, first)
+    for row, (model, image) in enumerate(zip(models, shown, strict=True), start=len(models)):
+        scores = aligned_components(model, image, layers, first)
         first = scores[0]
         sheet.picture(row, image, None)
         for column, x in enumerate(scores, start=1):
             _overlay(sheet.axes[row][column], image, _as_colours(x).numpy(), alpha=1.0)
-    names = [plain(diagnosis.name) if len(found) > 1 else "" for diagnosis in found]
+    names = [plain(model.name) if len(models) > 1 else "" for model in models]
     kinds = ("similarity", "components")
     sheet.label(
         ["image", *(f"layer {layer}" if layer else "input" for layer in layers)],
@@ -79,12 +81,12 @@ def maps(found: Sequence[Diagnosis], shown: Sequence[Shown], colours: Mapping[st
         colours,
     )
     assert drawn is not None
-    sheet.scale(drawn, len(found), "cosine to the marked patch", colours)
+    sheet.scale(drawn, len(models), "cosine to the marked patch", colours)
     return sheet.figure
 
 
 def aligned_components(
-    diagnosis: Diagnosis, image: Shown, layers: Sequence[int], first: Tensor | None = None
+    model: CheckupResults, image: Shown, layers: Sequence[int], first: Tensor | None = None
 ) -> list[Tensor]:
     """An image's patches on the first three principal components of each layer.
 
@@ -106,15 +108,15 @@ def aligned_components(
     before = first
     for layer in layers:
         check_features(image.patches[layer], "patches")
-        sample = diagnosis.measured.sample(layer).double()
+        sample = model.measured.sample(layer).double()
         mean = sample.mean(dim=0)
-        kept = min(3, *sample.shape)
+        count = min(3, *sample.shape)
         with torch.random.fork_rng(devices=[]):  # the solver draws a random start
             torch.manual_seed(0)
-            _, values, basis = torch.svd_lowrank(sample - mean, q=min(kept + 6, *sample.shape))
-        deviation = (values[:kept] / len(sample) ** 0.5).clamp_min(1e-12)
-        x = (image.patches[layer].double() - mean) @ basis[:, :kept] / deviation
-        x = torch.nn.functional.pad(x, (0, 3 - kept))
+            _, values, basis = torch.svd_lowrank(sample - mean, q=min(count + 6, *sample.shape))
+        deviation = (values[:count] / len(sample) ** 0.5).clamp_min(1e-12)
+        x = (image.patches[layer].double() - mean) @ basis[:, :count] / deviation
+        x = torch.nn.functional.pad(x, (0, 3 - count))
         if before is not None:
             left, _, right = torch.linalg.svd(x.T @ before)
             x = x @ (left @ right)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import warnings
@@ -11,81 +10,74 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from prereg_kernels._util.files import printable, write_whole
-from prereg_kernels.checkup.intervals import Estimate
+from prereg_kernels._util.files import write_whole
 from prereg_kernels.checkup.measured import Shown
+from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.report.findings import (
     comparison,
     headline,
+    limits,
     middle_layer,
-    reading,
     sentences,
     tiles,
 )
+from prereg_kernels.checkup.report.html import inlined, write_html
 from prereg_kernels.checkup.report.maps import drawable, maps
 from prereg_kernels.checkup.report.plots import CURVES, Colours
 from prereg_kernels.checkup.report.style import THEMES, theme
-from prereg_kernels.checkup.results import Curve, Diagnosis
+from prereg_kernels.checkup.results import CheckupResults, Curve
+from prereg_kernels.checkup.words import figure
 
 PAGE, NUMBERS, PLOTS = "checkup.html", "checkup.json", "plots"
 
 
 def write_page(
     out: Path,
-    found: Sequence[Diagnosis],
+    models: Sequence[CheckupResults],
     differences: Mapping[str, Curve],
     facts: Mapping[str, Any],
 ) -> Path:
     """Write checkup.json, plots/ and checkup.html into `out`.
 
     Args:
-        found: one model, or two to compare.
+        models: one model, or two to compare.
         differences: second - first, if there are two.
         facts: what was measured, on what: for the page's first lines.
 
     Returns:
         The page.
     """
-    lines = sentences(found[0])
-    compared = comparison(found[0], found[1], differences) if len(found) == 2 else []
     out.mkdir(parents=True, exist_ok=True)
-    numbers = as_json(found, differences, facts)
+    numbers = as_json(models, differences, facts)
     write_whole(out / NUMBERS, json.dumps(numbers, indent=1, allow_nan=False))
-    pictures = _draw(found, out / PLOTS)
-    measured = found[0].measured
-    environment = Environment(
-        loader=PackageLoader("prereg_kernels.checkup.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("checkup.html").render(
-        headline=headline(found[0]),
-        tiles=tiles(found[0]),
-        sentences=lines,
-        comparison=compared,
-        facts=facts,
-        found=found,
-        layer=middle_layer(found[0].layers),
-        pictures={name: _inline(paths) for name, paths in pictures.items()},
-        shown={
+    pictures = _draw(models, out / PLOTS)
+    measured = models[0].measured
+    values = {
+        "headline": numbers["headline"],
+        "tiles": tiles(models[0]),
+        "sentences": numbers["findings"],
+        "comparison": numbers["comparison"],
+        "facts": facts,
+        "models": models,
+        "layer": middle_layer(models[0].layers),
+        "pictures": {name: inlined(paths) for name, paths in pictures.items()},
+        "shown": {
             i: shown.name for i, shown in enumerate(measured.shown()) if f"maps-{i}" in pictures
         },
-        tables=[_table(diagnosis) for diagnosis in found],
-        reading=reading(found[0].layers, len(measured.names), measured.sample_rows, measured.width),
-        skipped=measured.skipped,
-    )
-    write_whole(out / PAGE, page)
+        "tables": [_table(model) for model in models],
+        "limits": limits(
+            models[0].layers, len(measured.names), measured.sample_rows, measured.width
+        ),
+        "skipped": measured.skipped,
+    }
+    write_html(out / PAGE, __package__, values)
     return out / PAGE
 
 
 def as_json(
-    found: Sequence[Diagnosis], differences: Mapping[str, Curve], facts: Mapping[str, Any]
+    models: Sequence[CheckupResults], differences: Mapping[str, Curve], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything on the page as plain values; None where a number does not exist.
 
@@ -98,9 +90,9 @@ def as_json(
     """
     return {
         "facts": dict(facts),
-        "headline": headline(found[0]),
-        "findings": sentences(found[0]),
-        "comparison": comparison(found[0], found[1], differences) if len(found) == 2 else [],
+        "headline": headline(models[0]),
+        "findings": sentences(models[0]),
+        "comparison": comparison(models[0], models[1], differences) if len(models) == 2 else [],
         "models": [
             {
                 "name": d.name,
@@ -138,7 +130,7 @@ def as_json(
                     for norms in d.norms
                 ],
             }
-            for d in found
+            for d in models
         ],
         "differences": _curves(differences),
     }
@@ -155,51 +147,40 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _draw(found: Sequence[Diagnosis], directory: Path) -> dict[str, dict[str, Path]]:
+def _draw(models: Sequence[CheckupResults], directory: Path) -> dict[str, dict[str, Path]]:
     """{picture: {theme: file}}."""
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, Path]] = {}
-    images = list(zip(*(d.measured.shown() for d in found), strict=True))
+    images = list(zip(*(d.measured.shown() for d in models), strict=True))
     for name in THEMES:
         with theme(name) as colours, warnings.catch_warnings():
             # names of models and images in scripts that the font does not have
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            for picture, figure in _figures(found, images, colours):
+            for picture, drawing in _figures(models, images, colours):
                 path = directory / f"{picture}{'' if name == 'light' else '-' + name}.png"
                 buffer = BytesIO()
-                figure.savefig(buffer, format="png")
+                drawing.savefig(buffer, format="png")
                 write_whole(path, buffer.getvalue())
                 files.setdefault(picture, {})[name] = path
     return files
 
 
 def _figures(
-    found: Sequence[Diagnosis], images: Sequence[tuple[Shown, ...]], colours: Colours
+    models: Sequence[CheckupResults], images: Sequence[tuple[Shown, ...]], colours: Colours
 ) -> Iterator[tuple[str, Figure]]:
     for picture, draw in CURVES.items():
-        figure = draw(found, colours)
-        if figure is not None:
-            yield picture, figure
+        drawing = draw(models, colours)
+        if drawing is not None:
+            yield picture, drawing
     for i, shown in enumerate(images):
         if all(drawable(image) for image in shown):
-            yield f"maps-{i}", maps(found, shown, colours)
+            yield f"maps-{i}", maps(models, shown, colours)
 
 
-def _inline(paths: Mapping[str, Path]) -> dict[str, str]:
-    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
-
-
-def _table(d: Diagnosis) -> dict[str, Any]:
+def _table(d: CheckupResults) -> dict[str, Any]:
     """The figures of all layers as text: {"columns", "rows"}."""
     keys = [key for key in d.curves if d.curves[key]]
-    rows = [[key, *(_cell(key, x, d) for x in d.curves[key])] for key in keys]
+    units = {measure.name: measure.unit for measure in MEASURES} | dict.fromkeys(d.probes, "%")
+    rows = [[key, *(figure(x.value, units[key]) for x in d.curves[key])] for key in keys]
     columns = ["", *("input" if i == 0 else str(i) for i in range(d.layers))]
     return {"columns": columns, "rows": rows}
-
-
-def _cell(key: str, x: Estimate, d: Diagnosis) -> str:
-    if not math.isfinite(x.value):
-        return "–"
-    if key in d.probes or key in ("silenced tokens", "outlier tokens", "massive activations"):
-        return f"{100 * x.value:.1f}%"
-    return f"{x.value:.3f}" if abs(x.value) < 100 else f"{x.value:.0f}"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from prereg_kernels._util.files import printable
 
@@ -24,11 +28,17 @@ STYLE: dict[str, Any] = {
     "font.size": 10,
 }
 
-_THEMES = {
-    "light": {"ground": "#ffffff", "ink": "#1b1f24", "soft": "#59636e", "line": "#d1d9e0"},
-    "dark": {"ground": "#0d1117", "ink": "#e6edf3", "soft": "#9198a1", "line": "#3d444d"},
-}
-THEMES = tuple(_THEMES)
+THEMES = {
+    "light": {
+        "ground": "#ffffff", "ink": "#1b1f24", "soft": "#59636e", "line": "#d1d9e0",
+        "card": "#f6f8fa", "fall": "#b35900", "rise": "#0072b2",
+    },
+    "dark": {
+        "ground": "#0d1117", "ink": "#e6edf3", "soft": "#9198a1", "line": "#3d444d",
+        "card": "#151b23", "fall": "#f0b13c", "rise": "#56b4e9",
+    },
+}  # fmt: skip
+"""The colours of pictures and pages, by theme."""
 
 
 def plain(text: str) -> str:
@@ -39,7 +49,7 @@ def plain(text: str) -> str:
 @contextmanager
 def theme(name: str) -> Iterator[dict[str, str]]:
     """Draw in a theme of the page, "light" or "dark"; gives its colours."""
-    colours = _THEMES[name]
+    colours = THEMES[name]
     settings = {
         "figure.facecolor": colours["ground"],
         "savefig.facecolor": colours["ground"],
@@ -62,3 +72,50 @@ def theme(name: str) -> Iterator[dict[str, str]]:
     models = [ORANGE, BLUE if name == "light" else SKY]
     with matplotlib.rc_context({**STYLE, **settings}):
         yield {**colours, "first": models[0], "second": models[1]}
+
+
+def panels(
+    count: int, *, size: tuple[float, float], columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure with that many axes, row by row; what is left of the last row stays empty.
+
+    Args:
+        size: width and height, inches.
+        columns: at most; None: one row.
+    """
+    columns = min(columns or count, count)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
+def curve(axis: Axes, values: ArrayLike, low: ArrayLike, high: ArrayLike, **line: Any) -> None:
+    """A line over depth, and the band between two more; `line` is what `Axes.plot` takes."""
+    depth = np.arange(len(np.asarray(values)))
+    axis.plot(depth, values, markersize=4, **line)
+    axis.fill_between(depth, low, high, color=line["color"], alpha=0.18, linewidth=0)
+
+
+def mark_layer(axis: Axes, layer: int, **bar: Any) -> None:
+    """Name the axis of depth, and put a bar at a layer."""
+    axis.axvline(layer, **bar)
+    axis.set_xlabel("layer (0: input)")
+
+
+def legend(
+    figure: Figure, axis: Axes, text: Callable[[str], str] = str, side: str = "center"
+) -> None:
+    """One for all axes, above them, of the lines of one.
+
+    Args:
+        text: from a line's label to what is shown.
+    """
+    handles, labels = axis.get_legend_handles_labels()
+    shown = figure.legend(
+        handles, labels, loc=f"outside upper {side}", ncols=len(labels), frameon=False
+    )
+    for entry, label in zip(shown.get_texts(), labels, strict=True):
+        # not as a label: matplotlib leaves out those that begin with an underscore
+        entry.set_text(text(label))

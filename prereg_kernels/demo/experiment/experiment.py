@@ -120,8 +120,8 @@ class Unit:
 
 def units(config: ExperimentConfig) -> list[Unit]:
     """All runs; those that go through the transfer test, the longest, come first."""
-    found = [Unit(seed, variant) for seed in range(config.seeds) for variant in VARIANTS]
-    return sorted(found, key=lambda unit: unit.variant == "other_scene")
+    runs = [Unit(seed, variant) for seed in range(config.seeds) for variant in VARIANTS]
+    return sorted(runs, key=lambda unit: unit.variant == "other_scene")
 
 
 def run_config(config: ExperimentConfig, unit: Unit) -> RunConfig:
@@ -169,8 +169,8 @@ def run_unit(
     if done is not None:
         return done
     run = run_config(config, unit)
-    trained, found = train_and_measure(config, run, directory, out / "cache", report, device)
-    result: dict[str, Any] = {"seed": unit.seed, "variant": unit.variant, **found}
+    trained, measured = train_and_measure(config, run, directory, out / "cache", report, device)
+    result: dict[str, Any] = {"seed": unit.seed, "variant": unit.variant, **measured}
     if unit.variant != "other_scene":
         result["transfer"] = {
             name: transfer_test(config, unit.seed, name, trained, directory, report, device)
@@ -197,9 +197,9 @@ def train_and_measure(
     trained = train(run, directory, cache_dir=cache, progress=False, device=device)
     report("measuring", directory, 0)
     test = Scenes("test", run.seed, run.scenes)
-    asked = [name for name in FAMILIES if name in COMMON_FAMILIES or run.families.get(name, 0) > 0]
+    names = [name for name in FAMILIES if name in COMMON_FAMILIES or run.families.get(name, 0) > 0]
     answers = evaluate(
-        trained.model, trained.packer, test, asked, n_scenes=config.evaluation_scenes
+        trained.model, trained.packer, test, names, n_scenes=config.evaluation_scenes
     )
     return trained, {
         "accuracy": answers.accuracy,
@@ -257,7 +257,7 @@ def transfer_test(
     report(f"transfer, {transfer}", path, run.steps)
     tuned = train(run, path, cache_dir=path, progress=False, tensorboard=False, device=device)
     family = config.transfer.family
-    found = evaluate(
+    answers = evaluate(
         tuned.model,
         tuned.packer,
         Scenes("test", seed, run.scenes),
@@ -266,7 +266,7 @@ def transfer_test(
     )
     return {
         "family": family,
-        "accuracy": found.accuracy[family],
-        "majority": found.majority[family],
-        "lm_loss": found.lm_loss,
+        "accuracy": answers.accuracy[family],
+        "majority": answers.majority[family],
+        "lm_loss": answers.lm_loss,
     }

@@ -9,24 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from prereg_kernels.checkup.report.style import BLUE, GREY, ORANGE, STYLE
-from prereg_kernels.demo.checkups import read_checkups
+from prereg_kernels.checkup.measures.measure import STRUCTURE
+from prereg_kernels.checkup.report.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    STYLE,
+    curve,
+    legend,
+    mark_layer,
+    panels,
+)
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, questions
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, PROPERTIES, Scenes
 from prereg_kernels.demo.experiment.experiment import TRANSFERS, VARIANTS, ExperimentConfig
 from prereg_kernels.demo.experiment.summary import Result, Results, at, unasked
 from prereg_kernels.demo.metrics import read_metrics
+from prereg_kernels.demo.training_checkup import read_checkups
 
 LABELS = {"baseline": "baseline", "pre": "PRe", "other_scene": "control: another scene's target"}
 COLOURS = {"baseline": ORANGE, "pre": BLUE, "other_scene": GREY}
 MARKERS = {"baseline": "s", "pre": "o", "other_scene": "^"}
+COLUMNS = 4
 
 
 def plot_all(
@@ -36,7 +45,7 @@ def plot_all(
     directory.mkdir(parents=True, exist_ok=True)
     layer = config.run.pre.layer
     files = {}
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, figure in {
             "probes": probes(results, layer),
             "answers": answers(results),
@@ -50,40 +59,39 @@ def plot_all(
                 continue
             files[name] = directory / f"{name}.png"
             figure.savefig(files[name])
-            plt.close(figure)
     return files
 
 
 def probes(results: Results, layer: int) -> Figure:
     """Probe accuracy over depth, a panel for each property."""
-    figure, axes = plt.subplots(1, len(PROPERTIES), figsize=(15, 3.1), constrained_layout=True)
+    figure, axes = panels(len(PROPERTIES), size=(15, 3.1))
     for axis, name in zip(axes, PROPERTIES, strict=True):
         _over_depth(axis, results, at("probe", name), layer, scale=100)
         axis.set_title(f"{name} ({'asked' if name == 'digit' else 'never asked'})")
     axes[0].set_ylabel("linear probe, test accuracy (%)")
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 
 def structure(results: Results, layer: int) -> Figure:
-    """Cohesion, coupling, their difference and contrast over depth, plain and mean-centred."""
-    names = ("cohesion", "coupling", "difference", "contrast")
-    figure, axes = plt.subplots(2, len(names), figsize=(14, 5.6), constrained_layout=True)
-    for row, prefix in zip(axes, ("", "centred "), strict=True):
-        for axis, name in zip(row, names, strict=True):
-            key = prefix + name
-            _over_depth(axis, results, at("structure", key), layer)
-            axis.set_title(key)
-    for row in axes:
-        row[0].set_ylabel("mean cosine similarity")
-        row[3].set_ylabel("ratio")
-    _legend(figure, axes[0][0])
+    """The measures of patch structure over depth."""
+    measures = [m for m in results.measures() if m.group == STRUCTURE]
+    rows = -(-len(measures) // COLUMNS)
+    figure, axes = panels(len(measures), size=(14, 2.8 * rows), columns=COLUMNS)
+    unit = ""
+    for i, (axis, measure) in enumerate(zip(axes, measures, strict=True)):
+        _over_depth(axis, results, at(measure.group, measure.name), layer, measure.scale)
+        axis.set_title(measure.name)
+        if i % COLUMNS == 0 or measure.unit != unit:
+            axis.set_ylabel(measure.unit)
+        unit = measure.unit
+    legend(figure, axes[0])
     return figure
 
 
 def answers(results: Results) -> Figure:
     """Accuracy per question family, a bar a variant, a dot a seed."""
-    figure, axis = plt.subplots(figsize=(9, 3.4), constrained_layout=True)
+    figure, [axis] = panels(1, size=(9, 3.4))
     families = [*results.families, "mean"]
 
     def get(family: str) -> Callable[[Result], float]:
@@ -96,13 +104,13 @@ def answers(results: Results) -> Figure:
     axis.set_ylabel("right answers (%)")
     axis.set_ylim(0, 105)
     axis.set_title("answers by greedy generation; dots: seeds; dotted: always the commonest answer")
-    _legend(figure, axis)
+    legend(figure, axis)
     return figure
 
 
 def transfer(results: Results) -> Figure:
     """Accuracy on the new question family, per way of learning it."""
-    figure, axis = plt.subplots(figsize=(6, 3.4), constrained_layout=True)
+    figure, [axis] = panels(1, size=(6, 3.4))
 
     def get(name: str) -> Callable[[Result], float]:
         return lambda r: 100 * r["transfer"][name]["accuracy"]
@@ -113,13 +121,13 @@ def transfer(results: Results) -> Figure:
     axis.set_ylabel(f"right {first['family']} answers (%)")
     axis.set_ylim(0, 105)
     axis.set_title(f"learning {first['family']} questions afterwards")
-    _legend(figure, axis)
+    legend(figure, axis)
     return figure
 
 
 def training(results: Results, out: Path) -> Figure:
     """Both losses over the steps, a thin line a seed, smoothed over 10 steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), constrained_layout=True)
+    figure, axes = panels(2, size=(11, 3.2))
     for variant in VARIANTS:
         for position, result in enumerate(results.by_variant[variant]):
             rows = read_metrics(out / f"seed-{result['seed']}" / variant)
@@ -133,14 +141,14 @@ def training(results: Results, out: Path) -> Figure:
                 axis.plot(steps[9:], smooth, color=COLOURS[variant], linewidth=1, label=label)
     axes[0].set(xlabel="step", ylabel="L_LM (nats per answer)", title="language-model loss")
     axes[1].set(xlabel="step", ylabel="L_PRe (negative cosine)", title="PRe loss")
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 
 def progress(results: Results, out: Path, layer: int) -> Figure | None:
     """The paper's third figure: what is answered and what probes read, over training. A line a
     variant, the mean of its seeds; None where no checkup was made during training."""
-    found = {
+    checkups = {
         variant: [
             rows
             for result in results.by_variant[variant]
@@ -148,19 +156,19 @@ def progress(results: Results, out: Path, layer: int) -> Figure | None:
         ]
         for variant in VARIANTS
     }
-    if not any(found.values()):
+    if not any(checkups.values()):
         return None
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), constrained_layout=True)
-    panels: list[tuple[str, Callable[[Any], float]]] = [
+    figure, axes = panels(3, size=(13, 3.2))
+    shown: list[tuple[str, Callable[[Any], float]]] = [
         ("answers to the common questions", at("mean_accuracy")),
         (f"linear probe, layer {layer}: never asked", unasked(layer)),
         (f"linear probe, layer {layer}: digit (asked)", at("probe", "digit", layer)),
     ]
-    for variant, seeds in found.items():
+    for variant, seeds in checkups.items():
         if not seeds:
             continue
         steps = [row["step"] for row in seeds[0]]
-        for axis, (title, get) in zip(axes, panels, strict=True):
+        for axis, (title, get) in zip(axes, shown, strict=True):
             lines = 100 * np.array([[get(row) for row in rows] for rows in seeds])
             axis.plot(
                 steps, lines.mean(axis=0), color=COLOURS[variant], marker=MARKERS[variant],
@@ -170,40 +178,35 @@ def progress(results: Results, out: Path, layer: int) -> Figure | None:
                 axis.plot(steps, line, color=COLOURS[variant], linewidth=0.6, alpha=0.5)
             axis.set(title=title, xlabel="step")
     axes[0].set_ylabel("right (%)")
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 
 def scenes(config: ExperimentConfig, count: int = 6) -> Figure:
     """Test scenes, their object masks, a digit's attributes, and a question of each family."""
-    figure, axes = plt.subplots(2, count, figsize=(2.5 * count, 6.2), constrained_layout=True)
+    figure, axes = panels(2 * count, size=(2.5 * count, 6.2), columns=count)
     test = Scenes("test", 0, config.run.scenes)
     for column in range(count):
         scene = test.scene(column)
-        top, bottom = axes[0][column], axes[1][column]
+        top, bottom = axes[column], axes[count + column]
         top.imshow(scene.image, cmap="gray", vmin=0, vmax=1)
         bottom.imshow(scene.image, cmap="gray", vmin=0, vmax=1, alpha=0.35)
         bottom.imshow(np.ma.masked_less(scene.mask, 0), cmap="tab10", vmin=0, vmax=9, alpha=0.8)
         first = scene.objects[0]
         box = (first.left - 0.5, first.top - 0.5), first.size, first.size
-        top.add_patch(plt.Rectangle(*box, fill=False, edgecolor="#D55E00", linewidth=2.5))
+        top.add_patch(Rectangle(*box, fill=False, edgecolor="#D55E00", linewidth=2.5))
         words = [values[getattr(first, name)] for name, values in ATTRIBUTES.items()]
         top.set_title(f"{first.digit}: {', '.join(words[:2])},\n{', '.join(words[2:])}", fontsize=9)
         rng = random.Random(column)
-        asked = [
+        examples = [
             questions(scene, {family: 1.0}, 1, rng, grid=config.run.scenes.grid)[0]
             for family in COMMON_FAMILIES
         ]
-        lines = [f"{' '.join(question.prompt)}? {question.answer}" for question in asked]
+        lines = [f"{' '.join(question.prompt)}? {question.answer}" for question in examples]
         bottom.set_title("\n".join(lines), fontsize=8, loc="left")
         for axis in (top, bottom):
             axis.set_axis_off()
     return figure
-
-
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
 
 def _over_depth(
@@ -213,20 +216,15 @@ def _over_depth(
     layer: int,
     scale: float = 1,
 ) -> None:
-    axis.axvline(layer, color="black", alpha=0.15, linewidth=6)
+    mark_layer(axis, layer, color="black", alpha=0.15, linewidth=6)
     for variant in VARIANTS:
         lines = scale * np.array([get(result) for result in results.by_variant[variant]])
-        mean, depth = lines.mean(axis=0), range(lines.shape[1])
-        axis.plot(
-            depth, mean, color=COLOURS[variant], marker=MARKERS[variant], markersize=4,
-            label=LABELS[variant],
+        mean = lines.mean(axis=0)
+        spread = lines.std(axis=0, ddof=1) if len(lines) > 1 else np.full_like(mean, np.nan)
+        curve(
+            axis, mean, mean - spread, mean + spread, color=COLOURS[variant],
+            marker=MARKERS[variant], label=LABELS[variant],
         )  # fmt: skip
-        if len(lines) > 1:
-            deviation = lines.std(axis=0, ddof=1)
-            axis.fill_between(
-                depth, mean - deviation, mean + deviation, color=COLOURS[variant], alpha=0.18
-            )
-    axis.set_xlabel("layer (0: input)")
     axis.set_xticks(range(results.layers))
 
 

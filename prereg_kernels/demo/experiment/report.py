@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -13,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from prereg_kernels._util.files import write_whole
 from prereg_kernels._version import __version__
+from prereg_kernels.checkup.intervals import Estimate
+from prereg_kernels.checkup.report.html import inlined, write_html
+from prereg_kernels.checkup.words import plus_minus, spread
 from prereg_kernels.demo.config import to_dict
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import TRANSFERS, ExperimentConfig, units
@@ -28,9 +28,9 @@ from prereg_kernels.demo.experiment.summary import (
     Effect,
     Result,
     Results,
-    Spread,
     at,
     headline,
+    over_seeds,
     unasked,
 )
 
@@ -55,8 +55,9 @@ def write_report(
     Returns:
         The page.
     """
-    found = [read_result(unit.directory(out)) for unit in units(config)]
-    results = Results([result for result in found if result is not None])
+    stored = [read_result(unit.directory(out)) for unit in units(config)]
+    finished = [result for result in stored if result is not None]
+    results = Results(finished)
     layer = config.run.pre.layer
     sentences = headline(results, layer)
     tables = [
@@ -88,36 +89,25 @@ def write_report(
         "tables": [table.__dict__ for table in tables],
         "cost": cost,
         "config": to_dict(config),
-        "results": [result for result in found if result is not None],
+        "results": finished,
     }
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
-    environment = Environment(
-        loader=PackageLoader("prereg_kernels.demo.experiment", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
-        headline=sentences,
-        facts=facts,
-        tables={table.title: table for table in tables},
-        pictures={
-            name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()
-        },
-        config=json.dumps(to_dict(config), indent=1),
-    )
+    values = {
+        "headline": sentences,
+        "facts": facts,
+        "tables": {table.title: table for table in tables},
+        "pictures": inlined(pictures),
+        "config": json.dumps(to_dict(config), indent=1),
+    }
     path = out / "report.html"
-    write_whole(path, page)
+    write_html(path, __package__, values)
     return path
 
 
 def _answers(results: Results) -> Table:
     rows = [_percent_row(family, results, at("accuracy", family)) for family in results.families]
     rows.append(_percent_row("mean", results, at("mean_accuracy")))
-    loss = results.effect(at("lm_loss"))
-    control = Spread.of(results.values("other_scene", at("lm_loss")))
-    values = (loss.before, loss.after, control)
-    texts = [f"{x.mean:.3f}{_pm(x.deviation, '.3f')}" for x in values]
-    rows.append(["LM loss (nats)", *texts, _difference(loss, 1, ".3f")])
+    rows.append(_row("LM loss (nats)", results, at("lm_loss"), 1, ".3f"))
     return Table("Answers (%)", ("", "baseline", "PRe", "control", "PRe − baseline"), rows)
 
 
@@ -135,21 +125,10 @@ def _probes(results: Results, layer: int) -> Table:
 def _structure(results: Results, layer: int) -> Table:
     rows = []
     for depth in dict.fromkeys((0, layer, results.layers - 1)):
-        for prefix in ("", "centred "):
-            for name in ("cohesion", "coupling", "difference", "contrast"):
-                key = prefix + name
-                rows.append(
-                    _row(
-                        f"layer {depth}: {key}",
-                        results,
-                        at("structure", key, depth),
-                        1,
-                        ".3f",
-                    )
-                )
-        for key in ("cosine to input", "norm"):
-            get = at("states", key, depth)
-            rows.append(_row(f"layer {depth}: {key}", results, get, 1, ".3f"))
+        for measure in results.measures():
+            get = at(measure.group, measure.name, depth)
+            label = f"layer {depth}: {measure.name}"
+            rows.append(_row(label, results, get, measure.scale, measure.digits))
     columns = ("", "baseline", "PRe", "control", "PRe − baseline")
     return Table("Patch structure", columns, rows)
 
@@ -167,8 +146,8 @@ def _transfer(results: Results) -> Table:
         rows.append(
             [
                 name,
-                f"{_percent(effect.before)} ({per_seed[0]})",
-                f"{_percent(effect.after)} ({per_seed[1]})",
+                f"{_level(effect.before, 100, '.1f')} ({per_seed[0]})",
+                f"{_level(effect.after, 100, '.1f')} ({per_seed[1]})",
                 _difference(effect, 100, ".1f"),
             ]
         )
@@ -207,26 +186,19 @@ def _row(
 ) -> list[str]:
     """A row of the columns baseline, PRe, control, difference."""
     effect = results.effect(get)
-    control = Spread.of(results.values("other_scene", get))
-    spreads = (effect.before, effect.after, control)
-    texts = [f"{scale * x.mean:{digits}}{_pm(scale * x.deviation, digits)}" for x in spreads]
-    return [label, *texts, _difference(effect, scale, digits)]
+    control = over_seeds(results.values("other_scene", get))
+    levels = [_level(x, scale, digits) for x in (effect.before, effect.after, control)]
+    return [label, *levels, _difference(effect, scale, digits)]
 
 
-def _percent(spread: Spread) -> str:
-    return f"{100 * spread.mean:.1f}{_pm(100 * spread.deviation, '.1f')}"
+def _level(x: Estimate, scale: float, digits: str) -> str:
+    return f"{scale * x.value:{digits}}{spread(scale * x.deviation, digits)}"
 
 
 def _difference(effect: Effect, scale: float, digits: str) -> str:
     """The paired difference with its 95% interval; a star where the interval excludes 0."""
-    star = " *" if effect.direction else ""
-    return (
-        f"{scale * effect.difference.mean:+{digits}}{_pm(scale * effect.half_width, digits)}{star}"
-    )
-
-
-def _pm(value: float, digits: str) -> str:
-    return "" if math.isnan(value) else f" ± {value:{digits}}"
+    star = " *" if effect.difference.direction else ""
+    return plus_minus(effect.difference, scale, digits) + star
 
 
 def _print(table: Table, console: Console) -> None:

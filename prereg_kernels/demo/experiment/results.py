@@ -79,10 +79,10 @@ def check_settings(out: Path, kind: str, settings: dict[str, Any], free: Sequenc
         raise ValueError(
             f"{printable(out)}: holds results of something else; expected another --out"
         )
-    there, asked = read_json(path), json.loads(json.dumps(settings))
+    there, wanted = read_json(path), json.loads(json.dumps(settings))
     if not isinstance(there, dict):
         raise ValueError(f"{printable(path)}: expected the settings of the results there")
-    if any(there.get(name) != asked.get(name) for name in {*there, *asked}.difference(free)):
+    if any(there.get(name) != wanted.get(name) for name in {*there, *wanted}.difference(free)):
         raise ValueError(
             f"{printable(out)}: holds results of other settings; expected the same ones, another "
             "--out, or --fresh"

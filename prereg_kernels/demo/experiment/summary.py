@@ -5,30 +5,26 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
 from typing import Any
 
+from prereg_kernels.checkup.intervals import Estimate
+from prereg_kernels.checkup.measures.measure import DEMO, STATES, STRUCTURE, Measure
+from prereg_kernels.checkup.measures.table import MEASURES
+from prereg_kernels.checkup.words import plus_minus, verdict
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import TRANSFERS
 
 Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation over seeds."""
-
-    mean: float
-    deviation: float  # NaN for a single seed
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """From one value a seed."""
-        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-        return cls(statistics.fmean(values), deviation)
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of one value a seed; NaN for the deviation of a single one."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Estimate(statistics.fmean(values), deviation=deviation)
 
 
 @dataclass(frozen=True)
@@ -36,16 +32,15 @@ class Effect:
     """Two variants, paired by seed.
 
     Attributes:
-        before, after: each one's spread. difference: after - before, over the seeds.
-        half_width: of the 95% t interval of the mean difference; NaN for a single seed.
+        before, after: each one's mean over seeds.
+        difference: after - before, with its 95% t interval; none for a single seed.
         p_value: two-sided, of the paired t test: below 0.05 where the interval excludes 0. NaN for
             a single seed.
     """
 
-    before: Spread
-    after: Spread
-    difference: Spread
-    half_width: float
+    before: Estimate
+    after: Estimate
+    difference: Estimate
     p_value: float
 
     @classmethod
@@ -53,23 +48,18 @@ class Effect:
         """From one value a seed of each variant, in the same order."""
         from scipy.stats import ttest_rel
 
-        spread = Spread.of([b - a for a, b in zip(before, after, strict=True)])
+        mean = over_seeds([b - a for a, b in zip(before, after, strict=True)])
         half = p_value = math.nan
-        if spread.deviation == 0:  # scipy's interval is NaN
-            half, p_value = 0.0, float(spread.mean == 0)
+        if mean.deviation == 0:  # scipy's interval is NaN
+            half, p_value = 0.0, float(mean.value == 0)
         elif len(before) > 1:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Precision loss")  # differences all but equal
                 test = ttest_rel(after, before)
             low, high = test.confidence_interval(0.95)
             half, p_value = float(high - low) / 2, float(test.pvalue)
-        return cls(Spread.of(before), Spread.of(after), spread, half, p_value)
-
-    @property
-    def direction(self) -> int:
-        """1 or -1 where the interval of the difference excludes 0, else 0."""
-        clear = abs(self.difference.mean) > self.half_width  # False for NaN
-        return 0 if not clear else (1 if self.difference.mean > 0 else -1)
+        difference = replace(mean, low=mean.value - half, high=mean.value + half)
+        return cls(over_seeds(before), over_seeds(after), difference, p_value)
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
@@ -95,6 +85,10 @@ class Results:
             self.by_variant.setdefault(result["variant"], []).append(result)
         self.seeds = [result["seed"] for result in self.by_variant["baseline"]]
 
+    def measures(self) -> list[Measure]:
+        """The measures that all units have."""
+        return measures_in((r for group in self.by_variant.values() for r in group), DEMO)
+
     def values(self, variant: str, get: Callable[[Result], float]) -> list[float]:
         """One value a seed."""
         return [get(result) for result in self.by_variant[variant]]
@@ -114,6 +108,20 @@ class Results:
     def layers(self) -> int:
         """How many layers were measured, the input included."""
         return len(self.by_variant["baseline"][0]["probe"]["digit"])
+
+
+def measures_in(results: Iterable[Result], place: str) -> list[Measure]:
+    """The table's measures of a place that all results have, those of patch structure first: older
+    results lack newer measures."""
+    groups = (STRUCTURE, STATES)
+    results = list(results)
+    shown = [
+        measure
+        for measure in MEASURES
+        if place in measure.shown
+        and all(measure.name in result.get(measure.group, ()) for result in results)
+    ]
+    return sorted(shown, key=lambda measure: groups.index(measure.group))
 
 
 def at(*keys: str | int) -> Callable[[Result], Any]:
@@ -137,29 +145,35 @@ def headline(results: Results, layer: int) -> list[str]:
     loss = Effect.of(
         results.values("baseline", unasked(0)), results.values("baseline", unasked(layer))
     )
-    kept = results.effect(unasked(layer))
+    gain = results.effect(unasked(layer))
+    moves = verdict(
+        loss.difference, "becomes easier to read", "becomes harder to read",
+        "is not clearly harder to read",
+    )  # fmt: skip
+    compares = verdict(
+        gain.difference, "keeps more of it", "keeps less of it", "is not clearly different"
+    )
     sentences = [
-        f"Without PRe, what the questions never ask for {_moves(loss)} on the way from the input "
+        f"Without PRe, what the questions never ask for {moves} on the way from the input "
         f"to layer {layer}: {_points(loss)} by linear probes.",
-        f"With PRe, layer {layer} {_compares(kept)}: {_points(kept)}"
+        f"With PRe, layer {layer} {compares}: {_points(gain)}"
         + (f"; at the last layer {_points(results.effect(unasked(last)))}." if last else "."),
         _control_sentence(results, layer),
         _sentence(
             "On answers to the common questions, PRe",
             results.effect(at("mean_accuracy")),
-            ("is better", "is worse", "makes no clear difference"),
+            "makes no clear difference",
         ),
     ]
     first = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]
     family, chance = first["family"], first["majority"]
     for transfer in TRANSFERS:
-        effect = results.effect(at("transfer", transfer, "accuracy"))
         sentences.append(
             _sentence(
                 f"Learning {family} questions afterwards with {transfer} (always the commonest "
                 f"answer: {100 * chance:.1f}%), the PRe model",
-                effect,
-                ("is better", "is worse", "is not clearly different"),
+                results.effect(at("transfer", transfer, "accuracy")),
+                "is not clearly different",
             )
         )
     return [single, *sentences] if len(results.seeds) == 1 else sentences
@@ -167,42 +181,22 @@ def headline(results: Results, layer: int) -> list[str]:
 
 def _control_sentence(results: Results, layer: int) -> str:
     control = results.effect(unasked(layer), after="other_scene")
-    rest = results.effect(unasked(layer), before="other_scene", after="pre")
-    verdict = {1: "content matters", -1: "the control does better", 0: "not clearly apart"}
+    rest = results.effect(unasked(layer), before="other_scene", after="pre").difference
+    words = verdict(rest, "content matters", "the control does better", "not clearly apart")
     return (
         f"A target from another scene: {_points(control)}; the right target against it "
-        f"{_difference(rest)} points ({verdict[rest.direction]})."
+        f"{plus_minus(rest, 100, '.1f')} points ({words})."
     )
 
 
-def _sentence(subject: str, effect: Effect, words: tuple[str, str, str]) -> str:
-    better, worse, unclear = words
-    verdict = {1: better, -1: worse, 0: unclear}[effect.direction]
-    return f"{subject} {verdict}: {_points(effect)}."
-
-
-def _moves(effect: Effect) -> str:
-    return {
-        1: "becomes easier to read",
-        -1: "becomes harder to read",
-        0: "is not clearly harder to read",
-    }[effect.direction]
-
-
-def _compares(effect: Effect) -> str:
-    return {1: "keeps more of it", -1: "keeps less of it", 0: "is not clearly different"}[
-        effect.direction
-    ]
+def _sentence(subject: str, effect: Effect, unclear: str) -> str:
+    words = verdict(effect.difference, "is better", "is worse", unclear)
+    return f"{subject} {words}: {_points(effect)}."
 
 
 def _points(effect: Effect) -> str:
     """Accuracies in %, and their difference in points with its 95% interval."""
     return (
-        f"{100 * effect.before.mean:.1f} to {100 * effect.after.mean:.1f}% "
-        f"({_difference(effect)} points)"
+        f"{100 * effect.before.value:.1f} to {100 * effect.after.value:.1f}% "
+        f"({plus_minus(effect.difference, 100, '.1f')} points)"
     )
-
-
-def _difference(effect: Effect) -> str:
-    interval = "" if math.isnan(effect.half_width) else f" ± {100 * effect.half_width:.1f}"
-    return f"{100 * effect.difference.mean:+.1f}{interval}"

@@ -17,10 +17,10 @@ from prereg_kernels.demo.checkpoints.checkpoint import (
     clear_checkpoints,
     is_checkpoint,
 )
-from prereg_kernels.demo.checkups import CHECKUPS_FILE
 from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, save_config
 from prereg_kernels.demo.metrics import METRICS_FILE, TENSORBOARD
 from prereg_kernels.demo.runs.directories import LOCK, MARK, held, is_marked
+from prereg_kernels.demo.training_checkup import CHECKUPS_FILE
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ import torch
 
 from prereg_kernels._util.files import write_whole
 from prereg_kernels._util.machine import describe_machine
+from prereg_kernels.checkup.measures.measure import SWEEP, Measure
+from prereg_kernels.checkup.words import plus_minus
 from prereg_kernels.demo.config import to_dict
 from prereg_kernels.demo.experiment.experiment import TRANSFERS
-from prereg_kernels.demo.experiment.summary import Effect, Result, at, holm, unasked
+from prereg_kernels.demo.experiment.summary import Effect, Result, at, holm, measures_in, unasked
 from prereg_kernels.demo.sweep.sweep import (
     BASELINE,
     LONG_TAIL,
@@ -26,7 +27,7 @@ from prereg_kernels.demo.sweep.sweep import (
     points,
 )
 
-Measure = Callable[[Result], float]
+Get = Callable[[Result], float]
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Column:
     how it is printed."""
 
     heading: str
-    measure: Callable[[int], Measure]
+    measure: Callable[[int], Get]
     scale: float = 100
     digits: str = ".1f"
 
 
-def _fixed(get: Measure) -> Callable[[int], Measure]:
+def _fixed(get: Get) -> Callable[[int], Get]:
     return lambda layer: get
 
 
@@ -63,15 +64,17 @@ def probe_columns(last: int) -> list[Column]:
     ]
 
 
-def structure_columns() -> list[Column]:
-    """Patch structure at the setting's own layer."""
+def measure_columns(results: SweepResults) -> list[Column]:
+    """The sweep's part of the table of measures, at the setting's own layer."""
 
-    def column(name: str) -> Column:
-        return Column(name, lambda layer: at("structure", name, layer), 1, ".3f")
+    def column(measure: Measure) -> Column:
+        def read(layer: int) -> Get:
+            return at(measure.group, measure.name, layer)
 
-    return [
-        column(name) for name in ("cohesion", "coupling", "centred difference", "centred contrast")
-    ]
+        return Column(measure.name, read, measure.scale, measure.digits)
+
+    runs = (run for point in results.by_point.values() for run in point.values())
+    return [column(measure) for measure in measures_in(runs, SWEEP)]
 
 
 class SweepResults:
@@ -94,11 +97,11 @@ class SweepResults:
             and have.get(p.name, {}).keys() & have.get(p.baseline, {}).keys()
         ]
 
-    def effect(self, point: Point, measure: Measure) -> Effect:
+    def effect(self, point: Point, get: Get) -> Effect:
         """The setting against its baseline."""
         before, after = self.by_point[point.baseline], self.by_point[point.name]
         seeds = sorted(before.keys() & after.keys())
-        return Effect.of([measure(before[s]) for s in seeds], [measure(after[s]) for s in seeds])
+        return Effect.of([get(before[s]) for s in seeds], [get(after[s]) for s in seeds])
 
     def seeds(self, point: Point) -> int:
         """How many seeds the setting and its baseline have in common."""
@@ -132,24 +135,24 @@ def tables(results: SweepResults) -> list[SweepTable]:
     """All tables: the common mix's answers, probes and structure, then the long tail's answers."""
     common = [p for p in results.settings if not p.long_tail]
     own = [p for p in results.baselines if p.name == BASELINE]
-    found = []
+    shown = []
     for title, columns in (
         ("Answers (%)", answer_columns(results.families(own[0]))),
         ("Linear probes at the visual tokens (%)", probe_columns(results.last)),
-        ("Patch structure at the setting's layer", structure_columns()),
+        ("Patch structure at the setting's layer", measure_columns(results)),
     ):
-        found.append(SweepTable(title, columns, own, common))
+        shown.append(SweepTable(title, columns, own, common))
     if results.config.transfer:
         column = Column(TRANSFERS[0], _fixed(at("transfer", TRANSFERS[0], "accuracy")))
         family = results.config.experiment.transfer.family
         title = f"{family.capitalize()} questions, learned afterwards (%)"
-        found.append(SweepTable(title, [column], own, common))
+        shown.append(SweepTable(title, [column], own, common))
     tail = [p for p in results.settings if p.name == LONG_TAIL]
     if tail:
         columns = answer_columns(results.families(tail[0]))
         base = [p for p in results.baselines if p.name == LONG_TAIL_BASELINE]
-        found.append(SweepTable("Answers after a long-tailed mix (%)", columns, base, tail))
-    return found
+        shown.append(SweepTable("Answers after a long-tailed mix (%)", columns, base, tail))
+    return shown
 
 
 def markdown(results: SweepResults, stamps: list[dict[str, Any]]) -> str:
@@ -185,18 +188,15 @@ def markdown(results: SweepResults, stamps: list[dict[str, Any]]) -> str:
 
 def _difference(effect: Effect, column: Column, sure: bool) -> str:
     scale, digits = column.scale, column.digits
-    text = f"{scale * effect.difference.mean:+{digits}}"
-    if math.isnan(effect.half_width):
-        return text
-    mark = " **" if sure else " *" if effect.direction else ""
-    return f"{text} ± {scale * effect.half_width:{digits}}{mark.replace('*', chr(92) + '*')}"
+    mark = " **" if sure else " *" if effect.difference.direction else ""
+    return plus_minus(effect.difference, scale, digits) + mark.replace("*", chr(92) + "*")
 
 
 def _foot(
     results: SweepResults, effects: list[Effect], holds: list[bool], stamps: list[dict[str, Any]]
 ) -> str:
     pre = results.config.experiment.run.pre
-    clear = sum(effect.direction != 0 for effect in effects)
+    clear = sum(effect.difference.direction != 0 for effect in effects)
     star = "\\*"
     commits = sorted({f"{s['commit']}{' (dirty)' * bool(s['dirty'])}" for s in stamps})
     devices = sorted({s["device"] for s in stamps})

@@ -135,23 +135,23 @@ def axis_points(config: SweepConfig, axis: str) -> dict[Any, Point]:
     own = getattr(centre, field)
     values = dict.fromkeys((own, *getattr(config, axis)))
     ordered = list(values) if axis == "anchors" else sorted(values)
-    found = {}
+    settings = {}
     for value in ordered:
-        said = f"{value:g}" if isinstance(value, float) else str(value)
-        name = CENTRE if value == own else f"{field} {said}"
-        found[value] = Point(name.replace("token_", ""), replace(centre, **{field: value}))
-    return found
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        name = CENTRE if value == own else f"{field} {text}"
+        settings[value] = Point(name.replace("token_", ""), replace(centre, **{field: value}))
+    return settings
 
 
 def points(config: SweepConfig) -> list[Point]:
     """All settings, baseline and centre first, each once."""
-    found = {BASELINE: Point(BASELINE, None), CENTRE: Point(CENTRE, config.experiment.run.pre)}
+    by_name = {BASELINE: Point(BASELINE, None), CENTRE: Point(CENTRE, config.experiment.run.pre)}
     for axis in AXES:
-        found |= {point.name: point for point in axis_points(config, axis).values()}
+        by_name |= {point.name: point for point in axis_points(config, axis).values()}
     tail = []
     if config.long_tail is not None:
-        tail = [Point(LONG_TAIL_BASELINE, None, True), Point(LONG_TAIL, found[CENTRE].pre, True)]
-    return [*found.values(), *tail]
+        tail = [Point(LONG_TAIL_BASELINE, None, True), Point(LONG_TAIL, by_name[CENTRE].pre, True)]
+    return [*by_name.values(), *tail]
 
 
 def units(config: SweepConfig) -> list[SweepUnit]:
@@ -191,8 +191,8 @@ def run_unit(
         return done
     experiment = config.experiment
     run = run_config(config, unit)
-    trained, found = train_and_measure(experiment, run, directory, out / "cache", report, device)
-    result = {"point": unit.point.name, "seed": unit.seed, **found}
+    trained, measured = train_and_measure(experiment, run, directory, out / "cache", report, device)
+    result = {"point": unit.point.name, "seed": unit.seed, **measured}
     if config.transfer:
         kind = TRANSFERS[0]
         result["transfer"] = {
@@ -246,5 +246,5 @@ def _is_old_sweep(out: Path) -> bool:
 
 def finished(config: SweepConfig, out: Path) -> list[dict[str, Any]]:
     """The results that are there, in the order of `units`."""
-    found = (read_result(unit.directory(out)) for unit in units(config))
-    return [result for result in found if result is not None]
+    results = (read_result(unit.directory(out)) for unit in units(config))
+    return [result for result in results if result is not None]

@@ -204,6 +204,20 @@ def test_paths_have_to_be_paths(field: str) -> None:
         Family("Mine", **{field: None})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layout": "rows"}, "layout: expected 'crop', 'tiles', 'blocks', a function or None, got"),
+        ({"markers": ("start_id",)}, "markers: expected one before and one after"),
+    ],
+)
+def test_facts_of_the_checkup_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Family("Mine", **fields)
+    with pytest.raises(TypeError, match="towers: expected a tuple of names of vision encoders"):
+        Family("Mine", towers="clip_vision_model")
+
+
 # Wrappers.
 
 

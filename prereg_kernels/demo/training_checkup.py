@@ -26,7 +26,8 @@ def training_checkup(
     after it, on `config.checkup_scenes` scenes. Nothing random, and the model is left as it was.
 
     Returns:
-        "accuracy", "mean_accuracy", "lm_loss" of `evaluate` and the groups of `measure`.
+        "accuracy", "mean_accuracy", "lm_loss" of `evaluate` and the groups of `measure`: probes and
+        the demo's part of the table of measures.
     """
     was_training = model.training
     model.eval()
@@ -34,13 +35,13 @@ def training_checkup(
     train = Scenes("train", config.seed, config.scenes)
     count = config.checkup_scenes
     answers = evaluate(model, packer, test, list(config.families), n_scenes=count)
-    found = measure(model, train, test, train_scenes=count, test_scenes=count)
+    measures = measure(model, train, test, train_scenes=count, test_scenes=count)
     model.train(was_training)
     return {
         "accuracy": answers.accuracy,
         "mean_accuracy": answers.mean_accuracy,
         "lm_loss": answers.lm_loss,
-        **found,
+        **measures,
     }
 
 
@@ -58,7 +59,7 @@ class CheckupLog:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self._path = run_dir / CHECKUPS_FILE
-        kept = []
+        lines = []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 # a line cut short by a crash is later than the checkpoint: lines are flushed first
@@ -66,16 +67,16 @@ class CheckupLog:
                     before = json.loads(line)["step"] <= step
                 except (ValueError, TypeError, KeyError):
                     before = False
-                kept += [line] if before else []
-            write_whole(self._path, "".join(f"{line}\n" for line in kept))
+                lines += [line] if before else []
+            write_whole(self._path, "".join(f"{line}\n" for line in lines))
         self._file: Any = None
 
-    def write(self, step: int, found: dict[str, Any]) -> None:
+    def write(self, step: int, checkup: dict[str, Any]) -> None:
         """Append one checkup."""
         if self._file is None:
             self._file = self._path.open("a", encoding="utf-8")
         with naming(self._path):
-            self._file.write(json.dumps({"step": step, **found}) + "\n")
+            self._file.write(json.dumps({"step": step, **checkup}) + "\n")
 
     def flush(self) -> None:
         """Put everything on the disk: a checkpoint is about to rely on it."""

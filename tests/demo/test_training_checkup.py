@@ -13,12 +13,17 @@ from safetensors.torch import load_file
 
 from prereg_kernels.checkup.images.processing import process
 from prereg_kernels.checkup.loading import load
-from prereg_kernels.demo.checkups import CHECKUPS_FILE, CheckupLog, read_checkups, training_checkup
 from prereg_kernels.demo.data.packing import pixel_values
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.experiment.plots import progress
 from prereg_kernels.demo.experiment.summary import Results
 from prereg_kernels.demo.loop import train
+from prereg_kernels.demo.training_checkup import (
+    CHECKUPS_FILE,
+    CheckupLog,
+    read_checkups,
+    training_checkup,
+)
 from tests.demo.tiny import tiny_run
 
 STEPS = 8
