@@ -2,6 +2,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -142,6 +143,15 @@ struct Named {
 };
 
 template <typename Value, size_t count>
+std::vector<std::string> names_of(const Named<Value> (&known)[count]) {
+  std::vector<std::string> names;
+  for (const auto& one : known) {
+    names.emplace_back(one.name);
+  }
+  return names;
+}
+
+template <typename Value, size_t count>
 Value by_name(const char* argument, const std::string& name, const Named<Value> (&known)[count]) {
   std::string names;
   for (const auto& one : known) {
@@ -159,7 +169,10 @@ constexpr Named<Activation> activations[] = {
     {"silu", Activation::silu},
     {"relu", Activation::relu}};
 constexpr Named<Loss> losses_by_name[] = {
-    {"cosine", Loss::cosine}, {"mse", Loss::mse}, {"smooth_l1", Loss::smooth_l1}};
+    {"cosine", Loss::cosine},
+    {"mse", Loss::mse},
+    {"smooth_l1", Loss::smooth_l1},
+    {"l1", Loss::l1}};
 constexpr Named<Normalize> normalizations[] = {
     {"none", Normalize::none}, {"l2", Normalize::l2}, {"layer", Normalize::layer}};
 
@@ -332,6 +345,8 @@ PREREG_LIBRARY(PREREG_NAMESPACE, m) {
       "bool accumulate) -> ()");
   m.def("wide_product(Tensor d, Tensor x, Tensor(a!) total, bool accumulate) -> ()");
   m.def("has_wide_product() -> bool", &prereg::has_wide_product);
+  m.def("losses() -> str[]", [] { return prereg::names_of(prereg::losses_by_name); });
+  m.def("activations() -> str[]", [] { return prereg::names_of(prereg::activations); });
 }
 
 PREREG_IMPL(PREREG_NAMESPACE, CPU, m) {

@@ -2,7 +2,7 @@
 //
 // With p = (z - mean) * inverse and q likewise of t, every loss is a sum over the row of a function
 // of p and q. Its gradient is (dp - a - p b) * factor: a and b are how the mean and the norm of z
-// move, and dp is p - q, clamped for smooth_l1. The cosine is in there: |p - q|^2 / 2 = 1 - c for
+// move, and dp is p - q, clamped for smooth_l1, its sign for l1. The cosine is in there: |p - q|^2 / 2 = 1 - c for
 // unit vectors, and b = sum p (p - q) = 1 - c, with nothing that cancels near c = 1.
 #include <cmath>
 #include <vector>
@@ -73,10 +73,14 @@ struct Scalings {
   }
 };
 
-// Half the derivative of the squared difference, or all of smooth_l1's.
+// Half the derivative of the squared difference, or all of smooth_l1's and l1's.
 template <Loss loss, typename C>
 Lanes<C> derivative(const Lanes<C>& p, const Lanes<C>& q) {
   const Lanes<C> gap = p - q;
+  if (loss == Loss::l1) {  // 0 where they are equal, and of a NaN
+    const Lanes<C> zero(C(0)), one(C(1));
+    return select(zero < gap, one, select(gap < zero, -one, zero));
+  }
   if (loss != Loss::smooth_l1) {
     return gap;
   }
@@ -93,6 +97,9 @@ Lanes<C> add_distance(
   }
   if (loss == Loss::mse) {
     return fmadd(dp, dp, sum);
+  }
+  if (loss == Loss::l1) {
+    return fmadd(dp, p - q, sum);
   }
   return fmadd(dp, (p - q) - dp * Lanes<C>(C(0.5)), sum);
 }
@@ -261,6 +268,8 @@ void token_losses(
         return run(rows_losses<Loss::mse, T>);
       case Loss::smooth_l1:
         return run(rows_losses<Loss::smooth_l1, T>);
+      case Loss::l1:
+        return run(rows_losses<Loss::l1, T>);
     }
   });
 }

@@ -20,7 +20,7 @@ using Input = Matrix<const char>;
 using Output = Matrix<char>;
 
 enum class Activation { gelu, gelu_tanh, silu, relu };
-enum class Loss { cosine, mse, smooth_l1 };
+enum class Loss { cosine, mse, smooth_l1, l1 };
 enum class Normalize { none, l2, layer };
 
 struct LossSpec {

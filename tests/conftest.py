@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prereg_kernels.ops import chunking
+from prereg_kernels.ops import dtypes
 from prereg_kernels.ops.backends import registry
 
 torch.set_num_threads(1)
@@ -53,13 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if reason := registry.unavailable(backend, "cpu"):
         raise pytest.UsageError(f"--backend {backend}: {reason}")
-    registry.FASTEST_FIRST = (backend,)
+    registry.FASTEST_FIRST = (backend, "torch")
 
 
 @pytest.fixture(params=("native", "emulated"))
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test as on a CPU with arithmetic of low precision, and as on one without."""
-    monkeypatch.setattr(chunking, "_native_on_cpu", lambda _: request.param == "native")
+    monkeypatch.setattr(dtypes, "_native_on_cpu", lambda _: request.param == "native")
 
 
 @pytest.fixture

@@ -7,16 +7,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prereg_kernels import eager_pre_loss, fused_pre_loss, pre_tap
-from prereg_kernels.ops.reference import ACTIVATION_FUNCTIONS
+from prereg_kernels.ops.activations import ACTIVATIONS, ActivationName
+from prereg_kernels.ops.backends import registry
+from prereg_kernels.ops.losses import LossName
 
 SLACK = 1e-6
+ACTIVATION_NAMES: tuple[str, ...] = get_args(ActivationName)
+LOSS_NAMES: tuple[str, ...] = get_args(LossName)
+# With kernels of their own in every backend
+KERNEL_ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+KERNEL_LOSSES = ("cosine", "mse", "smooth_l1", "l1")
 FEW, SIBLINGS, SIGNIFICANT = 3, 32, 5.0
 LARGE = 1000
 
@@ -125,7 +132,7 @@ def make_problem(
     weight_dtype = weight_dtype or dtype
     z = hidden
     for layer, weight in enumerate(weights):
-        z = ACTIVATION_FUNCTIONS[options.get("activation", "gelu")](z) if layer else z
+        z = ACTIVATIONS.find(options.get("activation", "gelu"))(z) if layer else z
         z = F.linear(z, weight, None if biases is None else biases[layer])
     anchor = z + noise * z.square().mean().sqrt() * draw(*z.shape)
     return Problem(
@@ -380,3 +387,9 @@ def restride(x: Tensor, how: str) -> Tensor:
     if how == "expanded":
         return x[:1].expand_as(x)
     return x
+
+
+def forget_backends() -> None:
+    """Have the next call choose its backend anew, and say again why others were passed over."""
+    for cached in (registry._choose, registry._make, registry._log, registry._note_absence):
+        cached.cache_clear()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prereg_kernels.ops.chunking import operand_dtype
+from prereg_kernels.ops.dtypes import operand_dtype
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from benchmarks.common.timing import Step
 from benchmarks.loss.cases import Case, Tensors
 from benchmarks.loss.peers import Where, peers
 from benchmarks.loss.work import Floor, Work
-from prereg_kernels.ops.chunking import operand_dtype
+from prereg_kernels.ops.dtypes import operand_dtype
 
 CPU = torch.device("cpu")
 FLOOR = "floor"

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.report import write_json
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
-from prereg_kernels.ops.backends.cpp import CppRows
-from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.backends.cpp import CppBackend
+from prereg_kernels.ops.backends.torch import TorchBackend
+from prereg_kernels.ops.spec import Spec
 
 # A chunk that stays in the second or third level of cache, and one that stays in none
 SIZES = {"cache": (512, 1024), "memory": (16384, 2048)}
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     run: Callable[[], None]
 
 
-def cases(rows: Rows, count: int, columns: int, dtype: torch.dtype) -> Iterator[Case]:
+def cases(rows: Backend, count: int, columns: int, dtype: torch.dtype) -> Iterator[Case]:
     """Every primitive on tensors of its own, with a bias and an index where it takes one."""
     generator = torch.Generator().manual_seed(0)
 
@@ -76,13 +76,13 @@ def cases(rows: Rows, count: int, columns: int, dtype: torch.dtype) -> Iterator[
         yield Case(
             f"token_losses, {loss} {normalize}",
             "token_losses",
-            lambda spec=spec: rows.token_losses(a, bias, b, index, spec, losses),
+            lambda spec=spec: rows.token_losses(LossChunk(a, bias, b, index, losses), spec),
         )
         yield Case(
             f"token_losses_and_grad, {loss} {normalize}",
             "token_losses_and_grad",
-            lambda spec=spec: rows.token_losses_and_grad(
-                a, bias, b, index, coefficient, spec, losses, a, sums
+            lambda spec=spec: rows.token_losses(
+                LossChunk(a, bias, b, index, losses, coefficient, a, sums), spec
             ),
         )
     yield Case("scatter_rows", "scatter_rows", lambda: rows.scatter_rows(a, b, index, None, False))
@@ -115,7 +115,7 @@ def copy_bandwidth(moved: int) -> float:
     return moved / seconds(lambda: out.copy_(source)) / 1e9
 
 
-def measure(rows: Rows) -> Iterator[dict[str, Any]]:
+def measure(rows: Backend) -> Iterator[dict[str, Any]]:
     for size, (count, columns) in SIZES.items():
         for dtype in DTYPES:
             for name, primitive, run in cases(rows, count, columns, dtype):
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--variant", help="of the compiled primitives")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows: Rows = CppRows(arguments.variant) if arguments.backend == "cpp" else TorchRows()
+    rows: Backend = CppBackend(arguments.variant) if arguments.backend == "cpp" else TorchBackend()
 
     figures = []
     for one in measure(rows):

@@ -27,7 +27,7 @@ from benchmarks.loss.measure import measure_ceilings, run_case, run_launches
 from benchmarks.loss.peers import Peer, Where, peers
 from benchmarks.loss.report import bars, short_table
 from benchmarks.loss.stages import time_stages, triton_kinds
-from prereg_kernels.ops.backends.registry import choose_rows
+from prereg_kernels.ops.backends.registry import choose_backend
 
 SECONDS = 270.0  # for everything; what does not fit is skipped, and says so
 MAIN, SIDE = Effort(10, 40, 4.0), Effort(5, 25, 2.0)
@@ -103,7 +103,7 @@ class LossBenchmark(Program):
 
     def row_kernels(self, backend: str) -> None:
         clock, copy_rate = self.session.clock, self.results["ceilings"]["copy_gb_s"]
-        rows = choose_rows(backend, self.session.device)
+        rows = choose_backend(backend, self.session.device)
         buffers = Buffers(self.sized(cases.LLAVA), self.session.device)
         for record in time_row_kernels(rows, buffers, clock, self.side, copy_rate):
             self.results["row_kernels"].append(record)

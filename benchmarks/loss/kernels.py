@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.common.timing import Clock, Effort, Measured, Step, warm_and_interleave
 from benchmarks.loss.cases import Case
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
 from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget
 from prereg_kernels.ops.products import has_wide_products
+from prereg_kernels.ops.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Buffers:
         return torch.randn(*shape, device=self.device, dtype=self.case.dtype)
 
 
-def row_kernels(rows: Rows, b: Buffers) -> list[Kernel]:
+def row_kernels(rows: Backend, b: Buffers) -> list[Kernel]:
     """Every primitive, as the pipeline calls it."""
     s, n = b.case.dtype.itemsize, b.n
     d, m, a = b.case.widths[0], b.case.widths[1], b.case.widths[-1]
@@ -82,14 +82,14 @@ def row_kernels(rows: Rows, b: Buffers) -> list[Kernel]:
         ),
         Kernel(
             "token_losses",
-            lambda: rows.token_losses(b.z, b2, b.anchor, b.index, spec, b.losses),
+            lambda: rows.token_losses(LossChunk(b.z, b2, b.anchor, b.index, b.losses), spec),
             "2 n A s + 12 n",
             2 * n * a * s + 12 * n,
         ),
         Kernel(
             "token_losses_and_grad",
-            lambda: rows.token_losses_and_grad(
-                b.z, b2, b.anchor, b.index, b.coefficient, spec, b.losses, b.dz, b.sums_a
+            lambda: rows.token_losses(
+                LossChunk(b.z, b2, b.anchor, b.index, b.losses, b.coefficient, b.dz, b.sums_a), spec
             ),
             "3 n A s + 16 n",
             3 * n * a * s + 16 * n,
@@ -110,7 +110,7 @@ def row_kernels(rows: Rows, b: Buffers) -> list[Kernel]:
 
 
 def time_row_kernels(
-    rows: Rows, buffers: Buffers, clock: Clock, effort: Effort, copy_gb_s: float
+    rows: Backend, buffers: Buffers, clock: Clock, effort: Effort, copy_gb_s: float
 ) -> Iterator[dict[str, Any]]:
     """A record for each, in order; an "error" in place of times where it failed."""
     kernels = {kernel.name: kernel for kernel in row_kernels(rows, buffers)}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import matmul_dtype
+from prereg_kernels.ops.dtypes import matmul_dtype
 
 CHUNK_ROWS = 1024
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.common.timing import Clock, Effort, Measured, describe_error, warm_and_interleave
 from benchmarks.loss.kernels import Buffers
-from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
 from tests.helpers import relative_error
 
 APART = "apart"
@@ -27,7 +27,7 @@ class Stage:
     name: str  # in a FusionPlan
     columns: int
     inner: int
-    step: Callable[[Rows], None]
+    step: Callable[[Backend], None]
     outputs: Callable[[], list[Tensor]]
 
 
@@ -38,23 +38,25 @@ def stages(b: Buffers) -> list[Stage]:
     g, du, u = b.draw(b.n, m), torch.empty_like(b.g), torch.empty_like(b.u)
     into = torch.zeros_like(b.hidden)
 
-    def backward_activation(rows: Rows) -> None:
+    def backward_activation(backend: Backend) -> None:
         b.sums_m.zero_()
-        rows.linear_backward_activation(b.z, b.w2, b.u, b.b1, act, du, b.sums_m)
+        backend.linear_backward_activation(b.z, b.w2, b.u, b.b1, act, du, b.sums_m)
 
     return [
         Stage(
             "activate",
             m,
             d,
-            lambda rows: rows.linear_activate(b.h, b.w1, b.b1, act, u, b.g),
+            lambda backend: backend.linear_activate(b.h, b.w1, b.b1, act, u, b.g),
             lambda: [u, b.g],
         ),
         Stage(
             "losses",
             a,
             m,
-            lambda rows: rows.linear_losses(g, b.w2, b.b2, b.anchor, b.index, spec, b.dz, b.losses),
+            lambda backend: backend.linear_losses(
+                g, b.w2, b.b2, LossChunk(b.dz, None, b.anchor, b.index, b.losses), spec
+            ),
             lambda: [b.losses],
         ),
         Stage("backward_activation", m, a, backward_activation, lambda: [du, b.sums_m]),
@@ -62,7 +64,7 @@ def stages(b: Buffers) -> list[Stage]:
             "backward_scatter",
             d,
             m,
-            lambda rows: rows.linear_backward_scatter(
+            lambda backend: backend.linear_backward_scatter(
                 b.u, b.w1, into, b.index, None, False, torch.empty_like(b.h)
             ),
             lambda: [into],
@@ -70,12 +72,12 @@ def stages(b: Buffers) -> list[Stage]:
     ]
 
 
-def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Rows], str | None]:
+def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Backend], str | None]:
     """The stage apart and in each configuration, by name; and the name of the heuristic's choice.
 
     Nothing but the stage apart where it cannot be fused.
     """
-    from prereg_kernels.ops.backends.triton.fused import FusedTritonRows
+    from prereg_kernels.ops.backends.triton.fused import FusedTritonBackend
     from prereg_kernels.ops.backends.triton.matmul_config import (
         EVERYTHING,
         FusionPlan,
@@ -89,9 +91,9 @@ def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Rows], str | None]
 
     properties = torch.cuda.get_device_properties(b.device)
     capability = (properties.major, properties.minor)
-    kinds: dict[str, Rows] = {APART: FusedTritonRows(FusionPlan())}
+    kinds: dict[str, Backend] = {APART: FusedTritonBackend(FusionPlan())}
     for config in candidates(stage.name, capability):
-        kinds[name(config)] = FusedTritonRows(EVERYTHING, config)
+        kinds[name(config)] = FusedTritonBackend(EVERYTHING, config)
     chosen = choose_config(
         stage.name, b.n, stage.columns, b.h.itemsize, capability, properties.multi_processor_count
     )
@@ -100,14 +102,14 @@ def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Rows], str | None]
 
 def time_stages(
     b: Buffers,
-    kinds_of: Callable[[Stage, Buffers], tuple[dict[str, Rows], str | None]],
+    kinds_of: Callable[[Stage, Buffers], tuple[dict[str, Backend], str | None]],
     clock: Clock,
     effort: Effort,
 ) -> Iterator[dict[str, Any]]:
     """A record for each stage: the medians of its kinds, interleaved, and the errors of others."""
     for stage in stages(b):
         kinds, chosen = kinds_of(stage, b)
-        steps = {name: Measured(partial(stage.step, rows)) for name, rows in kinds.items()}
+        steps = {name: Measured(partial(stage.step, backend)) for name, backend in kinds.items()}
         errors = wrong_kinds(stage, kinds)
         sound = {name: step for name, step in steps.items() if name not in errors}
         times, later = warm_and_interleave(sound, clock, effort)
@@ -121,7 +123,7 @@ def time_stages(
         yield record | {"samples_ms": times}
 
 
-def wrong_kinds(stage: Stage, kinds: Mapping[str, Rows]) -> dict[str, str]:
+def wrong_kinds(stage: Stage, kinds: Mapping[str, Backend]) -> dict[str, str]:
     """The errors of the kinds that fail, or have other results than the stage apart."""
     errors: dict[str, str] = {}
     expected: list[Tensor] | None = None

@@ -29,8 +29,9 @@ from torch import Tensor
 from benchmarks.common.report import RESULTS, made_on
 from prereg_kernels import PReHead
 from prereg_kernels._util.machine import describe_machine
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops.backends.base import LossChunk
+from prereg_kernels.ops.backends.torch import TorchBackend
+from prereg_kernels.ops.spec import Spec
 from tests.helpers import Problem, relative_error, run_tap, run_truth
 
 OUT = RESULTS / "fp8_accuracy.json"
@@ -107,7 +108,7 @@ class Step:
         self.b1, self.b2 = problem.biases
         dtype = self.h.dtype
         self.spec = Spec("gelu", "cosine", "none", 1e-8, dtype)
-        self.rows = TorchRows()
+        self.rows = TorchBackend()
         self.kept: dict[tuple[str, frozenset[str]], Any] = {}
 
     def result(self, name: str, fp8: frozenset[str]) -> Tensor:
@@ -147,8 +148,8 @@ class Step:
             count, stat = len(dz), self.spec.stat_dtype
             losses, db2 = dz.new_empty(count, dtype=stat), dz.new_zeros(dz.shape[1], dtype=stat)
             each = losses.new_full((count,), 1 / count)
-            self.rows.token_losses_and_grad(
-                dz, None, self.t, None, each, self.spec, losses, dz, db2
+            self.rows.token_losses(
+                LossChunk(dz, None, self.t, None, losses, each, dz, db2), self.spec
             )
             return losses.mean(), dz, db2.to(dz.dtype)
 

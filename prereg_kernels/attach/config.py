@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import DTYPES, check_name, check_spec
-from prereg_kernels.ops.names import ActivationName, LossName, NormalizationName
+from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
+from prereg_kernels.ops.dtypes import DTYPES
+from prereg_kernels.ops.losses import Loss, LossName
+from prereg_kernels.ops.names import NormalizationName
+from prereg_kernels.ops.spec import check_name, check_spec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,8 +96,8 @@ class PReConfig:
     share_head: bool = False
     head_features: int | None = None
     depth: int = 2
-    activation: ActivationName = "gelu"
-    loss: LossName = "cosine"
+    activation: ActivationName | Activation = "gelu"
+    loss: LossName | Loss = "cosine"
     normalize: NormalizationName = "none"
     value_in_forward: bool = False
     value_in_eval: bool = False
@@ -107,7 +110,9 @@ class PReConfig:
             raise ValueError(f"weight: expected a non-negative finite number, got {self.weight!r}")
         if not isinstance(self.share_head, bool):
             raise TypeError(f"share_head: expected True or False, got {self.share_head!r}")
-        check_spec(self.activation, self.loss, self.normalize, 1.0, torch.float32)
+        spec = check_spec(self.activation, self.loss, self.normalize, 1.0, torch.float32)
+        object.__setattr__(self, "activation", spec.activation)
+        object.__setattr__(self, "loss", spec.loss)
         for name, least, optional in (
             ("depth", 0, False),
             ("seed", 0, False),
@@ -219,6 +224,8 @@ class PReConfig:
             value = overrides.get(name, saved.get(name))
             if name == "layers":
                 value = list(cls(layers=value).resolve_layers(count))
+            elif name == "activation" and value is not None:
+                value = ACTIVATIONS.text_of(value)
             if name in saved and value != saved[name]:
                 raise ValueError(
                     f"{name}: the heads were saved with {saved[name]!r}, which they cannot change; "

@@ -16,10 +16,12 @@ import torch
 from prereg_kernels._util.machine import cpu_name
 from prereg_kernels._util.supported import bounds, is_supported
 from prereg_kernels._version import __version__
+from prereg_kernels.ops.activations import ACTIVATIONS
 from prereg_kernels.ops.backends.cpp_libraries import describe
-from prereg_kernels.ops.backends.registry import choose_rows, unavailable
-from prereg_kernels.ops.chunking import operand_dtype
-from prereg_kernels.ops.names import BACKENDS
+from prereg_kernels.ops.backends.registry import CLASSES, choose_backend, unavailable
+from prereg_kernels.ops.dtypes import operand_dtype
+from prereg_kernels.ops.losses import LOSSES
+from prereg_kernels.ops.spec import Spec
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
 Report = dict[str, dict[str, Any]]
@@ -54,16 +56,26 @@ def doctor(as_json: bool) -> None:
 
 
 def _backends() -> dict[str, Any]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reasons follow
-        auto = choose_rows("auto", torch.device(device)).name
+        auto = choose_backend("auto", device).name
     facts: dict[str, Any] = {"auto": f"{auto}, {device}"}
-    for name in BACKENDS[1:]:
-        where = "cpu" if name == "cpp" else device
-        reason = unavailable(name, where)
-        facts[name] = "runs" if reason is None else f"does not run here: {reason}"
+    for name in CLASSES:
+        where = torch.device("cpu") if name == "cpp" else device
+        reason = unavailable(name, where.type)
+        facts[name] = _coverage(name, where) if reason is None else f"does not run here: {reason}"
     return facts
+
+
+def _coverage(name: str, device: torch.device) -> str:
+    """That the backend runs, and what "auto" leaves to the next one."""
+    backend = choose_backend(name, device)
+    plain = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
+    specs = [plain._replace(loss=LOSSES.find(loss).text) for loss in LOSSES.names]
+    specs += [plain._replace(activation=ACTIVATIONS.find(a).text) for a in ACTIVATIONS.names]
+    refused = [reason for spec in specs if (reason := backend.refuses(spec))]
+    return f"runs; no kernel for {', '.join(refused)}" if refused else "runs"
 
 
 def _cpu() -> dict[str, Any]:

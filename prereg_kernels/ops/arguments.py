@@ -9,106 +9,23 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels.ops.names import ACTIVATIONS, LOSSES, NORMALIZATIONS, REDUCTIONS
+from prereg_kernels.ops.dtypes import DTYPES, stat_dtype
+from prereg_kernels.ops.head_tensors import Head
 from prereg_kernels.ops.transforms import is_wrapped
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Spec(NamedTuple):
-    """What to compute, apart from the tensors: plain values, so that a custom op can take them."""
-
-    activation: str
-    loss: str
-    normalize: str
-    eps: float
-    compute_dtype: torch.dtype  # of the matmul operands
-    chunk_rows: int = 0  # 0: the pipeline chooses
-    backend: str = "auto"
-
-    @property
-    def stat_dtype(self) -> torch.dtype:
-        """Of row statistics, losses and everything elementwise."""
-        return _stat_dtype(self.compute_dtype)
 
 
 class Inputs(NamedTuple):
     """The checked tensors. S slots carry a loss each: N with an index, else every position T."""
 
-    weights: list[Tensor]
-    biases: list[Tensor]  # those that exist,
-    bias_layers: list[int]  # and the layer of each
+    parameters: list[Tensor]  # of the head, and
+    bias_layers: list[int]  # which layers have a bias: see `Head.pack`
     select: Tensor | None  # (N,) int64 index, (T,) bool mask, or None for every position
     token_weight: Tensor | None  # (S,)
     slots: int  # S
 
-
-def check_spec(
-    activation: str,
-    loss: str,
-    normalize: str,
-    eps: float,
-    compute_dtype: torch.dtype,
-    chunk_rows: int | None = None,
-    backend: str = "auto",
-) -> Spec:
-    """Check the names and numbers among the arguments.
-
-    Raises:
-        ValueError: an unknown name, an eps that is not positive, a normalisation with `cosine`.
-        TypeError: eps is not a number, chunk_rows is not an integer.
-    """
-    check_name("activation", activation, ACTIVATIONS)
-    check_name("loss", loss, LOSSES)
-    check_name("normalize", normalize, NORMALIZATIONS)
-    if loss == "cosine" and normalize != "none":
-        raise ValueError(
-            f"normalize={normalize!r} applies to loss='mse' and 'smooth_l1' only; "
-            "the cosine normalises by itself: expected normalize='none'"
-        )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: expected a positive number, got {type(eps).__name__}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps: expected a positive finite number, got {eps}")
-    least = torch.finfo(_stat_dtype(compute_dtype)).tiny
-    if eps < least:  # a row of zeros is divided by it
-        raise ValueError(f"eps: expected at least {least:.1e}, the least normal number, got {eps}")
-    if chunk_rows is not None:
-        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-            raise TypeError(
-                f"chunk_rows: expected None or a positive integer, got {type(chunk_rows).__name__}"
-            )
-        if chunk_rows < 1:
-            raise ValueError(f"chunk_rows: expected None or a positive integer, got {chunk_rows}")
-    return Spec(activation, loss, normalize, float(eps), compute_dtype, chunk_rows or 0, backend)
-
-
-def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
-    """Check the reduction, and that a denominator goes with "mean".
-
-    Raises:
-        ValueError: otherwise.
-    """
-    check_name("reduction", reduction, REDUCTIONS)
-    if denominator is not None and reduction != "mean":
-        raise ValueError(f"denominator: goes with reduction='mean', got reduction={reduction!r}")
-
-
-def check_name(argument: str, value: object, known: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of the `known` names."""
-    if value not in known:
-        raise ValueError(f"{argument}: expected one of {', '.join(known)}; got {value!r}")
-
-
-def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the head's matmuls: autocast's where autocast is on, else that of `hidden`.
-
-    As in torch itself, autocast leaves float64 alone.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    @property
+    def head(self) -> Head:
+        return Head.unpack(self.parameters, self.bias_layers)
 
 
 def check_inputs(
@@ -152,9 +69,9 @@ def check_inputs(
             tokens = int(visual_mask.sum()) if _values_readable(visual_mask) else None
         check_anchor_rows(anchor, leading, tokens if select is not None else -1)
     weights = _check_weights(weights, hidden, anchor)
-    present, bias_layers = _check_biases(biases, weights)
+    parameters, bias_layers = Head(weights, _check_biases(biases, weights)).pack()
     token_weight = _check_token_weight(token_weight, hidden, select, slots)
-    inputs = Inputs(weights, present, bias_layers, select, token_weight, slots)
+    inputs = Inputs(parameters, bias_layers, select, token_weight, slots)
     _check_denominator(denominator, hidden, inputs)
     return inputs
 
@@ -189,7 +106,7 @@ def token_coefficients(
     exactly 0. Equal coefficients are one expanded number: the tap holds them until backward. The
     dtype is float32, or float64 for float64 `like`. Nothing here waits for the device.
     """
-    dtype = _stat_dtype(like.dtype)
+    dtype = stat_dtype(like.dtype)
     select, weight = inputs.select, inputs.token_weight
     mask = select if is_mask(select) else None
     if weight is not None:
@@ -286,9 +203,9 @@ def _check_weights(weights: Any, hidden: Tensor, anchor: Tensor) -> list[Tensor]
     return list(weights)
 
 
-def _check_biases(biases: Any, weights: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+def _check_biases(biases: Any, weights: list[Tensor]) -> Sequence[Tensor | None]:
     if biases is None:
-        return [], []
+        return [None] * len(weights)
     if isinstance(biases, Tensor) or not isinstance(biases, (Sequence, nn.ParameterList)):
         raise TypeError(f"biases: expected None or a sequence, got {type(biases).__name__}")
     if len(biases) != len(weights):
@@ -296,15 +213,14 @@ def _check_biases(biases: Any, weights: list[Tensor]) -> tuple[list[Tensor], lis
             f"biases: expected one entry (a Tensor or None) for each of the {len(weights)} "
             f"weights, got {len(biases)}"
         )
-    layers = [layer for layer, bias in enumerate(biases) if bias is not None]
-    for layer in layers:
-        _check_tensor(f"biases[{layer}]", biases[layer], weights[layer])
+    for layer, bias in enumerate(biases):
+        if bias is None:
+            continue
+        _check_tensor(f"biases[{layer}]", bias, weights[layer])
         expected = (weights[layer].shape[0],)
-        if tuple(biases[layer].shape) != expected:
-            raise ValueError(
-                f"biases[{layer}]: expected shape {expected}, got {tuple(biases[layer].shape)}"
-            )
-    return [biases[layer] for layer in layers], layers
+        if tuple(bias.shape) != expected:
+            raise ValueError(f"biases[{layer}]: expected shape {expected}, got {tuple(bias.shape)}")
+    return list(biases)
 
 
 def _check_token_weight(
@@ -317,7 +233,7 @@ def _check_token_weight(
     weight = weight.detach()
     readable = _values_readable(weight)
     if readable and weight.numel():
-        least, dtype = float(weight.min()), _stat_dtype(hidden.dtype)
+        least, dtype = float(weight.min()), stat_dtype(hidden.dtype)
         if not least >= 0:
             raise ValueError(
                 f"token_weight: expected non-negative values, got a minimum of {least}"
@@ -387,10 +303,6 @@ def _weighted_tokens(inputs: Inputs) -> int:
     if weight is None:
         return inputs.slots if mask is None else int(mask.sum())
     return int((weight > 0).sum() if mask is None else (mask & (weight > 0)).sum())
-
-
-def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _values_readable(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What the pipeline decides from shapes and dtypes alone: the rows of a chunk, the matmuls' dtype.
+"""What the pipeline decides from shapes and dtypes alone: how many rows a chunk has.
 
 Each chunk reads and writes the weight gradients once more, in float32: 8 bytes an element, against
 the 2 n flops an element of each of a layer's three matmuls. So a chunk needs enough rows to hide
@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-
-from prereg_kernels._util import private
 
 
 @dataclass(frozen=True)
@@ -79,23 +76,3 @@ def scratch_columns(columns: int, head_shapes: Sequence[tuple[int, int]]) -> int
     """
     outs = [out for out, _ in head_shapes]
     return columns + 2 * sum(outs[:-1]) + (outs[-1] if outs else columns)
-
-
-def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which the matmuls run: float32 where a CPU has no arithmetic of `dtype`.
-
-    There, products of low precision are emulated: on a CPU with AVX2, 7 to 500 times slower than
-    those of float32. The latter are also more precise.
-    """
-    emulated = device.type == "cpu" and dtype.itemsize == 2 and not _native_on_cpu(dtype)
-    return torch.float32 if emulated else dtype
-
-
-@cache
-def _native_on_cpu(dtype: torch.dtype) -> bool:
-    if dtype == torch.float16:
-        return private.has_onednn_fp16()
-    if not private.has_onednn_bf16():
-        return False
-    # x86: true with any AVX-512, but only these two have products of bfloat16
-    return not private.has_avx2() or private.has_avx512_bf16() or private.has_amx_tiles()

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Inputs, Spec, check_anchor_rows, is_mask
-from prereg_kernels.ops.backends.base import Rows
-from prereg_kernels.ops.backends.registry import choose_rows
-from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget, operand_dtype
-from prereg_kernels.ops.pipeline import Head, Needs, Problem, losses_and_gradients, losses_only
+from prereg_kernels.ops.arguments import Inputs, check_anchor_rows, is_mask
+from prereg_kernels.ops.backends.base import Backend
+from prereg_kernels.ops.backends.registry import choose_backend
+from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget
+from prereg_kernels.ops.dtypes import operand_dtype
+from prereg_kernels.ops.head_tensors import Head, by_layer
+from prereg_kernels.ops.pipeline import Needs, Problem, losses_and_gradients, losses_only
+from prereg_kernels.ops.spec import Spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forbid_forward_mode
 
 
 def call_losses(hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     """(S,) losses, zero where a mask leaves a position out; gradients by recomputation."""
     return pre_losses(
-        hidden, anchor, inputs.select, inputs.weights, inputs.biases, inputs.bias_layers, *spec
+        hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack()
     )
 
 
@@ -34,19 +37,18 @@ def call_gradients(
     inputs: Inputs,
     spec: Spec,
     coefficient: Tensor,
-    need_hidden: bool,
-    need_weights: Sequence[bool],
-    need_biases: Sequence[bool],
+    needs: Sequence[bool],
     residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """[sum(coefficient * losses), losses (S,), dh, *dW, *db] for coefficient (S,).
+    """[sum(coefficient * losses), losses (S,), dh, *gradients of inputs.parameters].
 
-    dh has the shape of `hidden` and is added to `residual`, if given; what is not needed is empty.
+    coefficient (S,). dh has the shape of `hidden` and is added to `residual`, if given. `needs`
+    says of hidden and of each parameter whether its gradient is needed; others are empty.
     """
-    forbid_forward_mode(hidden, *inputs.weights, *inputs.biases, coefficient, residual)
+    forbid_forward_mode(hidden, *inputs.parameters, coefficient, residual)
     return pre_gradients(
-        hidden, anchor, inputs.select, inputs.weights, inputs.biases, inputs.bias_layers, *spec,
-        coefficient, residual, need_hidden, list(need_weights), list(need_biases),
+        hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack(),
+        coefficient, residual, list(needs),
     )  # fmt: skip
 
 
@@ -55,24 +57,14 @@ def pre_losses(
     hidden: Tensor,
     anchor: Tensor,
     select: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     bias_layers: Sequence[int],
-    activation: str,
-    loss: str,
-    normalize: str,
-    eps: float,
-    compute_dtype: torch.dtype,
-    chunk_rows: int,
-    backend: str,
+    spec: str,
 ) -> Tensor:
-    """The op behind `call_losses`."""
-    spec = Spec(activation, loss, normalize, eps, compute_dtype, chunk_rows, backend)
-    spec = spec._replace(compute_dtype=operand_dtype(compute_dtype, hidden.device))
+    """The op behind `call_losses`; the head and the spec are packed."""
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = _flatten(hidden, anchor, select, weights, biases, bias_layers)
-        rows = choose_rows(backend, hidden.device)
-        losses = losses_only(problem, spec, rows, _chunk_rows(problem, spec, rows))
+        problem = _flatten(hidden, anchor, select, Head.unpack(parameters, bias_layers))
+        losses = losses_only(problem, *_decide(problem, Spec.unpack(spec)))
         return _to_slots(losses, select, problem.hidden_index)
 
 
@@ -81,37 +73,22 @@ def pre_gradients(
     hidden: Tensor,
     anchor: Tensor,
     select: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     bias_layers: Sequence[int],
-    activation: str,
-    loss: str,
-    normalize: str,
-    eps: float,
-    compute_dtype: torch.dtype,
-    chunk_rows: int,
-    backend: str,
+    spec: str,
     coefficient: Tensor,
     residual: Tensor | None,
-    need_hidden: bool,
-    need_weights: Sequence[bool],
-    need_biases: Sequence[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The op behind `call_gradients`."""
-    spec = Spec(activation, loss, normalize, eps, compute_dtype, chunk_rows, backend)
-    spec = spec._replace(compute_dtype=operand_dtype(compute_dtype, hidden.device))
-    need_of = dict(zip(bias_layers, need_biases, strict=True))
-    needs = Needs(need_hidden, need_weights, [need_of.get(i, False) for i in range(len(weights))])
+    """The op behind `call_gradients`; the head and the spec are packed."""
+    need_hidden, *need_parameters = needs
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = _flatten(hidden, anchor, select, weights, biases, bias_layers)
-        rows = choose_rows(backend, hidden.device)
+        problem = _flatten(hidden, anchor, select, Head.unpack(parameters, bias_layers))
         losses, (dh, dws, dbs) = losses_and_gradients(
             problem,
-            spec,
-            rows,
-            _chunk_rows(problem, spec, rows),
+            *_decide(problem, Spec.unpack(spec)),
             coefficient[problem.hidden_index] if is_mask(select) else coefficient,
-            needs,
+            Needs(need_hidden, *by_layer(need_parameters, bias_layers)),
             None if residual is None else residual.reshape(-1, hidden.shape[-1]),
         )
         losses = _to_slots(losses, select, problem.hidden_index)
@@ -136,7 +113,7 @@ def scale_rounding_once(x: Tensor, scale: Tensor, backend: str) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
         rows, into = (y.view(-1, x.shape[-1]) for y in (x, out))
-        choose_rows(backend, x.device).scatter_rows(rows, into, None, scale, False)
+        choose_backend(backend, x.device).scatter_rows(rows, into, None, scale, False)
     return out
 
 
@@ -151,9 +128,15 @@ def _(out: Tensor, value: Tensor) -> None:
 
 
 @pre_losses.register_fake
-def _(hidden: Tensor, anchor: Tensor, select: Tensor | None, *args: Any) -> Tensor:
-    spec = Spec(*args[3:])
-    return hidden.new_empty(_slots(hidden, select), dtype=spec.stat_dtype)
+def _(
+    hidden: Tensor,
+    anchor: Tensor,
+    select: Tensor | None,
+    parameters: Sequence[Tensor],
+    bias_layers: Sequence[int],
+    spec: str,
+) -> Tensor:
+    return hidden.new_empty(_slots(hidden, select), dtype=Spec.unpack(spec).stat_dtype)
 
 
 @pre_gradients.register_fake
@@ -161,59 +144,55 @@ def _(
     hidden: Tensor,
     anchor: Tensor,
     select: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     bias_layers: Sequence[int],
-    *args: Any,
+    spec: str,
+    coefficient: Tensor,
+    residual: Tensor | None,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    spec = Spec(*args[:-5])
-    need_hidden, need_weights, need_biases = args[-3:]
-    needs = [need_hidden, *need_weights, *need_biases]
+    dtype = Spec.unpack(spec).stat_dtype
     return [
-        hidden.new_empty((), dtype=spec.stat_dtype),
-        hidden.new_empty(_slots(hidden, select), dtype=spec.stat_dtype),
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(_slots(hidden, select), dtype=dtype),
         *(
             x.new_empty(x.shape) if need else hidden.new_empty(0)
-            for x, need in zip([hidden, *weights, *biases], needs, strict=True)
+            for x, need in zip([hidden, *parameters], needs, strict=True)
         ),
     ]
 
 
 def _losses_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, anchor, select, weights, biases, ctx.bias_layers, *spec = inputs
-    ctx.spec = Spec(*spec)
-    ctx.depth = len(weights)
-    ctx.save_for_backward(hidden, anchor, select, *weights, *biases)
+    hidden, anchor, select, parameters, ctx.bias_layers, ctx.spec = inputs
+    ctx.save_for_backward(hidden, anchor, select, *parameters)
 
 
 def _losses_backward(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
     hidden, anchor, select, *parameters = ctx.saved_tensors
-    weights, biases = parameters[: ctx.depth], parameters[ctx.depth :]
-    need_hidden, _, _, need_weights, need_biases, *_ = ctx.needs_input_grad
-    inputs = Inputs(weights, biases, ctx.bias_layers, select, None, grad_losses.shape[0])
+    need_hidden, _, _, need_parameters, *_ = ctx.needs_input_grad
+    needs = [need_hidden, *need_parameters]
+    inputs = Inputs(parameters, ctx.bias_layers, select, None, grad_losses.shape[0])
     with torch.no_grad():
         _, _, *gradients = call_gradients(
-            hidden, anchor, inputs, ctx.spec, grad_losses, need_hidden, need_weights, need_biases
+            hidden, anchor, inputs, Spec.unpack(ctx.spec), grad_losses, needs
         )
-    needs = [need_hidden, *need_weights, *need_biases]
     return _as_inputs(ctx, needs, gradients, [hidden, *parameters, grad_losses])
 
 
 def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, _, _, weights, biases, *_, need_hidden, need_weights, need_biases = inputs
-    ctx.backend = inputs[12]
-    ctx.needs = [need_hidden, *need_weights, *need_biases]
-    ctx.depth = len(weights)
+    hidden, _, _, parameters, _, spec, _, _, ctx.needs = inputs
+    _, losses, *gradients = output
+    ctx.backend = Spec.unpack(spec).backend
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(hidden, *weights, *biases, *output[2:])
+    ctx.mark_non_differentiable(losses, *gradients)
+    ctx.save_for_backward(hidden, *parameters, *gradients)
 
 
 def _gradients_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     count = len(ctx.needs)
     saved = ctx.saved_tensors  # once: a checkpoint around the loss gives them out once
     inputs, gradients = saved[:count], saved[count:]
-    scale = grads[0]
+    scale, *_ = grads
     if scale is None:  # the total was not used
         return _as_inputs(ctx, [False] * count, gradients, inputs)
     forbid_forward_mode(scale)
@@ -236,46 +215,42 @@ def scale_by(x: Tensor, scale: Tensor, backend: str) -> Tensor:
 
 
 def _as_inputs(
-    ctx: Any, needs: Sequence[bool], gradients: list[Tensor], inputs: Sequence[Tensor]
+    ctx: Any, needs: Sequence[bool], gradients: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> tuple[Any, ...]:
-    """[dh, *dW, *db] in the structure of the op's arguments, None where none is needed."""
+    """[dh, *gradients of the parameters] in the structure of the op's arguments."""
     gradients = forbid_double_backward(gradients, inputs)
     dh, *rest = (x if need else None for x, need in zip(gradients, needs, strict=True))
+    _hidden, _anchor, _select, _parameters, *others = ctx.needs_input_grad
     # autograd's bookkeeping wants an empty list for an empty list, None for a list of numbers
-    others: list[Any] = [[] if need == [] else None for need in ctx.needs_input_grad[5:]]
-    return (dh, None, None, rest[: ctx.depth], rest[ctx.depth :], *others)
+    return dh, None, None, rest, *([] if need == [] else None for need in others)
 
 
-def _flatten(
-    hidden: Tensor,
-    anchor: Tensor,
-    select: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bias_layers: Sequence[int],
-) -> Problem:
+def _flatten(hidden: Tensor, anchor: Tensor, select: Tensor | None, head: Head) -> Problem:
     index = select.nonzero().squeeze(1) if is_mask(select) else select
     aligned = anchor.shape[:-1] != hidden.shape[:-1]  # one anchor row per visual token
     if aligned and index is not None:
         check_anchor_rows(anchor, hidden.shape[:-1], index.shape[0])
-    bias_of = dict(zip(bias_layers, biases, strict=True))
     return Problem(
         hidden.reshape(-1, hidden.shape[-1]),
         anchor.reshape(-1, anchor.shape[-1]),
         index,
         None if aligned else index,
-        Head(weights, [bias_of.get(layer) for layer in range(len(weights))]),
+        head,
     )
 
 
-def _chunk_rows(problem: Problem, spec: Spec, rows: Rows) -> int:
-    if spec.chunk_rows:
-        return spec.chunk_rows
-    shapes = [(w.shape[0], w.shape[1]) for w in problem.head.weights]
-    device, dtype = problem.hidden.device, spec.compute_dtype
-    budget = chunk_budget(device, dtype, rows.has_wide_products(device, dtype))
-    columns, itemsize = problem.hidden.shape[1], spec.compute_dtype.itemsize
-    return choose_chunk_rows(problem.tokens, columns, shapes, itemsize, budget)
+def _decide(problem: Problem, spec: Spec) -> tuple[Spec, Backend]:
+    """What is left open until the tensors are there: the dtype, the backend, the chunks."""
+    device = problem.hidden.device
+    backend = choose_backend(spec.backend, device, spec)
+    dtype = operand_dtype(spec.compute_dtype, device)
+    chunk_rows = spec.chunk_rows
+    if not chunk_rows:
+        shapes = [(w.shape[0], w.shape[1]) for w in problem.head.weights]
+        budget = chunk_budget(device, dtype, backend.has_wide_products(device, dtype))
+        columns = problem.hidden.shape[1]
+        chunk_rows = choose_chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
+    return spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows), backend
 
 
 def _slots(hidden: Tensor, select: Tensor | None) -> Any:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import distributed, fsdp
-from prereg_kernels.ops.arguments import check_name
+from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
 from prereg_kernels.ops.loss import fused_pre_loss
-from prereg_kernels.ops.names import ACTIVATIONS, ActivationName
 from prereg_kernels.ops.options import LossOptions, TapOptions
 from prereg_kernels.ops.tap import pre_tap
 
@@ -29,7 +28,7 @@ class PReHead(nn.Module):
         out_features: A, the width of the anchor.
         hidden_features: M, the width in between; None: `in_features`.
         depth: matrices in the head, 0 (no head; then D == A) to any number.
-        activation: "gelu", "gelu_tanh", "silu" or "relu", between the matrices.
+        activation: "gelu", "gelu_tanh", "silu" or "relu", or an `Activation`, between the matrices.
         bias: whether every layer has a bias.
         seed: of the initialisation: the same numbers on every device, which move no generator.
             None: torch's own generator, as for `nn.Linear`.
@@ -59,7 +58,7 @@ class PReHead(nn.Module):
         hidden_features: int | None = None,
         *,
         depth: int = 2,
-        activation: ActivationName = "gelu",
+        activation: ActivationName | Activation = "gelu",
         bias: bool = True,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -77,12 +76,11 @@ class PReHead(nn.Module):
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         if isinstance(seed, bool) or not (seed is None or (isinstance(seed, int) and seed >= 0)):
             raise ValueError(f"seed: expected None or an integer of at least 0, got {seed!r}")
-        check_name("activation", activation, ACTIVATIONS)
         if depth == 0 and in_features != out_features:
             raise ValueError(
                 f"depth: 0 needs in_features == out_features, got {in_features} and {out_features}"
             )
-        self.activation, self.depth, self.seed = activation, depth, seed
+        self.activation, self.depth, self.seed = ACTIVATIONS.text_of(activation), depth, seed
         self._waiting: Mapping[str, Tensor] | None = None
         self.home, self._is_managed = fsdp.Home(None), False
         widths = [in_features, *[hidden_features] * (depth - 1), out_features][: depth + 1]
@@ -167,9 +165,8 @@ class PReHead(nn.Module):
                 "weights are loaded: that draws them"
             )
         function = pre_tap if tap else fused_pre_loss
-        return function(
-            hidden, anchor, self.weights, self.biases, activation=self.activation, **options
-        )
+        activation = cast(ActivationName, self.activation)  # or the text of another
+        return function(hidden, anchor, self.weights, self.biases, activation=activation, **options)
 
     if TYPE_CHECKING:  # nn.Module says that a call takes and returns anything
 

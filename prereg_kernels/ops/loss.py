@@ -7,26 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import (
-    check_inputs,
-    check_name,
-    check_reduction,
-    check_spec,
-    is_mask,
-    matmul_dtype,
-    token_coefficients,
-)
+from prereg_kernels.ops.activations import Activation, ActivationName
+from prereg_kernels.ops.arguments import check_inputs, is_mask, token_coefficients
+from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses
-from prereg_kernels.ops.names import (
-    BACKENDS,
-    ActivationName,
-    BackendName,
-    LossName,
-    NormalizationName,
-    ReductionName,
-)
+from prereg_kernels.ops.dtypes import matmul_dtype
+from prereg_kernels.ops.losses import Loss, LossName
+from prereg_kernels.ops.names import NormalizationName, ReductionName
 from prereg_kernels.ops.pipeline import power_of_two
 from prereg_kernels.ops.reference import eager_pre_loss
+from prereg_kernels.ops.spec import check_name, check_reduction, check_spec
 from prereg_kernels.ops.transforms import forbid_forward_mode, is_transforming
 
 
@@ -39,8 +29,8 @@ def fused_pre_loss(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
-    activation: ActivationName = "gelu",
-    loss: LossName = "cosine",
+    activation: ActivationName | Activation = "gelu",
+    loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
     reduction: ReductionName = "mean",
     denominator: float | Tensor | None = None,
@@ -69,11 +59,12 @@ def fused_pre_loss(
             and free of the device synchronisation that a mask needs. Neither: every position.
         token_weight: non-negative, the leading shape or (N,); where both fit, the leading shape.
             A constant, as the denominator is: no gradient flows into it.
-        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
-        loss: "cosine" (its negative, `F.cosine_similarity`'s value), "mse" or "smooth_l1" (beta 1),
-            both averaged over the features.
+        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu"; or an `Activation` of your own.
+        loss: "cosine" (its negative, `F.cosine_similarity`'s value); or "mse", "smooth_l1" (beta
+            1), "l1" or "huber" (`F.huber_loss` with delta 0.5), averaged over the features; or a
+            `Loss` of your own.
         normalize: "none", "l2" or "layer" (zero mean, unit variance, no affine): applied to
-            prediction and anchor before "mse" and "smooth_l1".
+            prediction and anchor before any loss but the cosine.
         reduction: "mean", "sum", or "none" for (N,) losses in index order.
         denominator: what "mean" divides by, a positive number or a 0-dim Tensor: the visual-token
             count of the global batch under data parallelism or gradient accumulation. None: the
@@ -86,8 +77,8 @@ def fused_pre_loss(
             bfloat16 and float16, unless it is a power of two). True computes them in backward
             (eight matmuls, holds nothing). reduction="none" always does the latter.
         chunk_rows: rows a chunk; None leaves the choice to a heuristic.
-        backend: "auto" (the fastest one that runs on the device), "triton" (GPUs), "cpp" (CPUs) or
-            "torch".
+        backend: "auto" (the fastest one that runs on the device and has kernels for the loss and
+            the activation), "triton" (GPUs), "cpp" (CPUs) or "torch", which takes everything.
 
     Returns:
         The loss, float32 (float64 for float64 `hidden`), 0-dim, or (N,) for reduction="none".
@@ -117,7 +108,7 @@ def fused_pre_loss(
     dtype = matmul_dtype(hidden)
     spec = check_spec(activation, loss, normalize, eps, dtype, chunk_rows, backend)
     if is_transforming():
-        forbid_forward_mode(hidden, *inputs.weights, *inputs.biases)
+        forbid_forward_mode(hidden, *inputs.parameters)
         return eager_pre_loss(
             hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
             token_weight=token_weight, activation=activation, loss=loss, normalize=normalize,
@@ -133,22 +124,13 @@ def fused_pre_loss(
         return losses if weight is None else losses * weight.to(losses.dtype)
 
     coefficient = token_coefficients(inputs, reduction, denominator, hidden)
-    needs = [x.requires_grad for x in (hidden, *inputs.weights, *inputs.biases)]
+    needs = [x.requires_grad for x in (hidden, *inputs.parameters)]
     later = recompute or torch.compiler.is_exporting()  # what needs a gradient then is not known
     if later or not any(needs) or not torch.is_grad_enabled():
         return (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
 
     # The gradients wait for the upstream factor: keep 1/N from underflowing in float16.
     shift = power_of_two(coefficient) if dtype == torch.float16 else None
-    depth = len(inputs.weights)
-    total = call_gradients(
-        hidden,
-        anchor,
-        inputs,
-        spec,
-        coefficient if shift is None else coefficient / shift,
-        needs[0],
-        needs[1 : 1 + depth],
-        needs[1 + depth :],
-    )[0]
+    scaled = coefficient if shift is None else coefficient / shift
+    total, *_ = call_gradients(hidden, anchor, inputs, spec, scaled, needs)
     return total if shift is None else total * shift

@@ -9,14 +9,16 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from prereg_kernels.ops.names import BackendName, LossName, NormalizationName, ReductionName
+from prereg_kernels.ops.backends.registry import BackendName
+from prereg_kernels.ops.losses import Loss, LossName
+from prereg_kernels.ops.names import NormalizationName, ReductionName
 
 
 class _Options(TypedDict, total=False):
     visual_mask: Tensor | None
     visual_index: Tensor | None
     token_weight: Tensor | None
-    loss: LossName
+    loss: LossName | Loss
     normalize: NormalizationName
     denominator: float | Tensor | None
     eps: float

@@ -19,26 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
-
-
-class Head(NamedTuple):
-    """The head's matrices, (out, in) each, and its biases, (out,) or None, one a layer."""
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        return self.weights[layer], self.biases[layer]
-
-    def width(self, layer: int) -> int:
-        """Features of this layer's output."""
-        return self.weights[layer].shape[0]
-
-    def to(self, dtype: torch.dtype) -> Head:
-        biases = [None if b is None else b.to(dtype) for b in self.biases]
-        return Head([w.to(dtype) for w in self.weights], biases)
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.head_tensors import Head
+from prereg_kernels.ops.spec import Spec
 
 
 class Problem(NamedTuple):
@@ -61,7 +44,7 @@ class Needs(NamedTuple):
 
     hidden: bool
     weights: Sequence[bool]
-    biases: Sequence[bool]
+    biases: Sequence[bool | None]  # one a layer; None: there is no bias
 
 
 class Gradients(NamedTuple):
@@ -70,32 +53,32 @@ class Gradients(NamedTuple):
     biases: list[Tensor | None]
 
 
-def losses_only(problem: Problem, spec: Spec, rows: Rows, chunk_rows: int) -> Tensor:
+def losses_only(problem: Problem, spec: Spec, backend: Backend) -> Tensor:
     """(N,) losses. Two matmuls, nothing kept."""
     head = problem.head.to(spec.compute_dtype)
     last = len(head.weights) - 1
     losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
-    scratch = _Scratch(problem, spec, chunk_rows)
-    for chunk in _chunks(problem.tokens, chunk_rows):
-        x, _ = scratch.hidden_rows(rows, chunk)
+    scratch = _Scratch(problem, spec)
+    for chunk in _chunks(problem.tokens, spec.chunk_rows):
+        x, _ = scratch.hidden_rows(backend, chunk)
         t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
         for layer in range(last):
             u = scratch(f"u{layer}", chunk, head.width(layer))
-            rows.linear_activate(x, *head.layer(layer), spec.activation, u, u)
+            backend.linear_activate(x, *head.layer(layer), spec.activation, u, u)
             x = u
         if last < 0:
-            rows.token_losses(x, None, t, t_index, spec, losses[chunk])
+            backend.token_losses(LossChunk(x, None, t, t_index, losses[chunk]), spec)
         else:
             z = scratch("z", chunk, problem.anchor.shape[1])
-            rows.linear_losses(x, *head.layer(last), t, t_index, spec, z, losses[chunk])
+            out = LossChunk(z, None, t, t_index, losses[chunk])
+            backend.linear_losses(x, *head.layer(last), out, spec)
     return losses
 
 
 def losses_and_gradients(
     problem: Problem,
     spec: Spec,
-    rows: Rows,
-    chunk_rows: int,
+    backend: Backend,
     coefficient: Tensor,
     needs: Needs,
     residual: Tensor | None = None,
@@ -106,8 +89,8 @@ def losses_and_gradients(
     """
     last = len(problem.head.weights) - 1
     losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
-    single = problem.tokens <= chunk_rows
-    sums = _WeightGradients(problem.head, needs, spec, rows, single)
+    single = problem.tokens <= spec.chunk_rows
+    sums = _WeightGradients(problem.head, needs, spec, backend, single)
     unscale = None
     # 1/N would push dz, as an operand of the head's matmuls, into float16's subnormals
     if spec.compute_dtype == torch.float16 and last >= 0:
@@ -116,33 +99,32 @@ def losses_and_gradients(
     dh = _hidden_gradient(problem, residual) if needs.hidden else None
     head = problem.head.to(spec.compute_dtype)
     lowest = _lowest_layer(needs)
-    scratch = _Scratch(problem, spec, chunk_rows)
+    scratch = _Scratch(problem, spec)
 
-    for chunk in _chunks(problem.tokens, chunk_rows):
-        h, own = scratch.hidden_rows(rows, chunk)
+    for chunk in _chunks(problem.tokens, spec.chunk_rows):
+        h, own = scratch.hidden_rows(backend, chunk)
         t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
         inputs, pre_activations = [h], [h]
         for layer in range(last):
             u, g = (scratch(f"{x}{layer}", chunk, head.width(layer)) for x in "ug")
-            rows.linear_activate(inputs[-1], *head.layer(layer), spec.activation, u, g)
+            backend.linear_activate(inputs[-1], *head.layer(layer), spec.activation, u, g)
             pre_activations.append(u)
             inputs.append(g)
 
         d = scratch("z", chunk, problem.anchor.shape[1])
-        loss, scale = losses[chunk], coefficient[chunk]
+        out = LossChunk(d, None, t, t_index, losses[chunk], coefficient[chunk], d)
         if last < 0:
-            rows.token_losses_and_grad(h, None, t, t_index, scale, spec, loss, d, None)
+            backend.token_losses(out._replace(z=h), spec)
         else:
-            rows.linear_losses_and_grad(
-                inputs[-1], *head.layer(last), t, t_index, scale, spec, loss, d, sums.bias(last)
-            )
+            out = out._replace(sums=sums.bias(last))
+            backend.linear_losses(inputs[-1], *head.layer(last), out, spec)
 
         for layer in range(last, lowest - 1, -1):
             x, u = inputs.pop(), pre_activations.pop()
             sums.add(layer, d, x)
             if layer > lowest:  # du is written over g, which nobody needs any more
                 weight, bias = head.weights[layer], head.biases[layer - 1]
-                rows.linear_backward_activation(
+                backend.linear_backward_activation(
                     d, weight, u, bias, spec.activation, x, sums.bias(layer - 1)
                 )
                 d = x
@@ -150,11 +132,13 @@ def losses_and_gradients(
             into, index = _rows_of(dh, problem.hidden_index, chunk)
             add = residual is not None
             if last < 0:
-                rows.scatter_rows(d, into, index, unscale, add)
+                backend.scatter_rows(d, into, index, unscale, add)
             else:
                 direct = not own and unscale is None and dh.dtype == d.dtype
-                out = None if direct else h if own else torch.empty_like(h)
-                rows.linear_backward_scatter(d, head.weights[0], into, index, unscale, add, out)
+                product = None if direct else h if own else torch.empty_like(h)
+                backend.linear_backward_scatter(
+                    d, head.weights[0], into, index, unscale, add, product
+                )
 
     return losses, Gradients(dh, *sums.finish(unscale))
 
@@ -162,9 +146,9 @@ def losses_and_gradients(
 class _Scratch:
     """The buffers of a chunk, allocated once: `scratch(name, chunk, columns)` is (n, columns)."""
 
-    def __init__(self, problem: Problem, spec: Spec, chunk_rows: int) -> None:
+    def __init__(self, problem: Problem, spec: Spec) -> None:
         self.problem, self.dtype = problem, spec.compute_dtype
-        self.rows = min(chunk_rows, problem.tokens)
+        self.rows = min(spec.chunk_rows, problem.tokens)
         self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, chunk: slice, columns: int) -> Tensor:
@@ -173,13 +157,13 @@ class _Scratch:
             self.buffers[name] = self.problem.hidden.new_empty(shape, dtype=self.dtype)
         return self.buffers[name][: chunk.stop - chunk.start]
 
-    def hidden_rows(self, rows: Rows, chunk: slice) -> tuple[Tensor, bool]:
+    def hidden_rows(self, backend: Backend, chunk: slice) -> tuple[Tensor, bool]:
         """The chunk's hidden states, and whether they are scratch, or the caller's own."""
         source, index = _rows_of(self.problem.hidden, self.problem.hidden_index, chunk)
         if index is None and source.dtype == self.dtype and source.stride(1) == 1:
             return source, False
         h = self("h", chunk, source.shape[1])
-        rows.gather_rows(source, index, h)
+        backend.gather_rows(source, index, h)
         return h, True
 
 
@@ -204,7 +188,7 @@ def _lowest_layer(needs: Needs) -> int:
     """The first layer that the backward pass has to reach; the head's depth if none."""
     if needs.hidden:
         return 0
-    wanted = [w or b for w, b in zip(needs.weights, needs.biases, strict=True)]
+    wanted = [bool(w or b) for w, b in zip(needs.weights, needs.biases, strict=True)]
     return wanted.index(True) if any(wanted) else len(wanted)
 
 
@@ -220,8 +204,10 @@ def power_of_two(coefficient: Tensor) -> Tensor:
 class _WeightGradients:
     """dW and db of every layer, summed over the chunks in `stat_dtype`."""
 
-    def __init__(self, head: Head, needs: Needs, spec: Spec, rows: Rows, single: bool) -> None:
-        self.head, self.needs, self.rows, self.dtype = head, needs, rows, spec.stat_dtype
+    def __init__(
+        self, head: Head, needs: Needs, spec: Spec, backend: Backend, single: bool
+    ) -> None:
+        self.head, self.needs, self.backend, self.dtype = head, needs, backend, spec.stat_dtype
         # One product is rounded once, as in eager autograd. In float16 it could overflow.
         self.single = single and spec.compute_dtype != torch.float16
         self.weights: list[Tensor | None] = [None] * len(head.weights)
@@ -239,12 +225,14 @@ class _WeightGradients:
         if self.needs.weights[layer]:
             keep = self.single and self.head.weights[layer].dtype != self.dtype
             wide = None if keep else self.dtype
-            self.weights[layer] = self.rows.add_product(self.weights[layer], d.T, x, wide)
+            self.weights[layer] = self.backend.add_product(self.weights[layer], d.T, x, wide)
 
     def finish(self, unscale: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The sums, in each parameter's own dtype."""
 
-        def cast(total: Tensor | None, parameter: Tensor | None, need: bool) -> Tensor | None:
+        def cast(
+            total: Tensor | None, parameter: Tensor | None, need: bool | None
+        ) -> Tensor | None:
             if parameter is None or not need:
                 return None
             if total is None:  # no visual tokens

@@ -8,30 +8,18 @@ is the features that entered the LLM, held constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import (
-    DTYPES,
-    Spec,
-    check_inputs,
-    check_reduction,
-    check_spec,
-    matmul_dtype,
-    token_coefficients,
-)
-from prereg_kernels.ops.names import ActivationName, LossName, NormalizationName, ReductionName
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
+from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
+from prereg_kernels.ops.arguments import check_inputs, token_coefficients
+from prereg_kernels.ops.dtypes import DTYPES, matmul_dtype
+from prereg_kernels.ops.losses import LOSSES, Loss, LossName
+from prereg_kernels.ops.names import NormalizationName, ReductionName
+from prereg_kernels.ops.spec import check_reduction, check_spec
 
 
 def eager_pre_loss(
@@ -43,8 +31,8 @@ def eager_pre_loss(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
-    activation: ActivationName = "gelu",
-    loss: LossName = "cosine",
+    activation: ActivationName | Activation = "gelu",
+    loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
     reduction: ReductionName = "mean",
     denominator: float | Tensor | None = None,
@@ -76,14 +64,13 @@ def eager_pre_loss(
 
     h, t = _select_rows(hidden, inputs.select), anchor.detach()
     t = _select_rows(t, inputs.select) if t.shape[:-1] == hidden.shape[:-1] else t
-    z = h.to(dtype)
-    bias_of = dict(zip(inputs.bias_layers, inputs.biases, strict=True))
+    z, activate = h.to(dtype), ACTIVATIONS.find(spec.activation)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are spelled out
-        for layer, weight in enumerate(inputs.weights):
-            bias = bias_of.get(layer)
-            z = ACTIVATION_FUNCTIONS[activation](z) if layer > 0 else z
+        for layer, (weight, bias) in enumerate(zip(*inputs.head, strict=True)):
+            z = activate(z) if layer > 0 else z
             z = F.linear(z, weight.to(dtype), None if bias is None else bias.to(dtype))
-        losses = _token_losses(z.to(spec.stat_dtype), t.to(spec.stat_dtype), spec)
+        z, t = z.to(spec.stat_dtype), t.to(spec.stat_dtype)
+        losses = LOSSES.find(spec.loss).of_rows(z, t, spec.normalize, spec.eps)
 
     per_slot = inputs.token_weight
     if reduction != "none":
@@ -93,23 +80,6 @@ def eager_pre_loss(
         per_token = per_slot[inputs.select] if masked else per_slot
         losses = losses * per_token.to(losses.dtype)
     return losses if reduction == "none" else losses.sum()
-
-
-def _token_losses(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
-    """(N, A), (N, A) -> (N,)."""
-    if spec.loss == "cosine":  # the value of F.cosine_similarity, with the clamp's true gradient
-        return -(_l2_normalize(z, spec.eps) * _l2_normalize(t, spec.eps)).sum(dim=-1)
-    if spec.normalize == "l2":
-        z, t = _l2_normalize(z, spec.eps), _l2_normalize(t, spec.eps)
-    elif spec.normalize == "layer":
-        z = F.layer_norm(z, z.shape[-1:], eps=spec.eps)
-        t = F.layer_norm(t, t.shape[-1:], eps=spec.eps)
-    distance = F.mse_loss if spec.loss == "mse" else F.smooth_l1_loss
-    return distance(z, t, reduction="none").mean(dim=-1)
-
-
-def _l2_normalize(x: Tensor, eps: float) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
 
 
 def _select_rows(x: Tensor, select: Tensor | None) -> Tensor:

@@ -8,31 +8,21 @@ scratch lives where the activations of all later layers are already freed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prereg_kernels._util import private
-from prereg_kernels.ops.arguments import (
-    Inputs,
-    Spec,
-    check_inputs,
-    check_name,
-    check_spec,
-    is_mask,
-    matmul_dtype,
-    token_coefficients,
-)
+from prereg_kernels.ops.activations import Activation, ActivationName
+from prereg_kernels.ops.arguments import Inputs, check_inputs, is_mask, token_coefficients
+from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses, store_value
+from prereg_kernels.ops.dtypes import matmul_dtype
 from prereg_kernels.ops.loss import fused_pre_loss
-from prereg_kernels.ops.names import (
-    BACKENDS,
-    ActivationName,
-    BackendName,
-    LossName,
-    NormalizationName,
-)
+from prereg_kernels.ops.losses import Loss, LossName
+from prereg_kernels.ops.names import NormalizationName
+from prereg_kernels.ops.spec import Spec, check_name, check_spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
 from prereg_kernels.ops.versions import check_versions, versions_of
 
@@ -46,8 +36,8 @@ def pre_tap(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
-    activation: ActivationName = "gelu",
-    loss: LossName = "cosine",
+    activation: ActivationName | Activation = "gelu",
+    loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
     denominator: float | Tensor | None = None,
     eps: float = 1e-8,
@@ -116,20 +106,26 @@ def pre_tap(
             value_out.copy_(value.detach())
         return hidden.view_as(hidden), value
     coefficient = token_coefficients(inputs, "mean", denominator, hidden)
+    carry_always = carry_always or (carry is not None and torch.compiler.is_compiling())
     return _Tap.apply(
         hidden,
         anchor.detach(),
         inputs.select,
         coefficient,
-        spec,
-        inputs.bias_layers,
-        compute_value,
         value_out,
         carry,
-        carry_always or (carry is not None and torch.compiler.is_compiling()),
-        *inputs.weights,
-        *inputs.biases,
+        _Settings(spec, inputs.bias_layers, compute_value, carry_always),
+        *inputs.parameters,
     )
+
+
+class _Settings(NamedTuple):
+    """What the tap is told besides tensors."""
+
+    spec: Spec
+    bias_layers: list[int]
+    compute_value: bool
+    carry_always: bool
 
 
 def _check_value_out(value_out: Any, hidden: Tensor) -> None:
@@ -158,14 +154,12 @@ class _Tap(torch.autograd.Function):
         anchor: Tensor,
         select: Tensor | None,
         coefficient: Tensor,
-        spec: Spec,
-        bias_layers: list[int],
-        compute_value: bool,
         value_out: Tensor | None,
         carry: float | Tensor | None,
-        carry_always: bool,
+        settings: _Settings,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        spec, bias_layers, compute_value, carry_always = settings
         ctx.spec, ctx.bias_layers = spec, bias_layers
         constants = anchor, select, coefficient
         ctx.in_graph = torch.compiler.is_compiling()
@@ -178,7 +172,7 @@ class _Tap(torch.autograd.Function):
             ctx.constants, ctx.versions = constants, versions_of(anchor, select)
             ctx.save_for_backward(hidden, *parameters)
         if compute_value:
-            inputs = _inputs(parameters, bias_layers, select, coefficient)
+            inputs = Inputs(list(parameters), bias_layers, select, None, coefficient.shape[0])
             value = (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
         else:
             value = coefficient.new_zeros(())
@@ -199,8 +193,9 @@ class _Tap(torch.autograd.Function):
         ctx: Any, grad_hidden: Tensor | None, grad_value: Tensor | None
     ) -> tuple[Any, ...]:
         factor = _factor(ctx, grad_value)
+        need_hidden, *others = ctx.needs_input_grad
         if factor is None:  # the caller did not use the loss
-            return (grad_hidden, *[None] * (len(ctx.needs_input_grad) - 1))
+            return (grad_hidden, *[None] * len(others))
         if ctx.in_graph:
             anchor, select, coefficient, hidden, *parameters = ctx.saved_tensors
         else:
@@ -211,30 +206,21 @@ class _Tap(torch.autograd.Function):
                 check_versions(ctx.versions, {"anchor": anchor, selector: select})
                 if not private.keeps_graph():
                     ctx.constants = None  # as autograd frees what it saved
-        needs = ctx.needs_input_grad
-        inputs = _inputs(parameters, ctx.bias_layers, select, coefficient)
-        depth = len(inputs.weights)
+        constants = len(others) - len(parameters)  # the arguments before the parameters
+        needs = [need_hidden, *others[constants:]]
+        inputs = Inputs(parameters, ctx.bias_layers, select, None, coefficient.shape[0])
+        if isinstance(factor, Tensor):
+            factor = factor.to(coefficient.device)
         with torch.no_grad():
             _, losses, *gradients = call_gradients(
-                hidden,
-                anchor,
-                inputs,
-                ctx.spec,
-                coefficient
-                * (factor.to(coefficient.device) if isinstance(factor, Tensor) else factor),
-                needs[0],
-                needs[10 : 10 + depth],
-                needs[10 + depth :],
-                residual=grad_hidden,
+                hidden, anchor, inputs, ctx.spec, coefficient * factor, needs, grad_hidden
             )
             if ctx.value_out is not None:
                 store_value(ctx.value_out, (losses * coefficient).sum())
         upstream = [x for x in (grad_hidden, grad_value) if x is not None]
-        gradients = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
-        dh, *rest = (
-            x if n else None for x, n in zip(gradients, (needs[0], *needs[10:]), strict=True)
-        )
-        return (dh, *[None] * 9, *rest)
+        once = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
+        dh, *rest = (x if need else None for x, need in zip(once, needs, strict=True))
+        return (dh, *[None] * constants, *rest)
 
 
 def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:
@@ -246,11 +232,3 @@ def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:
         if private.keeps_graph():
             return None
     return ctx.carry
-
-
-def _inputs(
-    parameters: Sequence[Tensor], bias_layers: list[int], select: Tensor | None, slots: Tensor
-) -> Inputs:
-    depth = len(parameters) - len(bias_layers)
-    weights, biases = list(parameters[:depth]), list(parameters[depth:])
-    return Inputs(weights, biases, bias_layers, select, None, slots.shape[0])

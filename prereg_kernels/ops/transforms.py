@@ -35,7 +35,9 @@ def forbid_forward_mode(*tensors: Tensor | None) -> None:
         _ForbidForwardMode.apply(*[x for x in tensors if x is not None])
 
 
-def forbid_double_backward(gradients: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def forbid_double_backward(
+    gradients: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor]:
     """The gradients, such that differentiating them again raises instead of giving zeros.
 
     Args:

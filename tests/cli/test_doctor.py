@@ -12,6 +12,9 @@ import torch
 from prereg_kernels._version import __version__
 from prereg_kernels.cli import doctor
 from prereg_kernels.ops.backends import registry
+from prereg_kernels.ops.backends.torch import TorchBackend
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import forget_backends
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +37,7 @@ def test_json_says_the_same() -> None:
     report = json.loads(run("--json").stdout)
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(report) == {"versions", "cpu", "gpu", "backends", "cpp rows"}
-    assert list(report["backends"]) == ["auto", "torch", "cpp", "triton"]
+    assert list(report["backends"]) == list(registry.BACKENDS)
     assert report["backends"]["torch"] == "runs"
 
 
@@ -57,14 +60,23 @@ def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "unavailable", reason)
     monkeypatch.setattr(registry, "unavailable", reason)
-    registry._choose.cache_clear()
+    forget_backends()
     try:
         text = doctor.show(doctor.examine())
     finally:
-        registry._choose.cache_clear()
+        forget_backends()
     assert "auto            torch, cpu" in text
     assert "does not run here: no cpp on cpu, because of a reason" in text
     assert "does not run here: no triton on cpu, because of a reason" in text
+
+
+def test_losses_without_a_kernel_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: TorchBackend, spec: Spec) -> str | None:
+        return f"loss={spec.loss!r}" if spec.loss.startswith("huber") else None
+
+    monkeypatch.setattr(TorchBackend, "refuses", refuses)
+    facts = doctor.examine()["backends"]
+    assert facts["torch"] == "runs; no kernel for loss='huber(delta=0.5)'"
 
 
 def test_without_a_compiler_or_an_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,25 @@ def takes_the_heads_up(text: str, namespace: Namespace, place: Path) -> None:
             assert torch.equal(namespace["model"].pre_heads.state_dict()[name], x), name
 
 
+def takes_a_loss(text: str, namespace: Namespace, place: Path) -> None:
+    """A loss of the user's own, whose gradient is that of its definition."""
+    namespace |= {"model": load_tiny(place)}
+    exec(text, namespace)
+    pre, model, batch = namespace["pre"], namespace["model"], make_batch()
+    model(**batch).loss.backward()
+    ours = gradients(model)
+    assert pre.config.loss == "charbonnier(width=0.1)"
+    model.zero_grad()
+    remove_pre(model)
+    options = {"loss": namespace["loss"], "normalize": "layer"}
+    lm, term = eager_term(model, batch, pre.heads, **options)
+    (lm + 0.5 * term).backward()
+    expected = gradients(model)
+    for layer, head in pre.heads.items():
+        expected |= {f"pre_heads.{layer}.{n}": p.grad for n, p in head.named_parameters()}
+    compare(ours, expected)
+
+
 def measures(text: str, namespace: Namespace, place: Path) -> None:
     """A page of the images of a loader, with a probe of their classes. Training batches will do."""
     kinds = ("cat", "dog")
@@ -179,7 +198,8 @@ def taps(text: str, namespace: Namespace, place: Path) -> None:
 
 CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("README.md", 1): is_the_loss_each_time,
-    ("docs/anchors.md", 0): takes_the_heads_up,
+    ("docs/anchors.md", 0): takes_a_loss,
+    ("docs/anchors.md", 1): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
     ("prereg_kernels/ops/tap.py", 0): taps,
 }

@@ -9,8 +9,8 @@ import torch
 
 from prereg_kernels import fused_pre_loss
 from prereg_kernels.ops import custom_ops
-from prereg_kernels.ops.backends.registry import choose_rows
-from prereg_kernels.ops.backends.triton.fused import FusedTritonRows
+from prereg_kernels.ops.backends.registry import choose_backend
+from prereg_kernels.ops.backends.triton.fused import FusedTritonBackend
 from prereg_kernels.ops.backends.triton.matmul_config import EVERYTHING
 from tests.gpu.support import HALVES, gpu_problem
 from tests.helpers import residual_like, run, run_tap
@@ -22,11 +22,11 @@ def main() -> None:
         for options in ({}, {"recompute": True}):
             run(fused_pre_loss, problem, chunk_rows=32, backend="triton", **options)
         run_tap(problem, 0.5, residual_like(problem.hidden), backend="triton")
-    custom_ops.choose_rows = lambda *_: FusedTritonRows(EVERYTHING)
+    custom_ops.choose_backend = lambda *_: FusedTritonBackend(EVERYTHING)
     for dtype in HALVES:
         problem = gpu_problem(70, (40, 72, 56), dtype=dtype)
         run(fused_pre_loss, problem, recompute=True)
-    custom_ops.choose_rows = choose_rows
+    custom_ops.choose_backend = choose_backend
     run(fused_pre_loss, gpu_problem(70, (40,), loss="mse", normalize="layer"), backend="triton")
     torch.cuda.synchronize()
     print("sanitize_case: done")

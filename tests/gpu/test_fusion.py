@@ -12,7 +12,7 @@ import torch
 
 from prereg_kernels import fused_pre_loss
 from prereg_kernels.ops import custom_ops
-from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.base import Backend
 from tests.gpu.support import HALVES, assert_same, gpu_problem, needs_gpu
 from tests.helpers import check, check_tap, residual_like, run
 
@@ -34,17 +34,17 @@ def force(monkeypatch: pytest.MonkeyPatch, plan: Any, config: Any = None) -> lis
     """Make every call use the plan; the list gets the names of the stages that ran fused."""
     seen: list[str] = []
 
-    class Watched(fused.FusedTritonRows):
+    class Watched(fused.FusedTritonBackend):
         def _choose(self, stage: str, *tensors: torch.Tensor) -> Any:
             chosen = super()._choose(stage, *tensors)
             if chosen is not None:
                 seen.append(stage)
             return chosen
 
-    def choose_rows(backend: str, device: torch.device) -> Rows:
+    def choose_backend(name: str, device: torch.device, spec: Any = None) -> Backend:
         return Watched(plan, config)
 
-    monkeypatch.setattr(custom_ops, "choose_rows", choose_rows)
+    monkeypatch.setattr(custom_ops, "choose_backend", choose_backend)
     return seen
 
 

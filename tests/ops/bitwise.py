@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import PReHead, apply_pre, fused_pre_loss, pre_tap
-from prereg_kernels.ops import chunking
+from prereg_kernels.ops import dtypes
 from prereg_kernels.ops.backends import registry
 from tests.helpers import make_problem
 from tests.tiny import gradients, make_batch, tiny_llava
@@ -31,7 +31,11 @@ PORTABLE = {
 BACKENDS = ("torch", "cpp")
 FORMULAS = [
     {"loss": "cosine"},
-    *({"loss": x, "normalize": n} for x in ("mse", "smooth_l1") for n in ("none", "l2", "layer")),
+    *(
+        {"loss": x, "normalize": n}
+        for x in ("mse", "smooth_l1", "l1")
+        for n in ("none", "l2", "layer")
+    ),
 ]
 
 
@@ -126,7 +130,7 @@ def attachments() -> Iterator[tuple[str, Iterable[Tensor | None]]]:
 def all_digests() -> dict[str, str]:
     torch.set_num_threads(1)
     if os.environ.get("PORTABLE"):
-        chunking._native_on_cpu = lambda dtype: False
+        dtypes._native_on_cpu = lambda dtype: False
     unavailable = registry.unavailable("cpp", "cpu")
     assert unavailable is None, unavailable
     calls = itertools.chain(losses(), taps(), attachments())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import PReConfig, PReHead, eager_pre_loss, fused_pre_loss, pre_tap
+from tests.helpers import ACTIVATION_NAMES, LOSS_NAMES
 
 
 class DTensor(Tensor):
@@ -219,17 +220,27 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "activation": (
         {"activation": "tanh"},
-        ValueError, "activation: expected one of gelu, gelu_tanh, silu, relu; got 'tanh'",
+        ValueError, f"activation: expected one of {', '.join(ACTIVATION_NAMES)}; got 'tanh'",
     ),
     "activation None": ({"activation": None}, ValueError, "activation: .* got None"),
-    "loss": ({"loss": "l1"}, ValueError, "loss: expected one of cosine, mse, smooth_l1; got 'l1'"),
+    "loss": (
+        {"loss": "cosin"},
+        ValueError, f"loss: expected one of {', '.join(LOSS_NAMES)}; got 'cosin'",
+    ),
+    "loss None": ({"loss": None}, ValueError, "loss: .* got None"),
+    "parameter of a loss": (
+        {"loss": "huber(beta=1.0)"}, ValueError, "huber: its parameters are: delta; got 'beta'",
+    ),
+    "parameter that is no number": (
+        {"loss": "huber(delta=x)"}, ValueError, r"loss: expected parameters as in 'name\(delta=0.5",
+    ),
     "normalize": (
         {"loss": "mse", "normalize": "batch"},
         ValueError, "normalize: expected one of none, l2, layer; got 'batch'",
     ),
     "normalize of cosine": (
         {"normalize": "l2"},
-        ValueError, "normalize='l2' applies to .* expected normalize='none'",
+        ValueError, "normalize: loss='cosine', which normalises by itself, takes none; got 'l2'",
     ),
     "denominator zero": (
         {"denominator": 0},
@@ -305,7 +316,7 @@ FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "chunk_rows bool": ({"chunk_rows": True}, TypeError, "chunk_rows: .* got bool"),
     "backend": (
         {"backend": "cuda"},
-        ValueError, "backend: expected one of auto, torch, cpp, triton; got 'cuda'",
+        ValueError, "backend: expected one of auto, triton, cpp, torch; got 'cuda'",
     ),
 }  # fmt: skip
 
@@ -387,7 +398,7 @@ def test_bad_head(overrides: dict[str, Any], message: str) -> None:
         ({"weight": "0.5"}, "weight: .* got '0.5'"),
         ({"weight": True}, "weight: .* got True"),
         ({"activation": "tanh"}, "activation: expected one of gelu, .* got 'tanh'"),
-        ({"loss": "l1"}, "loss: expected one of cosine, .* got 'l1'"),
+        ({"loss": "cosin"}, "loss: expected one of cosine, .* got 'cosin'"),
         ({"normalize": "batch"}, "normalize: expected one of none, .* got 'batch'"),
         ({"loss": "cosine", "normalize": "l2"}, "normalize"),
         ({"anchor": "dino"}, "anchor: expected one of pre_llm, .* got 'dino'"),

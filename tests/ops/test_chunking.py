@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prereg_kernels.ops import chunking
+from prereg_kernels.ops import dtypes
 from prereg_kernels.ops.chunking import (
     CPU,
     GPU,
@@ -16,9 +16,9 @@ from prereg_kernels.ops.chunking import (
     ChunkBudget,
     choose_chunk_rows,
     chunk_budget,
-    operand_dtype,
     scratch_columns,
 )
+from prereg_kernels.ops.dtypes import operand_dtype
 
 WIDTHS = st.integers(1, 2**15)
 BUDGETS = st.sampled_from((CPU, NARROW, TILES, GPU))
@@ -95,7 +95,7 @@ def test_budget_of_a_device() -> None:
 @pytest.mark.parametrize("native", (False, True))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
 def test_operand_dtype(native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunking, "_native_on_cpu", lambda _: native)
+    monkeypatch.setattr(dtypes, "_native_on_cpu", lambda _: native)
     assert operand_dtype(dtype, torch.device("cuda")) == dtype
     emulated = dtype.itemsize == 2 and not native
     assert operand_dtype(dtype, torch.device("cpu")) == (torch.float32 if emulated else dtype)

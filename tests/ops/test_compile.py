@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import fused_pre_loss, pre_tap
-from prereg_kernels.ops.arguments import Spec, check_inputs
+from prereg_kernels.ops.arguments import check_inputs
 from prereg_kernels.ops.custom_ops import pre_gradients, pre_losses
+from prereg_kernels.ops.spec import Spec
 from tests.helpers import Problem, make_problem, run, run_tap
 
 
@@ -139,7 +140,7 @@ def op_arguments(problem: Problem, needs_grad: bool) -> tuple[Any, ...]:
     selectors = (problem.options.get("visual_mask"), problem.options.get("visual_index"))
     inputs = check_inputs(hidden, anchor, weights, biases, *selectors, None, None)
     spec = Spec("gelu", "cosine", "none", 1e-8, hidden.dtype)
-    return hidden, anchor, inputs.select, weights, inputs.biases, inputs.bias_layers, *spec
+    return hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack()
 
 
 CHECKS = (
@@ -159,13 +160,12 @@ def test_opcheck_of_losses(name: str) -> None:
 @pytest.mark.parametrize("residual", (False, True))
 def test_opcheck_of_gradients(name: str, residual: bool) -> None:
     arguments = op_arguments(OPS[name], True)
-    hidden, _, select, weights, biases = arguments[:5]
+    hidden, _, select, parameters, bias_layers, _ = arguments
+    depth = len(parameters) - len(bias_layers)
     slots = hidden.shape[:-1].numel() if select is None else select.shape[0]
     extra = (
         torch.full((slots,), 0.1),
         torch.ones_like(hidden) if residual else None,
-        True,
-        [True] * len(weights),
-        [layer % 2 == 0 for layer in range(len(biases))],
+        [True, *[True] * depth, *(layer % 2 == 0 for layer in range(len(bias_layers)))],
     )
     torch.library.opcheck(pre_gradients, (*arguments, *extra), test_utils=CHECKS)

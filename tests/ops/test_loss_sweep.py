@@ -11,10 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prereg_kernels.ops import chunking
-from prereg_kernels.ops.names import ACTIVATIONS, LOSSES, NORMALIZATIONS
+from prereg_kernels.ops import dtypes
+from prereg_kernels.ops.names import NORMALIZATIONS
 from tests.fuzzing import fuzz
-from tests.helpers import Problem, check, check_tap, make_problem, residual_like, restride
+from tests.helpers import (
+    ACTIVATION_NAMES,
+    LOSS_NAMES,
+    Problem,
+    check,
+    check_tap,
+    make_problem,
+    residual_like,
+    restride,
+)
 
 LOW = (torch.bfloat16, torch.float16)
 FLAVOURS = st.sampled_from(
@@ -50,7 +59,7 @@ def problems(draw: st.DrawFn) -> Problem:
         )
     )
     depth = draw(st.integers(0, 3))
-    loss = draw(st.sampled_from(LOSSES))
+    loss = draw(st.sampled_from(LOSS_NAMES))
     normalize = "none" if loss == "cosine" else draw(st.sampled_from(NORMALIZATIONS))
     # Below three features a normalised vector can hardly move: the gradient is rounding alone
     least = 1 if loss != "cosine" and normalize == "none" else 3
@@ -62,7 +71,7 @@ def problems(draw: st.DrawFn) -> Problem:
     problem = make_problem(
         leading, widths, seed=seed, dtype=dtype, weight_dtype=weight_dtype,
         bias=draw(st.booleans()), loss=loss, normalize=normalize,
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        activation=draw(st.sampled_from(ACTIVATION_NAMES)),
     )  # fmt: skip
     options: dict[str, Any] = {}
     positions = count = math.prod(leading)
@@ -120,7 +129,7 @@ def test_every_schedule_is_as_good_as_eager(
     problem: Problem, chunk_rows: int | None, power: float, factor: float, native: bool
 ) -> None:
     """On a CPU with arithmetic of low precision as on one without."""
-    with mock.patch.object(chunking, "_native_on_cpu", lambda _: native):
+    with mock.patch.object(dtypes, "_native_on_cpu", lambda _: native):
         check_schedules(problem, chunk_rows, power, factor)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import fused_pre_loss
-from prereg_kernels.ops import chunking, pipeline
-from prereg_kernels.ops.backends import torch as torch_backend
-from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops import dtypes, loss_gradients, pipeline
+from prereg_kernels.ops.backends.base import LossChunk
+from prereg_kernels.ops.backends.torch import TorchBackend
+from prereg_kernels.ops.losses import LOSSES
 from tests.helpers import (
     Problem,
     assert_as_good_as_eager,
@@ -23,30 +24,23 @@ from tests.helpers import (
     run,
 )
 
-activation_backward = TorchRows.activation_backward
-token_losses_and_grad = TorchRows.token_losses_and_grad
-scatter_rows = TorchRows.scatter_rows
-standardize = torch_backend._standardize
-cosine = torch_backend._cosine
+activation_backward = TorchBackend.activation_backward
+token_losses = TorchBackend.token_losses
+scatter_rows = TorchBackend.scatter_rows
+standardize = loss_gradients._standardize
+cosine = loss_gradients.cosine
 
 
 def on_dz(change: Callable[..., None]) -> Callable[..., None]:
-    """token_losses_and_grad, after which `change` spoils dz."""
+    """token_losses, after which `change` spoils dz."""
 
-    def mutant(
-        self: TorchRows, z: Tensor, bias: Any, anchor: Tensor, index: Any,
-        coefficient: Tensor, spec: Any, losses: Tensor, dz: Tensor, sums: Any,
-    ) -> None:  # fmt: skip
-        kept = z.clone()
-        token_losses_and_grad(self, z, bias, anchor, index, coefficient, spec, losses, dz, sums)
-        change(dz, kept, coefficient, losses)
+    def mutant(self: TorchBackend, chunk: LossChunk, spec: Any) -> None:
+        kept = chunk.z.clone()
+        token_losses(self, chunk, spec)
+        if chunk.dz is not None:
+            change(chunk.dz, kept, chunk.coefficient, chunk.losses)
 
     return mutant
-
-
-def without_sums(primitive: Callable[..., None]) -> Callable[..., None]:
-    """The primitive, which leaves out the bias gradients: its last argument."""
-    return lambda *arguments: primitive(*arguments[:-1], None)
 
 
 def drop_second_term(dz: Tensor, z: Tensor, coefficient: Tensor, c: Tensor) -> None:
@@ -62,18 +56,18 @@ def drop_mean(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 COSINE = {"loss": "cosine", "normalize": "none"}
 MUTATIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
-    "sign of dz": ("token_losses_and_grad", on_dz(lambda dz, *_: dz.neg_()), COSINE),
-    "c z / nz missing": ("token_losses_and_grad", on_dz(drop_second_term), COSINE),
+    "sign of dz": ("token_losses", on_dz(lambda dz, *_: dz.neg_()), COSINE),
+    "c z / nz missing": ("token_losses", on_dz(drop_second_term), COSINE),
     "1/N twice": (
-        "token_losses_and_grad",
+        "token_losses",
         on_dz(lambda dz, z, coefficient, _: dz.mul_(coefficient.unsqueeze(1))),
         COSINE,
     ),
     "dz too large by 1e-5": (
-        "token_losses_and_grad", on_dz(lambda dz, *_: dz.mul_(1.00001)), COSINE,
+        "token_losses", on_dz(lambda dz, *_: dz.mul_(1.00001)), COSINE,
     ),
     "sign of mse": (
-        "token_losses_and_grad",
+        "token_losses",
         on_dz(lambda dz, *_: dz.neg_()),
         {"loss": "mse", "normalize": "l2"},
     ),
@@ -88,8 +82,15 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
     "wrong act": (
         "activate", lambda self, u, bias, activation, g: torch.ops.aten.silu.out(u, out=g), COSINE,
     ),
-    "db1 missing": ("activation_backward", without_sums(activation_backward), COSINE),
-    "db2 missing": ("token_losses_and_grad", without_sums(token_losses_and_grad), COSINE),
+    "db1 missing": (
+        "activation_backward", lambda self, *others: activation_backward(self, *others[:-1], None),
+        COSINE,
+    ),
+    "db2 missing": (
+        "token_losses",
+        lambda self, chunk, spec: token_losses(self, chunk._replace(sums=None), spec),
+        COSINE,
+    ),
     "dh not scattered": ("scatter_rows", lambda *_: None, COSINE),
     "dh at wrong rows": (
         "scatter_rows",
@@ -102,10 +103,6 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
         COSINE,
     ),
 }  # fmt: skip
-FUNCTIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
-    "mean not removed": ("_standardize", drop_mean, {"loss": "mse", "normalize": "layer"}),
-    "eps ignored": ("_cosine", lambda z, t, eps, grad: cosine(z, t, 1e-30, grad), COSINE),
-}
 
 
 def problem(options: dict[str, str]) -> Any:
@@ -128,30 +125,37 @@ def test_without_a_mutation_the_rule_holds(options: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_rule_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target, mutant, options = MUTATIONS[name]
-    monkeypatch.setattr(TorchRows, target, mutant)
+    monkeypatch.setattr(TorchBackend, target, mutant)
     with pytest.raises(AssertionError, match="error"):
         check_both(problem(options))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_rule_notices_in_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, mutant, options = FUNCTIONS[name]
-    monkeypatch.setattr(torch, target, mutant)
+def test_the_rule_notices_a_mean_that_is_not_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_gradients, "_standardize", drop_mean)
     with pytest.raises(AssertionError, match="error"):
-        check_both(problem(options))
+        check_both(problem({"loss": "mse", "normalize": "layer"}))
+
+
+def test_the_rule_notices_an_ignored_eps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_eps(z: Tensor, t: Tensor, how: str, eps: float, grad: bool) -> Any:
+        return cosine(z, t, how, 1e-30, grad)
+
+    monkeypatch.setitem(vars(LOSSES.find("cosine")), "by_hand", without_eps)
+    with pytest.raises(AssertionError, match="error"):
+        check_both(problem(COSINE))
 
 
 def test_the_rule_notices_a_dropped_layer_norm_term(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient's own mean, dp.mean(), which no primitive holds alone."""
     wrong = on_dz(lambda dz, *_: dz.add_(dz.abs().mean(dim=1, keepdim=True)))
-    monkeypatch.setattr(TorchRows, "token_losses_and_grad", wrong)
+    monkeypatch.setattr(TorchBackend, "token_losses", wrong)
     with pytest.raises(AssertionError, match="error"):
         check_both(problem({"loss": "mse", "normalize": "layer"}))
 
 
 def test_the_rule_notices_a_lost_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16 the gradients are computed at another scale, which has to be undone."""
-    monkeypatch.setattr(chunking, "_native_on_cpu", lambda _: True)
+    monkeypatch.setattr(dtypes, "_native_on_cpu", lambda _: True)
     half = make_problem((12,), (10, 8, 9), dtype=torch.float16)
     check_tap(half)
     finish = pipeline._WeightGradients.finish

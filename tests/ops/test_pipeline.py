@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from prereg_kernels.ops import pipeline
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.registry import choose_rows
-from prereg_kernels.ops.pipeline import Head, Needs, losses_and_gradients, losses_only, power_of_two
+from prereg_kernels.ops.backends.registry import choose_backend
+from prereg_kernels.ops.head_tensors import Head
+from prereg_kernels.ops.pipeline import Needs, losses_and_gradients, losses_only, power_of_two
+from prereg_kernels.ops.spec import Spec
 from tests.helpers import make_problem, relative_error, run_truth
 
 
@@ -22,18 +23,16 @@ def test_power_of_two_is_next_above(value: float) -> None:
 
 def call(chunk_rows: int, needs: Needs | None = None, residual: torch.Tensor | None = None):
     problem = make_problem((30,), (8, 9, 7), dtype=torch.float64)
-    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float64)
+    spec = Spec("gelu", "cosine", "none", 1e-8, torch.float64, chunk_rows)
     index = torch.arange(29, -1, -2)
     head = Head(problem.weights, problem.biases or [])
     needs = needs or Needs(True, [True] * 2, [True] * 2)
-    rows = choose_rows("torch", torch.device("cpu"))
+    backend = choose_backend("torch", torch.device("cpu"))
     flat = pipeline.Problem(problem.hidden, problem.anchor, index, index, head)
     coefficient = torch.full((15,), 1 / 15, dtype=torch.float64)
     problem = problem.with_options(visual_index=index)
-    losses, gradients = losses_and_gradients(
-        flat, spec, rows, chunk_rows, coefficient, needs, residual
-    )
-    assert torch.equal(losses_only(flat, spec, rows, chunk_rows), losses)
+    losses, gradients = losses_and_gradients(flat, spec, backend, coefficient, needs, residual)
+    assert torch.equal(losses_only(flat, spec, backend), losses)
     return problem, losses, gradients
 
 

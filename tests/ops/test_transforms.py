@@ -16,9 +16,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 
 from prereg_kernels import PReHead, eager_pre_loss, fused_pre_loss, pre_tap
 from prereg_kernels.attach.pooling import pool_images
-from prereg_kernels.ops.names import ACTIVATIONS, LOSSES
 from tests.fuzzing import fuzz
-from tests.helpers import Problem, make_problem, relative_error
+from tests.helpers import ACTIVATION_NAMES, LOSS_NAMES, Problem, make_problem, relative_error
 
 Function = Callable[[Tensor], Tensor]
 Transform = Callable[[Function, Tensor, Tensor], Tensor]
@@ -122,8 +121,8 @@ def problems(draw: st.DrawFn) -> Problem:
     leading = draw(st.sampled_from(((6,), (2, 3))))
     problem = make_problem(
         leading, (4, 5, 4)[2 - depth :], seed=seed, dtype=torch.float64,
-        bias=draw(st.booleans()), loss=draw(st.sampled_from(LOSSES)),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        bias=draw(st.booleans()), loss=draw(st.sampled_from(LOSS_NAMES)),
+        activation=draw(st.sampled_from(ACTIVATION_NAMES)),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     selection = draw(st.sampled_from(("none", "mask", "index")))

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.triton.backend import TritonRows
-from prereg_kernels.ops.names import ACTIVATIONS, NORMALIZATIONS
+from prereg_kernels.ops.backends.base import LossChunk
+from prereg_kernels.ops.backends.triton.backend import TritonBackend
+from prereg_kernels.ops.names import NORMALIZATIONS
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import KERNEL_ACTIVATIONS
 
 ROWS, POSITIONS = 6144, 2**20  # of a chunk, and of the whole batch
 COLUMNS = (512, 1024, 3584, 4096, 8192, 16384, 20480)
@@ -19,10 +21,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Case:
-    """Launches of one call: `launch(TritonRows())`."""
+    """Launches of one call: `launch(TritonBackend())`."""
 
     name: str
-    launch: Callable[[TritonRows], None]
+    launch: Callable[[TritonBackend], None]
     quick: bool = False  # part of every test run, not only of a complete one
     wide: bool = True  # every kernel has to read 16 bytes at once
     tensor_cores: bool = False  # a matmul
@@ -51,7 +53,7 @@ def loss_cases() -> Iterator[Case]:
             yield Case(f"no head {name}", _loss(columns, dtype, "cosine", head=False))
     for columns in (4096, 8192, 20480):
         for dtype in (*DTYPES, torch.float64):
-            for loss in ("mse", "smooth_l1"):
+            for loss in ("mse", "smooth_l1", "l1"):
                 for normalize in NORMALIZATIONS:
                     worst = (loss, normalize, dtype) == ("smooth_l1", "layer", torch.float32)
                     name = f"{loss} {normalize} {columns} {dtype}"
@@ -68,40 +70,42 @@ def _loss(
     normalize: str = "none",
     head: bool = True,
     transposed: bool = False,
-) -> Callable[[TritonRows], None]:
-    def launch(rows: TritonRows) -> None:
+) -> Callable[[TritonBackend], None]:
+    def launch(backend: TritonBackend) -> None:
         spec = Spec("gelu", loss, normalize, 1e-8, dtype)
         z = meta(ROWS, columns, dtype=dtype)
         anchor = meta(POSITIONS, columns, dtype=dtype)
         if transposed:
             anchor = meta(columns, POSITIONS, dtype=dtype).T
-        rows.token_losses_and_grad(
+        chunk = LossChunk(
             z,
             meta(columns, dtype=dtype) if head else None,
             anchor,
             index(),
-            meta(1, dtype=spec.stat_dtype).expand(ROWS),
-            spec,
             meta(ROWS, dtype=spec.stat_dtype),
+            meta(1, dtype=spec.stat_dtype).expand(ROWS),
             z if head else meta(ROWS, columns, dtype=dtype),
             meta(columns, dtype=spec.stat_dtype) if head else None,
+        )
+        backend.token_losses(chunk, spec)
+
+    return launch
+
+
+def _losses_alone(columns: int, dtype: torch.dtype, loss: str) -> Callable[[TritonBackend], None]:
+    def launch(backend: TritonBackend) -> None:
+        spec = Spec("gelu", loss, "none", 1e-8, dtype)
+        z, bias = meta(ROWS, columns, dtype=dtype), meta(columns, dtype=dtype)
+        anchor = meta(POSITIONS, columns, dtype=dtype)
+        backend.token_losses(
+            LossChunk(z, bias, anchor, index(), meta(ROWS, dtype=spec.stat_dtype)), spec
         )
 
     return launch
 
 
-def _losses_alone(columns: int, dtype: torch.dtype, loss: str) -> Callable[[TritonRows], None]:
-    def launch(rows: TritonRows) -> None:
-        spec = Spec("gelu", loss, "none", 1e-8, dtype)
-        z, bias = meta(ROWS, columns, dtype=dtype), meta(columns, dtype=dtype)
-        anchor = meta(POSITIONS, columns, dtype=dtype)
-        rows.token_losses(z, bias, anchor, index(), spec, meta(ROWS, dtype=spec.stat_dtype))
-
-    return launch
-
-
 def activation_cases() -> Iterator[Case]:
-    for activation in ACTIVATIONS:
+    for activation in KERNEL_ACTIVATIONS:
         for dtype in (*DTYPES, torch.float64):
             for columns in (512, 3584, 4096):
                 name = f"{activation} {columns} {dtype}"
@@ -111,19 +115,19 @@ def activation_cases() -> Iterator[Case]:
                 yield Case(f"backward {name}", _backward(columns, dtype, activation), quick)
 
 
-def _activate(columns: int, dtype: torch.dtype, activation: str) -> Callable[[TritonRows], None]:
-    def launch(rows: TritonRows) -> None:
+def _activate(columns: int, dtype: torch.dtype, activation: str) -> Callable[[TritonBackend], None]:
+    def launch(backend: TritonBackend) -> None:
         u, bias = meta(ROWS, columns, dtype=dtype), meta(columns, dtype=dtype)
-        rows.activate(u, bias, activation, torch.empty_like(u))
+        backend.activate(u, bias, activation, torch.empty_like(u))
 
     return launch
 
 
-def _backward(columns: int, dtype: torch.dtype, activation: str) -> Callable[[TritonRows], None]:
-    def launch(rows: TritonRows) -> None:
+def _backward(columns: int, dtype: torch.dtype, activation: str) -> Callable[[TritonBackend], None]:
+    def launch(backend: TritonBackend) -> None:
         u, bias = meta(ROWS, columns, dtype=dtype), meta(columns, dtype=dtype)
         sums = meta(columns, dtype=torch.promote_types(dtype, torch.float32))
-        rows.activation_backward(torch.empty_like(u), u, bias, activation, sums)
+        backend.activation_backward(torch.empty_like(u), u, bias, activation, sums)
 
     return launch
 
@@ -140,13 +144,13 @@ def gather_cases() -> Iterator[Case]:
 
 def _gather(
     source: torch.dtype, out: torch.dtype, transposed: bool = False
-) -> Callable[[TritonRows], None]:
-    def launch(rows: TritonRows) -> None:
+) -> Callable[[TritonBackend], None]:
+    def launch(backend: TritonBackend) -> None:
         h, into = meta(POSITIONS, 4096, dtype=source), meta(ROWS, 4096, dtype=out)
         if transposed:
-            rows.gather_rows(meta(4096, ROWS, dtype=source).T, None, into)
+            backend.gather_rows(meta(4096, ROWS, dtype=source).T, None, into)
         else:
-            rows.gather_rows(h, index(), into)
+            backend.gather_rows(h, index(), into)
 
     return launch
 
@@ -163,9 +167,9 @@ def scatter_cases() -> Iterator[Case]:
 
 def _scatter(
     dtype: torch.dtype, into: torch.dtype, accumulate: bool, scaled: bool = False
-) -> Callable[[TritonRows], None]:
-    def launch(rows: TritonRows) -> None:
+) -> Callable[[TritonBackend], None]:
+    def launch(backend: TritonBackend) -> None:
         values, dh = meta(ROWS, 4096, dtype=dtype), meta(POSITIONS, 4096, dtype=into)
-        rows.scatter_rows(values, dh, index(), meta() if scaled else None, accumulate)
+        backend.scatter_rows(values, dh, index(), meta() if scaled else None, accumulate)
 
     return launch

@@ -41,7 +41,7 @@ def main() -> None:
 
 def compile_all(target: str, everything: bool) -> list[dict[str, Any]]:
     """What each kernel of each case came out as."""
-    from prereg_kernels.ops.backends.triton.backend import TritonRows
+    from prereg_kernels.ops.backends.triton.backend import TritonBackend
     from tests.triton_aot.cases import all_cases
     from tests.triton_aot.inspection import inspect
 
@@ -51,7 +51,7 @@ def compile_all(target: str, everything: bool) -> list[dict[str, Any]]:
             if not (case.quick or everything):
                 continue
             kernels.clear()
-            case.launch(TritonRows())
+            case.launch(TritonBackend())
             assert kernels, f"{case.name}: launches nothing"
             for kernel in kernels:
                 if kernel.hash not in seen:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton.matmul_config import STAGES, MatmulConfig, candidates
-from prereg_kernels.ops.names import ACTIVATIONS
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import KERNEL_ACTIVATIONS
 from tests.triton_aot.cases import meta
 from tests.triton_aot.compile import TARGETS, compiling_for
 from tests.triton_aot.inspection import inspect
@@ -63,19 +64,19 @@ def variants(stage: str, everything: bool) -> Iterator[tuple[str, Launch]]:
     """The launches of a stage that differ, the heaviest first."""
     for dtype in (torch.bfloat16, torch.float16):
         if stage == "activate":
-            for activation in ACTIVATIONS:
+            for activation in KERNEL_ACTIVATIONS:
                 yield f"{activation} {dtype}", _activate(dtype, activation)
                 yield f"{activation} {dtype}, g alone", _activate(dtype, activation, store_u=False)
                 if not everything:
                     return
         elif stage == "losses":
-            for loss in ("cosine", "mse", "smooth_l1"):
+            for loss in ("cosine", "mse", "smooth_l1", "l1"):
                 yield f"{loss} {dtype}", _losses(dtype, loss)
                 if not everything:
                     return
                 yield f"{loss} {dtype}, anchor in float32", _losses(dtype, loss, torch.float32)
         elif stage == "backward_activation":
-            for activation in ACTIVATIONS:
+            for activation in KERNEL_ACTIVATIONS:
                 yield f"{activation} {dtype}", _backward_activation(dtype, activation)
                 if not everything:
                     return
@@ -105,9 +106,10 @@ def _losses(dtype: torch.dtype, loss: str, anchor_dtype: torch.dtype | None = No
 
         anchor = meta(POSITIONS, WIDTH, dtype=anchor_dtype or dtype)
         spec = Spec("gelu", loss, "none", 1e-8, dtype)
+        chunk = LossChunk(_chunk(dtype), None, anchor, _index(), meta(ROWS))
         linear_losses(
-            _chunk(dtype), _weight(dtype), meta(WIDTH, dtype=dtype), anchor, _index(), spec,
-            meta(ROWS), config, MULTIPROCESSORS,
+            _chunk(dtype), _weight(dtype), meta(WIDTH, dtype=dtype), chunk, spec, config,
+            MULTIPROCESSORS,
         )  # fmt: skip
 
     return launch

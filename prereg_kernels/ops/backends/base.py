@@ -1,4 +1,4 @@
-"""What a backend of the row primitives has to provide, and the stages of the algorithm.
+"""What a backend has to provide: the row primitives, and the stages of the algorithm.
 
 The tensors are named as in the paper: h (n, D) hidden states, u and g (n, M) pre-activation and
 activation, z and t (n, A) prediction and target, for a chunk of n rows; index (n,) says where its
@@ -8,16 +8,31 @@ rows are, None that they are all there is, in order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
 from prereg_kernels.ops.products import add_product, has_wide_products
+from prereg_kernels.ops.spec import Spec
 
 
-class Rows(ABC):
-    """A backend: six primitives, and stages of a matmul and a primitive, which it may fuse.
+class LossChunk(NamedTuple):
+    """The prediction and the target of a chunk, and where its losses and their gradient go."""
+
+    z: Tensor  # (n, A); without its bias, if `bias` has it
+    bias: Tensor | None  # (A,)
+    anchor: Tensor  # (any, A), any strides
+    anchor_index: Tensor | None  # (n,) the anchor's rows; None: all, in order
+    losses: Tensor  # (n,), written
+    # With a gradient; None: losses alone
+    coefficient: Tensor | None = None  # (n,)
+    dz: Tensor | None = None  # (n, A), written: coefficient * dloss/dz; may be z
+    sums: Tensor | None = None  # (A,) += the column sums of dz
+
+
+class Backend(ABC):
+    """A backend: five primitives, and stages of a matmul and a primitive, which it may fuse.
 
     Elementwise work is done in float32 (float64 for float64). A bias is added by the primitive
     that reads the matmul's result; in 16 bits by the matmul itself, as in eager PyTorch, so that
@@ -27,6 +42,25 @@ class Rows(ABC):
     """
 
     name: str
+
+    @staticmethod
+    def unavailable(device_type: str) -> str | None:
+        """Why it does not run on such devices here, in one line; None if it does."""
+        return None
+
+    @staticmethod
+    def note_absence(device_type: str) -> None:
+        """Called once where "auto" would have taken it, and it does not run: a place to warn."""
+        return None
+
+    @staticmethod
+    def on_request_only(device_type: str) -> bool:
+        """Whether "auto" passes it over on such devices though it runs."""
+        return False
+
+    def refuses(self, spec: Spec) -> str | None:
+        """What of this call it does not take, as "loss='huber'"; None if it takes all of it."""
+        return None
 
     @abstractmethod
     def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
@@ -43,34 +77,8 @@ class Rows(ABC):
         """du = dg * act'(u + bias), written over dg; sums (M,) += its column sums."""
 
     @abstractmethod
-    def token_losses(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        spec: Spec,
-        losses: Tensor,
-    ) -> None:
-        """losses (n,) of z + bias and t = anchor[index]; the anchor may have any strides."""
-
-    @abstractmethod
-    def token_losses_and_grad(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        coefficient: Tensor,
-        spec: Spec,
-        losses: Tensor,
-        dz: Tensor,
-        sums: Tensor | None,
-    ) -> None:
-        """As `token_losses`; writes coefficient * dloss/dz to dz, which may be z.
-
-        sums (A,) += the column sums of dz; coefficient (n,).
-        """
+    def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
+        """The losses of z + bias and t = anchor[index], and with `dz` their gradient."""
 
     @abstractmethod
     def scatter_rows(
@@ -101,37 +109,11 @@ class Rows(ABC):
         self.activate(u, self.bias_left(bias, x.dtype), activation, g)
 
     def linear_losses(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        spec: Spec,
-        z: Tensor,
-        losses: Tensor,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, chunk: LossChunk, spec: Spec
     ) -> None:
-        """losses of x W^T + bias; z (n, A) is scratch."""
-        self.linear(x, weight, bias, z)
-        self.token_losses(z, self.bias_left(bias, x.dtype), anchor, index, spec, losses)
-
-    def linear_losses_and_grad(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        coefficient: Tensor,
-        spec: Spec,
-        losses: Tensor,
-        dz: Tensor,
-        sums: Tensor | None,
-    ) -> None:
-        """losses and dz of z = x W^T + bias."""
-        self.linear(x, weight, bias, dz)
-        left = self.bias_left(bias, x.dtype)
-        self.token_losses_and_grad(dz, left, anchor, index, coefficient, spec, losses, dz, sums)
+        """`token_losses` of z = x W^T + bias; the chunk's z is scratch, and has no bias yet."""
+        self.linear(x, weight, bias, chunk.z)
+        self.token_losses(chunk._replace(bias=self.bias_left(bias, x.dtype)), spec)
 
     def linear_backward_activation(
         self,

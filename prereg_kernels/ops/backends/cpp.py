@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from prereg_kernels._util import private
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
-from prereg_kernels.ops.backends.cpp_libraries import find_libraries, load
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.backends.cpp_libraries import find_libraries, load, warn_if_not_built
+from prereg_kernels.ops.spec import Spec
 
 
 def unavailable(device_type: str) -> str | None:
@@ -18,7 +18,7 @@ def unavailable(device_type: str) -> str | None:
     return find_libraries().reason
 
 
-class CppRows(Rows):
+class CppBackend(Backend):
     """Args: variant: as `runnable_variants` names them; None: the fastest that this CPU can run.
 
     Raises:
@@ -26,6 +26,12 @@ class CppRows(Rows):
     """
 
     name = "cpp"
+    unavailable = staticmethod(unavailable)
+
+    @staticmethod
+    def note_absence(device_type: str) -> None:
+        if device_type == "cpu":
+            warn_if_not_built()
 
     def __init__(self, variant: str | None = None) -> None:
         libraries = find_libraries()
@@ -38,6 +44,14 @@ class CppRows(Rows):
             )
         load(libraries.folder, self.variant)
         self._ops = getattr(torch.ops, f"prereg_rows_{self.variant}")
+        self._losses, self._activations = self._ops.losses(), self._ops.activations()
+
+    def refuses(self, spec: Spec) -> str | None:
+        if spec.loss not in self._losses:
+            return f"loss={spec.loss!r}"
+        if spec.activation not in self._activations:
+            return f"activation={spec.activation!r}"
+        return None
 
     def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
         self._ops.gather_rows(source, index, out)
@@ -50,33 +64,15 @@ class CppRows(Rows):
     ) -> None:
         self._ops.activation_backward(dg, u, bias, activation, sums)
 
-    def token_losses(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        spec: Spec,
-        losses: Tensor,
-    ) -> None:
-        self._ops.token_losses(z, bias, anchor, index, spec.loss, spec.normalize, spec.eps, losses)
-
-    def token_losses_and_grad(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        coefficient: Tensor,
-        spec: Spec,
-        losses: Tensor,
-        dz: Tensor,
-        sums: Tensor | None,
-    ) -> None:
-        self._ops.token_losses_and_grad(
-            z, bias, anchor, index, coefficient, spec.loss, spec.normalize, spec.eps,
-            losses, dz, sums,
-        )  # fmt: skip
+    def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
+        z, bias, anchor, index, losses, coefficient, dz, sums = chunk
+        formula = spec.loss, spec.normalize, spec.eps
+        if dz is None:
+            self._ops.token_losses(z, bias, anchor, index, *formula, losses)
+        else:
+            self._ops.token_losses_and_grad(
+                z, bias, anchor, index, coefficient, *formula, losses, dz, sums
+            )
 
     def scatter_rows(
         self,

@@ -1,61 +1,95 @@
-"""The choice of a backend for the row primitives. `base.py` says what a backend is."""
+"""The backends there are, and which one a call gets. `base.py` says what a backend is."""
 
 from __future__ import annotations
 
-from functools import cache
+import logging
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Literal
 
 import torch
 
-from prereg_kernels.ops.arguments import check_name
-from prereg_kernels.ops.backends.base import Rows
-from prereg_kernels.ops.names import BACKENDS
+from prereg_kernels.ops.backends.base import Backend
+from prereg_kernels.ops.spec import Spec, check_name
 
-FASTEST_FIRST = ("triton", "cpp", "torch")
+logger = logging.getLogger(__name__)
+
+# Every backend, the fastest first: its module in this folder, imported when a call may need it, and
+# its class. "auto" takes the first that runs on the device and takes the call.
+BackendName = Literal["auto", "triton", "cpp", "torch"]
+CLASSES = {
+    "triton": ("triton.fused", "FusedTritonBackend"),
+    "cpp": ("cpp", "CppBackend"),
+    "torch": ("torch", "TorchBackend"),
+}
+FASTEST_FIRST = tuple(CLASSES)
+BACKENDS = ("auto", *CLASSES)
 
 
-def choose_rows(backend: str, device: torch.device) -> Rows:
-    """The backend. "auto" takes the fastest one that runs on `device`.
+def choose_backend(name: str, device: torch.device, spec: Spec | None = None) -> Backend:
+    """The backend for calls like this one; `spec` None: for what depends on no formula.
 
     Raises:
-        ValueError: an unknown backend, or one that does not run on `device` here, and why.
+        ValueError: an unknown backend, or one that does not run on `device` here or does not take
+            the call, and why.
     """
-    check_name("backend", backend, BACKENDS)
-    return _choose(backend, device.type)
+    return _choose(name, device.type, spec)
 
 
-def unavailable(backend: str, device_type: str) -> str | None:
+def unavailable(name: str, device_type: str) -> str | None:
     """Why the backend does not run on such devices here, in one line; None if it does."""
-    if backend == "cpp":
-        from prereg_kernels.ops.backends import cpp
+    return _class(name).unavailable(device_type)
 
-        return cpp.unavailable(device_type)
-    if backend == "triton":
-        from prereg_kernels.ops.backends.triton.backend import unavailable as unavailable_triton
 
-        return unavailable_triton(device_type)
-    return None
+@lru_cache(maxsize=1024)  # so that a call costs a look-up
+def _choose(name: str, device_type: str, spec: Spec | None) -> Backend:
+    check_name("backend", name, BACKENDS)
+    if name == "auto":
+        return next(filter(None, (_accept(each, device_type, spec) for each in FASTEST_FIRST)))
+    if reason := unavailable(name, device_type):
+        raise ValueError(f"backend={name!r}: does not run on {device_type} here: {reason}")
+    backend = _make(name)
+    if refused := spec and backend.refuses(spec):
+        raise ValueError(
+            f"backend={name!r}: has no kernel for {refused}; expected backend='auto', which leaves "
+            "that to plain PyTorch"
+        )
+    return backend
+
+
+def _accept(name: str, device_type: str, spec: Spec | None) -> Backend | None:
+    """The backend, if "auto" may take it."""
+    if _class(name).on_request_only(device_type):
+        return None
+    if reason := unavailable(name, device_type):
+        _note_absence(name, device_type, reason)
+        return None
+    backend = _make(name)
+    if refused := spec and backend.refuses(spec):
+        _log(name, f"has no kernel for {refused}")
+        return None
+    return backend
 
 
 @cache
-def _choose(backend: str, device_type: str) -> Rows:
-    if backend == "auto":
-        # Triton runs on a CPU when it is interpreted, which is for tests that ask for it
-        names = [name for name in FASTEST_FIRST if name != "triton" or device_type != "cpu"]
-        backend = next(name for name in names if unavailable(name, device_type) is None)
-        if backend == "torch" and "cpp" in names and device_type == "cpu":
-            from prereg_kernels.ops.backends.cpp_libraries import warn_if_not_built
+def _note_absence(name: str, device_type: str, reason: str) -> None:
+    _log(name, f"does not run on {device_type} here: {reason}")
+    _class(name).note_absence(device_type)
 
-            warn_if_not_built()
-    elif reason := unavailable(backend, device_type):
-        raise ValueError(f"backend={backend!r}: does not run on {device_type} here: {reason}")
-    if backend == "cpp":
-        from prereg_kernels.ops.backends.cpp import CppRows
 
-        return CppRows()
-    if backend == "triton":
-        from prereg_kernels.ops.backends.triton.fused import FusedTritonRows
+@cache
+def _log(name: str, reason: str) -> None:
+    """Once for each backend and reason."""
+    logger.debug("backend %s is passed over: it %s", name, reason)
 
-        return FusedTritonRows()
-    from prereg_kernels.ops.backends.torch import TorchRows
 
-    return TorchRows()
+@cache
+def _class(name: str) -> type[Backend]:
+    module, member = CLASSES[name]
+    found: type[Backend] = getattr(import_module(f"{__package__}.{module}"), member)
+    return found
+
+
+@cache
+def _make(name: str) -> Backend:
+    return _class(name)()

@@ -24,8 +24,8 @@ from benchmarks.loss.stages import Stage, time_stages
 from benchmarks.loss.work import Floor, Work
 from prereg_kernels import eager_pre_loss
 from prereg_kernels._util.machine import describe_source
-from prereg_kernels.ops.backends.base import Rows
-from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.backends.torch import TorchBackend
 
 CPU = torch.device("cpu")
 FUSED = peers(Where.LAUNCHES, "torch")[0]
@@ -215,16 +215,16 @@ def test_full_check() -> None:
 
 
 def test_stages_are_checked_and_compared() -> None:
-    class Wrong(TorchRows):
-        def linear_losses(self, *arguments: Any) -> None:
-            super().linear_losses(*arguments)
-            arguments[-1].mul_(1.1)
+    class Wrong(TorchBackend):
+        def token_losses(self, chunk: LossChunk, spec: Any) -> None:
+            super().token_losses(chunk, spec)
+            chunk.losses.mul_(1.1)
 
         def linear_backward_activation(self, *arguments: Any) -> None:
             raise RuntimeError("out of shared memory")
 
-    def kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Rows], str | None]:
-        return {"apart": TorchRows(), "same": TorchRows(), "wrong": Wrong()}, "same"
+    def kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Backend], str | None]:
+        return {"apart": TorchBackend(), "same": TorchBackend(), "wrong": Wrong()}, "same"
 
     buffers = Buffers(tiny(LLAVA), CPU)
     records = list(time_stages(buffers, kinds, CpuClock(), Effort(2, 2, 0.0)))

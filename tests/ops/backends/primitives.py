@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.spec import Spec
 from tests.helpers import relative_error
 from tests.ops.backends.test_torch import BOUND, act, draw, losses_of
 
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("cosine", "none"),
-    *(Kind(loss, norm) for loss in ("mse", "smooth_l1") for norm in ("none", "l2", "layer")),
+    *(Kind(loss, norm) for loss in ("mse", "smooth_l1", "l1") for norm in ("none", "l2", "layer")),
 )
 
 
@@ -68,7 +68,7 @@ def draw_index(count: int, of: int) -> Tensor:
 
 
 def check_gather(
-    rows: Rows,
+    backend: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     out_dtype: torch.dtype,
@@ -80,13 +80,13 @@ def check_gather(
     index = draw_index(n, n + 3) if indexed else None
     chosen = index if index is not None else torch.arange(1, n + 1)
     out = Placed(torch.full(shape, math.nan, dtype=out_dtype), "offset")
-    rows.gather_rows(source.view if indexed else source.view[1 : n + 1], index, out.view)
+    backend.gather_rows(source.view if indexed else source.view[1 : n + 1], index, out.view)
     assert torch.equal(out.view, source.view[chosen].to(out_dtype))
     out.assert_surroundings_untouched()
 
 
 def check_scatter(
-    rows: Rows,
+    backend: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     into_dtype: torch.dtype,
@@ -105,7 +105,7 @@ def check_scatter(
     expected[chosen] = expected[chosen] * accumulate + added
     factor = None if scale is None else torch.tensor(scale, dtype=stat_dtype(dtype))
     target = into.view if indexed else into.view[1 : n + 1]
-    rows.scatter_rows(values.view, target, index, factor, accumulate)
+    backend.scatter_rows(values.view, target, index, factor, accumulate)
     untouched = torch.ones(n + 3, dtype=torch.bool).index_fill(0, chosen, False)
     assert torch.equal(into.view[untouched].double(), expected[untouched])
     assert relative_error(into.view, expected) < BOUND[into_dtype]
@@ -113,7 +113,7 @@ def check_scatter(
 
 
 def check_activation(
-    rows: Rows,
+    backend: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     activation: str,
@@ -127,26 +127,26 @@ def check_activation(
     g = act(exact.requires_grad_(), activation)
     (du,) = torch.autograd.grad(g, exact, dg.view.double())
     kept, out = u.view.clone(), Placed(torch.full_like(u.view, math.nan), layout)
-    rows.activate(u.view, bias, activation, out.view)
+    backend.activate(u.view, bias, activation, out.view)
     assert relative_error(out.view, g.detach()) < BOUND[dtype]
 
     sums = draw(columns, seed=3).to(stat_dtype(dtype))
     expected_sums = sums.double() + du.sum(0)
     again = dg.view.clone()
-    rows.activation_backward(dg.view, u.view, bias, activation, sums)
+    backend.activation_backward(dg.view, u.view, bias, activation, sums)
     assert relative_error(dg.view, du) < BOUND[dtype]
     assert relative_error(sums, expected_sums) < BOUND[dtype]
-    rows.activation_backward(again, u.view, bias, activation, None)
+    backend.activation_backward(again, u.view, bias, activation, None)
     assert torch.equal(again, dg.view), "the sums change nothing"
     assert torch.equal(u.view, kept)
-    rows.activate(u.view, bias, activation, u.view)
+    backend.activate(u.view, bias, activation, u.view)
     assert torch.equal(u.view, out.view), "g may be u"
     for written in (u, dg, out):
         written.assert_surroundings_untouched()
 
 
 def check_losses(
-    rows: Rows,
+    backend: Backend,
     shape: tuple[int, int],
     dtype: torch.dtype,
     kind: Kind,
@@ -182,13 +182,13 @@ def check_losses(
     kept_z, kept_anchor = z.view.clone(), anchor.view.clone()
     buffer = torch.full((2, n + 2), SENTINEL, dtype=spec.stat_dtype)
     losses, again = buffer[0, 1:-1], buffer[1, 1:-1]
-    rows.token_losses(z.view, bias, t, index, spec, losses)
+    backend.token_losses(LossChunk(z.view, bias, t, index, losses), spec)
     assert relative_error(losses, expected.detach()) < 2 * BOUND[stat_dtype(dtype)]
     assert torch.equal(z.view, kept_z)
     dz = z if in_place else Placed(torch.full_like(z.view, math.nan), layout)
     sums = draw(columns, seed=3).to(spec.stat_dtype)
     expected_sums = sums.double() + gradient.sum(0)
-    rows.token_losses_and_grad(z.view, bias, t, index, coefficient, spec, again, dz.view, sums)
+    backend.token_losses(LossChunk(z.view, bias, t, index, again, coefficient, dz.view, sums), spec)
     assert torch.equal(again, losses)
     assert relative_error(dz.view, gradient) < 2 * BOUND[dtype]
     assert relative_error(sums, expected_sums) < 2 * BOUND[dtype]

@@ -8,17 +8,23 @@ import pytest
 import torch
 
 from prereg_kernels.ops.backends import cpp_libraries, registry
-from prereg_kernels.ops.backends.registry import FASTEST_FIRST, choose_rows, unavailable
+from prereg_kernels.ops.backends.base import Backend
+from prereg_kernels.ops.backends.cpp import CppBackend
+from prereg_kernels.ops.backends.registry import FASTEST_FIRST, choose_backend, unavailable
+from prereg_kernels.ops.backends.triton.backend import TritonBackend
+from prereg_kernels.ops.losses import LOSSES
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import KERNEL_ACTIVATIONS, KERNEL_LOSSES, LOSS_NAMES, forget_backends
 
 CPU = torch.device("cpu")
 
 
 def test_auto_is_the_first_that_runs() -> None:
     running = [name for name in FASTEST_FIRST if unavailable(name, "cpu") is None]
-    assert choose_rows("auto", CPU).name == running[0]
+    assert choose_backend("auto", CPU).name == running[0]
     assert running[-1] == "torch"
     for name in running:
-        assert choose_rows(name, CPU).name == name
+        assert choose_backend(name, CPU).name == name
 
 
 def test_cpp_is_built_where_there_is_a_compiler() -> None:
@@ -30,17 +36,30 @@ def test_cpp_is_built_where_there_is_a_compiler() -> None:
 
 
 def test_unknown_backend() -> None:
-    expected = "backend: expected one of auto, torch, cpp, triton; got 'cuda'"
+    expected = f"backend: expected one of {', '.join(registry.BACKENDS)}; got 'cuda'"
     with pytest.raises(ValueError, match=expected):
-        choose_rows("cuda", CPU)
+        choose_backend("cuda", CPU)
 
 
 def test_a_backend_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "unavailable", lambda name, device: f"{name} is not for {device}")
-    registry._choose.cache_clear()
+    forget_backends()
     with pytest.raises(ValueError, match="backend='cpp': does not run on cpu here: cpp is not"):
-        choose_rows("cpp", CPU)
-    registry._choose.cache_clear()
+        choose_backend("cpp", CPU)
+    forget_backends()
+
+
+@pytest.mark.parametrize("backend", (CppBackend, TritonBackend))
+def test_a_backend_refuses_what_it_has_no_kernel_for(backend: type[Backend]) -> None:
+    """Of what is built in: huber. `tests/ops/test_losses.py` has what users bring."""
+    for loss in LOSS_NAMES:
+        spec = Spec("gelu", LOSSES.find(loss).text, "none", 1e-8, torch.float32)
+        expected = None if loss in KERNEL_LOSSES else f"loss={spec.loss!r}"
+        assert backend().refuses(spec) == expected
+    for activation in KERNEL_ACTIVATIONS:
+        assert backend().refuses(Spec(activation, "mse", "none", 1e-8, torch.float32)) is None
+    other = Spec("other", "mse", "none", 1e-8, torch.float32)
+    assert backend().refuses(other) == "activation='other'"
 
 
 def test_triton_does_not_run_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

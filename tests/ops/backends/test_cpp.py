@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from prereg_kernels._util import private
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.cpp import CppRows, unavailable
+from prereg_kernels.ops.backends.base import LossChunk
+from prereg_kernels.ops.backends.cpp import CppBackend, unavailable
 from prereg_kernels.ops.backends.cpp_libraries import describe, runnable_variants
-from prereg_kernels.ops.names import ACTIVATIONS
-from tests.helpers import relative_error
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 from tests.ops.backends.primitives import (
     KINDS,
     LAYOUTS,
@@ -42,77 +42,77 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids="-".join)
 
 
 @pytest.fixture(params=VARIANTS)
-def rows(request: pytest.FixtureRequest) -> CppRows:
-    return CppRows(request.param)
+def backend(request: pytest.FixtureRequest) -> CppBackend:
+    return CppBackend(request.param)
 
 
 @each_dtype
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @each_shape
 def test_gather_rows(
-    rows: CppRows, dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, int]
+    backend: CppBackend, dtype: torch.dtype, out_dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     for layout in (*LAYOUTS, "transposed"):
-        check_gather(rows, shape, dtype, out_dtype, layout, indexed=True)
-        check_gather(rows, shape, dtype, out_dtype, layout, indexed=False)
+        check_gather(backend, shape, dtype, out_dtype, layout, indexed=True)
+        check_gather(backend, shape, dtype, out_dtype, layout, indexed=False)
 
 
 @each_dtype
 @pytest.mark.parametrize("into_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("accumulate", (False, True))
 def test_scatter_rows(
-    rows: CppRows, dtype: torch.dtype, into_dtype: torch.dtype, accumulate: bool
+    backend: CppBackend, dtype: torch.dtype, into_dtype: torch.dtype, accumulate: bool
 ) -> None:
     for shape, layout, indexed, scale in itertools.product(
         SHAPES, LAYOUTS, (False, True), (None, 0.3)
     ):
-        check_scatter(rows, shape, dtype, into_dtype, layout, indexed, scale, accumulate)
+        check_scatter(backend, shape, dtype, into_dtype, layout, indexed, scale, accumulate)
 
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations(
-    rows: CppRows, dtype: torch.dtype, shape: tuple[int, int], activation: str
+    backend: CppBackend, dtype: torch.dtype, shape: tuple[int, int], activation: str
 ) -> None:
     for layout in LAYOUTS:
-        check_activation(rows, shape, dtype, activation, layout)
+        check_activation(backend, shape, dtype, activation, layout)
     for bias_dtype in {dtype, torch.float32, torch.float64}:
-        check_activation(rows, shape, dtype, activation, bias_dtype=bias_dtype)
+        check_activation(backend, shape, dtype, activation, bias_dtype=bias_dtype)
 
 
-def values_and_slopes(rows: CppRows, u: Tensor, activation: str) -> tuple[Tensor, ...]:
+def values_and_slopes(backend: CppBackend, u: Tensor, activation: str) -> tuple[Tensor, ...]:
     """The activation at u and its derivative, by the rows, then exactly."""
     exact = u.double().requires_grad_()
     expected = act(exact, activation)
     (slope,) = torch.autograd.grad(expected.sum(), exact)
     g, du = torch.empty_like(u), torch.ones_like(u)
-    rows.activate(u, None, activation, g)
-    rows.activation_backward(du, u, None, activation, None)
+    backend.activate(u, None, activation, g)
+    backend.activation_backward(du, u, None, activation, None)
     # NaN where the formula's derivative is 0 * infinity
     return g.double(), du.double(), expected.detach(), slope.nan_to_num(0)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_far_from_zero(rows: CppRows, activation: str) -> None:
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
+def test_activations_far_from_zero(backend: CppBackend, activation: str) -> None:
     """No bound on the error of the sum hides a wrong tail, an overflow or an underflow."""
     size = torch.logspace(-20, 18, 200)
     u = torch.cat([torch.linspace(-12, 12, 400), size, -size]).unsqueeze(0)
-    g, du, expected, slope = values_and_slopes(rows, u, activation)
+    g, du, expected, slope = values_and_slopes(backend, u, activation)
     near = {"rtol": 1e-5, "atol": 1e-9}  # the formula in float64 cancels to 1e-15 |u| of the tail
     torch.testing.assert_close(g, expected, **near)
     torch.testing.assert_close(du, slope, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations_of_every_16_bit_number(
-    rows: CppRows, dtype: torch.dtype, activation: str
+    backend: CppBackend, dtype: torch.dtype, activation: str
 ) -> None:
     """Rounded once: half a unit in the last place, and 1/200 of one for the formulas."""
     u = torch.arange(2**16).to(torch.int16).view(dtype)
     u = u[u.abs() < 1000].unsqueeze(0)  # NaN is not
-    g, du, expected, slope = values_and_slopes(rows, u, activation)
+    g, du, expected, slope = values_and_slopes(backend, u, activation)
     rounding = torch.finfo(dtype).eps * (1 / 2 + 1 / 200)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     bound = {"rtol": rounding, "atol": max(2e-7, smallest)}  # gelu's tail ends at -5
@@ -124,38 +124,38 @@ def test_activations_of_every_16_bit_number(
 @each_kind
 @each_shape
 def test_token_losses(
-    rows: CppRows, dtype: torch.dtype, kind: Kind, shape: tuple[int, int]
+    backend: CppBackend, dtype: torch.dtype, kind: Kind, shape: tuple[int, int]
 ) -> None:
     for layout, in_place in itertools.product(LAYOUTS, (False, True)):
-        check_losses(rows, shape, dtype, kind, layout=layout, in_place=in_place)
+        check_losses(backend, shape, dtype, kind, layout=layout, in_place=in_place)
     for bias_dtype in {dtype, torch.float32, torch.float64}:
-        check_losses(rows, shape, dtype, kind, bias_dtype=bias_dtype, indexed=False)
+        check_losses(backend, shape, dtype, kind, bias_dtype=bias_dtype, indexed=False)
 
 
 @each_dtype
 @each_kind
-def test_token_losses_options(rows: CppRows, dtype: torch.dtype, kind: Kind) -> None:
+def test_token_losses_options(backend: CppBackend, dtype: torch.dtype, kind: Kind) -> None:
     for shape in SMALL:
-        check_losses(rows, shape, dtype, kind, expanded=True)
-        check_losses(rows, shape, dtype, kind, eps=3.0)
+        check_losses(backend, shape, dtype, kind, expanded=True)
+        check_losses(backend, shape, dtype, kind, eps=3.0)
         for anchor_dtype, layout, indexed in itertools.product(
             DTYPES, (*LAYOUTS, "transposed"), (False, True)
         ):
             check_losses(
-                rows, shape, dtype, kind,
+                backend, shape, dtype, kind,
                 anchor_dtype=anchor_dtype, anchor_layout=layout, indexed=indexed,
             )  # fmt: skip
 
 
 @each_kind
-def test_nan_and_infinity_reach_the_loss(rows: CppRows, kind: Kind) -> None:
+def test_nan_and_infinity_reach_the_loss(backend: CppBackend, kind: Kind) -> None:
     """In the body of a row and in its tail; the other rows do not notice."""
     spec = Spec("gelu", *kind, 1e-8, torch.float32)
     clean, t = draw(4, 37), draw(4, 37, seed=1)
 
     def run(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         losses, dz, ones = torch.empty(4), torch.empty_like(z), torch.ones(4)
-        rows.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+        backend.token_losses(LossChunk(z, None, t, None, losses, ones, dz, None), spec)
         return losses, dz
 
     expected = run(clean, t)
@@ -174,22 +174,24 @@ def test_nan_and_infinity_reach_the_loss(rows: CppRows, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_reaches_the_activation(rows: CppRows, dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
+def test_nan_reaches_the_activation(
+    backend: CppBackend, dtype: torch.dtype, activation: str
+) -> None:
     u = draw(1, 37, dtype=dtype)
     u[0, 3] = u[0, 36] = math.nan
     g, du = torch.empty_like(u), torch.ones_like(u)
-    rows.activate(u, None, activation, g)
+    backend.activate(u, None, activation, g)
     assert torch.equal(g.isnan(), u.isnan())
     if activation != "relu":  # whose derivative at NaN is 1, as in torch
-        rows.activation_backward(du, u, None, activation, None)
+        backend.activation_backward(du, u, None, activation, None)
         assert torch.equal(du.isnan(), u.isnan())
 
 
 @each_dtype
 @pytest.mark.parametrize("shape", ((200, 1100), (3000, 9)), ids=str)
 def test_results_do_not_depend_on_the_threads(
-    rows: CppRows, dtype: torch.dtype, shape: tuple[int, int]
+    backend: CppBackend, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     n, columns = shape
     u, t = draw(n, columns, dtype=dtype), draw(n, columns, dtype=dtype, seed=1)
@@ -201,10 +203,10 @@ def test_results_do_not_depend_on_the_threads(
         du, dz, g, into = t.clone(), torch.empty_like(u), torch.empty_like(u), t.clone()
         sums = torch.zeros(2, columns, dtype=spec.stat_dtype)
         losses = torch.empty(n, dtype=spec.stat_dtype)
-        rows.activate(u, None, "gelu", g)
-        rows.activation_backward(du, u, None, "gelu", sums[0])
-        rows.token_losses_and_grad(u, None, t, None, coefficient, spec, losses, dz, sums[1])
-        rows.scatter_rows(u, into, None, None, True)
+        backend.activate(u, None, "gelu", g)
+        backend.activation_backward(du, u, None, "gelu", sums[0])
+        backend.token_losses(LossChunk(u, None, t, None, losses, coefficient, dz, sums[1]), spec)
+        backend.scatter_rows(u, into, None, None, True)
         return [g, du, losses, dz, sums, into]
 
     try:
@@ -223,9 +225,9 @@ def test_variants_agree(dtype: torch.dtype) -> None:
     ones = torch.ones(20, dtype=spec.stat_dtype)
     results = []
     for variant in VARIANTS:
-        rows, g, dz, losses = CppRows(variant), u.clone(), u.clone(), ones.clone()
-        rows.activate(u, None, "gelu", g)
-        rows.token_losses_and_grad(u, None, t, None, ones, spec, losses, dz, None)
+        backend, g, dz, losses = CppBackend(variant), u.clone(), u.clone(), ones.clone()
+        backend.activate(u, None, "gelu", g)
+        backend.token_losses(LossChunk(u, None, t, None, losses, ones, dz, None), spec)
         results.append((g, dz, losses))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -233,17 +235,17 @@ def test_variants_agree(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def tiles(rows: CppRows, monkeypatch: pytest.MonkeyPatch) -> CppRows:
+def tiles(backend: CppBackend, monkeypatch: pytest.MonkeyPatch) -> CppBackend:
     """As on a CPU with tile registers; elsewhere the product is slower, and as exact."""
-    if not rows._ops.has_wide_product():
+    if not backend._ops.has_wide_product():
         pytest.skip("this torch comes without MKL's product of bfloat16")
     monkeypatch.setattr(private, "has_amx_tiles", lambda: True)
-    return rows
+    return backend
 
 
 @pytest.mark.parametrize("shape", ((0, 5, 3), (1, 1, 1), (1, 7, 33), (31, 33, 7), (300, 65, 130)))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_wide_products(tiles: CppRows, shape: tuple[int, int, int], layout: str) -> None:
+def test_wide_products(tiles: CppBackend, shape: tuple[int, int, int], layout: str) -> None:
     n, m, k = shape
     d, x = (Placed(draw(n, c, dtype=torch.bfloat16, seed=c), layout).view for c in (m, k))
     exact = d.double().T @ x.double()
@@ -255,7 +257,7 @@ def test_wide_products(tiles: CppRows, shape: tuple[int, int, int], layout: str)
     torch.testing.assert_close(total.double(), start.double() + exact, rtol=1e-5, atol=1e-5)
 
 
-def test_wide_products_of_one_row_again_and_again(tiles: CppRows) -> None:
+def test_wide_products_of_one_row_again_and_again(tiles: CppBackend) -> None:
     """As of a hidden state that is expanded, rows that lie on each other; and a row of a column."""
     d, x = draw(5, 4, dtype=torch.bfloat16), draw(1, 3, dtype=torch.bfloat16, seed=1).expand(5, 3)
     column = draw(3, 1, dtype=torch.bfloat16, seed=2)
@@ -264,7 +266,7 @@ def test_wide_products_of_one_row_again_and_again(tiles: CppRows) -> None:
         torch.testing.assert_close(total.double(), a.double().T @ b.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_where_products_are_wide(tiles: CppRows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_products_are_wide(tiles: CppBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert tiles.has_wide_products(cpu, torch.bfloat16)
     assert not tiles.has_wide_products(cpu, torch.float16)
@@ -299,8 +301,8 @@ WRONG_CALLS = {
         ("token_losses", M, None, M, None, "mse", "none", 1e-8, torch.zeros(8)[::2]),
     "anchor: expected 6 columns":
         ("token_losses", M, None, M[:, :3], None, "mse", "none", 1e-8, torch.zeros(4)),
-    "loss: expected one of cosine, mse, smooth_l1; got 'l1'":
-        ("token_losses", M, None, M, None, "l1", "none", 1e-8, torch.zeros(4)),
+    "loss: expected one of cosine, mse, smooth_l1, l1; got 'huber'":
+        ("token_losses", M, None, M, None, "huber", "none", 1e-8, torch.zeros(4)),
     "normalize: expected 'none' with loss='cosine', got 'l2'":
         ("token_losses", M, None, M, None, "cosine", "l2", 1e-8, torch.zeros(4)),
     r"coefficient: expected shape \[4\], got \[5\]":
@@ -323,17 +325,17 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("message", WRONG_CALLS)
-def test_wrong_arguments_raise(rows: CppRows, message: str) -> None:
+def test_wrong_arguments_raise(backend: CppBackend, message: str) -> None:
     name, *arguments = WRONG_CALLS[message]
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
-        getattr(torch.ops, f"prereg_rows_{rows.variant}").__getattr__(name)(*arguments)
+        getattr(torch.ops, f"prereg_rows_{backend.variant}").__getattr__(name)(*arguments)
 
 
-def test_only_one_openmp_runtime_is_loaded(rows: CppRows) -> None:
+def test_only_one_openmp_runtime_is_loaded(backend: CppBackend) -> None:
     # In a process of its own: scikit-learn, in others of these tests, brings another
     code = (
-        "import pathlib; from prereg_kernels.ops.backends.cpp import CppRows; "
-        f"CppRows({rows.variant!r}); print(pathlib.Path('/proc/self/maps').read_text())"
+        "import pathlib; from prereg_kernels.ops.backends.cpp import CppBackend; "
+        f"CppBackend({backend.variant!r}); print(pathlib.Path('/proc/self/maps').read_text())"
     )
     command = [sys.executable, "-c", code]
     maps = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -341,16 +343,16 @@ def test_only_one_openmp_runtime_is_loaded(rows: CppRows) -> None:
     assert len(runtimes) <= 1
 
 
-def test_zero_target(rows: CppRows) -> None:
-    check_zero_target(rows)
+def test_zero_target(backend: CppBackend) -> None:
+    check_zero_target(backend)
 
 
 def test_unknown_variant() -> None:
     with pytest.raises(ValueError, match=r"variant: expected one of .*; got 'sse'"):
-        CppRows("sse")
+        CppBackend("sse")
 
 
 def test_describe() -> None:
     described = describe()
-    assert described["variant"] == CppRows().variant == VARIANTS[0]
+    assert described["variant"] == CppBackend().variant == VARIANTS[0]
     assert set(VARIANTS) <= set(described["built"])

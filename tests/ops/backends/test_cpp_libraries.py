@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from prereg_kernels.ops.backends import cpp_libraries, registry
-from prereg_kernels.ops.backends.cpp import CppRows, unavailable
+from prereg_kernels.ops.backends.cpp import CppBackend, unavailable
 from prereg_kernels.ops.backends.cpp_build import RECORD, VARIANTS, digest, library
 from prereg_kernels.ops.backends.cpp_libraries import build_folders, describe, runnable_variants
+from tests.helpers import forget_backends
 
 Record = dict[str, Any]
 
@@ -42,9 +43,9 @@ class Installed:
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
     monkeypatch.setattr(cpp_libraries, "PACKAGE", tmp_path / "package")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    registry._choose.cache_clear()
+    forget_backends()
     yield Installed(tmp_path / "package")
-    registry._choose.cache_clear()
+    forget_backends()
     cpp_libraries.find_libraries.cache_clear()
 
 
@@ -90,7 +91,7 @@ def test_unavailable_says_why(installed: Installed, changes: Record, reason: str
     assert unavailable("cpu") == reason
     assert describe()["variant"] is None
     with pytest.raises(ValueError) as caught:
-        CppRows()
+        CppBackend()
     assert str(caught.value) == f"the compiled row primitives: {reason}"
 
 
@@ -177,9 +178,9 @@ def test_the_first_use_says_what_to_run(
     installed.write(**changes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert registry.choose_rows("torch", torch.device("cpu")).name == "torch"
+        assert registry.choose_backend("torch", torch.device("cpu")).name == "torch"
         for _ in range(2):
-            assert registry.choose_rows("auto", torch.device("cpu")).name == "torch"
+            assert registry.choose_backend("auto", torch.device("cpu")).name == "torch"
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == (told is not None)
     for message in messages:

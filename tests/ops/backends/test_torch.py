@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
-from prereg_kernels.ops.backends.torch import TorchRows
-from prereg_kernels.ops.names import ACTIVATIONS
-from tests.helpers import relative_error
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.backends.torch import TorchBackend
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = list(BOUND)
-ROWS = TorchRows()
+BACKEND = TorchBackend()
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -42,21 +41,27 @@ def losses_of(z: Tensor, t: Tensor, spec: Spec) -> Tensor:
     if spec.loss == "cosine":
         return -(z * t).sum(1)
     gap = (z - t).abs()
-    return (gap**2 if spec.loss == "mse" else torch.where(gap < 1, gap**2 / 2, gap - 0.5)).mean(1)
+    distances = {
+        "mse": gap**2,
+        "smooth_l1": torch.where(gap < 1, gap**2 / 2, gap - 0.5),
+        "l1": gap,
+        "huber(delta=0.5)": torch.where(gap < 0.5, gap**2 / 2, 0.5 * (gap - 0.25)),
+    }
+    return distances[spec.loss].mean(1)
 
 
-def check_zero_target(rows: Rows, device: str | torch.device = "cpu") -> None:
+def check_zero_target(backend: Backend, device: str | torch.device = "cpu") -> None:
     """Of a target of zeros the cosine and its gradient are exactly 0: Adam would scale noise up."""
     z, t = draw(40, 100).to(device), torch.zeros(40, 100, device=device)
     losses, dz = (torch.full(size, math.nan, device=device) for size in ((40,), (40, 100)))
     spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
     ones = torch.ones(40, device=device)
-    rows.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+    backend.token_losses(LossChunk(z, None, t, None, losses, ones, dz, None), spec)
     assert losses.count_nonzero() == 0 and dz.count_nonzero() == 0
 
 
 def test_zero_target() -> None:
-    check_zero_target(ROWS)
+    check_zero_target(BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,7 +70,7 @@ def test_gather_rows(dtype: torch.dtype, indexed: bool) -> None:
     source = draw(10, 4)
     index = torch.tensor([9, 0, 4]) if indexed else None
     out = torch.full((3, 4), math.nan, dtype=dtype)
-    ROWS.gather_rows(source if indexed else source[1:4], index, out)
+    BACKEND.gather_rows(source if indexed else source[1:4], index, out)
     assert torch.equal(out, source[[9, 0, 4] if indexed else [1, 2, 3]].to(dtype))
 
 
@@ -83,31 +88,31 @@ def test_scatter_rows(
     expected[chosen] = expected[chosen] * accumulate + added
     index = torch.tensor(chosen) if indexed else None
     factor = None if scale is None else torch.tensor(scale)
-    ROWS.scatter_rows(values, into if indexed else into[1:4], index, factor, accumulate)
+    BACKEND.scatter_rows(values, into if indexed else into[1:4], index, factor, accumulate)
     assert torch.equal(into, expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations(dtype: torch.dtype, activation: str) -> None:
     u, dg = draw(6, 33, dtype=dtype), draw(6, 33, dtype=dtype, seed=1)
     exact = u.double().clone().requires_grad_()
     g = act(exact, activation)
     (du,) = torch.autograd.grad(g, exact, dg.double())
     kept, out = u.clone(), torch.full_like(u, math.nan)
-    ROWS.activate(u, None, activation, out)
+    BACKEND.activate(u, None, activation, out)
     assert relative_error(out, g.detach()) < BOUND[dtype] and torch.equal(u, kept)
     sums = draw(33, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=2)
     expected_sums = sums.double() + du.sum(0)
-    ROWS.activation_backward(dg, u, None, activation, sums)
+    BACKEND.activation_backward(dg, u, None, activation, sums)
     assert relative_error(dg, du) < BOUND[dtype], "dg is overwritten"
     assert relative_error(sums, expected_sums) < BOUND[dtype]
-    ROWS.activate(u, None, activation, u)
+    BACKEND.activate(u, None, activation, u)
     assert torch.equal(u, out), "g may be u"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", ("cosine", "mse", "smooth_l1"))
+@pytest.mark.parametrize("loss", ("cosine", "mse", "smooth_l1", "l1", "huber(delta=0.5)"))
 @pytest.mark.parametrize("normalize", ("none", "l2", "layer"))
 @pytest.mark.parametrize("eps", (1e-8, 3.0))
 @pytest.mark.parametrize("in_place", (False, True))
@@ -127,16 +132,16 @@ def test_token_losses(
     kept_z, kept_anchor = z.clone(), anchor.clone()
     bound = BOUND[torch.float64 if dtype == torch.float64 else torch.float32]
     losses, again = (torch.full((5,), math.nan, dtype=spec.stat_dtype) for _ in range(2))
-    ROWS.token_losses(z, None, anchor, index, spec, losses)
+    BACKEND.token_losses(LossChunk(z, None, anchor, index, losses), spec)
     assert relative_error(losses, expected) < bound
     assert torch.equal(z, kept_z)
     dz = z if in_place else torch.empty_like(z)
     sums = draw(9, seed=3).to(spec.stat_dtype)
     expected_sums = sums.double() + gradient.sum(0)
-    ROWS.token_losses_and_grad(z, None, anchor, index, coefficient, spec, again, dz, sums)
+    BACKEND.token_losses(LossChunk(z, None, anchor, index, again, coefficient, dz, sums), spec)
     assert torch.equal(again, losses)
     assert relative_error(dz, gradient) < BOUND[dtype]
     assert relative_error(sums, expected_sums) < BOUND[dtype]
     assert torch.equal(anchor, kept_anchor) and (in_place or torch.equal(z, kept_z))
-    ROWS.token_losses(kept_z, None, anchor[index], None, spec, again)
+    BACKEND.token_losses(LossChunk(kept_z, None, anchor[index], None, again), spec)
     assert torch.equal(again, losses), "without an index, the rows are the anchor's own"

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.torch import TorchRows
+from prereg_kernels.ops.backends.base import LossChunk
+from prereg_kernels.ops.backends.torch import TorchBackend
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.backend import TritonRows, interpreting, unavailable
-from prereg_kernels.ops.names import ACTIVATIONS
-from tests.helpers import relative_error
+from prereg_kernels.ops.backends.triton.backend import TritonBackend, interpreting, unavailable
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 from tests.ops.backends.test_torch import BOUND, DTYPES, act, check_zero_target, losses_of
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
@@ -43,9 +43,11 @@ SHAPES = ((1, 1), (5, 7), (130, 33), (5, 257))
 # Interpreting one row of the loss takes some 20 ms
 LOSS_SHAPES = ((1, 1), (5, 7), (6, 33), (3, 257))
 KINDS = [("cosine", "none")] + [
-    (loss, normalize) for loss in ("mse", "smooth_l1") for normalize in ("none", "l2", "layer")
+    (loss, normalize)
+    for loss in ("mse", "smooth_l1", "l1")
+    for normalize in ("none", "l2", "layer")
 ]
-ROWS = TritonRows()
+BACKEND = TritonBackend()
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -100,7 +102,7 @@ def test_gather_rows(shape: tuple[int, int], layout: str, indexed: bool) -> None
             index = some_rows(rows, 2 * rows) if indexed else None
             out = padded(empty(rows, columns, dtype=dtype))
             source = source if indexed else source[rows:]
-            ROWS.gather_rows(source, index, out)
+            BACKEND.gather_rows(source, index, out)
             expected = source[index] if indexed else source
             assert torch.equal(out, expected.to(dtype))
             assert rows == 1 or out.storage_offset() + out.numel() < out.untyped_storage().nbytes()
@@ -136,7 +138,7 @@ def _check_scatter(
         chosen = slice(0, rows) if index is None else index
         added = values.double() * (1.0 if scale is None else scale.double())
         exact[chosen] = exact[chosen] + added if accumulate else added
-        ROWS.scatter_rows(values, target, index, scale, accumulate)
+        BACKEND.scatter_rows(values, target, index, scale, accumulate)
         changed = torch.zeros(2 * rows, dtype=torch.bool, device=DEVICE)
         changed[chosen] = True
         assert torch.equal(into[~changed], before[~changed])
@@ -150,7 +152,7 @@ def _check_scatter(
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_activations(shape: tuple[int, int], dtype: torch.dtype, activation: str) -> None:
     for has_bias in (False, True):
         u, dg = padded(draw(*shape, dtype=dtype)), padded(draw(*shape, dtype=dtype, seed=1))
@@ -164,18 +166,18 @@ def test_activations(shape: tuple[int, int], dtype: torch.dtype, activation: str
 
         kept = u.clone()
         out = empty(*shape, dtype=dtype)
-        ROWS.activate(u, bias, activation, out)
+        BACKEND.activate(u, bias, activation, out)
         assert relative_error(out, g.detach()) < BOUND[dtype]
         assert torch.equal(u, kept)
-        ROWS.activate(kept, bias, activation, kept)
+        BACKEND.activate(kept, bias, activation, kept)
         assert torch.equal(kept, out), "in place"
 
         stat = torch.promote_types(dtype, torch.float32)
         sums = draw(shape[1], dtype=stat, seed=3)
         expected = sums.double() + du.sum(0)
         without = dg.clone()
-        ROWS.activation_backward(without, u, bias, activation, None)
-        ROWS.activation_backward(dg, u, bias, activation, sums)
+        BACKEND.activation_backward(without, u, bias, activation, None)
+        BACKEND.activation_backward(dg, u, bias, activation, sums)
         assert torch.equal(without, dg)
         assert relative_error(dg, du) < BOUND[dtype]
         assert relative_error(sums, expected) < BOUND[stat]
@@ -229,21 +231,23 @@ def _check_losses(
 
     kept_z, kept_anchor = z.clone(), anchor.clone()
     losses = empty(rows, dtype=stat)
-    ROWS.token_losses(z, bias, anchor, index, spec, losses)
+    BACKEND.token_losses(LossChunk(z, bias, anchor, index, losses), spec)
     assert relative_error(losses, expected) < BOUND[stat]
     assert torch.equal(z, kept_z)
 
     again, dz = empty(rows, dtype=stat), z if in_place else empty(*shape, dtype=dtype)
     sums = draw(columns, dtype=stat, seed=3)
     all_sums = sums.double() + gradient.sum(0)
-    ROWS.token_losses_and_grad(z, bias, anchor, index, coefficient, spec, again, dz, sums)
+    BACKEND.token_losses(LossChunk(z, bias, anchor, index, again, coefficient, dz, sums), spec)
     assert torch.equal(again, losses)
     assert relative_error(dz, gradient) < BOUND[dtype]
     assert relative_error(sums, all_sums) < 2 * BOUND[stat]
     assert torch.equal(anchor, kept_anchor) and (in_place or torch.equal(z, kept_z))
 
     without = empty(*shape, dtype=dtype)
-    ROWS.token_losses_and_grad(kept_z, bias, anchor, index, coefficient, spec, again, without, None)
+    BACKEND.token_losses(
+        LossChunk(kept_z, bias, anchor, index, again, coefficient, without, None), spec
+    )
     assert torch.equal(without, dz) and torch.equal(again, losses)
 
 
@@ -258,16 +262,16 @@ def test_no_cancellation_near_the_anchor(in_blocks: bool) -> None:
     ones = torch.ones(3, device=DEVICE)
     with registers(16 if in_blocks else 65536):
         dz, losses = empty(3, 200), empty(3)
-        ROWS.token_losses_and_grad(z, None, t, None, ones, spec, losses, dz, None)
+        BACKEND.token_losses(LossChunk(z, None, t, None, losses, ones, dz, None), spec)
         assert relative_error(dz, gradient) < 1e-3
-        ROWS.token_losses_and_grad(t, None, t, None, ones, spec, losses, dz, None)
+        BACKEND.token_losses(LossChunk(t, None, t, None, losses, ones, dz, None), spec)
         assert torch.equal(dz, torch.zeros_like(dz)), "z = t"
 
 
 @pytest.mark.parametrize("in_blocks", (False, True))
 def test_zero_target(in_blocks: bool) -> None:
     with registers(16 if in_blocks else 65536):
-        check_zero_target(ROWS, DEVICE)
+        check_zero_target(BACKEND, DEVICE)
 
 
 @pytest.mark.parametrize(("loss", "normalize"), KINDS)
@@ -280,9 +284,9 @@ def test_nan_and_zeros(loss: str, normalize: str, in_blocks: bool) -> None:
     spec = Spec("gelu", loss, normalize, 1e-8, torch.float32)
     coefficient, results = torch.ones(6, device=DEVICE), []
     with registers(16 if in_blocks else 65536):
-        for rows in (TorchRows(), ROWS):
+        for backend in (TorchBackend(), BACKEND):
             losses, dz, sums = empty(6), empty(6, 140), torch.zeros(140, device=DEVICE)
-            rows.token_losses_and_grad(z, None, t, None, coefficient, spec, losses, dz, sums)
+            backend.token_losses(LossChunk(z, None, t, None, losses, coefficient, dz, sums), spec)
             results.append((losses, dz, sums))
     for expected, ours in zip(*results, strict=True):
         assert torch.equal(ours.isnan(), expected.isnan())
@@ -290,15 +294,15 @@ def test_nan_and_zeros(loss: str, normalize: str, in_blocks: bool) -> None:
     assert results[1][0].isnan().tolist() == [False, True, True, False, False, False]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 def test_nan_through_activations(activation: str) -> None:
     u, dg = draw(3, 40), draw(3, 40, seed=1)
     u[0, 3] = dg[1, 39] = math.nan
     results = []
-    for rows in (TorchRows(), ROWS):
+    for backend in (TorchBackend(), BACKEND):
         g, du, sums = empty(3, 40), dg.clone(), torch.zeros(40, device=DEVICE)
-        rows.activate(u, None, activation, g)
-        rows.activation_backward(du, u, None, activation, sums)
+        backend.activate(u, None, activation, g)
+        backend.activation_backward(du, u, None, activation, sums)
         results.append((g, du, sums))
     for expected, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -316,7 +320,7 @@ def test_fewer_programs_than_rows(monkeypatch: pytest.MonkeyPatch, in_blocks: bo
         _check_losses((13, 140), spec, case=2, in_place=True, has_bias=True)
         for _ in range(2):
             losses, dz, sums = empty(13), z.clone(), torch.zeros(140, device=DEVICE)
-            ROWS.token_losses_and_grad(dz, None, t, None, coefficient, spec, losses, dz, sums)
+            BACKEND.token_losses(LossChunk(dz, None, t, None, losses, coefficient, dz, sums), spec)
             runs.append((losses, dz, sums))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
@@ -327,8 +331,8 @@ def test_fewer_programs_than_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     test_activations((130, 33), torch.float32, "silu")
     sums, once = torch.zeros(33, device=DEVICE), torch.zeros(33, device=DEVICE)
     u, dg = draw(130, 33), draw(130, 33, seed=1)
-    ROWS.activation_backward(dg.clone(), u, None, "gelu", sums)
-    ROWS.activation_backward(dg.clone(), u, None, "gelu", once)
+    BACKEND.activation_backward(dg.clone(), u, None, "gelu", sums)
+    BACKEND.activation_backward(dg.clone(), u, None, "gelu", once)
     assert torch.equal(sums, once)
 
 
@@ -341,12 +345,12 @@ def test_nothing_is_launched_without_rows(monkeypatch: pytest.MonkeyPatch) -> No
     kept = vector.clone()
     index = torch.empty(0, dtype=torch.int64, device=DEVICE)
     spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
-    ROWS.gather_rows(x, index, none)
-    ROWS.activate(none, vector, "gelu", none)
-    ROWS.activation_backward(none, none, None, "gelu", vector)
-    ROWS.token_losses(none, None, x, index, spec, draw(0))
-    ROWS.token_losses_and_grad(none, None, x, index, draw(0), spec, draw(0), none, vector)
-    ROWS.scatter_rows(none, x, index, None, True)
+    BACKEND.gather_rows(x, index, none)
+    BACKEND.activate(none, vector, "gelu", none)
+    BACKEND.activation_backward(none, none, None, "gelu", vector)
+    BACKEND.token_losses(LossChunk(none, None, x, index, draw(0)), spec)
+    BACKEND.token_losses(LossChunk(none, None, x, index, draw(0), draw(0), none, vector), spec)
+    BACKEND.scatter_rows(none, x, index, None, True)
     assert torch.equal(vector, kept)
 
 
@@ -380,8 +384,8 @@ def test_index_out_of_range(row: int) -> None:
     x, index = draw(3, 4), torch.tensor([0, row])
     spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
     with pytest.raises(Exception, match="visual_index out of range"):
-        ROWS.gather_rows(x, index, empty(2, 4))
+        BACKEND.gather_rows(x, index, empty(2, 4))
     with pytest.raises(Exception, match="visual_index out of range"):
-        ROWS.scatter_rows(draw(2, 4), x, index, None, True)
+        BACKEND.scatter_rows(draw(2, 4), x, index, None, True)
     with pytest.raises(Exception, match="visual_index out of range"):
-        ROWS.token_losses(draw(2, 4), None, x, index, spec, empty(2))
+        BACKEND.token_losses(LossChunk(draw(2, 4), None, x, index, empty(2)), spec)

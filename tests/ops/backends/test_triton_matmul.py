@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prereg_kernels.ops import chunking, custom_ops
-from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops import custom_ops, dtypes
+from prereg_kernels.ops.activations import ACTIVATIONS
+from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton import fused
-from prereg_kernels.ops.backends.triton.backend import TritonRows, interpreting, unavailable
-from prereg_kernels.ops.backends.triton.fused import FusedStages, FusedTritonRows
+from prereg_kernels.ops.backends.triton.backend import TritonBackend, interpreting, unavailable
+from prereg_kernels.ops.backends.triton.fused import FusedStages, FusedTritonBackend
 from prereg_kernels.ops.backends.triton.matmul_config import (
     EVERYTHING,
     SINGLE,
@@ -31,9 +32,8 @@ from prereg_kernels.ops.backends.triton.matmul_config import (
     choose_config,
     choose_plan,
 )
-from prereg_kernels.ops.names import ACTIVATIONS
-from prereg_kernels.ops.reference import ACTIVATION_FUNCTIONS
-from tests.helpers import Problem, check, make_problem, relative_error
+from prereg_kernels.ops.spec import Spec
+from tests.helpers import KERNEL_ACTIVATIONS, Problem, check, make_problem, relative_error
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
 RUNS = unavailable(DEVICE.type) is None and (
@@ -46,15 +46,15 @@ SMALL = MatmulConfig(
     32, 32, 16, 4, 2, parts=2, programs=1, max_registers=None, flatten=True, group_m=3
 )
 QUARTERS = replace(SMALL, block_m=64, block_n=64, block_k=32, parts=4)
-ROWS = FusedTritonRows(EVERYTHING, SMALL)
-PLAIN = TritonRows()
+BACKEND = FusedTritonBackend(EVERYTHING, SMALL)
+PLAIN = TritonBackend()
 # n, K and N: below, at and above the tiles' sizes; K and N are ragged, but aligned
 SHAPES = ((1, 8, 8), (127, 40, 72), (128, 16, 64), (129, 72, 40), (33, 24, 104))
 # The interpreter truncates to bfloat16
 ROUNDING = {torch.bfloat16: 2**-7 if DEVICE.type == "cpu" else 2**-8, torch.float16: 2**-11}
 each_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_activation = pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
 with_bias = pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
 
 
@@ -117,24 +117,28 @@ def spec_of(loss: str, dtype: torch.dtype, **options: Any) -> Spec:
 def losses_of(z: Tensor, t: Tensor, loss: str) -> Tensor:
     if loss == "cosine":
         return -F.cosine_similarity(z, t, dim=1)
-    function = F.mse_loss if loss == "mse" else F.smooth_l1_loss
+    function = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[loss]
     return function(z, t, reduction="none").mean(dim=1)
 
 
 def slope(u: Tensor, activation: str) -> Tensor:
     leaf = u.detach().requires_grad_()
-    return torch.autograd.grad(ACTIVATION_FUNCTIONS[activation](leaf).sum(), leaf)[0]
+    return torch.autograd.grad(ACTIVATIONS.find(activation)(leaf).sum(), leaf)[0]
 
 
 def activate(
-    rows: FusedStages, shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, activation: str
+    backend: FusedStages,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    bias: bool,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u and g, and what they should be."""
     x, w, b = operands(shape, dtype, True, bias)
     u, g = (guarded(shape[0], shape[2], dtype=dtype) for _ in "ug")
-    rows.linear_activate(x, w, b, activation, u, g)
+    backend.linear_activate(x, w, b, activation, u, g)
     true = plus(x.double() @ w.double().T, b)
-    return u, g, true, ACTIVATION_FUNCTIONS[activation](true)
+    return u, g, true, ACTIVATIONS.find(activation)(true)
 
 
 @needs_triton
@@ -143,7 +147,7 @@ class TestLinearActivate:
     @each_shape
     @with_bias
     def test_shapes(self, shape: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> None:
-        u, g, true_u, true_g = activate(ROWS, shape, dtype, bias, "gelu")
+        u, g, true_u, true_g = activate(BACKEND, shape, dtype, bias, "gelu")
         assert_rounded(u, true_u)
         assert_rounded(g, true_g)
         assert_untouched_around(u)
@@ -152,7 +156,7 @@ class TestLinearActivate:
     @each_activation
     @with_bias
     def test_activations(self, activation: str, bias: bool) -> None:
-        u, g, true_u, true_g = activate(ROWS, (33, 40, 72), torch.bfloat16, bias, activation)
+        u, g, true_u, true_g = activate(BACKEND, (33, 40, 72), torch.bfloat16, bias, activation)
         assert_rounded(u, true_u)
         assert_rounded(g, true_g)
 
@@ -168,7 +172,7 @@ class TestLinearActivate:
         monkeypatch.setattr(matmul_launch, "_launch", note)
         x, w, b = operands((65, 24, 40), torch.bfloat16, True, True)
         g = guarded(65, 40, dtype=torch.bfloat16)
-        ROWS.linear_activate(x, w, b, "silu", g, g)
+        BACKEND.linear_activate(x, w, b, "silu", g, g)
         assert_rounded(g, F.silu(plus(x.double() @ w.double().T, b)))
         assert_untouched_around(g)
         assert stored == [False]  # stored first, u would race with g
@@ -176,7 +180,7 @@ class TestLinearActivate:
 
 @needs_triton
 class TestLinearLosses:
-    @pytest.mark.parametrize("loss", ("cosine", "mse", "smooth_l1"))
+    @pytest.mark.parametrize("loss", ("cosine", "mse", "smooth_l1", "l1"))
     @each_shape
     @pytest.mark.parametrize("indexed", (True, False), ids=("index", "no index"))
     def test_shapes(self, shape: tuple[int, int, int], loss: str, indexed: bool) -> None:
@@ -186,7 +190,9 @@ class TestLinearLosses:
         index = some_rows(rows, rows + 5) if indexed else None
         anchor = draw(rows + 5 if indexed else rows, columns, dtype=dtype, seed=4)
         z, losses = guarded(rows, columns, dtype=dtype), guarded(rows, dtype=torch.float32)
-        ROWS.linear_losses(x, w, b, anchor, index, spec_of(loss, dtype), z, losses)
+        BACKEND.linear_losses(
+            x, w, b, LossChunk(z, None, anchor, index, losses), spec_of(loss, dtype)
+        )
         t = anchor if index is None else anchor[index]
         true = losses_of(plus(x.double() @ w.double().T, b), t.double(), loss)
         assert_float32(losses, true)
@@ -198,7 +204,9 @@ class TestLinearLosses:
         x, w, b = operands((40, 24, 40), torch.bfloat16, True, True)
         anchor, losses = draw(40, 40, dtype=dtype, seed=4), guarded(40, dtype=torch.float32)
         z = guarded(40, 40, dtype=torch.bfloat16)
-        ROWS.linear_losses(x, w, b, anchor, None, spec_of("cosine", torch.bfloat16), z, losses)
+        BACKEND.linear_losses(
+            x, w, b, LossChunk(z, None, anchor, None, losses), spec_of("cosine", torch.bfloat16)
+        )
         assert_float32(
             losses, losses_of(plus(x.double() @ w.double().T, b), anchor.double(), "cosine")
         )
@@ -210,7 +218,9 @@ class TestLinearLosses:
         anchor[1] = 0
         x[2] *= 1e-12
         z = guarded(3, 40, dtype=torch.bfloat16)
-        ROWS.linear_losses(x, w, None, anchor, None, spec_of("cosine", torch.bfloat16), z, losses)
+        BACKEND.linear_losses(
+            x, w, None, LossChunk(z, None, anchor, None, losses), spec_of("cosine", torch.bfloat16)
+        )
         short = (x[2].double() @ w.double().T @ anchor[2].double()) / anchor[2].double().norm()
         assert losses[0] == losses[1] == 0
         torch.testing.assert_close(losses[2].double(), -short / 1e-8, rtol=1e-5, atol=0)
@@ -223,18 +233,24 @@ class TestLinearLosses:
         )
         x[7, 3] = math.nan
         z = guarded(40, 40, dtype=torch.bfloat16)
-        ROWS.linear_losses(x, w, None, anchor, None, spec_of("cosine", torch.bfloat16), z, losses)
+        BACKEND.linear_losses(
+            x, w, None, LossChunk(z, None, anchor, None, losses), spec_of("cosine", torch.bfloat16)
+        )
         assert losses.isnan().nonzero().tolist() == [[7]]
 
 
 def backward(
-    rows: FusedStages, shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, activation: str
+    backend: FusedStages,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    bias: bool,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """du and the sums, and what they should be."""
     d, w, b = operands(shape, dtype, False, bias)
     u, du = draw(shape[0], shape[2], dtype=dtype, seed=5), guarded(shape[0], shape[2], dtype=dtype)
     sums = torch.ones(shape[2], device=DEVICE)
-    rows.linear_backward_activation(d, w, u, b, activation, du, sums)
+    backend.linear_backward_activation(d, w, u, b, activation, du, sums)
     true = (d.double() @ w.double()) * slope(u.double(), activation)
     return du, sums, true, 1 + true.sum(dim=0)
 
@@ -245,21 +261,23 @@ class TestLinearBackwardActivation:
     @each_shape
     @with_bias
     def test_shapes(self, shape: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> None:
-        du, sums, true_du, true_sums = backward(ROWS, shape, dtype, bias, "gelu")
+        du, sums, true_du, true_sums = backward(BACKEND, shape, dtype, bias, "gelu")
         assert_rounded(du, true_du)
         torch.testing.assert_close(sums.double(), true_sums, rtol=1e-5, atol=2e-5)
         assert_untouched_around(du)
 
     @each_activation
     def test_activations(self, activation: str) -> None:
-        du, sums, true_du, true_sums = backward(ROWS, (65, 40, 72), torch.float16, True, activation)
+        du, sums, true_du, true_sums = backward(
+            BACKEND, (65, 40, 72), torch.float16, True, activation
+        )
         assert_rounded(du, true_du)
         torch.testing.assert_close(sums.double(), true_sums, rtol=1e-5, atol=2e-5)
 
     def test_no_sums(self) -> None:
         d, w, b = operands((33, 16, 40), torch.bfloat16, False, True)
         u, du = draw(33, 40, dtype=torch.bfloat16, seed=5), guarded(33, 40, dtype=torch.bfloat16)
-        ROWS.linear_backward_activation(d, w, u, b, "relu", du, None)
+        BACKEND.linear_backward_activation(d, w, u, b, "relu", du, None)
         assert_rounded(du, (d.double() @ w.double()) * slope(u.double(), "relu"))
 
 
@@ -283,7 +301,7 @@ class TestLinearBackwardScatter:
         index = some_rows(rows, total) if indexed else torch.arange(rows, device=DEVICE)
         scale = torch.tensor(0.25, device=DEVICE) if scaled else None
         scratch = guarded(rows, columns, dtype=dtype)
-        ROWS.linear_backward_scatter(
+        BACKEND.linear_backward_scatter(
             d, w, into, index if indexed else None, scale, accumulate, scratch
         )
         true = (d.double() @ w.double()) * (0.25 if scaled else 1)
@@ -304,22 +322,24 @@ class TestLinearBackwardScatter:
     "config", (WIDE, TWIN, SINGLE, QUARTERS), ids=("wide", "twin", "single", "q")
 )
 def test_configurations(config: MatmulConfig) -> None:
-    rows, shape, dtype = FusedTritonRows(EVERYTHING, config), (129, 40, 136), torch.bfloat16
-    _, g, _, true_g = activate(rows, shape, dtype, True, "relu")
+    backend, shape, dtype = FusedTritonBackend(EVERYTHING, config), (129, 40, 136), torch.bfloat16
+    _, g, _, true_g = activate(backend, shape, dtype, True, "relu")
     assert_rounded(g, true_g)
-    du, sums, true_du, true_sums = backward(rows, shape, dtype, True, "relu")
+    du, sums, true_du, true_sums = backward(backend, shape, dtype, True, "relu")
     assert_rounded(du, true_du)
     torch.testing.assert_close(sums.double(), true_sums, rtol=1e-5, atol=2e-5)
 
     x, w, b = operands(shape, dtype, True, True)
     anchor, z = draw(129, 136, dtype=dtype, seed=4), guarded(129, 136, dtype=dtype)
     losses = guarded(129, dtype=torch.float32)
-    rows.linear_losses(x, w, b, anchor, None, spec_of("cosine", dtype), z, losses)
+    backend.linear_losses(
+        x, w, b, LossChunk(z, None, anchor, None, losses), spec_of("cosine", dtype)
+    )
     assert_float32(losses, losses_of(plus(x.double() @ w.double().T, b), anchor.double(), "cosine"))
 
     d, w, _ = operands(shape, dtype, False, False)
     into = guarded(140, 136, dtype=dtype)
-    rows.linear_backward_scatter(d, w, into, some_rows(129, 140), None, False, z)
+    backend.linear_backward_scatter(d, w, into, some_rows(129, 140), None, False, z)
     assert_rounded(into[some_rows(129, 140)], d.double() @ w.double())
 
 
@@ -332,22 +352,24 @@ def test_repeats_bit_for_bit_and_agrees_with_the_plain_stages() -> None:
     anchor, u_back = (draw(65, 72, dtype=dtype, seed=seed) for seed in (4, 5))
     index, scale = some_rows(65, 65), torch.tensor(2.0, device=DEVICE)
 
-    def run(rows: TritonRows) -> list[Tensor]:
+    def run(backend: TritonBackend) -> list[Tensor]:
         u, g, z, du, into = (guarded(65, 72, dtype=dtype) for _ in range(5))
         losses, sums = guarded(65, dtype=torch.float32), torch.zeros(72, device=DEVICE)
-        rows.linear_activate(x, w, b, "gelu_tanh", u, g)
-        rows.linear_losses(x, w, b, anchor, index, spec_of("cosine", dtype), z, losses)
-        rows.linear_backward_activation(d, w_back, u_back, b, "gelu_tanh", du, sums)
-        rows.linear_backward_scatter(d, w_back, into, index, scale, False, z)
+        backend.linear_activate(x, w, b, "gelu_tanh", u, g)
+        backend.linear_losses(
+            x, w, b, LossChunk(z, None, anchor, index, losses), spec_of("cosine", dtype)
+        )
+        backend.linear_backward_activation(d, w_back, u_back, b, "gelu_tanh", du, sums)
+        backend.linear_backward_scatter(d, w_back, into, index, scale, False, z)
         return [u, g, losses, du, sums, into]
 
-    first, second, plain = run(ROWS), run(ROWS), run(PLAIN)
+    first, second, plain = run(BACKEND), run(BACKEND), run(PLAIN)
     for x_first, x_second, x_plain in zip(first, second, plain, strict=True):
         assert torch.equal(x_first, x_second)
         assert relative_error(x_first, x_plain) < 2**-10
 
 
-class Names(TritonRows):
+class Names(TritonBackend):
     def __init__(self) -> None:
         self.called: list[str] = []
 
@@ -370,7 +392,7 @@ class Falling(FusedStages, Names):
         FusedStages.__init__(self, plan, SMALL)
 
 
-def call_all(rows: Falling, **changes: Any) -> list[str]:
+def call_all(backend: Falling, **changes: Any) -> list[str]:
     """The stages that fall back for operands (32, 16) and a weight, but for the changes."""
     dtype = changes.get("dtype", torch.bfloat16)
 
@@ -383,11 +405,11 @@ def call_all(rows: Falling, **changes: Any) -> list[str]:
     into, scratch = changes.get("into", zeros(x.shape[0], 16)), changes.get("scratch", z)
     spec = changes.get("spec", spec_of("cosine", dtype))
     losses, index = torch.zeros(x.shape[0], device=DEVICE), changes.get("index")
-    rows.linear_activate(x, weight, None, "relu", u, g)
-    rows.linear_losses(x, weight, None, anchor, index, spec, z, losses)
-    rows.linear_backward_activation(x, weight, u, None, "relu", g, None)
-    rows.linear_backward_scatter(x, weight, into, index, None, False, scratch)
-    return rows.called
+    backend.linear_activate(x, weight, None, "relu", u, g)
+    backend.linear_losses(x, weight, None, LossChunk(z, None, anchor, index, losses), spec)
+    backend.linear_backward_activation(x, weight, u, None, "relu", g, None)
+    backend.linear_backward_scatter(x, weight, into, index, None, False, scratch)
+    return backend.called
 
 
 @needs_triton
@@ -456,8 +478,8 @@ def run_fused(monkeypatch: pytest.MonkeyPatch, problem: Problem, **options: Any)
         launch(kernel, *args, **constants)
 
     monkeypatch.setattr(matmul_launch, "_launch", note)
-    monkeypatch.setattr(custom_ops, "choose_rows", lambda *_: ROWS)
-    monkeypatch.setattr(chunking, "_native_on_cpu", lambda _: True)
+    monkeypatch.setattr(custom_ops, "choose_backend", lambda *_: BACKEND)
+    monkeypatch.setattr(dtypes, "_native_on_cpu", lambda _: True)
     check(problem, **options)
     return launched
 

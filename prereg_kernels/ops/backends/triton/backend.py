@@ -7,9 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.spec import Spec
 
+LOSSES = ("cosine", "mse", "smooth_l1", "l1")  # of loss_math.py
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")  # of activation.py
 OLDEST = (3, 4)
 OLDEST_CAPABILITY = (8, 0)
 
@@ -44,7 +46,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-class TritonRows(Rows):
+class TritonBackend(Backend):
     """A launch a primitive, or two with column sums; nothing here waits for the device.
 
     Indices out of range are asserted against on NVIDIA's GPUs, by the device, and are undefined on
@@ -52,6 +54,18 @@ class TritonRows(Rows):
     """
 
     name = "triton"
+    unavailable = staticmethod(unavailable)
+
+    @staticmethod
+    def on_request_only(device_type: str) -> bool:
+        return device_type == "cpu"  # where kernels are interpreted, for tests that ask for it
+
+    def refuses(self, spec: Spec) -> str | None:
+        if spec.loss not in LOSSES:
+            return f"loss={spec.loss!r}"
+        if spec.activation not in ACTIVATIONS:
+            return f"activation={spec.activation!r}"
+        return None
 
     def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
         from prereg_kernels.ops.backends.triton.gather import gather_rows
@@ -73,36 +87,11 @@ class TritonRows(Rows):
         if dg.numel():
             activation_backward(dg, u, bias, activation, sums)
 
-    def token_losses(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        spec: Spec,
-        losses: Tensor,
-    ) -> None:
+    def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
         from prereg_kernels.ops.backends.triton.loss import token_losses
 
-        if z.numel():
-            token_losses(z, bias, anchor, index, spec, losses)
-
-    def token_losses_and_grad(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        coefficient: Tensor,
-        spec: Spec,
-        losses: Tensor,
-        dz: Tensor,
-        sums: Tensor | None,
-    ) -> None:
-        from prereg_kernels.ops.backends.triton.loss import token_losses
-
-        if z.numel():
-            token_losses(z, bias, anchor, index, spec, losses, coefficient, dz, sums)
+        if chunk.z.numel():
+            token_losses(chunk, spec)
 
     def scatter_rows(
         self,

@@ -7,22 +7,22 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.arguments import Spec
-from prereg_kernels.ops.backends.base import Rows
-from prereg_kernels.ops.backends.triton.backend import TritonRows
+from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.backends.triton.backend import TritonBackend
 from prereg_kernels.ops.backends.triton.matmul_config import (
     FusionPlan,
     MatmulConfig,
     choose_config,
     choose_plan,
 )
+from prereg_kernels.ops.spec import Spec
 
 INTERPRETED_GPU = ((9, 0), 4)  # what the interpreter stands for
 DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 16  # bytes, of a descriptor's base and rows
 
 
-class FusedStages(Rows):
+class FusedStages(Backend):
     """Overrides the stages that can be fused; put it before a backend among the bases of a class.
 
     What is not fused, by the plan, the GPU or the tensors, is the backend's. Fused stages have
@@ -44,27 +44,18 @@ class FusedStages(Rows):
         linear_activate(x, weight, bias, activation, u, g, config, _gpu(x.device)[1])
 
     def linear_losses(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        index: Tensor | None,
-        spec: Spec,
-        z: Tensor,
-        losses: Tensor,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, chunk: LossChunk, spec: Spec
     ) -> None:
-        # l2 and layer need the row's statistics before its losses
+        # The gradient, l2 and layer need the row's statistics before anything else
         simple = spec.loss == "cosine" or spec.normalize == "none"
-        config = (
-            self._choose("losses", x, weight, z) if simple and _rows_of(anchor, index) else None
-        )
+        config = None
+        if chunk.dz is None and simple and _rows_of(chunk.anchor, chunk.anchor_index):
+            config = self._choose("losses", x, weight, chunk.z)
         if config is None:
-            return super().linear_losses(x, weight, bias, anchor, index, spec, z, losses)
+            return super().linear_losses(x, weight, bias, chunk, spec)
         from prereg_kernels.ops.backends.triton.matmul_launch import linear_losses
 
-        sms = _gpu(x.device)[1]
-        linear_losses(x, weight, bias, anchor, index, spec, losses, config, sms)
+        linear_losses(x, weight, bias, chunk, spec, config, _gpu(x.device)[1])
 
     def linear_backward_activation(
         self,
@@ -120,8 +111,8 @@ class FusedStages(Rows):
         return self.config if config is not None and self.config is not None else config
 
 
-class FusedTritonRows(FusedStages, TritonRows):
-    """The Triton backend; with the default plan no stage differs from `TritonRows`."""
+class FusedTritonBackend(FusedStages, TritonBackend):
+    """The Triton backend; with the default plan no stage differs from `TritonBackend`."""
 
 
 def _describable(x: Tensor, dtype: torch.dtype) -> bool:

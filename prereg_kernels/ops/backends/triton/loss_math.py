@@ -6,6 +6,7 @@ With p and q the normalised prediction and target, and C columns:
     cosine: loss = -sum p q                 dp = p - q
     mse: loss = mean (p - q)^2              dp = 2 (p - q) / C
     smooth_l1: loss = mean huber(p - q)     dp = clamp(p - q, -1, 1) / C
+    l1: loss = mean |p - q|                 dp = sign(p - q) / C
 
     dz = scale * (dp - mean - p along)      none: mean = along = 0, scale = 1
                                             l2: mean = 0, along = sum p dp
@@ -42,6 +43,8 @@ def loss_terms(p, q, LOSS: tl.constexpr):
         terms = -p * q
     elif LOSS == "mse":
         terms = d * d
+    elif LOSS == "l1":
+        terms = tl.abs(d)
     else:
         size = tl.abs(d)
         terms = tl.where(size < 1, 0.5 * d * d, size - 0.5)
@@ -63,6 +66,9 @@ def loss_slope(p, q, COLUMNS: tl.constexpr, LOSS: tl.constexpr):
         d = d * (2 / COLUMNS)
     elif LOSS == "smooth_l1":
         d = tl.where(d > 1, 1.0, tl.where(d < -1, -1.0, d)) * (1 / COLUMNS)
+    elif LOSS == "l1":
+        sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
+        d = sign * (1 / COLUMNS)
     return d
 
 

@@ -80,7 +80,7 @@ def linear_losses_kernel(
 ):
     """What the losses need of a row of z = x W^T + bias and t, a column block at a time.
 
-    cosine: z.t, |z|^2 and |t|^2; mse and smooth_l1: the sum of the elements' losses.
+    cosine: z.t, |z|^2 and |t|^2; the others: the sum of the elements' losses.
     x (M, K), W (N, K), bias (N,) or None; t (any, N), rows at index (M,), or in order where it is
     None; partials (3 or 1, column blocks, M), float32.
 
@@ -141,7 +141,7 @@ def combine_losses_kernel(
 ):
     """losses (M,) of the partials of `linear_losses_kernel`, summed in a fixed order.
 
-    cosine: -z.t / (max(|z|, eps) max(|t|, eps)); mse and smooth_l1: the sum / COLUMNS.
+    cosine: -z.t / (max(|z|, eps) max(|t|, eps)); the others: the sum / COLUMNS.
     partials (3 or 1, COLUMN_BLOCKS, M); BLOCK_N is at least COLUMN_BLOCKS.
 
     Grid: (row blocks,).

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prereg_kernels.ops.arguments import Spec
+from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton import config as blocks
 from prereg_kernels.ops.backends.triton.launch import on_device_of
 from prereg_kernels.ops.backends.triton.matmul_backward import (
@@ -21,6 +21,7 @@ from prereg_kernels.ops.backends.triton.matmul_forward import (
     linear_losses_kernel,
 )
 from prereg_kernels.ops.backends.triton.sums import add_partials
+from prereg_kernels.ops.spec import Spec
 
 COMBINED_ROWS = 32  # a program
 
@@ -47,22 +48,21 @@ def linear_losses(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    anchor: Tensor,
-    index: Tensor | None,
+    chunk: LossChunk,
     spec: Spec,
-    losses: Tensor,
     config: MatmulConfig,
     multiprocessors: int,
 ) -> None:
-    """losses (n,) of x W^T + bias and t = anchor[index]."""
+    """The chunk's losses (n,), of x W^T + bias."""
+    anchor, losses = chunk.anchor, chunk.losses
     rows, columns = x.shape[0], weight.shape[0]
     column_blocks = blocks.cdiv(columns, config.block_n)
     statistics = 3 if spec.loss == "cosine" else 1
     partials = losses.new_empty(statistics, column_blocks, rows)
     _launch(
         linear_losses_kernel, config, multiprocessors, x, columns,
-        _left(x, config), _right(weight, True, config), bias, anchor, index, partials,
-        anchor.stride(0), rows, columns, x.shape[1], LOSS=spec.loss,
+        _left(x, config), _right(weight, True, config), bias, anchor, chunk.anchor_index,
+        partials, anchor.stride(0), rows, columns, x.shape[1], LOSS=spec.loss,
     )  # fmt: skip
     with on_device_of(x):
         combine_losses_kernel[(blocks.cdiv(rows, COMBINED_ROWS),)](

@@ -1,0 +1,30 @@
+"""The derivative of a formula by autograd, where autograd is off: within custom ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prereg_kernels._util.private import autograd_within_an_op
+
+
+def value_and_vjp(
+    function: Callable[..., Tensor], x: Tensor, upstream: Tensor, *constants: Tensor
+) -> tuple[Tensor, Tensor]:
+    """function(x, *constants), and `upstream` times its derivative with respect to x.
+
+    Not by torch.func: it refuses to run under saved-tensor hooks, such as activation checkpointing
+    has, and compiled graphs switch it off.
+    """
+    with autograd_within_an_op():
+        leaf = _ordinary(x.detach()).requires_grad_()
+        value = function(leaf, *map(_ordinary, constants))
+        (gradient,) = torch.autograd.grad(value, leaf, upstream)
+        return value.detach(), gradient
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """A tensor that autograd takes, unlike one that inference mode made."""
+    return x.clone() if x.is_inference() else x

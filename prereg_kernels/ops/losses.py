@@ -1,0 +1,119 @@
+"""The losses of a token: each a name and its definition in PyTorch.
+
+A loss that is registered here works everywhere: in `eager_pre_loss`, which computes by the
+definition, on plain PyTorch, which differentiates it, and with every other backend on "auto", which
+leaves to plain PyTorch what it has no kernel for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from prereg_kernels.ops import loss_gradients
+from prereg_kernels.ops.formulas import Formula, Registry
+from prereg_kernels.ops.names import NORMALIZATIONS, NormalizationName
+from prereg_kernels.ops.normalizations import normalized
+
+LossName = Literal["cosine", "mse", "smooth_l1", "l1", "huber"]
+# (z, t, normalize, eps, with_grad) -> losses (n,), dloss/dz (n, A), which is empty unless asked for
+ByHand = Callable[[Tensor, Tensor, str, float, bool], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Loss(Formula):
+    """The loss of a token: `formula(p, q, **parameters)` of predictions and targets.
+
+    They are (n, A), normalised; the formula returns (n,), each row's by itself.
+
+    Attributes:
+        normalizations: what `normalize=` may ask for; "none" is always allowed.
+        own_normalization: the one that belongs to the loss, where the caller asks for "none".
+        by_hand: losses and gradient of rows that are not normalised, for plain PyTorch, without
+            parameters. None: autograd differentiates the formula.
+    """
+
+    normalizations: tuple[NormalizationName, ...] = NORMALIZATIONS
+    own_normalization: NormalizationName = "none"
+    by_hand: ByHand | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.own_normalization != "none" and self.normalizations != ("none",):
+            raise ValueError(
+                f"normalizations: expected ('none',) with own_normalization="
+                f"{self.own_normalization!r}, got {self.normalizations!r}"
+            )
+
+    def normalization(self, normalize: str) -> str:
+        """The normalisation that applies where the caller asks for this one."""
+        return self.own_normalization if normalize == "none" else normalize
+
+    def of_rows(self, z: Tensor, t: Tensor, normalize: str, eps: float) -> Tensor:
+        """(n,) losses of rows that are not normalised: the definition."""
+        how = self.normalization(normalize)
+        return self(normalized(z, how, eps), normalized(t, how, eps))
+
+
+LOSSES = Registry(Loss, "loss", tensors=2, reduces=True)
+
+
+def register_loss(loss: Loss) -> Loss:
+    """Make a loss known by its name, for `loss=` and for files that name it.
+
+    Args:
+        loss: its formula is tried on a few rows.
+
+    Returns:
+        The loss, which `loss=` takes too.
+
+    Raises:
+        ValueError: the name belongs to another formula, or this one does not give a loss a row.
+
+    Example:
+        >>> from prereg_kernels.ops import Loss, register_loss
+        >>> power = Loss("power4", lambda p, q: (p - q).pow(4).mean(dim=-1))
+        >>> register_loss(power).text
+        'power4'
+    """
+    return LOSSES.register(loss)
+
+
+def _cosine(p: Tensor, q: Tensor) -> Tensor:
+    """The value of `F.cosine_similarity` with the clamp's true gradient, its sign turned."""
+    return -(p * q).sum(dim=-1)
+
+
+def _mse(p: Tensor, q: Tensor) -> Tensor:
+    return F.mse_loss(p, q, reduction="none").mean(dim=-1)
+
+
+def _smooth_l1(p: Tensor, q: Tensor) -> Tensor:
+    return F.smooth_l1_loss(p, q, reduction="none").mean(dim=-1)
+
+
+def _l1(p: Tensor, q: Tensor) -> Tensor:
+    return F.l1_loss(p, q, reduction="none").mean(dim=-1)
+
+
+def _huber(p: Tensor, q: Tensor, delta: float) -> Tensor:
+    return F.huber_loss(p, q, reduction="none", delta=delta).mean(dim=-1)
+
+
+register_loss(
+    Loss(
+        "cosine",
+        _cosine,
+        normalizations=("none",),
+        own_normalization="l2",
+        by_hand=loss_gradients.cosine,
+    )
+)
+register_loss(Loss("mse", _mse, by_hand=loss_gradients.mse))
+register_loss(Loss("smooth_l1", _smooth_l1, by_hand=loss_gradients.smooth_l1))
+register_loss(Loss("l1", _l1))
+register_loss(Loss("huber", _huber, parameters={"delta": 0.5}))
