@@ -28,6 +28,12 @@ class Activation(Formula):
         into: (u, g) that writes act(u) to g, which may be u: for plain PyTorch, without parameters.
         backward_into: (dg, u) that writes dg * act'(u) over dg. Both or neither: None leaves the
             derivative to autograd.
+
+    Example:
+        >>> from prereg_kernels.ops import Activation
+        >>> square = Activation("square", torch.square)
+        >>> PReHead(8, 6, activation=square)
+        PReHead(weights=[(8, 8), (6, 8)], activation='square')
     """
 
     into: Callable[[Tensor, Tensor], object] | None = None

@@ -35,6 +35,13 @@ class Loss(Formula):
         own_normalization: the one that belongs to the loss, where the caller asks for "none".
         by_hand: losses and gradient of rows that are not normalised, for plain PyTorch, without
             parameters. None: autograd differentiates the formula.
+
+    Example:
+        >>> from prereg_kernels.ops import Loss
+        >>> cubic = Loss("cubic", lambda p, q: (p - q).abs().pow(3).mean(dim=-1))
+        >>> hidden, anchor = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
+        >>> fused_pre_loss(hidden, anchor, loss=cubic).item()  # (1 + 8) / 2
+        4.5
     """
 
     normalizations: tuple[NormalizationName, ...] = NORMALIZATIONS
