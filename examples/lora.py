@@ -13,7 +13,7 @@ from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from tiny_qwen import QwenCollator, make_qwen
 from transformers import TrainingArguments
 
 from prereg_kernels import apply_pre
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from tiny import make_model, make_processor, make_samples
 from trl import SFTConfig, SFTTrainer
 
 from prereg_kernels import apply_pre
-from prereg_kernels.trainers.trainer import PReTrainerMixin
+from prereg_kernels.trainers import PReTrainerMixin
 
 
 class PReSFTTrainer(PReTrainerMixin, SFTTrainer):

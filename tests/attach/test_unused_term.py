@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from prereg_kernels import apply_pre
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 from tests.attached import NON_REENTRANT
 from tests.tiny import make_batch, tiny_llava
 from tests.trainers.rows import make_trainer

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 from tests.attached import eager_term
 from tests.tiny import PATCHES, tiny_llava
 from tests.trainers.rows import WEIGHT, Row, collate, make_rows, make_trainer

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainers.trainer import PReTrainerMixin
+from prereg_kernels.trainers import PReTrainerMixin
 from tests.attached import compare, eager_term
 from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
 from tests.trainers.rows import (

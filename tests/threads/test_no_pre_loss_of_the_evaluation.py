@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 from tests.attached import seen
 from tests.tiny import IMAGE_TOKEN, PATCHES, tiny_llava
 from tests.trainers.rows import Row, collate, make_rows, make_trainer

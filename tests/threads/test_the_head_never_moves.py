@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
 

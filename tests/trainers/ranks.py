@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, find_pre
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 from tests.tiny import PATCHES, gradients, tiny_llava
 from tests.trainers.rows import IMAGES, WEIGHT, collate, make_rows, make_trainer, step_gradients
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prereg_kernels import PReHead
-from prereg_kernels.trainers.trainer import PReTrainer
+from prereg_kernels.trainers import PReTrainer
 from tests.attached import eager_term
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, tiny_llava
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from prereg_kernels import apply_pre, find_pre, remove_pre
-from prereg_kernels.trainers.trainer import PReTrainer, PReTrainerMixin
+from prereg_kernels.trainers import PReTrainer, PReTrainerMixin
 from tests.attached import compare
 from tests.tiny import PATCHES, gradients, tiny_llava
 from tests.trainers.rows import (

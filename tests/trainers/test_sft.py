@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainers.trainer import PReTrainerMixin
+from prereg_kernels.trainers import PReTrainerMixin
 from tests.attached import compare
 from tests.tiny import tiny_llava
 from tests.trainers.rows import WEIGHT, Gradients, collate, eager_gradients, make_rows
