@@ -262,8 +262,8 @@ class Settings(TypedDict, total=False):
     share_head: bool
     head_features: int | None
     depth: int
-    activation: ActivationName
-    loss: LossName
+    activation: ActivationName | Activation
+    loss: LossName | Loss
     normalize: NormalizationName
     value_in_forward: bool
     value_in_eval: bool
