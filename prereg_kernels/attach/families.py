@@ -23,6 +23,13 @@ class Family:
     Paths are names of registered submodules, dotted, from the model that `apply_pre` gets. As
     those of transformers do, it needs a `config` and `get_input_embeddings`.
 
+    Example:
+        >>> family = Family("mine", projector="model.multi_modal_projector")
+        >>> family.language_model, family.visual_tokens
+        ('model.language_model', ('image_token_id',))
+        >>> len(family.layers_of(model))
+        4
+
     Attributes:
         name: as people call it.
         model_types: the `config.model_type` values that belong to it.
@@ -62,7 +69,7 @@ class Family:
     visual_tokens: tuple[str, ...] = ("image_token_id",)
     projector: str | None = None
     regroups: str = "was given no projector"
-    images: str | None = "runs"
+    images: Literal["runs", "equal"] | None = "runs"
     counted_by: tuple[str, ...] = ()
     cut_by: tuple[str, ...] = ()
     layout: Layout | Callable[..., Any] | None = None

@@ -40,6 +40,11 @@ def find_pre(model: nn.Module) -> PRe:
 
     Raises:
         ValueError: none is attached.
+
+    Example:
+        >>> pre = apply_pre(model)
+        >>> find_pre(torch.nn.Sequential(model)) is pre
+        True
     """
     pre = get_pre(model)
     if pre is None:
@@ -56,7 +61,15 @@ def state_of(pre: PRe) -> State:
 
 
 class PRe:
-    """PRe on a model: made by `apply_pre`, taken off by `remove_pre`."""
+    """PRe on a model: made by `apply_pre`, taken off by `remove_pre`.
+
+    Example:
+        >>> pre = apply_pre(model, layers=[1, 3], level="global")
+        >>> pre
+        PRe(layers=[1, 3], weight=0.5, anchor='pre_llm', level='global', head_parameters=2,400)
+        >>> pre.heads[3].weights[0].shape
+        torch.Size([24, 24])
+    """
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -170,6 +183,14 @@ class PRe:
             level="global". Under torch.distributed
             these are reduced over all ranks, so call it on every rank; ranks that share a batch
             count once. Empty before the first call.
+
+        Example:
+            >>> pre = apply_pre(model)
+            >>> pre.metrics()
+            {}
+            >>> model(**batch).loss.backward()
+            >>> pre.metrics()["visual_tokens"]
+            8.0
         """
         last, model = self._state.last, self._state.model
         return (
@@ -183,6 +204,15 @@ class PRe:
             (1 + layers,), float32, on the device: the number of rows, which are visual tokens or,
             with level="global", images; and for each layer the sum over them of the row's loss.
             None until backward has computed them.
+
+        Example:
+            >>> pre = apply_pre(model)
+            >>> model(**batch).loss.backward()
+            >>> rows, total = pre.totals()
+            >>> rows.item()
+            8.0
+            >>> abs((total / rows).item() - pre.metrics()["pre_loss"]) < 1e-6
+            True
         """
         last = self._state.last
         return torch.stack([last.rows, *last.sums()]) if last and last.is_complete() else None
@@ -193,6 +223,14 @@ class PRe:
 
         Meanwhile the model's loss stays L_LM, and `loss` None, whatever `add_to_loss` is: add the
         terms in the list to your loss. Evaluating passes are there with `value_in_eval`.
+
+        Example:
+            >>> pre = apply_pre(model)
+            >>> with pre.collecting() as passes:
+            ...     losses = [model(**batch).loss for _ in range(2)]
+            >>> (sum(losses) + sum(each.term for each in passes)).backward()
+            >>> [each.record.rows.item() for each in passes]
+            [8.0, 8.0]
         """
         state, passes = self._state, list[Collected]()
         before, state.collected = state.collected, passes
@@ -209,6 +247,12 @@ class PRe:
 
         Args:
             batch: the keyword arguments of the model's forward.
+
+        Example:
+            >>> pre = apply_pre(model)
+            >>> pre.denominator = pre.count(batch)
+            >>> pre.denominator
+            tensor(8)
         """
         ids, visual = batch["input_ids"], self.visual_mask
         shown = visual(ids, batch.get("attention_mask"))
@@ -221,12 +265,27 @@ class PRe:
 
         Args:
             attention_mask: as the model takes it; a token that it hides is padding, not visual.
+
+        Example:
+            >>> pre = apply_pre(model)
+            >>> pre.visual_mask(batch["input_ids"]).sum(dim=1)  # 4 in the one image of each row
+            tensor([4, 4])
         """
         tokens = self._state.family.visual_token_ids(self._state.model)
         return find_visual(input_ids, tokens, attention_mask)
 
     def check(self) -> None:
-        """Raise ValueError if a head is frozen."""
+        """Raise ValueError if a head is frozen.
+
+        Example:
+            >>> pre = apply_pre(model)
+            >>> pre.check()
+            >>> pre.heads[2].requires_grad_(False).depth
+            2
+            >>> pre.check()
+            Traceback (most recent call last):
+            ValueError: pre.heads: expected heads that train, got a frozen one at layer 2 ...
+        """
         self._state.check_heads_train()
 
     def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
@@ -242,6 +301,13 @@ class PRe:
 
         Raises:
             ValueError: parameters that are not whole, as with DeepSpeed ZeRO-3 and FSDP1.
+
+        Example:
+            >>> pre = apply_pre(model, layers=3)
+            >>> pre.save("heads")
+            >>> remove_pre(model)
+            >>> apply_pre(model, from_pretrained="heads").config.layers
+            (3,)
         """
         saving.save(self._state, path, heads)
 
@@ -255,6 +321,15 @@ class PRe:
             FileNotFoundError: there are none.
             ValueError: they cannot be read, or do not fit: other layers, shapes or settings; or the
                 model's are not whole (see `save`).
+
+        Example:
+            >>> pre = apply_pre(model)
+            >>> pre.save("heads")
+            >>> before = pre.heads[2].weights[0].clone()
+            >>> pre.heads[2].reset_parameters()
+            >>> pre.load("heads")
+            >>> torch.equal(pre.heads[2].weights[0], before)
+            True
         """
         saving.load(self._state, path)
 

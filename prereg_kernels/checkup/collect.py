@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
-from prereg_kernels.attach.families import find_family
+from prereg_kernels.attach.families import Family, find_family
 from prereg_kernels.checkup.batches import Batch, Batches, ImageFacts
 from prereg_kernels.checkup.features import visual_features, visual_mask
 from prereg_kernels.checkup.measures.lens import LensSums
@@ -96,12 +96,14 @@ def collect(
     *,
     images: int,
     shown: int,
+    family: Family | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Write the shards that are not there yet.
 
     Args:
         images: in all batches together, at most.
+        family: of a model outside of the table.
         shown: of so many of the first usable images every patch is kept, for the page.
 
     Raises:
@@ -115,11 +117,11 @@ def collect(
         name = first_pass(index)
         if not shards.has(name):
             batch = batches[index]
-            run = _run(model, batch)
+            run = _run(model, batch, family)
             if run is None:
                 shards.write(name, {}, {"images": [], "skipped": batch.skipped})
             else:
-                tensors, facts = _first(model, run, per_image, left)
+                tensors, facts = _first(run, logit_lens_of(model, family), per_image, left)
                 shards.write(name, tensors, facts)
         left -= len(shards.facts(name).get("shown", []))
         progress(index + 1, total)
@@ -130,7 +132,7 @@ def collect(
             facts = shards.facts(first_pass(index))
             parts = {}
             if facts.get("objects"):
-                run = _run(model, batches[index])
+                run = _run(model, batches[index], family)
                 assert run is not None
                 parts = run.parts(mean=mean)
             shards.write(name, parts, {})
@@ -168,14 +170,14 @@ def mean_patch(shards: Shards, count: int) -> Tensor:
     return total / rows
 
 
-def _run(model: nn.Module, batch: Batch) -> _Run | None:
+def _run(model: nn.Module, batch: Batch, family: Family | None) -> _Run | None:
     if not batch.images:
         return None
     device = next(model.parameters()).device
     inputs = {
         name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.inputs.items()
     }
-    mask = visual_mask(model, inputs)
+    mask = visual_mask(model, inputs, family)
     image = mask.nonzero()[:, 0].cpu()
     if len(batch.images) != len(mask):
         raise ValueError(
@@ -193,7 +195,7 @@ def _run(model: nn.Module, batch: Batch) -> _Run | None:
                     f"{len(known)} of them"
                 )
     try:
-        layers = visual_features(model, inputs)
+        layers = visual_features(model, inputs, family)
     except ValueError:
         raise
     except Exception as error:  # a config that does not fit the weights' use, no memory, ...
@@ -211,7 +213,7 @@ def _run(model: nn.Module, batch: Batch) -> _Run | None:
 
 
 def _first(
-    model: nn.Module, run: _Run, per_image: int, shown: int
+    run: _Run, lens: Callable[[Tensor], LensSums], per_image: int, shown: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is kept of a batch after the first pass."""
     images = range(len(run.batch.images))
@@ -229,7 +231,7 @@ def _first(
         stacks["object_means"].append(pool(layer, objects)[0])
         stacks["sample"].append(layer[picked])
     tensors = {name: torch.stack(parts) for name, parts in stacks.items()}
-    tensors.update(run.parts(logit_lens_of(model)))
+    tensors.update(run.parts(lens))
     tensors["tokens"] = torch.tensor([len(r) for r in rows])
     tensors["object_owner"] = owner
     shown_now = list(images)[:shown]
@@ -268,9 +270,9 @@ def _objects(run: _Run) -> tuple[Tensor, list[dict[str, str]], Tensor]:
     return number, labels, torch.tensor(owner, dtype=torch.int64)
 
 
-def logit_lens_of(model: nn.Module) -> Callable[[Tensor], LensSums]:
+def logit_lens_of(model: nn.Module, family: Family | None = None) -> Callable[[Tensor], LensSums]:
     """The logit lens of a layer's features, through the model's own norm and head."""
-    language_model = find_family(model).language_model_of(model)
+    language_model = (family or find_family(model)).language_model_of(model)
     norm = private.submodules(language_model).get("norm")
     head: Any = private.submodules(model)["lm_head"]
     if norm is None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels.attach.families import find_family
+from prereg_kernels.attach.families import Family, find_family
 from prereg_kernels.attach.visual import find_visual
 
 
 @torch.no_grad()
-def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+def visual_features(
+    model: nn.Module, batch: Mapping[str, Any], family: Family | None = None
+) -> list[Tensor]:
     """Run the model on a batch and keep the visual tokens' states of every layer.
 
     Nothing else is kept: no other position, no cache, and logits of one position only.
@@ -22,6 +24,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     Args:
         model: of a supported family. It runs as it is; call `model.eval()` first.
         batch: keyword arguments of its forward, `input_ids` among them; `labels` are left out.
+        family: where a model outside of the table keeps things, as `apply_pre` takes it.
 
     Returns:
         One (N, D) tensor a layer, layer 0 being the LLM's input and layer l the output of decoder
@@ -34,8 +37,8 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
         >>> len(features), features[0].shape  # the LLM's input and its 4 layers; 8 visual tokens
         (5, torch.Size([8, 24]))
     """
-    family = find_family(model)
-    visual = visual_mask(model, batch)
+    family = family or find_family(model)
+    visual = visual_mask(model, batch, family)
     layers: list[Tensor] = []
 
     def keep(states: Tensor) -> None:
@@ -66,7 +69,7 @@ def visual_features(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     return layers
 
 
-def visual_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def visual_mask(model: nn.Module, batch: Mapping[str, Any], family: Family | None = None) -> Tensor:
     """Bool, the shape of `input_ids`: where its tokens are visual. ValueError as `find_family`."""
-    tokens = find_family(model).visual_token_ids(model)
+    tokens = (family or find_family(model)).visual_token_ids(model)
     return find_visual(batch["input_ids"], tokens, batch.get("attention_mask"))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prereg_kernels._util.files import printable
+from prereg_kernels.attach.families import Family
 from prereg_kernels.checkup.batches import Batches
 from prereg_kernels.checkup.collect import collect
 from prereg_kernels.checkup.fingerprint import digest, of_code, of_model
@@ -37,6 +38,7 @@ def checkup(
     splits: int = 5,
     shown: int = SHOWN,
     settings: Mapping[str, Any] | None = None,
+    family: Family | None = None,
     notes: Sequence[str] = (),
     progress: Progress = lambda phase, done, total: None,
 ) -> CheckupResults:
@@ -48,7 +50,7 @@ def checkup(
     the page of the results of one model or of two.
 
     Args:
-        model: of a supported family, in eval mode, on the device to run on.
+        model: in eval mode, on the device to run on.
         batches: a list of `Batch`, or an object that makes each when asked for.
         out: a directory; what is measured goes to a directory below `shards/<name>/` in it.
         name: of the model, on the page and in the file names.
@@ -59,6 +61,7 @@ def checkup(
         shown: images of which every patch is kept, for maps.
         settings: what else the numbers depend on, such as what forward hooks of yours do: a
             checkup that goes on has the same.
+        family: where a model outside of the table keeps things, as `apply_pre` takes it.
         notes: for the page's reader.
 
     Raises:
@@ -91,6 +94,9 @@ def checkup(
         "shown": shown,
         **(settings or {}),
     }
+    if family is not None:
+        paths = family.language_model, family.layers, family.visual_tokens
+        depends_on["family"] = digest(paths)
     shards = Shards(Path(out) / "shards" / name, depends_on)
     if shards.changed:
         _LOG.warning(
@@ -103,6 +109,7 @@ def checkup(
         shards,
         images=images,
         shown=shown,
+        family=family,
         progress=lambda done, total: progress("images", done, total),
     )
     measured = Measured(shards, count, splits)

@@ -18,6 +18,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
+from prereg_kernels.attach.families import Family
 from prereg_kernels.checkup import collect as collecting
 from prereg_kernels.checkup import (
     logit_lens,
@@ -262,7 +263,7 @@ def test_goes_on_after_a_kill(
     assert again.curves == found.curves
 
 
-def _doubled(model: torch.nn.Module, inputs: Any) -> list[torch.Tensor]:
+def _doubled(model: torch.nn.Module, inputs: Any, family: Any) -> list[torch.Tensor]:
     return [2 * x for x in visual_features(model, inputs)]
 
 
@@ -409,6 +410,19 @@ def test_without_places_and_labels(batches: ImageBatches, tmp_path: Path) -> Non
     page = report(tmp_path, [found]).read_text()
     assert page.count("<picture>") == 2
     assert "cosine to their input" in page
+
+
+def test_a_model_outside_of_the_table(
+    batches: ImageBatches, found: CheckupResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [Batch(batch.inputs, batch.images) for batch in (batches[i] for i in range(len(batches)))]
+    model = batches._loaded.model
+    monkeypatch.setattr(model.config, "model_type", "vlm_of_tomorrow")
+    with pytest.raises(ValueError, match="vlm_of_tomorrow"):
+        checkup(model, few, tmp_path, splits=3)
+    mine = Family("Mine", visual_tokens=("image_token_id",))
+    again = checkup(model, few, tmp_path, splits=3, family=mine)
+    assert again.curves == found.curves
 
 
 def test_one_class_has_no_probe(batches: ImageBatches, tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ def test_the_figures_are_read_at_logging_alone(
 
         def counted(self: Any, *args: Any, name: str = name, original: Any = original) -> Any:
             caller = Path(sys._getframe(1).f_code.co_filename)
-            # inputs.py checks values too, on CPUs alone
-            if caller.parent == PACKAGE and caller.name != "inputs.py":
+            # arguments.py checks values too, on CPUs alone
+            if caller.is_relative_to(PACKAGE) and caller.name != "arguments.py":
                 reads.append(f"{caller.name}: {name}")
             return original(self, *args)
 
