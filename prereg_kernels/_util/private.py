@@ -7,8 +7,7 @@ once, and costs what torch's own name costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,23 +62,6 @@ def pop_saved_tensors_hooks() -> None:
 def push_saved_tensors_hooks(pack: Any, unpack: Any) -> None:
     """Put a pair on."""
     torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-@contextmanager
-def autograd_within_an_op() -> Iterator[None]:
-    """Autograd where a custom op runs, which is below it, and nobody's hooks on what it saves.
-
-    What it saves must not outlive the block.
-    """
-    exclude = torch._C._SetExcludeDispatchKeyGuard
-    with (
-        exclude(torch._C.DispatchKey.AutogradFunctionality, False),
-        exclude(torch._C.DispatchKey.ADInplaceOrView, False),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
-    ):
-        yield
 
 
 def dispatch_modes() -> list[Any]:

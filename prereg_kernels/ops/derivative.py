@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prereg_kernels._util.private import autograd_within_an_op
-
 
 def value_and_vjp(
     function: Callable[..., Tensor], x: Tensor, upstream: Tensor, *constants: Tensor
@@ -18,7 +16,12 @@ def value_and_vjp(
     Not by torch.func: it refuses to run under saved-tensor hooks, such as activation checkpointing
     has, and compiled graphs switch it off.
     """
-    with autograd_within_an_op():
+    with (
+        torch.inference_mode(False),  # switches autograd on again within an op, too
+        torch.enable_grad(),
+        # What is saved here does not outlive the block: nothing for anybody's hooks
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ):
         leaf = _ordinary(x.detach()).requires_grad_()
         value = function(leaf, *map(_ordinary, constants))
         (gradient,) = torch.autograd.grad(value, leaf, upstream)

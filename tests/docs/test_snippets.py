@@ -145,7 +145,7 @@ def takes_a_loss(text: str, namespace: Namespace, place: Path) -> None:
     """A loss of the user's own, whose gradient is that of its definition."""
     namespace |= {"model": load_tiny(place)}
     exec(text, namespace)
-    pre, model, batch = namespace["pre"], namespace["model"], make_batch()
+    pre, model, batch = namespace["pre"], namespace["model"].train(), make_batch()
     model(**batch).loss.backward()
     ours = gradients(model)
     assert pre.config.loss == "charbonnier(width=0.1)"

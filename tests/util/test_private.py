@@ -59,36 +59,6 @@ def test_the_node_of_a_checkpoint(reentrant: bool, name: str | None) -> None:
     assert seen[1] == name if reentrant else seen[1] not in (None, private.REENTRANT_NODE)
 
 
-@torch.library.custom_op("prereg_tests::slope_of_exp", mutates_args=())
-def slope_of_exp(x: Tensor, with_autograd: bool) -> Tensor:
-    """exp'(x), by autograd within an op."""
-    leaf = x.detach().requires_grad_()
-    if not with_autograd:
-        return torch.tensor(float(leaf.exp().requires_grad))
-    with private.autograd_within_an_op():
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(leaf.exp(), leaf)[0]
-
-
-@slope_of_exp.register_fake
-def _(x: Tensor, with_autograd: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
-def test_autograd_within_an_op() -> None:
-    x, expected = leaf(0.5), torch.tensor([0.5]).exp()
-    assert slope_of_exp(x, False).item() == 0, "autograd is off there"
-    for context in (torch.enable_grad(), torch.no_grad(), torch.autograd.graph.save_on_cpu()):
-        with context:
-            assert torch.equal(slope_of_exp(x, True), expected)
-    inside = checkpoint.checkpoint(lambda x: slope_of_exp(x * 1, True), x, use_reentrant=False)
-    assert torch.equal(inside, expected)
-    compiled = torch.compile(lambda x: slope_of_exp(x, True) * 1, backend="aot_eager")
-    assert torch.equal(compiled(x.detach()), expected)
-    with torch.inference_mode():
-        assert torch.equal(slope_of_exp(x, True), expected)
-
-
 @pytest.mark.parametrize("retain", [True, False])
 def test_keeps_graph(retain: bool) -> None:
     seen = []
