@@ -103,3 +103,14 @@ def test_names_of_version_0_1(tmp_path: Path) -> None:
         pre.detach()
     with pytest.raises(ValueError, match="expected one with PRe attached"):
         find_pre(model)
+
+
+def test_a_copy_takes_no_pending_term_over() -> None:
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model)
+    del batch["labels"]
+    model(**batch)
+    with pre.collecting():
+        clone = copy.deepcopy(model)
+    assert find_pre(clone).loss is None and pre.loss is not None
+    assert state_of(find_pre(clone)).collected is None
