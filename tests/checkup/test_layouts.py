@@ -12,13 +12,14 @@ import torch
 import transformers as hf
 
 from prereg_kernels.attach import families
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.families import Family, family_of_type
 from prereg_kernels.checkup.features import visual_features
 from prereg_kernels.checkup.images.datasets import Sample
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.images.layouts import family_with_layout
 from prereg_kernels.checkup.images.patches import TokenGrid, regular_grid
 from prereg_kernels.checkup.loading import Loaded
+from tests.attach.families.models import CASES as MODELS
 from tests.attach.families.models import TILES, llava_next
 from tests.checkup.pictures import QWEN_PROCESSOR, local_tower, make_loaded, noise
 
@@ -195,3 +196,16 @@ def test_an_entry_of_the_table_says_how_batches_are_made(monkeypatch: pytest.Mon
     grid = batch.images[0].grid
     assert grid is not None
     assert grid.row.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("model_type", sorted(MODELS))
+def test_markers_and_processors_are_there(model_type: str) -> None:
+    """In the config, and in transformers: a name that is not would be left out without a word."""
+    config = MODELS[model_type].config()
+    family = family_of_type(config.model_type)
+    assert family is not None
+    assert all(isinstance(getattr(config, name, None), int) for name in family.markers)
+    if family.processor is not None:
+        name, settings = family.processor(config)
+        assert issubclass(getattr(hf, name), hf.image_processing_utils.BaseImageProcessor)
+        assert getattr(hf, name)(**settings) is not None

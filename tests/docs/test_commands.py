@@ -35,6 +35,8 @@ NOT_RUN = {
         "python -m benchmarks.loss.cpu_primitives",
         "python -m benchmarks.loss.cpu_primitives --json FILE",
         "python -m benchmarks.loss.call_overhead --against CHECKOUT",
+        "python -m benchmarks.loss.gpu --size tiny --no-compile --out build/peers.json",
+        "python -m benchmarks.step.gpu --size tiny --out build/step.json",
         "python -m benchmarks.studies.fp8_accuracy",
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",

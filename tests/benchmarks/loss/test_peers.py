@@ -143,8 +143,8 @@ def test_cpu_times_are_milliseconds_and_errors_are_raised(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("a_line_more")
 def test_a_line_is_enough_in_a_step() -> None:
     variants = imported_again("benchmarks.step.variants")
-    names = list(variants.VARIANTS)
-    assert names == [variants.WITHOUT, "naive", "eager, hook", "new, hook", variants.OURS]
+    first, *others, last = variants.VARIANTS
+    assert (first, last) == (variants.WITHOUT, variants.OURS) and "new, hook" in others
     recipe = models.TINY["llava"]
     model = models.build_model(recipe.config(), CPU)
     batch = models.make_batch(recipe, recipe.config(), 2, CPU)
@@ -161,7 +161,9 @@ def test_a_step_goes_on_without_a_package(monkeypatch: pytest.MonkeyPatch) -> No
     recipe = models.TINY["llava"]
     model = models.build_model(recipe.config(), CPU)
     batch = models.make_batch(recipe, recipe.config(), 2, CPU)
-    assert set(variants.check_gradients(model, batch)) == {"naive", "eager, hook", variants.OURS}
+    errors = variants.check_gradients(model, batch)
+    assert errors.keys() >= {"naive", "eager, hook", variants.OURS}
+    assert "missing, hook" in variants.VARIANTS and "missing, hook" not in errors
 
 
 def test_ours_run_on_the_backend_that_is_asked_for() -> None:
