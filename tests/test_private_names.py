@@ -15,7 +15,7 @@ from prereg_kernels._util import private
 
 PACKAGE = Path(prereg_kernels.__file__).parent
 PRIVATE = Path(private.__file__)
-DOCUMENTED = {"_asdict", "_exit", "_replace"}  # of named tuples and of os
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and of os
 OWN_TEXTS = {"_prereg"}  # an attribute that the package sets by name
 METHODS = private.MODULE_METHODS | private.FSDP_ATTRIBUTES | private.TRAINER_METHODS
 CLASSES = (torch.nn.Module, transformers.Trainer, transformers.PreTrainedModel)

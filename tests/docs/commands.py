@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from accelerate.commands.launch import launch_command_parser
-from pip._internal.commands import create_command
 from torch.distributed.run import get_args_parser
 
 from prereg_kernels.cli.commands import main
@@ -46,12 +46,16 @@ def chdir(directory: Path) -> Iterator[None]:
 
 
 def read_shell(text: str) -> list[Command]:
-    """The commands of a piece of shell: loops are followed, variables and `[--options]` given."""
+    """The commands of a piece of shell: loops are followed, variables and `[--options]` given.
+
+    `python -m prereg_kernels` is `prereg`.
+    """
     script = "\n".join([*STUBS, "set -eu", re.sub(r"\[(--[^\]]*)\]", r"\1", text)])
     environment = {"PATH": "", "OUT": "out"}
     done = subprocess.run(["/bin/bash", "-c", script], env=environment, capture_output=True)
     assert done.returncode == 0, f"{text}\n{done.stderr.decode()}"
-    return [tuple(line.split("\0")[:-1]) for line in done.stdout.decode().splitlines()]
+    found = [tuple(line.split("\0")[:-1]) for line in done.stdout.decode().splitlines()]
+    return [("prereg", *x[3:]) if x[1:3] == ("-m", "prereg_kernels") else x for x in found]
 
 
 def check(command: Command) -> None:
@@ -68,6 +72,10 @@ def check(command: Command) -> None:
         script = parser.parse_args(arguments[program == "accelerate" :]).training_script
         assert (ROOT / "examples" / script).is_file(), f"no examples/{script}"
     elif program == "pip":
+        # pip imports distutils, which setuptools has to have replaced by then
+        import_module("setuptools")
+        from pip._internal.commands import create_command
+
         create_command(arguments[0]).parse_args(arguments[1:])
     elif not is_name(command):
         with chdir(ROOT):
@@ -77,7 +85,7 @@ def check(command: Command) -> None:
 def is_name(command: Command) -> bool:
     """Whether it is no more than the name of a command, such as `prereg train`."""
     program, *arguments = (part for part in command if part != "...")
-    if not ((program == "prereg" and len(arguments) < 2) or "-c" in arguments[:1]):
+    if program != "prereg" or len(arguments) > 1:
         return False
     try:
         with redirect_stderr(io.StringIO()):
@@ -92,7 +100,7 @@ def help_of(command: Command) -> str:
     program, *arguments = (part for part in command if part != "...")
     if program not in ("prereg", "python", "python3"):
         return ""
-    names = {"-c": 3, "-m": 2}.get(arguments[0] if arguments else "", 1)
+    names = 2 if arguments[:1] == ["-m"] else 1
     output = io.StringIO()
     with redirect_stdout(output), suppress(SystemExit):
         _run_here((program, *arguments[:names], "--help"))
@@ -133,7 +141,7 @@ def run(command: Command, directory: Path) -> str:
 
 
 def _run_here(command: Command) -> None:
-    """As the program would run: `prereg ...`, `python -m MODULE ...`, `-c CODE ...`, `FILE ...`."""
+    """As the program would run: `prereg ...`, `python -m MODULE ...`, `python FILE ...`."""
     program, *arguments = command
     with mock.patch.object(sys, "argv", [program, *arguments]):
         if program == "prereg":
@@ -141,9 +149,6 @@ def _run_here(command: Command) -> None:
         elif arguments[0] == "-m":
             sys.argv = [arguments[1], *arguments[2:]]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        elif arguments[0] == "-c":
-            sys.argv = ["-c", *arguments[2:]]
-            exec(arguments[1], {})
         else:
             sys.argv, script = arguments, Path(arguments[0]).resolve()
             paths = mock.patch.object(sys, "path", [str(script.parent), *sys.path])
