@@ -42,7 +42,7 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%) \
 	    $(OWN_PROCESSES:%=--deselect=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
-	    $(BIN)/python -m pytest -n 2 tests/ops/backends/test_triton_*.py
+	    $(BIN)/python -m pytest -n 2 tests/ops/backends/test_triton*.py
 	for version in $(PEFTS); do \
 	    PYTHONPATH=$(PEFT)/$$version $(BIN)/python -m pytest -n 2 tests/integrations/test_peft.py \
 	        --peft $$version || exit 1; \
