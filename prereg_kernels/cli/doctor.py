@@ -32,7 +32,7 @@ def examine() -> Report:
     return {
         "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES}
-        | {"taken": _taken()},
+        | {"supported": _taken()},
         "cpu": _cpu(),
         "gpu": _gpu(),
         "backends": _backends(),

@@ -51,7 +51,7 @@ def test_json_says_the_same() -> None:
 )
 def test_bounds_of_transformers(monkeypatch: pytest.MonkeyPatch, here: str, said: str) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: here)
-    assert doctor.examine()["versions"]["taken"] == said
+    assert doctor.examine()["versions"]["supported"] == said
 
 
 def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
