@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import PReConfig, PReHead, eager_pre_loss, fused_pre_loss, pre_tap
+from prereg_kernels.ops.backends.registry import BACKENDS
 from tests.helpers import ACTIVATION_NAMES, LOSS_NAMES
 
 
@@ -316,7 +317,7 @@ FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "chunk_rows bool": ({"chunk_rows": True}, TypeError, "chunk_rows: .* got bool"),
     "backend": (
         {"backend": "cuda"},
-        ValueError, "backend: expected one of auto, triton, cpp, torch; got 'cuda'",
+        ValueError, f"backend: expected one of {', '.join(BACKENDS)}; got 'cuda'",
     ),
 }  # fmt: skip
 
