@@ -51,7 +51,10 @@ def test_a_backend_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("backend", (CppBackend, TritonBackend))
 def test_a_backend_refuses_what_it_has_no_kernel_for(backend: type[Backend]) -> None:
-    """Of what is built in: each loss that is not in `KERNEL_LOSSES`. `tests/ops/test_losses.py` has what users bring."""
+    """Of what is built in: each loss that is not in `KERNEL_LOSSES`.
+
+    `tests/ops/test_losses.py` has what users bring.
+    """
     for loss in LOSS_NAMES:
         spec = Spec("gelu", LOSSES.find(loss).text, "none", 1e-8, torch.float32)
         expected = None if loss in KERNEL_LOSSES else f"loss={spec.loss!r}"
