@@ -15,6 +15,7 @@ from prereg_kernels.checkup.intervals import Bootstrap, Estimate
 from prereg_kernels.checkup.measures import table
 from prereg_kernels.checkup.measures.measure import (
     DEMO,
+    STATES,
     SWEEP,
     Counted,
     Measure,
@@ -66,9 +67,11 @@ def test_the_demo_reads_the_definitions() -> None:
         "norm": token_norms(read.features).mean,
     }
     assert {name: groups["states"][name] for name in states} == states
-    assert [measure.name for measure in measures_in([groups], SWEEP)][:4] == [
-        "cohesion", "coupling", "centred difference", "centred contrast",
-    ]  # fmt: skip
+    in_demo = {m.name for m in MEASURES if DEMO in m.shown and m.group == STATES}
+    assert groups["states"].keys() == in_demo >= states.keys()
+    swept = [measure.name for measure in measures_in([groups], SWEEP)]
+    assert swept == [m.name for m in MEASURES if SWEEP in m.shown]
+    assert swept[:4] == ["cohesion", "coupling", "centred difference", "centred contrast"]
 
 
 RATIO = Measure(

@@ -168,8 +168,11 @@ def test_nan_and_infinity_reach_the_loss(backend: CppBackend, kind: Kind) -> Non
         assert not losses[2].isfinite()
         if math.isnan(value):
             assert losses[2].isnan()
-            # the derivative of l1 is a sign, which torch, too, takes to be 0 for a NaN
-            assert dz[2].isnan().any() or spec.loss == "l1"
+            if spec.loss == "l1":  # its derivative is a sign, which torch, too, takes to be 0 here
+                beside = torch.arange(37) != column
+                assert kind.normalize != "none" or dz[2, beside].equal(expected[1][2, beside])
+            else:
+                assert dz[2].isnan().any()
         for result, clean_result in zip((losses, dz), expected, strict=True):
             others = [0, 1, 3]
             assert torch.equal(result[others], clean_result[others])
