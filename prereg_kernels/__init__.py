@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prereg_kernels._version import __version__
 from prereg_kernels.attach.config import PReConfig
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.handle import PRe, find_pre
 from prereg_kernels.attach.regularizer import apply_pre, remove_pre
 from prereg_kernels.ops.head import PReHead

@@ -2,13 +2,15 @@
 
 import warnings
 
-from prereg_kernels.attach.families import FAMILIES, Family, find_family
+from prereg_kernels.attach.families import FAMILIES
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.resolver import find_family
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
 warnings.warn(
-    "prereg_kernels.families has moved: import Family from prereg_kernels, FAMILIES and "
-    "find_family from prereg_kernels.attach.families",
+    "prereg_kernels.families has moved: import Family from prereg_kernels, FAMILIES from "
+    "prereg_kernels.attach.families, find_family from prereg_kernels.attach.resolver",
     DeprecationWarning,
     stacklevel=2,
 )

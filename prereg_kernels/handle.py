@@ -5,7 +5,7 @@ import warnings
 from prereg_kernels._util import distributed
 from prereg_kernels.attach.anchors import anchor_width, llm_width
 from prereg_kernels.attach.config import PReConfig
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.handle import ATTRIBUTE, PRe, find_pre, get_pre
 from prereg_kernels.attach.image_spans import check_images, count_images
 from prereg_kernels.attach.passes import Record

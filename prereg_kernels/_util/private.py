@@ -149,6 +149,8 @@ NAME_OR_PATH = "_name_or_path"
 """The entry of `config.to_dict()` that says where a config came from."""
 ATTENTION = "_attn_implementation"
 """A config's attribute: which code computes attention."""
+RECORDED_OUTPUTS = "_can_record_outputs"
+"""A model's attribute: the classes of the modules whose outputs transformers records, by kind."""
 IMPLEMENTATIONS = (
     ATTENTION,
     "_attn_implementation_internal",

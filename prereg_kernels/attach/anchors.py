@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels.attach.config import PReConfig
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
 
 
 def anchor_width(config: PReConfig, family: Family, model: Any) -> int:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from prereg_kernels._util import distributed
 from prereg_kernels.attach import saving
 from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.figures import figures_of
+from prereg_kernels.attach.first_steps import run
 from prereg_kernels.attach.image_spans import count_images
 from prereg_kernels.attach.passes import Collected
 from prereg_kernels.attach.state import State
-from prereg_kernels.attach.visual import find_visual
+from prereg_kernels.attach.visual import find_visible
 from prereg_kernels.ops.head import PReHead
 
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
@@ -65,8 +68,12 @@ class PRe:
 
     Example:
         >>> pre = apply_pre(model, layers=[1, 3], level="global")
-        >>> pre
+        >>> pre  # the settings, then where the model keeps things, and how that was found
         PRe(layers=[1, 3], weight=0.5, anchor='pre_llm', level='global', head_parameters=2,400)
+          family: LLaVA, listed
+          layers: model.language_model.layers: 4 LlamaDecoderLayer, by get_decoder()
+          language_model: model.language_model: it holds the layers and takes inputs_embeds
+          visual_tokens: image_token_id = 4
         >>> pre.heads[3].weights[0].shape
         torch.Size([24, 24])
     """
@@ -79,8 +86,14 @@ class PRe:
         anchor = getattr(config.anchor, "__name__", config.anchor)
         return (
             f"PRe(layers={list(self.heads)}, weight={config.weight}, anchor={anchor!r}, "
-            f"level={config.level!r}, head_parameters={parameters:,})"
+            f"level={config.level!r}, head_parameters={parameters:,})\n"
+            + indent("\n".join(self._state.found), "  ")
         )
+
+    @property
+    def family(self) -> Family:
+        """Where the model keeps its parts: as given, listed or found, and complete."""
+        return self._state.family
 
     @property
     def heads(self) -> dict[int, PReHead]:
@@ -254,10 +267,13 @@ class PRe:
             >>> pre.denominator
             tensor(8)
         """
-        ids, visual = batch["input_ids"], self.visual_mask
-        shown = visual(ids, batch.get("attention_mask"))
+        family = self.family
+        marked = family.marked(self._state.model, batch)
+        visible = find_visible(batch.get("attention_mask"), marked)
+        shown = marked if visible is None else marked & visible
         if self.config.level == "global":
-            return count_images(self._state.family, batch, ids, visual(ids), shown)
+            ids = batch["input_ids"] if family.visual_mask is None else marked
+            return count_images(family, batch, ids, marked, shown)
         return shown.sum()
 
     def visual_mask(self, input_ids: Tensor, attention_mask: Any = None) -> Tensor:
@@ -271,15 +287,31 @@ class PRe:
             >>> pre.visual_mask(batch["input_ids"]).sum(dim=1)  # 4 in the one image of each row
             tensor([4, 4])
         """
-        tokens = self._state.family.visual_token_ids(self._state.model)
-        return find_visual(input_ids, tokens, attention_mask)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        marked = self.family.marked(self._state.model, batch)
+        visible = find_visible(attention_mask, marked)
+        return marked if visible is None else marked & visible
 
-    def check(self) -> None:
-        """Raise ValueError if a head is frozen.
+    def check(self, batch: Mapping[str, Any] | None = None) -> None:
+        """See that the heads train and, on a batch, that the visual tokens are where PRe has them.
+
+        The first training steps look at that by themselves, but in a graph of torch.compile. Here
+        the model runs the batch in eval mode, without grad and uncompiled; nothing stays of it.
+
+        Args:
+            batch: keyword arguments of the model's forward, with images.
+
+        Raises:
+            ValueError: a frozen head; visual positions without visual features; a sequence or
+                layers of another shape.
+
+        Warns:
+            UserWarning: tokens that get features and are not counted as visual; or nothing can be
+                seen, as the model changes every row of its embedding table.
 
         Example:
             >>> pre = apply_pre(model)
-            >>> pre.check()
+            >>> pre.check(batch)
             >>> pre.heads[2].requires_grad_(False).depth
             2
             >>> pre.check()
@@ -287,6 +319,8 @@ class PRe:
             ValueError: pre.heads: expected heads that train, got a frozen one at layer 2 ...
         """
         self._state.check_heads_train()
+        if batch is not None:
+            run(self._state, batch)
 
     def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
         """Write the heads and the settings into the directory `path`, into one file.
@@ -351,7 +385,6 @@ _MOVED: dict[str, tuple[str, Callable[[State], Any]]] = {
     "anchor_features": ("pre.config.anchor_features", attrgetter("anchor_features")),
     "check_heads_train": ("pre.check", attrgetter("check_heads_train")),
     "detach": ("prereg_kernels.remove_pre(model)", attrgetter("detach")),
-    "family": ("the Family that you gave to apply_pre", attrgetter("family")),
     "fill": ("pre.load", lambda state: partial(saving.fill, state)),
     "hooks": ("prereg_kernels.remove_pre(model) to remove them", attrgetter("hooks")),
     "last": ("pre.metrics() and pre.totals()", attrgetter("last")),

@@ -16,21 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import distributed, private
-from prereg_kernels.attach.anchors import function_rows, projector_rows
+from prereg_kernels.attach.anchors import function_rows, llm_width, projector_rows
 from prereg_kernels.attach.checkpointing import (
     is_recomputation,
     outside_checkpoint,
     outside_selection,
 )
+from prereg_kernels.attach.first_steps import FirstSteps
 from prereg_kernels.attach.forward import goes_on, parameters_of
-from prereg_kernels.attach.identity import use
+from prereg_kernels.attach.identity import carry_along, use
 from prereg_kernels.attach.image_spans import find_images
 from prereg_kernels.attach.passes import Calls, Collected, Pass
 from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.sampling import choose_tokens
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
-from prereg_kernels.attach.visual import find_marked, find_visible
+from prereg_kernels.attach.visual import find_visible
 from prereg_kernels.attach.watch import Watch
 
 
@@ -40,12 +41,15 @@ class Hooks:
     def __init__(self, state: State) -> None:
         self._state = state
         self._calls, self._watch = Calls(), Watch(state)
+        self._first_steps = FirstSteps(state)
+        self._enters_at = state.family.entry_of(state.model)
         self._saw_finite_anchor = False
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
         embeddings = state.model.get_input_embeddings()
         self._compiled_values = _zeros(state.heads, embeddings.weight.device)
+        self._width = llm_width(state.model)
         language_model = state.family.language_model_of(state.model)
         self._names = (
             parameters_of(state.model),
@@ -120,7 +124,7 @@ class Hooks:
             given = next_mask.take(inputs, module.training)
         training = module.training and torch.is_grad_enabled()
         compiled = torch.compiler.is_compiling()
-        if not training and not config.value_in_eval:
+        if not training and not config.value_in_eval and not state.is_checking:
             return None
         again = training and not compiled and is_recomputation()
         if training and not again:
@@ -130,17 +134,16 @@ class Hooks:
             state.loss = state.last = None
         if not training and goes_on(inputs):
             return None
-        input_ids, attention = inputs.get("input_ids"), inputs.get("attention_mask")
+        attention = inputs.get("attention_mask")
         source = "input_ids" if given is None else "next_visual_mask"
         if given is not None:
-            input_ids = marked = given  # each run of them stands for an image's, as one of ids does
-        elif input_ids is not None:
-            marked = find_marked(input_ids, state.family.visual_token_ids(state.model))
+            marked = given
         else:
-            raise ValueError(
-                "input_ids: PRe finds the visual tokens by it; expected ids, or a mask in "
-                "pre.next_visual_mask, got None"
-            )
+            marked = state.family.marked(state.model, inputs)
+            if state.family.visual_mask is not None:
+                source = "family.visual_mask"
+        # Without ids each run of visual tokens stands for an image's, as one of ids does
+        ids: Tensor = inputs["input_ids"] if source == "input_ids" else marked
         visible = find_visible(attention, marked)
         mask = marked if visible is None else marked & visible
         values = (
@@ -160,12 +163,14 @@ class Hooks:
         if visible is not None:
             current.by_id = marked
         if config.level == "global":
-            current.images = find_images(state.family, inputs, input_ids, marked, index)
+            current.images = find_images(state.family, inputs, ids, marked, index)
         if training:
             if config.token_fraction < 1:
                 current.chosen = self._choose(index)
             current.carry = carry_of(state, current)
             state.passes += not again
+        if not compiled and ((training and not again) or state.is_checking):
+            self._first_steps.begin(current)
         return current
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
@@ -196,18 +201,51 @@ class Hooks:
     ) -> None:
         current = self._pass
         embeddings = (self._named(1, module, args) | kwargs).get("inputs_embeds")
-        if current is None or embeddings is None:
+        if current is None:
             return
-        if embeddings.shape[:-1] != current.shape:
+        if embeddings is not None:
+            self._check_sequence(current, embeddings)
+        if self._enters_at is not None:
+            return
+        if embeddings is not None:
+            self._enter(current, embeddings, True)
+        elif not torch.compiler.is_compiling():  # features are merged in the decoder's own forward
+            self._enters_at = 0
+            self.watch_entry()
+
+    def watch_entry(self) -> None:
+        """Where the decoder's layers are the first to see the visual features."""
+        if self._enters_at is not None:
+            layer = self._state.family.layers_of(self._state.model)[self._enters_at]
+            hook = layer.register_forward_pre_hook(self.see_entry, with_kwargs=True)
+            self._state.hooks.append(hook)
+
+    def see_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current = self._pass
+        if current is None or current.anchor is not None:
+            return
+        states = args[0] if args else kwargs["hidden_states"]
+        states = self._state.family.states_of(states, self._width)
+        self._check_sequence(current, states)
+        self._enter(current, states, not self._enters_at)
+
+    def _enter(self, current: Pass, states: Tensor, is_input: bool) -> None:
+        """The decoder gets these, with the visual features in them."""
+        with torch.no_grad():
+            states = states.detach()
+            self._first_steps.look(current, states, is_input)
+            current.anchor = self._anchor(current, states)
+
+    def _check_sequence(self, current: Pass, states: Tensor) -> None:
+        if states.shape[:-1] != current.shape:
             raise ValueError(
                 f"{current.source}: PRe finds the visual tokens by it; expected the decoder's "
                 f"sequence to have its shape, {tuple(current.shape)}, got inputs_embeds of "
-                f"{tuple(embeddings.shape[:-1])}. Where the model expands or splits its sequence, "
+                f"{tuple(states.shape[:-1])}. Where the model expands or splits its sequence, "
                 "train it with an id for each position, or set pre.next_visual_mask before each "
-                "call to a mask of the sequence that the decoder gets"
+                "call to a mask of the sequence that the decoder gets, or pass "
+                "family=Family(..., visual_mask=function) that makes it from the call's arguments"
             )
-        with torch.no_grad():
-            current.anchor = self._anchor(current, embeddings.detach())
 
     def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:
         """For each row that L_PRe reads, or, for what entered the LLM, of the whole batch."""
@@ -242,7 +280,8 @@ class Hooks:
     def see_layer(
         self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        whole = output[0] if isinstance(output, tuple) else output
+        hidden = self._state.family.states_of(output, self._width)
         compiled, current = torch.compiler.is_compiling(), self._pass
         if not compiled and self._calls.current is None:
             self._watch.bypassed(layer, module)
@@ -257,6 +296,8 @@ class Hooks:
             tapped = (self._pool if is_global else self._tap)(layer, hidden)
         if tapped is not None and current is not None:
             self._watch.gradient(tapped, current)
+        if tapped is not None and hidden is not whole:  # one stream of several
+            tapped = carry_along(whole, tapped)
         if tapped is None or not isinstance(output, tuple):
             return tapped
         return (tapped, *output[1:])
@@ -266,7 +307,7 @@ class Hooks:
         current = self._pass
         if current is None:  # a checkpointed layer that backward runs again: nothing is saved in it
             return None
-        self._check(layer, current)
+        self._check(layer, current, hidden)
         assert current.images is not None
         of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
         with torch.set_grad_enabled(current.training):
@@ -283,15 +324,23 @@ class Hooks:
             nothing = hidden.new_zeros(0, dtype=torch.long)
             anchor = hidden.new_zeros(0, self._state.anchor_features)
             return head(hidden, anchor, tap=True, visual_index=nothing)[0]
-        self._check(layer, current)
+        self._check(layer, current, hidden)
         index = current.index if current.chosen is None else current.index[current.chosen]
         return self._loss(layer, current, hidden, index.to(hidden.device))
 
-    def _check(self, layer: int, current: Pass) -> None:
+    def _check(self, layer: int, current: Pass, hidden: Tensor) -> None:
         if current.anchor is None:
             raise RuntimeError(
                 f"PRe: layer {layer} runs, but the language model, "
                 f"{self._state.family.language_model!r}, has not been called with inputs_embeds"
+            )
+        if hidden.shape != (*current.shape, self._width):
+            raise ValueError(
+                f"family.streams: layer {layer}, a "
+                f"{type(self._state.family.layers_of(self._state.model)[layer - 1]).__name__}, "
+                f"returns {tuple(hidden.shape)}; expected (rows, length, D), "
+                f"{(*current.shape, self._width)}. Of several residual streams, say which PRe "
+                "reads: family=Family(..., streams=function), from that output and D"
             )
         if current.training and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -340,6 +389,8 @@ class Hooks:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, current = self._state, self._calls.leave(module)
+        if current is not None and current.embedding_hook is not None:
+            current.embedding_hook.remove()
         if output is None:  # the forward raised
             return None
         if not torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
 
 
 @dataclass(frozen=True)

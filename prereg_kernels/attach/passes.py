@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prereg_kernels._util.private import version_of
 from prereg_kernels.attach.image_spans import Images
@@ -19,7 +20,7 @@ class Pass:
     """What one forward pass of the model needs to remember; gone when it ends."""
 
     inputs: Mapping[str, Any]
-    source: str  # what says where the visual tokens are: "input_ids" or "next_visual_mask",
+    source: str  # what says where the visual tokens are: "input_ids", say,
     shape: torch.Size  # and its shape
     training: bool
     denominator: float | Tensor | None
@@ -37,6 +38,9 @@ class Pass:
     pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
     reached: set[str] = field(default_factory=set)  # by backward, as Record has it
+    # In the first steps, what the embedding module returned; and what sees it
+    embedded: list[Tensor] | None = None
+    embedding_hook: RemovableHandle | None = None
 
     @property
     def tokens(self) -> Tensor:

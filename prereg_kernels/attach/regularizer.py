@@ -11,10 +11,11 @@ from torch import nn
 from prereg_kernels._util import fsdp
 from prereg_kernels._util.supported import check_transformers
 from prereg_kernels.attach.config import PReConfig, Settings
-from prereg_kernels.attach.families import Family, find_family
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.forward import ModelForward
 from prereg_kernels.attach.handle import ATTRIBUTE, PRe, get_pre, state_of
 from prereg_kernels.attach.hooks import Hooks
+from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.attach.saving import fill, save_pretrained
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.storage import load_heads
@@ -78,13 +79,13 @@ def apply_pre(
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
     check_transformers()
     fsdp.check_whole(model)
-    family = family or find_family(model)
+    resolution = resolve(model, family)
     if from_pretrained is None:
-        state = State(model, (config or PReConfig()).replace(**overrides), family)
+        state = State(model, (config or PReConfig()).replace(**overrides), resolution)
     else:
-        saved, count = load_heads(from_pretrained), len(family.layers_of(model))
+        saved, count = load_heads(from_pretrained), len(resolution.family.layers_of(model))
         restored = PReConfig.from_json(saved.config, overrides, count)
-        state = State(model, restored, family)
+        state = State(model, restored, resolution)
         try:
             fill(state, saved, from_pretrained)
         except BaseException:
@@ -141,6 +142,7 @@ def _attach_hooks(state: State) -> None:
         projector = family.projector_of(model)
         hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
         state.hooks.append(hook)
+    hooks.watch_entry()
     for number in state.heads:
         see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
         state.hooks.append(layers[number - 1].register_forward_hook(see))

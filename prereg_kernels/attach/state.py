@@ -10,11 +10,11 @@ from torch.utils.hooks import RemovableHandle
 from prereg_kernels._util import distributed, fsdp, private
 from prereg_kernels.attach.anchors import anchor_width, llm_width
 from prereg_kernels.attach.config import PReConfig
-from prereg_kernels.attach.families import Family
 from prereg_kernels.attach.heads import PASSES, Heads
 from prereg_kernels.attach.image_spans import check_images
 from prereg_kernels.attach.masks import NextMask
 from prereg_kernels.attach.passes import Collected, Record
+from prereg_kernels.attach.resolver import Resolution
 from prereg_kernels.ops.head import PReHead
 
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
@@ -24,23 +24,26 @@ class State:
     """PRe on a model, from `apply_pre` to `remove_pre`.
 
     Attributes:
-        model, config, family: as `apply_pre` has resolved them. anchor_features: A.
+        model, config, family: as `apply_pre` has resolved them. origin, how: as `Resolution`.
+        anchor_features: A.
         heads, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
         next_mask: as `PRe.next_visual_mask`, and what became of those before.
         last: of the last training call; with `value_in_eval`, of an evaluating one too.
         collected: the passes so far while `PRe.collecting` is open; else None.
         shapes: {name inside of `model.pre_heads`: shape of the whole parameter}.
         hooks: those on the model, to be removed.
-        is_attached: False after `detach`.
+        is_attached: False after `detach`. is_checking: while `PRe.check` runs a batch.
     """
 
-    def __init__(self, model: Any, config: PReConfig, family: Family) -> None:
+    def __init__(self, model: Any, config: PReConfig, resolution: Resolution) -> None:
+        family = resolution.family
         layers = family.layers_of(model)
         family.language_model_of(model)  # before anything is registered: it may not be there
         numbers = config.resolve_layers(len(layers))
         if config.level == "global":
             check_images(family)
         self.model, self.config, self.family = model, config, family
+        self.origin, self.how = resolution.origin, resolution.how
         self.anchor_features = anchor_width(config, family, model)
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
@@ -51,8 +54,9 @@ class State:
         self.last: Record | None = None
         self.collected: list[Collected] | None = None
         self.hooks: list[RemovableHandle] = []
-        self.is_attached = True
-        family.visual_token_ids(model)  # raises where there are none
+        self.is_attached, self.is_checking = True, False
+        family.visual_token_ids(model), family.other_token_ids(model)  # raise where there are none
+        _check_entry(family.entry_of(model), numbers)
 
         self.heads: dict[int, PReHead]
         if config.share_head:
@@ -91,6 +95,13 @@ class State:
     def module_of(self, layer: int) -> nn.Module:
         """The head to call: what a wrapper, as of FSDP1, has put into its place in the model."""
         return getattr(self.model, HEADS)[self._name_of[layer]]
+
+    @property
+    def found(self) -> list[str]:
+        """Where the model keeps its parts, and how that is known; a fact a line."""
+        return [f"family: {self.family.name}, {self.origin}"] + [
+            f"{field}: {what}" for field, what in self.how.items()
+        ]
 
     def check_heads_train(self) -> None:
         """As `PRe.check`."""
@@ -152,3 +163,13 @@ class State:
             like = next(layers[number - 1].parameters())
             if not like.is_meta and all(parameter.is_meta for parameter in head.parameters()):
                 head.to_empty(device=like.device)
+
+
+def _check_entry(entry: int | None, layers: tuple[int, ...]) -> None:
+    """Raise ValueError where a layer runs before the visual features are there."""
+    for layer in layers:
+        if entry is not None and layer <= entry:
+            raise ValueError(
+                f"layers: expected layers after number {entry}, whose successor is the first to "
+                f"get visual features, got {layer}"
+            )

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
-from prereg_kernels.attach.families import Family, find_family
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.checkup.batches import Batch, Batches, ImageFacts
 from prereg_kernels.checkup.features import visual_features, visual_mask
 from prereg_kernels.checkup.measures.lens import LensSums
@@ -272,7 +273,7 @@ def _objects(run: _Run) -> tuple[Tensor, list[dict[str, str]], Tensor]:
 
 def logit_lens_of(model: nn.Module, family: Family | None = None) -> Callable[[Tensor], LensSums]:
     """The logit lens of a layer's features, through the model's own norm and head."""
-    language_model = (family or find_family(model)).language_model_of(model)
+    language_model = resolve(model, family).family.language_model_of(model)
     norm = private.submodules(language_model).get("norm")
     head: Any = private.submodules(model)["lm_head"]
     if norm is None:

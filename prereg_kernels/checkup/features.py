@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels.attach.families import Family, find_family
-from prereg_kernels.attach.visual import find_visual
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.resolver import resolve
+from prereg_kernels.attach.visual import find_visible
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def visual_features(
         >>> len(features), features[0].shape  # the LLM's input and its 4 layers; 8 visual tokens
         (5, torch.Size([8, 24]))
     """
-    family = family or find_family(model)
+    family = resolve(model, family).family
     visual = visual_mask(model, batch, family)
     layers: list[Tensor] = []
 
@@ -70,6 +71,7 @@ def visual_features(
 
 
 def visual_mask(model: nn.Module, batch: Mapping[str, Any], family: Family | None = None) -> Tensor:
-    """Bool, the shape of `input_ids`: where its tokens are visual. ValueError as `find_family`."""
-    tokens = (family or find_family(model)).visual_token_ids(model)
-    return find_visual(batch["input_ids"], tokens, batch.get("attention_mask"))
+    """Bool, (rows, length): where a batch's tokens are visual. ValueError as `apply_pre`."""
+    marked = resolve(model, family).family.marked(model, batch)
+    visible = find_visible(batch.get("attention_mask"), marked)
+    return marked if visible is None else marked & visible

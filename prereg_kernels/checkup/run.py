@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from prereg_kernels._util.files import printable
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.checkup.batches import Batches
 from prereg_kernels.checkup.collect import collect
 from prereg_kernels.checkup.fingerprint import digest, of_code, of_model
@@ -95,6 +96,7 @@ def checkup(
         **(settings or {}),
     }
     if family is not None:
+        family = resolve(model, family).family
         paths = family.language_model, family.layers, family.visual_tokens
         depends_on["family"] = digest(paths)
     shards = Shards(Path(out) / "shards" / name, depends_on)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from prereg_kernels import PReConfig, apply_pre
 from prereg_kernels.attach.anchors import anchor_width, projector_rows
-from prereg_kernels.attach.families import FAMILIES, Family
+from prereg_kernels.attach.families import FAMILIES
+from prereg_kernels.attach.family import Family
 from tests.attach.families.test_family import PLAIN, plain_batch, plain_model
 from tests.attached import both, compare
 from tests.tiny import IMAGE_TOKEN, PATCHES, WIDTH, make_batch, tiny_llava
@@ -187,7 +188,7 @@ def test_settings(settings: dict[str, Any], exception: type[Exception], message:
 @pytest.mark.parametrize(
     "fields, exception, message",
     (
-        ({"projector": 3}, TypeError, "projector: expected the path of a submodule, got 3"),
+        ({"projector": 3}, TypeError, "projector: expected the path of a submodule or None, got 3"),
         ({"images": "tiles"}, ValueError, "images: expected 'runs', 'equal' or None, got 'tiles'"),
         ({"counted_by": "pixels"}, TypeError, "counted_by: expected a tuple of names"),
         ({"images": "equal"}, ValueError, "counted_by: images='equal' needs the arguments"),

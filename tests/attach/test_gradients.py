@@ -10,7 +10,7 @@ import torch
 from prereg_kernels import PReConfig, apply_pre, remove_pre
 from tests.attached import NON_REENTRANT, anchor_of_pixels, both, compare, eager_term
 from tests.helpers import assert_not_above, relative_error
-from tests.tiny import LAYERS, PATCHES, WIDTH, gradients, make_batch, tiny_llava
+from tests.tiny import IMAGE_TOKEN, LAYERS, PATCHES, WIDTH, gradients, make_batch, tiny_llava
 
 BATCHES = {"images": (1, 1), "text only": (0, 0), "mixed": (1, 0), "two images": (2, 1)}
 
@@ -271,12 +271,16 @@ def test_an_optimizer_step_lowers_the_loss() -> None:
 
 
 def test_repr() -> None:
-    """In a line: what is regularised, to what, by how many parameters more."""
+    """What is regularised, to what, by how many parameters more; what the model keeps where."""
     pre = apply_pre(tiny_llava(), layers=(1, 3), weight=0.25)
     per_head = WIDTH * WIDTH + WIDTH
     assert repr(pre) == (
         "PRe(layers=[1, 3], weight=0.25, anchor='pre_llm', level='patch', "
-        f"head_parameters={4 * per_head:,})"
+        f"head_parameters={4 * per_head:,})\n"
+        "  family: LLaVA, listed\n"
+        "  layers: model.language_model.layers: 4 LlamaDecoderLayer, by get_decoder()\n"
+        "  language_model: model.language_model: it holds the layers and takes inputs_embeds\n"
+        f"  visual_tokens: image_token_id = {IMAGE_TOKEN}"
     )
     pre = apply_pre(
         tiny_llava(), layers=(1, 3), share_head=True, anchor=anchor_of_pixels, anchor_features=8

@@ -20,7 +20,7 @@ PUBLIC = (
     "heads metrics totals count check visual_mask next_visual_mask denominator passes save load "
     "loss add_to_loss "
     # a GradScaler's loop, a loss of several passes and a log have no other way
-    "loss_scale collecting config"
+    "loss_scale collecting config family"
 )
 
 
@@ -80,8 +80,6 @@ def test_names_of_version_0_1(tmp_path: Path) -> None:
     model(**batch).loss.backward()
     with pytest.warns(DeprecationWarning, match=r"PRe\.model is no longer public; use the model"):
         assert pre.model is model
-    with pytest.warns(DeprecationWarning, match=r"PRe\.family .* use the Family"):
-        assert pre.family.name == "LLaVA"
     with pytest.warns(DeprecationWarning, match=r"PRe\.anchor_features"):
         assert pre.anchor_features == len(pre.heads[1].bias_1)
     with pytest.warns(DeprecationWarning, match=r"PRe\.last .* pre\.metrics"):

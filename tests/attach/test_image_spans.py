@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prereg_kernels import apply_pre
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.image_spans import count_images, find_images
 from tests.attached import both, compare
 from tests.tiny import PATCHES, make_batch, tiny_llava

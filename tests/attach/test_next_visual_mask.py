@@ -16,6 +16,9 @@ from prereg_kernels.attach.handle import state_of
 from tests.attached import NON_REENTRANT, compare, eager_term
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, make_batch, tiny_llava
 
+# Masks of any positions, to see that they count: the first steps tell that few are visual.
+pytestmark = pytest.mark.filterwarnings("ignore:PRe. .* positions of the batch")
+
 
 def embedded(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """The batch without ids and pixels, but with embeddings; and where its visual tokens are."""
@@ -120,7 +123,7 @@ def test_gradients_of_an_anchor_function(hidden: bool) -> None:
 def test_gradients_of_whole_images() -> None:
     model = tiny_llava()
     batch, mask = embedded(model, make_batch((1, 2)))
-    apply_pre(model, level="global", family=Family("runs"))  # LLaVA's are counted by their pixels
+    apply_pre(model, level="global", family=Family("runs", images="runs"))  # LLaVA's are counted by their pixels
     mask[1, 3] = False  # in two, next to each other
     ours = step(model, batch, mask)
     assert model._prereg.metrics()["images"] == 3

@@ -216,7 +216,7 @@ def test_unsupported_models() -> None:
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=9,
                     num_attention_heads=1)
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"'llama'\) is not supported.*LLaVA \(model_type llava"):
+    with pytest.raises(ValueError, match=r"'llama'\) is not supported: its config has no id"):
         apply_pre(llama)
     with pytest.raises(ValueError, match=r"LlavaModel .* is not supported"):
         apply_pre(tiny_llava().model)

@@ -18,7 +18,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
 from prereg_kernels.checkup import collect as collecting
 from prereg_kernels.checkup import (
     logit_lens,

@@ -12,7 +12,8 @@ import torch
 import transformers as hf
 
 from prereg_kernels.attach import families
-from prereg_kernels.attach.families import Family, family_of_type
+from prereg_kernels.attach.families import family_of_type
+from prereg_kernels.attach.family import Family
 from prereg_kernels.checkup.features import visual_features
 from prereg_kernels.checkup.images.datasets import Sample
 from prereg_kernels.checkup.images.image_batches import ImageBatches

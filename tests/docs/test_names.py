@@ -18,7 +18,7 @@ from unittest import mock
 
 import prereg_kernels
 from prereg_kernels import PReConfig, apply_pre
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.handle import PRe
 from tests.docs import test_commands, test_snippets
 from tests.docs.commands import PROGRAMS, help_of

@@ -206,6 +206,7 @@ def test_checkpointing_with_the_other_layers_compiled() -> None:
     compare(ours, expected)
 
 
+@pytest.mark.filterwarnings("ignore:PRe. .* positions of the batch")
 def test_next_visual_mask() -> None:
     """A step with a mask, and one by ids."""
     steps: list[list[dict[str, Tensor]]] = []

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.attach.families import Family
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.resolver import VISUAL_TOKENS, token_names
 from prereg_kernels.checkup.batches import Batch, ImageFacts
 from prereg_kernels.checkup.fingerprint import digest
 from prereg_kernels.checkup.images.datasets import Sample, Samples
@@ -134,10 +135,12 @@ def _surroundings(loaded: Loaded, family: Family) -> tuple[list[int], list[int],
     training; else the family's markers alone.
     """
     config = loaded.config
-    name = family.visual_tokens[0]
-    token = getattr(config, name, None)
-    if not isinstance(token, int):
-        raise ValueError(f"model: expected an {name} in its config, got {token}")
+    names = token_names(config)
+    if not names:
+        raise ValueError(
+            f"model: expected the id of an image token in its config, got none of {VISUAL_TOKENS}"
+        )
+    token = int(getattr(config, names[0]))
     tokenizer = loaded.tokenizer
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prereg_kernels.attach.families import FAMILIES, Family, family_of_type
+from prereg_kernels.attach.families import FAMILIES, family_of_type
+from prereg_kernels.attach.family import Family
 from prereg_kernels.checkup.images.patches import TokenGrid, centre_window, regular_grid
 
 Layout = Callable[[Any, Any, tuple[int, int], Mapping[str, Tensor]], TokenGrid]

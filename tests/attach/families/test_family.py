@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels import apply_pre
-from prereg_kernels.attach.families import FAMILIES, Family, find_family
+from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels.attach.families import FAMILIES
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.resolver import resolve
 from tests.attach.families.models import CASES, WIDTH, WORDS, make_model
 from tests.attach.test_regularizer import traces
 from tests.attached import both, compare
@@ -101,15 +103,19 @@ def test_gradients_of_a_model_outside_of_the_table(layers: Any) -> None:
     assert metrics["visual_tokens"] == 7
 
 
-def test_a_family_replaces_that_of_the_table() -> None:
-    """LLaVA's layout under another model_type."""
-    model = tiny_llava()
-    model.config.model_type = "llava_of_tomorrow"
-    with pytest.raises(ValueError, match="'llava_of_tomorrow'\\) is not supported"):
-        apply_pre(model)
-    pre = apply_pre(model, family=Family("LLaVA of tomorrow"))
-    model(**make_llava_batch()).loss.backward()
-    assert pre.metrics()["pre_loss"] != 0
+def test_a_model_of_a_type_that_nobody_listed() -> None:
+    """LLaVA's layout under another model_type: all is found, and the gradients are the same."""
+    batch, found, listed = make_llava_batch(), tiny_llava(), tiny_llava()
+    found.config.model_type = "llava_of_tomorrow"
+    handles = apply_pre(found), apply_pre(listed)
+    for model in (found, listed):
+        model(**batch).loss.backward()
+    assert handles[0].metrics() == handles[1].metrics()
+    for ours, theirs in zip(found.parameters(), listed.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    with pytest.raises(ValueError, match="does not say which visual tokens belong to one image"):
+        remove_pre(found), apply_pre(found, level="global")
 
 
 def test_the_error_shows_the_families_and_a_call_that_works() -> None:
@@ -118,7 +124,8 @@ def test_the_error_shows_the_families_and_a_call_that_works() -> None:
     message = str(info.value)
     assert "PlainModel (model_type None) is not supported" in message
     for family in FAMILIES:
-        assert f"{family.name} (model_type {', '.join(family.model_types)})" in message
+        for model_type in family.model_types:
+            assert (model_type in message) == (family.refused is None)
     import_line, call = re.search(r"(from \S+ import Family); (apply_pre\(.*\))$", message).groups()
     scope = {"model": tiny_llava(), "apply_pre": apply_pre}
     exec(f"{import_line}\n{call}", scope)
@@ -127,9 +134,11 @@ def test_the_error_shows_the_families_and_a_call_that_works() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_is_in_the_table(name: str) -> None:
-    family = find_family(make_model(name))
-    assert name in family.model_types
-    assert [f for f in FAMILIES if name in f.model_types] == [family]
+    resolution = resolve(make_model(name))
+    assert resolution.origin == "listed"
+    assert [f for f in FAMILIES if name in f.model_types] == [
+        f for f in FAMILIES if f.name == resolution.family.name
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_every_family_is_in_the_table(name: str) -> None:
         ),
         (
             {"visual_tokens": ("image_token_id",)},
-            r"family\.visual_tokens: expected the id of a visual token at "
+            r"family\.visual_tokens: expected the id of a token at "
             r"model\.config\.image_token_id, got no such attribute in SimpleNamespace",
         ),
         ({"visual_tokens": ("patch_id", "unset_id")}, r"model\.config\.unset_id, got None"),
@@ -171,12 +180,13 @@ def test_a_family_that_does_not_fit(fields: dict[str, Any], message: str) -> Non
     assert traces(model) == before
 
 
-def test_a_family_whose_language_model_is_another_module() -> None:
-    model = plain_model()
-    family = Family(**{**vars(PLAIN), "language_model": "words"})
-    apply_pre(model, family=family)
-    with pytest.raises(RuntimeError, match="'words', has not been called with inputs_embeds"):
-        model(**plain_batch())
+def test_a_language_model_that_gets_no_inputs_embeds() -> None:
+    """What enters the first of its layers is the anchor."""
+    batch, family = plain_batch(), Family(**{**vars(PLAIN), "language_model": "words"})
+    ours, expected, *_ = both(
+        batch, make=plain_model, mask=batch["input_ids"] == PATCH, family=family
+    )
+    compare(ours, expected)
 
 
 @pytest.mark.parametrize("family", ("llava", FAMILIES))
@@ -185,23 +195,29 @@ def test_family_has_to_be_one(family: Any) -> None:
         apply_pre(tiny_llava(), family=family)
 
 
-@pytest.mark.parametrize("names", ("image_token_id", (), (32000,), None))
-def test_visual_tokens_have_to_be_names(names: Any) -> None:
-    with pytest.raises(TypeError, match="visual_tokens: expected a tuple of names"):
-        Family("Mine", visual_tokens=names)
+@pytest.mark.parametrize("tokens", ("image_token_id", (True,), [32000], 3))
+@pytest.mark.parametrize("field", ("visual_tokens", "other_tokens"))
+def test_tokens_have_to_be_ids_or_names(field: str, tokens: Any) -> None:
+    with pytest.raises(TypeError, match=f"{field}: expected a tuple of ids, or of names"):
+        Family("Mine", **{field: tokens})
+    with pytest.raises(
+        ValueError, match=r"visual_tokens: expected one at least, or None, got \(\)"
+    ):
+        Family("Mine", visual_tokens=())
 
 
 def test_a_config_without_the_image_token() -> None:
     model = make_model("gemma3")
     model.config.image_token_id = None
-    with pytest.raises(ValueError, match=r"model\.config\.image_token_id, got None in Gemma3Con"):
+    message = r"its config has no id of a visual token \(image_token_id, .*give the id itself"
+    with pytest.raises(ValueError, match=message):
         apply_pre(model)
 
 
-@pytest.mark.parametrize("field", ("layers", "language_model"))
+@pytest.mark.parametrize("field", ("layers", "language_model", "projector"))
 def test_paths_have_to_be_paths(field: str) -> None:
-    with pytest.raises(TypeError, match=f"{field}: expected the path of a submodule, got None"):
-        Family("Mine", **{field: None})
+    with pytest.raises(TypeError, match=f"{field}: expected the path of a submodule or None, got"):
+        Family("Mine", **{field: 3})
 
 
 @pytest.mark.parametrize(
@@ -280,8 +296,9 @@ def test_paths_do_not_lead_through_names_that_a_wrapper_passes_on() -> None:
     wrapper = PeftModel(tiny_llava())
     assert wrapper.model is wrapper.base_model["model"].model
     message = "in PeftModel: model, a PeftModel, has no submodule 'model'; it has base_model"
+    paths = {"language_model": "model.language_model", "layers": "model.language_model.layers"}
     with pytest.raises(ValueError, match=message):
-        apply_pre(wrapper, family=Family("LLaVA"))
+        apply_pre(wrapper, family=Family("LLaVA", **paths))
 
 
 @pytest.mark.parametrize("wrap", (PeftModel, nn.DataParallel), ids=("peft", "data_parallel"))
