@@ -17,6 +17,7 @@ from tests.zoo.sample import Batch
 
 VOCABULARY = 64  # words are 3 to 39, 50 and above are free for what a type needs
 AUDIO, AUDIO_START, AUDIO_END = 43, 44, 45
+VIDEO_START, VIDEO_END = 46, 47  # where they are not NEW
 
 # Sizes of a config and of its parts, by attribute: those that a config has are set.
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -19,7 +19,10 @@ every_case = pytest.mark.parametrize("name", CASES)
 FIRST_LAYERS: dict[str, str] = {}
 UNMERGED: set[str] = set()  # no feature takes the place of a token
 ENCODER_DECODERS: set[str] = set()
-EXPERTS = {"llama4", "qwen3_5_moe", "qwen3_vl_moe"}
+EXPERTS = {
+    "glm4v_moe", "glm5_next", "kimi_k25", "llama4", "qwen3_5_moe", "qwen3_omni_moe_thinker",
+    "qwen3_vl_moe", "qwen4_exp",
+}  # fmt: skip
 
 
 @every_case
