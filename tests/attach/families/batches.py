@@ -37,12 +37,19 @@ def has(name: str, scene: str) -> bool:
     return kinds <= {*case.sizes, *("v" if case.video else "")}
 
 
-@torch.no_grad()
 def make_batch(name: str, model: Any, scene: str = "several images") -> Batch:
     """The scene, as the family's processor would lay it out."""
-    case = CASES[name]
     rows, side = SCENES[scene]
-    generator = torch.Generator().manual_seed(len(scene))
+    return lay_out(name, model, rows, side, seed=len(scene))
+
+
+@torch.no_grad()
+def lay_out(
+    name: str, model: Any, rows: Sequence[str], side: str = "right", seed: int = 0
+) -> Batch:
+    """A batch of these rows, strings as in `SCENES`."""
+    case = CASES[name]
+    generator = torch.Generator().manual_seed(seed)
     sequences, images = [], []
     for row in rows:
         words = torch.randint(3, 40, (len(row) + 7,), generator=generator).tolist()

@@ -1,0 +1,121 @@
+"""The samples: features are merged where `visual` says, and every batch trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.attach.families.models import IMAGE, OUTSIDE, VIDEO
+from tests.zoo import CASES, sample
+from tests.zoo.sample import Batch
+
+every_case = pytest.mark.parametrize("name", CASES)
+# The language model's first layer, where no module is given what was merged as `inputs_embeds`.
+FIRST_LAYERS = {
+    "chameleon": "model.layers.0", "granite4_vision": "model.language_model.layers.0",
+    "kosmos-2": "text_model.model.layers.0", "phi4_multimodal": "model.layers.0",
+}  # fmt: skip
+UNMERGED = {"git", "idefics", "mllama"}  # no feature takes the place of a token
+ENCODER_DECODERS = {"blip-2+t5", "florence2", "t5gemma2"}
+EXPERTS = {
+    "glm4v_moe", "glm5_next", "internvl+gpt_oss", "internvl+qwen3_moe", "kimi_k25", "llama4",
+    "mistral3+mistral4", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp",
+}  # fmt: skip
+
+
+@every_case
+def test_visual_is_where_the_placeholders_are(name: str) -> None:
+    for scene, batch in sample(name).batches.items():
+        expected = torch.isin(batch.inputs["input_ids"], torch.tensor([IMAGE, VIDEO, OUTSIDE]))
+        assert batch.visual.equal(expected if name not in UNMERGED else expected & False), scene
+        assert batch.visual.any() == (scene != "text only" and name not in UNMERGED), scene
+        if name not in ENCODER_DECODERS:
+            unlabelled = batch.visual | (batch.inputs["attention_mask"] == 0)
+            assert (batch.inputs["labels"][unlabelled] == -100).all(), scene
+
+
+@every_case
+def test_pixels_change_the_visual_rows(name: str) -> None:
+    """Some stay as they are: learned rows that end a line of patches, codes drawn again."""
+    case = sample(name)
+    for scene, batch in case.batches.items():
+        changed = changed_rows(name, case.model, batch, lambda argument: "features" not in argument)
+        assert not (changed & ~batch.visual).any(), scene
+        assert changed.sum() >= 0.5 * batch.visual.sum(), scene
+
+
+@every_case
+def test_sounds_change_other_rows(name: str) -> None:
+    case = sample(name)
+    for scene, batch in case.batches.items():
+        changed = changed_rows(name, case.model, batch, lambda argument: "features" in argument)
+        assert not (changed & batch.visual).any(), scene
+        assert changed.any() == any("features" in argument for argument in batch.inputs), scene
+
+
+def changed_rows(name: str, model: Any, batch: Batch, change: Callable[[str], bool]) -> Tensor:
+    """Rows of what the language model is given that differ once the arguments are other noise."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        argument: value + torch.randn(value.shape, generator=generator)
+        if value.is_floating_point() and change(argument)
+        else value
+        for argument, value in batch.inputs.items()
+    }
+    before, after = merged(name, model, batch.inputs), merged(name, model, inputs)
+    return (before != after).any(dim=-1)
+
+
+@torch.no_grad()
+def merged(name: str, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """What the language model is given in place of the ids, (rows, length, width)."""
+    rows: list[Tensor] = []
+    shape = inputs["input_ids"].shape
+
+    def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = kwargs.get("inputs_embeds") if name not in FIRST_LAYERS else args[0]
+        if isinstance(value, Tensor) and value.shape[:2] == shape:
+            rows.append(value)
+
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            if FIRST_LAYERS.get(name, path) == path:
+                hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+        model(**inputs)
+    assert rows or name in UNMERGED
+    return rows[-1] if rows else torch.zeros(*shape, 1)
+
+
+@every_case
+def test_every_batch_trains(name: str) -> None:
+    """The same on every call, without dropout or other chance; the towers too, with pixels."""
+    losses = {}
+    for _ in range(2):
+        case = sample(name)
+        for scene, batch in case.batches.items():
+            case.model.zero_grad()
+            loss = case.model(**batch.inputs).loss
+            loss.backward()
+            assert losses.setdefault(scene, loss.item()) == loss.item(), scene
+            gradients = [p.grad for p in case.model.parameters() if p.grad is not None]
+            assert all(gradient.isfinite().all() for gradient in gradients), scene
+    assert sum(p.numel() for p in case.model.parameters()) < 400_000
+    assert {p.dtype for p in case.model.parameters()} == {torch.float32}
+
+
+@every_case
+def test_a_mixture_has_several_experts_that_learn(name: str) -> None:
+    case = sample(name)
+    weights = [p for n, p in case.model.named_parameters() if ".experts." in n and p.ndim == 3]
+    assert bool(weights) == (name in EXPERTS)
+    if not weights:
+        return
+    case.model(**case.batches["images"].inputs).loss.backward()
+    for weight in weights:
+        assert len(weight) >= 4
+        assert (weight.grad.flatten(1).abs().sum(dim=1) > 0).sum() >= 2
