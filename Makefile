@@ -14,7 +14,7 @@ PEFT := .peft
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo test test-models fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -47,6 +47,9 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 	    PYTHONPATH=$(PEFT)/$$version $(BIN)/python -m pytest -n 2 tests/integrations/test_peft.py \
 	        --peft $$version || exit 1; \
 	done
+
+test-models: $(READY)  ## every image-text model in every scene (FILL minutes)
+	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models
 
 # The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
 # with the line that repeats it, and is tried first the next time.

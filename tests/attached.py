@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,26 +25,50 @@ def anchor_of_pixels(inputs: Mapping[str, Any]) -> Tensor:
     return pixels[:, 0].reshape(-1, 64)[:, ::8]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a model keeps what PRe reads.
+
+    Attributes:
+        language_model: path of what gets `inputs_embeds`; None: `get_decoder()`.
+        layers: name of its list of layers.
+        is_merged_inside: the input of its first layer is what holds the visual features.
+        read: (rows, length, D), of a layer's output.
+    """
+
+    language_model: str | None = None
+    layers: str = "layers"
+    is_merged_inside: bool = False
+    read: Callable[[Tensor], Tensor] = lambda output: output
+
+
 @contextmanager
-def seen(model: Any) -> Iterator[dict[int, Tensor]]:
-    """Fills in {layer: its output}, before any later norm; 0 is the language model's input."""
+def seen(model: Any, place: Place = Place()) -> Iterator[dict[int, Tensor]]:
+    """Fills in {layer: its output}, before any later norm; 0 is what enters them."""
     states: dict[int, Tensor] = {}
 
     def see_embeddings(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         states[0] = inputs["inputs_embeds"]
 
+    def see_input(module: nn.Module, args: Any) -> None:
+        states[0] = args[0]
+
     def see_output(number: int) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            states[number] = output[0] if isinstance(output, tuple) else output
+            states[number] = place.read(output[0] if isinstance(output, tuple) else output)
 
         return see
 
-    language_model = model.get_decoder()
-    handles = [language_model.register_forward_pre_hook(see_embeddings, with_kwargs=True)]
+    path = place.language_model
+    language_model = model.get_decoder() if path is None else model.get_submodule(path)
+    layers = getattr(language_model, place.layers)
+    if place.is_merged_inside:
+        handles = [layers[0].register_forward_pre_hook(see_input)]
+    else:
+        handles = [language_model.register_forward_pre_hook(see_embeddings, with_kwargs=True)]
     handles += [
-        layer.register_forward_hook(see_output(number))
-        for number, layer in enumerate(language_model.layers, 1)
+        layer.register_forward_hook(see_output(number)) for number, layer in enumerate(layers, 1)
     ]
     yield states
     for handle in handles:
@@ -59,6 +84,7 @@ def eager_term(
     anchor: Callable[[Mapping[str, Any]], Tensor] | None = None,
     chosen: Tensor | None = None,
     images: Sequence[int] | None = None,
+    place: Place = Place(),
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(L_LM, L_PRe), by the outputs of the model's layers and the definition of the loss.
@@ -66,7 +92,7 @@ def eager_term(
     `chosen`: of the visual tokens, those that count. `images`: the visual tokens of each image,
     where their means count.
     """
-    with seen(model) as states:
+    with seen(model, place) as states:
         output = model(**batch)
     mask = batch["input_ids"] == IMAGE_TOKEN if mask is None else mask
     anchors = states[0][mask] if anchor is None else anchor(batch)
@@ -110,12 +136,14 @@ def both(
     anchor_rows: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
     chosen: Tensor | None = None,
     images: Sequence[int] | None = None,
+    place: Place = Place(),
     **overrides: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], tuple[float, float]]:
     """Gradients with PRe attached, the reference's, the metrics, and the reference's values.
 
     `mask`: the visual positions, where they are not those of `IMAGE_TOKEN`. `anchor_rows`: the
-    reference's anchor, of the model and the batch. `chosen`, `images`: as for `eager_term`.
+    reference's anchor, of the model and the batch. `chosen`, `images`, `place`: as for
+    `eager_term`.
     """
     model = make()
     pre = apply_pre(model, **overrides)
@@ -135,7 +163,7 @@ def both(
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         lm, term = eager_term(
             model, batch, heads, mask, upcast=upcast, anchor=anchor, chosen=chosen, images=images,
-            **options,
+            place=place, **options,
         )  # fmt: skip
     (lm + pre.config.weight * term).backward()
     expected = gradients(model)

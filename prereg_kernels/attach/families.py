@@ -6,7 +6,11 @@ what a family does otherwise than others. `prereg_kernels.attach.resolver` finds
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from prereg_kernels.attach.family import Family
 
@@ -14,6 +18,11 @@ _PROJECTOR = "model.multi_modal_projector"
 _MERGES = "merges 2 x 2 patches into a token"
 _SHUFFLES = "shuffles several patches into a token"
 _TILES = "puts the patches of tiles together again, crops them and adds newlines"
+
+_CROSS_ATTENTION = (
+    "its decoder sees the picture by cross-attention, so no visual token enters it, and there are "
+    "no hidden states to regularise"
+)
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -41,6 +50,43 @@ _QWEN_IMAGES: dict[str, Any] = {
     "markers": ("vision_start_token_id", "vision_end_token_id"),
     "token_types": "mm_token_type_ids",
 }
+
+
+def _first_stream(states: Tensor, width: int) -> Tensor:
+    """Of (streams, rows, length, D)."""
+    return states[0]
+
+
+def _mean_of_streams(states: Tensor, width: int) -> Tensor:
+    """Of (rows, length, streams, D)."""
+    return states.mean(dim=-2)
+
+
+def _mean_of_joined_streams(states: Tensor, width: int) -> Tensor:
+    """Of (rows, length, streams * D)."""
+    return states.unflatten(-1, (-1, width)).mean(dim=-2)
+
+
+def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
+    """Its ids of an image's tokens are words like others."""
+    mask = batch.get("image_embeds_position_mask")
+    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _codes_of(prefix: str) -> Callable[[Any], list[int]]:
+    """The ids of the words that begin so."""
+
+    def codes(config: Any) -> list[int]:
+        return [id for word, id in config.vocabulary_map.items() if word.startswith(prefix)]
+
+    return codes
+
+
+def _first_of_granite(config: Any) -> int:
+    """Its features go to several layers, the first of them before all others."""
+    layers = [layer for _, layer in config.deepstack_layer_map or ()]
+    return min(*layers, *config.spatial_target_layers)
+
 
 # Where a family has no token for video, frames are images to it.
 FAMILIES = (
@@ -119,6 +165,28 @@ FAMILIES = (
         images="equal",
         counted_by=("pixel_values",),
     ),
+    # Features that are merged elsewhere than in inputs_embeds, or added at several layers.
+    Family("Granite 4 Vision", ("granite4_vision",), regroups=_TILES, enters_at=_first_of_granite),
+    Family("Phi-4-multimodal", ("phi4_multimodal",), enters_at=0),
+    Family("Chameleon", ("chameleon",), enters_at=0, codes=_codes_of("IMGIMG")),
+    Family("Emu3", ("emu3",), codes=_codes_of("<|visual token")),
+    Family("Kosmos-2", ("kosmos-2",), visual_mask=_mask_of_kosmos, enters_at=0),
+    # Several residual streams. AltUp's first one is what the next layers read and the head sees;
+    # of hyper-connections the mean is, as the final norm reads it.
+    Family(
+        "Gemma 3n",
+        ("gemma3n",),
+        streams=_first_stream,
+        other_tokens=("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_id"),
+    ),
+    Family("GLM-5-Next", ("glm5_next",), streams=_mean_of_streams),
+    Family("Qwen4", ("qwen4_exp",), streams=_mean_of_joined_streams),
+    Family("Ovis 2", ("ovis2",), other_tokens=("visual_indicator_token_ids",)),
+    # Its decoder norms the rows of its table.
+    Family("Inkling", ("inkling_mm_model",)),
+    # No visual token enters the decoder.
+    Family("Llama 3.2 Vision", ("mllama",), refused=_CROSS_ATTENTION),
+    Family("IDEFICS", ("idefics",), refused=_CROSS_ATTENTION),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -43,8 +43,8 @@ class Family:
             to be found.
         layers: path of the decoder layers, an `nn.ModuleList`. A layer returns its hidden states,
             or a tuple that begins with them. None: to be found.
-        visual_tokens: ids of visual tokens, or the names under which the model's config has them,
-            dotted where they are in a part of it. None: to be found, but where
+        visual_tokens: ids of visual tokens, or the names under which the model's config has one or
+            several, dotted where they are in a part of it. None: to be found, but where
         visual_mask: says which positions are visual: a function from the keyword arguments of the
             model's forward to a bool mask of the decoder's sequence, (rows, length).
         other_tokens: as `visual_tokens`, of tokens that get features and are not visual, as of
@@ -54,6 +54,8 @@ class Family:
             `inputs_embeds` hold them; or, where there are none, the first layer's input.
         streams: what PRe reads where a layer's output is several residual streams: a function from
             that output and the width D to (rows, length, D). None: the output has that shape.
+        codes: a function from the config to the ids of words that are codes of pictures. A batch
+            may have them in place of pixels; then `PRe.next_visual_mask` has to say where.
         starts_at_zero: whether a fresh projector gives zeros.
         projector: path of the module that takes the vision encoder's rows, one for each visual
             token in the order of `input_ids`, as its first argument: the source of the anchor
@@ -90,6 +92,7 @@ class Family:
     other_tokens: tuple[Token, ...] = ()
     enters_at: int | Callable[[Any], int] | None = None
     streams: Callable[[Tensor, int], Tensor] | None = None
+    codes: Callable[[Any], Sequence[int]] | None = None
     starts_at_zero: bool = False
     projector: str | None = None
     regroups: str = "was given no projector"
@@ -120,7 +123,7 @@ class Family:
             raise ValueError("visual_tokens: expected one at least, or None, got ()")
         if self.visual_mask is not None and self.visual_tokens is not None:
             raise ValueError("visual_mask: expected it or visual_tokens, got both")
-        for field in ("visual_mask", "streams"):
+        for field in ("visual_mask", "streams", "codes"):
             function = getattr(self, field)
             if function is not None and not callable(function):
                 raise TypeError(f"{field}: expected a function or None, got {function!r}")
@@ -196,7 +199,7 @@ class Family:
         Raises:
             ValueError: the model's config lacks one.
         """
-        return tuple(_id_of(token, model, "visual_tokens") for token in self.visual_tokens or ())
+        return _ids_of(self.visual_tokens or (), model, "visual_tokens")
 
     def other_token_ids(self, model: nn.Module) -> tuple[int, ...]:
         """The ids of tokens that get features and are not visual.
@@ -204,7 +207,7 @@ class Family:
         Raises:
             ValueError: the model's config lacks one.
         """
-        return tuple(_id_of(token, model, "other_tokens") for token in self.other_tokens)
+        return _ids_of(self.other_tokens, model, "other_tokens")
 
     def marked(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Bool, (rows, length): the visual positions of the decoder's sequence, hidden or not.
@@ -266,18 +269,20 @@ def _is_token(token: Any) -> bool:
     return isinstance(token, (str, int)) and not isinstance(token, bool)
 
 
-def _id_of(token: Token, model: Any, field: str) -> int:
-    if isinstance(token, int):
-        return token
-    config = getattr(model, "config", None)
-    value = config_value(config, token)
-    if isinstance(value, bool) or not isinstance(value, int):
-        came = "no such attribute" if value is MISSING else repr(value)
-        raise ValueError(
-            f"family.{field}: expected the id of a token at model.config.{token}, got {came} in "
-            f"{type(config).__name__}"
-        )
-    return value
+def _ids_of(tokens: Sequence[Token], model: Any, field: str) -> tuple[int, ...]:
+    ids: list[int] = []
+    for token in tokens:
+        config = getattr(model, "config", None)
+        value = token if isinstance(token, int) else config_value(config, token)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if not several or not all(type(x) is int for x in several):
+            came = "no such attribute" if value is MISSING else repr(value)
+            raise ValueError(
+                f"family.{field}: expected the id of a token at model.config.{token}, got {came} "
+                f"in {type(config).__name__}"
+            )
+        ids += several
+    return tuple(ids)
 
 
 MISSING = object()

@@ -82,6 +82,7 @@ class FirstSteps:
             return
         self._look_at_visual(visual & ~differs, visual, current)
         self._look_at_words(differs & visible & ~visual, current)
+        self._look_at_codes(current)
 
     def _refuse_unseen(self, current: Pass, has_words: bool) -> None:
         """Raise ValueError if the model's parts were only found, where the table shows nothing."""
@@ -143,6 +144,18 @@ class FirstSteps:
             "other_tokens=(...)",
             stacklevel=2,
         )
+
+    def _look_at_codes(self, current: Pass) -> None:
+        codes, ids = self._state.family.codes, current.inputs.get("input_ids")
+        if codes is None or current.source != "input_ids" or not isinstance(ids, Tensor):
+            return
+        count = int(torch.isin(ids, ids.new_tensor(codes(self._state.model.config))).sum())
+        if count:
+            warnings.warn(
+                f"PRe: {count} ids of the batch are codes of pictures, which are not counted as "
+                "visual tokens; set pre.next_visual_mask before each call to regularise them",
+                stacklevel=2,
+            )
 
 
 def run(state: State, batch: Mapping[str, Any]) -> None:

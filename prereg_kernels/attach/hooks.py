@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import distributed, private
-from prereg_kernels.attach.anchors import function_rows, llm_width, projector_rows
+from prereg_kernels.attach.anchors import llm_width
 from prereg_kernels.attach.checkpointing import (
     is_recomputation,
     outside_checkpoint,
     outside_selection,
 )
-from prereg_kernels.attach.first_steps import FirstSteps
+from prereg_kernels.attach.entry import Entry, check_sequence
 from prereg_kernels.attach.forward import goes_on, parameters_of
 from prereg_kernels.attach.identity import carry_along, use
 from prereg_kernels.attach.image_spans import find_images
@@ -41,9 +41,8 @@ class Hooks:
     def __init__(self, state: State) -> None:
         self._state = state
         self._calls, self._watch = Calls(), Watch(state)
-        self._first_steps = FirstSteps(state)
+        self._entry = Entry(state, self._calls)
         self._enters_at = state.family.entry_of(state.model)
-        self._saw_finite_anchor = False
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
@@ -66,6 +65,7 @@ class Hooks:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._calls, self._move_compiled_values = Calls(), _outside_of_graphs(_move)
+        self._entry.calls = self._calls
 
     @property
     def model(self) -> Any:
@@ -170,7 +170,7 @@ class Hooks:
             current.carry = carry_of(state, current)
             state.passes += not again
         if not compiled and ((training and not again) or state.is_checking):
-            self._first_steps.begin(current)
+            self._entry.first_steps.begin(current)
         return current
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
@@ -204,11 +204,11 @@ class Hooks:
         if current is None:
             return
         if embeddings is not None:
-            self._check_sequence(current, embeddings)
+            check_sequence(current, embeddings)
         if self._enters_at is not None:
             return
         if embeddings is not None:
-            self._enter(current, embeddings, True)
+            self._entry.take(current, embeddings, True)
         elif not torch.compiler.is_compiling():  # features are merged in the decoder's own forward
             self._enters_at = 0
             self.watch_entry()
@@ -226,56 +226,8 @@ class Hooks:
             return
         states = args[0] if args else kwargs["hidden_states"]
         states = self._state.family.states_of(states, self._width)
-        self._check_sequence(current, states)
-        self._enter(current, states, not self._enters_at)
-
-    def _enter(self, current: Pass, states: Tensor, is_input: bool) -> None:
-        """The decoder gets these, with the visual features in them."""
-        with torch.no_grad():
-            states = states.detach()
-            self._first_steps.look(current, states, is_input)
-            current.anchor = self._anchor(current, states)
-
-    def _check_sequence(self, current: Pass, states: Tensor) -> None:
-        if states.shape[:-1] != current.shape:
-            raise ValueError(
-                f"{current.source}: PRe finds the visual tokens by it; expected the decoder's "
-                f"sequence to have its shape, {tuple(current.shape)}, got inputs_embeds of "
-                f"{tuple(states.shape[:-1])}. Where the model expands or splits its sequence, "
-                "train it with an id for each position, or set pre.next_visual_mask before each "
-                "call to a mask of the sequence that the decoder gets, or pass "
-                "family=Family(..., visual_mask=function) that makes it from the call's arguments"
-            )
-
-    def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:
-        """For each row that L_PRe reads, or, for what entered the LLM, of the whole batch."""
-        state, source, images = self._state, self._state.config.anchor, current.images
-        tokens, width = current.index.numel(), state.anchor_features
-        count = None if images is None else images.count
-        if source == "pre_llm":
-            if images is None:
-                return embeddings
-            return pool_images(embeddings, images.of_token, images.count, index=current.index)
-        if callable(source):
-            self._calls.enter(None)  # the function may call parts of the model
-            try:
-                rows = source(current.inputs)
-            finally:
-                self._calls.leave(None)
-            rows = function_rows(
-                rows, tokens, count, width, current.index.device,
-                finite=not self._saw_finite_anchor, shown=current.shown,
-            )  # fmt: skip
-            self._saw_finite_anchor |= tokens > 0
-        else:
-            rows = projector_rows(
-                current.encoded, tokens, width, state.family, embeddings, current.shown
-            )
-            current.encoded.clear()
-        if images is not None:
-            is_pooled = rows.shape[0] == images.count
-            return rows if is_pooled else pool_images(rows, images.of_token, images.count)
-        return rows if current.chosen is None else rows[current.chosen.to(rows.device)]
+        check_sequence(current, states)
+        self._entry.take(current, states, not self._enters_at)
 
     def see_layer(
         self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any

@@ -23,8 +23,9 @@ from prereg_kernels.attach.forward import parameters_of
 Origin = Literal["given", "listed", "found"]
 VISUAL_TOKENS = (
     "image_token_id", "image_token_index", "video_token_id", "video_token_index",
+    "vision_config.image_token_id", "vocabulary_map.<image>",
 )  # fmt: skip
-OTHER_TOKENS = ("audio_token_id", "audio_token_index")
+OTHER_TOKENS = ("audio_token_id", "audio_token_index", "audio_config.audio_token_id")
 LISTS = ("layers", "h", "block", "blocks", "layer")  # what lists of decoder layers are called
 
 

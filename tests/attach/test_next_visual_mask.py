@@ -123,7 +123,9 @@ def test_gradients_of_an_anchor_function(hidden: bool) -> None:
 def test_gradients_of_whole_images() -> None:
     model = tiny_llava()
     batch, mask = embedded(model, make_batch((1, 2)))
-    apply_pre(model, level="global", family=Family("runs", images="runs"))  # LLaVA's are counted by their pixels
+    apply_pre(
+        model, level="global", family=Family("runs", images="runs")
+    )  # LLaVA's are counted by their pixels
     mask[1, 3] = False  # in two, next to each other
     ours = step(model, batch, mask)
     assert model._prereg.metrics()["images"] == 3

@@ -8,6 +8,8 @@ from torch import Tensor
 from tests.attach.families.models import IMAGE, NEW, WIDTH, noise
 from tests.zoo.parts import (
     AUDIO,
+    AUDIO_END,
+    AUDIO_START,
     TEXT,
     VISION,
     VOCABULARY,
@@ -46,7 +48,10 @@ def gemma3n() -> Sample:
         "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1, "input_feat_size": 16,
         "sscp_conv_channel_size": [4, 4],
     }  # fmt: skip
-    top = {"vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 5}
+    top = {
+        "vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 5,
+        "boa_token_id": AUDIO_START, "eoa_token_id": AUDIO_END,
+    }  # fmt: skip
     config = tiny_config(
         "gemma3n", text=text,
         top={**top, "vision_config": vision, "audio_config": ears},

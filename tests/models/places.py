@@ -1,0 +1,51 @@
+"""Where each model of the zoo keeps what PRe reads, written down by hand from its code."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tests.attach.families.models import WIDTH
+from tests.attached import Place
+from tests.zoo import CASES
+
+_OPT = Place("language_model.model.decoder")
+_IDEFICS = Place("model.text_model")
+_LANGUAGE_MODEL = Place("model.language_model")
+
+
+def _joined(output: Tensor) -> Tensor:
+    first, second = output[..., :WIDTH], output[..., WIDTH:]
+    return (first + second) / 2
+
+
+PLACES = {
+    "blip-2": _OPT,
+    "blip-2+t5": Place("language_model.encoder", "block"),
+    "chameleon": Place("model", is_merged_inside=True),
+    "emu3": Place("model.text_model"),
+    "florence2": Place("model.language_model.encoder"),
+    "gemma3n": Place("model.language_model", read=lambda output: output[0]),
+    "glm5_next": Place(
+        "model.language_model", read=lambda output: (output[:, :, 0] + output[:, :, 1]) / 2
+    ),
+    "granite4_vision": Place("model.language_model", is_merged_inside=True),
+    "idefics2": _IDEFICS,
+    "idefics3": _IDEFICS,
+    "instructblip": _OPT,
+    "instructblipvideo": _OPT,
+    "kosmos-2": Place("text_model.model", is_merged_inside=True),
+    "llama4": Place("language_model.model"),
+    "phi4_multimodal": Place("model", is_merged_inside=True),
+    "qwen2_5_omni_thinker": Place("model"),
+    "qwen3_omni_moe_thinker": Place("model"),
+    "qwen4_exp": Place("model.language_model", read=_joined),
+    "smolvlm": _IDEFICS,
+    "t5gemma2": Place("model.encoder.text_model"),
+}
+UNMERGED = ("git", "idefics", "mllama")
+TRAINED = [name for name in CASES if name not in UNMERGED]
+
+
+def place_of(name: str) -> Place:
+    """Of a case of the zoo."""
+    return PLACES.get(name, _LANGUAGE_MODEL)
