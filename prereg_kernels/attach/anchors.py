@@ -55,6 +55,7 @@ def projector_rows(
     family: Family,
     like: Tensor,
     shown: Callable[[Tensor], Tensor],
+    kinds: Callable[[], int],
 ) -> Tensor:
     """(N, A): what entered the projector, a row for each visual token, in their order.
 
@@ -63,13 +64,20 @@ def projector_rows(
         tokens: N.
         like: its dtype and device are those of the result where there are no visual tokens.
         shown: takes out the rows of tokens that attention hides.
+        kinds: counts the ids of the visual tokens, as of images and videos.
 
     Raises:
-        ValueError: other than a row for each visual token.
+        ValueError: other than a row for each visual token, or rows in an order that is not known.
     """
     if not tokens:
         return like.new_zeros(0, width)
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]) if seen else like.new_zeros(0, 0)
+    if len(seen) > 1 and kinds() > 1:
+        raise ValueError(
+            f"anchor: 'pre_projector' takes the rows at {family.projector!r} in the order of its "
+            f"{len(seen)} calls, and a batch of images and videos may have its visual tokens in "
+            "another; expected batches of one kind, 'pre_llm' or a function"
+        )
     rows = shown(rows)
     if tuple(rows.shape) != (tokens, width):
         raise ValueError(

@@ -53,8 +53,9 @@ class Entry:
             self._saw_finite_anchor |= tokens > 0
         else:
             rows = projector_rows(
-                current.encoded, tokens, width, state.family, embeddings, current.shown
-            )
+                current.encoded, tokens, width, state.family, embeddings, current.shown,
+                kinds=current.kinds,
+            )  # fmt: skip
             current.encoded.clear()
         if images is not None:
             is_pooled = rows.shape[0] == images.count

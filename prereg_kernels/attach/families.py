@@ -15,13 +15,32 @@ from torch import Tensor
 from prereg_kernels.attach.family import Family
 
 _PROJECTOR = "model.multi_modal_projector"
-_MERGES = "merges 2 x 2 patches into a token"
+_MERGES = "merges several patches into a token"
 _SHUFFLES = "shuffles several patches into a token"
+_AVERAGES = "averages several patches into a token"
+_RESAMPLES = "resamples an image to a fixed number of tokens"
 _TILES = "puts the patches of tiles together again, crops them and adds newlines"
+_CODES = "turns an image into tokens of the vocabulary"
+_NO_ENCODER = "has no vision encoder"
 
-_CROSS_ATTENTION = (
-    "its decoder sees the picture by cross-attention, so no visual token enters it, and there are "
-    "no hidden states to regularise"
+# How a batch counts its images.
+_EQUAL: dict[str, Any] = {"images": "equal", "counted_by": ("pixel_values",)}
+_RUNS: dict[str, Any] = {"images": "runs"}
+_PIXELS: dict[str, Any] = {**_RUNS, "counted_by": ("pixel_values",)}
+_SIZES: dict[str, Any] = {**_RUNS, "counted_by": ("image_sizes",)}
+_CLIPS: dict[str, Any] = {**_RUNS, "counted_by": ("image_sizes", "pixel_values_videos")}
+_GRIDS: dict[str, Any] = {**_RUNS, "counted_by": ("image_grid_thw",)}
+# A video is one run of tokens, or its grids are those of its runs;
+_GRIDS_OF_RUNS: dict[str, Any] = {**_RUNS, "counted_by": ("image_grid_thw", "video_grid_thw")}
+# or a timestamp stands between its frames.
+_GRIDS_OF_FRAMES: dict[str, Any] = {**_GRIDS, "cut_by": ("video_grid_thw",)}
+
+# Why no visual token enters a decoder.
+_CROSS_ATTENTION = "its decoder reads images by cross-attention, so no visual token enters it"
+_NO_POSITIONS = "it puts an image's rows beside the text, at no position of input_ids"
+_THINKER = (
+    "it is a shell, and the part of it that is trained is its thinker; call "
+    "apply_pre(model.thinker)"
 )
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -70,7 +89,7 @@ def _mean_of_joined_streams(states: Tensor, width: int) -> Tensor:
 def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
     """Its ids of an image's tokens are words like others."""
     mask = batch.get("image_embeds_position_mask")
-    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask == 1
 
 
 def _codes_of(prefix: str) -> Callable[[Any], list[int]]:
@@ -90,104 +109,169 @@ def _first_of_granite(config: Any) -> int:
 
 # Where a family has no token for video, frames are images to it.
 FAMILIES = (
+    # Rows of the encoder, one a token, all images of equally many tokens.
     Family(
-        "LLaVA",
-        ("llava",),
-        projector=_PROJECTOR,
-        images="equal",
-        counted_by=("pixel_values",),
-        layout="crop",
-        towers=_TOWERS,
-        processor=_tower_processor,
+        "LLaVA", ("llava",), projector=_PROJECTOR, **_EQUAL,
+        layout="crop", towers=_TOWERS, processor=_tower_processor,
+    ),
+    Family("PaliGemma", ("paligemma",), projector=_PROJECTOR, **_EQUAL),
+    Family("VipLLaVA", ("vipllava",), projector=_PROJECTOR, **_EQUAL),
+    Family("FastVLM", ("fast_vlm",), projector=_PROJECTOR, **_EQUAL),
+    # Of the hybrid, the rows of the encoder of small images alone.
+    Family(
+        "DeepSeek-VL", ("deepseek_vl", "deepseek_vl_hybrid"), projector="model.aligner", **_EQUAL
+    ),
+    # Its processor writes tokens around each image, always.
+    Family("Janus", ("janus",), projector="model.aligner", **_PIXELS),
+    # Tiles that are put together again: one run of tokens an image.
+    Family(
+        "LLaVA-NeXT", ("llava_next",), regroups=_TILES, **_SIZES,
+        layout="tiles", towers=_TOWERS, processor=_tower_processor,
+    ),
+    Family("LLaVA-OneVision", ("llava_onevision",), regroups=_TILES, **_CLIPS),
+    Family("LLaVA-NeXT-Video", ("llava_next_video",), regroups=_TILES, **_CLIPS),
+    Family(
+        "Granite 4 Vision", ("granite4_vision",), enters_at=_first_of_granite, **_SIZES,
+        regroups="adds several projections of an image, at several layers",
+    ),
+    Family("Phi-4-multimodal", ("phi4_multimodal",), enters_at=0, regroups=_TILES, **_SIZES),
+    # A video is one run.
+    Family("Qwen2-VL", ("qwen2_vl",), regroups=_MERGES, **_GRIDS_OF_RUNS, **_QWEN_IMAGES),
+    Family("Qwen2.5-VL", ("qwen2_5_vl",), regroups=_MERGES, **_GRIDS_OF_RUNS, **_QWEN_IMAGES),
+    # The audio of a video cuts it into many runs, and the count says so.
+    Family("Qwen2.5-Omni", ("qwen2_5_omni_thinker",), regroups=_MERGES, **_GRIDS_OF_RUNS),
+    Family("Qwen3-Omni", ("qwen3_omni_moe_thinker",), regroups=_MERGES, **_GRIDS_OF_RUNS),
+    Family("EXAONE 4.5", ("exaone4_5",), regroups=_MERGES, **_GRIDS_OF_RUNS),
+    Family("Ernie 4.5 VL", ("ernie4_5_vl_moe",), regroups=_MERGES, **_GRIDS_OF_RUNS),
+    # Of a video, a grid for each chunk, with a timestamp before it.
+    Family("Kimi K2.5", ("kimi_k25",), regroups=_MERGES, **_GRIDS_OF_RUNS),
+    # A video is a run for each frame, or pair of frames.
+    Family("Qwen3-VL", ("qwen3_vl",), regroups=_MERGES, **_GRIDS_OF_FRAMES, **_QWEN_IMAGES),
+    Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), regroups=_MERGES, **_GRIDS_OF_FRAMES),
+    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), regroups=_MERGES, **_GRIDS_OF_FRAMES),
+    # Hyper-connections: streams that a learned mixture ends. Their mean is nearest to it.
+    Family(
+        "Qwen4", ("qwen4_exp",), streams=_mean_of_joined_streams, regroups=_MERGES,
+        **_GRIDS_OF_FRAMES,
+    ),
+    Family("Cosmos 3", ("cosmos3_edge", "cosmos3_omni"), regroups=_MERGES, **_GRIDS_OF_FRAMES),
+    Family("Cohere Compass", ("cohere_compass",), regroups=_MERGES, **_GRIDS_OF_FRAMES),
+    # The frames of a video are at the id of images.
+    Family(
+        "GLM-V", ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"), regroups=_MERGES,
+        **_GRIDS_OF_FRAMES,
+    ),
+    # Hyper-connections: the final norm reads the mean of the streams.
+    Family(
+        "GLM-5-Next", ("glm5_next",), streams=_mean_of_streams, regroups=_MERGES,
+        **_GRIDS_OF_FRAMES,
+    ),
+    Family("MiniMax M3 VL", ("minimax_m3_vl",), regroups=_MERGES, **_GRIDS_OF_FRAMES),
+    Family("Muse Glimmer", ("muse_glimmer",), regroups=_SHUFFLES, **_GRIDS_OF_FRAMES),
+    Family(
+        "VideoLLaMA 3", ("video_llama_3",), **_GRIDS_OF_FRAMES,
+        regroups="interpolates patches and leaves out those of a video that hardly change",
+    ),
+    # Images alone.
+    Family("PaddleOCR-VL", ("paddleocr_vl",), regroups=_MERGES, **_GRIDS),
+    Family(
+        "HunYuan-VL", ("hunyuan_vl",), **_GRIDS,
+        regroups="merges several patches into a token and adds newlines, a begin and an end",
+    ),
+    Family("LightOnOCR", ("lighton_ocr",), regroups=_MERGES, **_SIZES),
+    Family("Emu3", ("emu3",), codes=_codes_of("<|visual token"), regroups=_CODES, **_SIZES),
+    Family(
+        "Chameleon", ("chameleon",), enters_at=0, codes=_codes_of("IMGIMG"), regroups=_CODES,
+        **_PIXELS,
     ),
     Family(
-        "LLaVA-NeXT",
-        ("llava_next",),
-        regroups=_TILES,
-        images="runs",
-        counted_by=("image_sizes",),
-        layout="tiles",
-        towers=_TOWERS,
-        processor=_tower_processor,
+        "Gemma 3", ("gemma3", "shieldgemma2", "t5gemma2"), starts_at_zero=True,
+        regroups=_AVERAGES, **_PIXELS,
     ),
+    # AltUp: the first stream is the one that attention and MLPs read, and the others predict. The
+    # tokens around images and sounds have rows in the towers' own tables.
     Family(
-        "LLaVA-OneVision",
-        ("llava_onevision",),
-        regroups=_TILES,
-        images="runs",
-        counted_by=("image_sizes", "pixel_values_videos"),
-    ),
-    Family(
-        "Qwen2-VL",
-        ("qwen2_vl",),
-        regroups=_MERGES,
-        images="runs",
-        counted_by=("image_grid_thw", "video_grid_thw"),
-        **_QWEN_IMAGES,
-    ),
-    Family(
-        "Qwen2.5-VL",
-        ("qwen2_5_vl",),
-        regroups=_MERGES,
-        images="runs",
-        counted_by=("image_grid_thw", "video_grid_thw"),
-        **_QWEN_IMAGES,
-    ),
-    Family(
-        "Qwen3-VL",
-        ("qwen3_vl",),
-        regroups=_MERGES,
-        images="runs",
-        counted_by=("image_grid_thw",),
-        cut_by=("video_grid_thw",),
-        **_QWEN_IMAGES,
-    ),
-    # A batch counts only tiles; its processor writes <img> and </img> around each image's, always.
-    Family("InternVL", ("internvl",), regroups=_SHUFFLES, images="runs"),
-    # An image is several runs of tokens, one for each of its tiles, and a batch counts only tiles.
-    Family(
-        "SmolVLM and Idefics3",
-        ("smolvlm", "idefics3"),
-        regroups=_SHUFFLES,
-    ),
-    Family(
-        "Gemma 3",
-        ("gemma3",),
-        regroups="averages several patches into a token",
-        images="runs",
-        starts_at_zero=True,
-        counted_by=("pixel_values",),
-    ),
-    Family(
-        "PaliGemma",
-        ("paligemma",),
-        projector=_PROJECTOR,
-        images="equal",
-        counted_by=("pixel_values",),
-    ),
-    # Features that are merged elsewhere than in inputs_embeds, or added at several layers.
-    Family("Granite 4 Vision", ("granite4_vision",), regroups=_TILES, enters_at=_first_of_granite),
-    Family("Phi-4-multimodal", ("phi4_multimodal",), enters_at=0),
-    Family("Chameleon", ("chameleon",), enters_at=0, codes=_codes_of("IMGIMG")),
-    Family("Emu3", ("emu3",), codes=_codes_of("<|visual token")),
-    Family("Kosmos-2", ("kosmos-2",), visual_mask=_mask_of_kosmos, enters_at=0),
-    # Several residual streams. AltUp's first one is what the next layers read and the head sees;
-    # of hyper-connections the mean is, as the final norm reads it.
-    Family(
-        "Gemma 3n",
-        ("gemma3n",),
-        streams=_first_stream,
+        "Gemma 3n", ("gemma3n",), streams=_first_stream,
         other_tokens=("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_id"),
+        regroups="embeds text with its projector, too", **_PIXELS,
     ),
-    Family("GLM-5-Next", ("glm5_next",), streams=_mean_of_streams),
-    Family("Qwen4", ("qwen4_exp",), streams=_mean_of_joined_streams),
-    Family("Ovis 2", ("ovis2",), other_tokens=("visual_indicator_token_ids",)),
-    # Its decoder norms the rows of its table.
-    Family("Inkling", ("inkling_mm_model",)),
-    # No visual token enters the decoder.
+    Family(
+        "DeepSeek-OCR 2", ("deepseek_ocr2",), **_PIXELS,
+        regroups="puts the tiles of an image before the whole of it and adds a separator",
+    ),
+    Family(
+        "Florence-2", ("florence2",), regroups="puts the mean of all patches before them", **_PIXELS
+    ),
+    Family("BLIP-2", ("blip-2",), regroups=_RESAMPLES, **_PIXELS),
+    Family(
+        "InstructBLIP", ("instructblip", "instructblipvideo"), regroups=_RESAMPLES, **_PIXELS
+    ),
+    # Where it splits images, their crops are counted, and an error says so.
+    Family("Aria", ("aria",), regroups=_RESAMPLES, **_PIXELS),
+    Family(
+        "Kosmos-2", ("kosmos-2",), visual_mask=_mask_of_kosmos, enters_at=0, regroups=_RESAMPLES,
+        **_EQUAL,
+    ),
+    Family(
+        "Kosmos-2.5", ("kosmos-2.5",), visual_mask=_mask_of_kosmos, enters_at=0,
+        regroups=_RESAMPLES, images="equal", counted_by=("flattened_patches",),
+    ),
+    Family(
+        "Video-LLaVA", ("video_llava",), regroups="projects images and videos apart", **_RUNS,
+        counted_by=("pixel_values_images", "pixel_values_videos"),
+    ),
+    Family(
+        "Perception LM", ("perception_lm",), regroups=_AVERAGES, **_RUNS,
+        counted_by=("pixel_values", "pixel_values_videos"),
+    ),
+    # A batch counts only tiles, patches or padded frames; tokens stand around each image, always.
+    Family("InternVL", ("internvl",), regroups=_SHUFFLES, **_RUNS),
+    Family("Qianfan-OCR", ("qianfan_ocr",), regroups=_SHUFFLES, **_RUNS),
+    Family("Gemma 4", ("gemma4",), regroups=_AVERAGES, **_RUNS),
+    Family("Gemma 4 Unified", ("gemma4_unified",), regroups=_NO_ENCODER, **_RUNS),
+    # An image is several runs of tokens, one for each of its tiles or rows.
+    Family("SmolVLM and Idefics3", ("smolvlm", "idefics3"), regroups=_SHUFFLES),
+    Family("Aya Vision", ("aya_vision",), regroups=_SHUFFLES),
+    Family("Cohere 2 Vision", ("cohere2_vision",), regroups=_SHUFFLES),
+    Family("Llama 4", ("llama4",), regroups=_SHUFFLES),
+    Family("LFM2-VL", ("lfm2_vl",), regroups=_SHUFFLES),
+    Family("Mistral 3", ("mistral3",), regroups=_MERGES),
+    Family("MiniCPM-V 4.6", ("minicpmv4_6",), regroups=_MERGES),
+    Family(
+        "Step 3.7", ("step3p7",), regroups="puts the tiles of an image before the whole of it"
+    ),
+    Family("Idefics2", ("idefics2",), regroups=_RESAMPLES),
+    Family(
+        "Ovis 2", ("ovis2",), other_tokens=("visual_indicator_token_ids",),
+        regroups="mixes rows of a visual vocabulary",
+    ),
+    Family("Fuyu", ("fuyu",), regroups=_NO_ENCODER),
+    # Nothing stands between two images but what the text says, and a batch counts only patches.
+    # Its decoder norms the rows of its table, and so nothing is seen of where features are.
+    Family("Inkling", ("inkling_mm_model",), regroups="has no projector"),
+    Family(
+        "GOT-OCR 2", ("got_ocr2", "pp_chart2table"),
+        regroups="convolves several patches into a token",
+    ),
+    # What PRe cannot regularise.
     Family("Llama 3.2 Vision", ("mllama",), refused=_CROSS_ATTENTION),
     Family("IDEFICS", ("idefics",), refused=_CROSS_ATTENTION),
-)
+    Family("BLIP", ("blip",), refused=_CROSS_ATTENTION),
+    Family("Pix2Struct", ("pix2struct",), refused=_CROSS_ATTENTION),
+    Family("PP-FormulaNet", ("pp_formulanet",), refused=_CROSS_ATTENTION),
+    Family("vision-encoder-decoder", ("vision-encoder-decoder",), refused=_CROSS_ATTENTION),
+    Family("GIT", ("git",), refused=_NO_POSITIONS),
+    Family("UDOP", ("udop",), refused=_NO_POSITIONS),
+    Family("Evolla", ("evolla",), refused="it reads proteins, not images"),
+    Family("Mistral 4", ("mistral4",), refused="it reads text alone"),
+    Family("pi0", ("pi0",), refused="it learns actions, and has no loss of text"),
+    Family(
+        "DiffusionGemma", ("diffusion_gemma",),
+        refused="its forward has no loss, and its decoder reads images by its encoder's cache",
+    ),
+    Family("Qwen2.5-Omni", ("qwen2_5_omni",), refused=_THINKER),
+    Family("Qwen3-Omni", ("qwen3_omni_moe",), refused=_THINKER),
+)  # fmt: skip
 
 
 def family_of_type(model_type: str | None) -> Family | None:

@@ -55,6 +55,11 @@ class Pass:
         labels = self.inputs.get("labels")
         return None if labels is None else (labels[..., 1:] != -100).sum()
 
+    def kinds(self) -> int:
+        """How many ids the visual tokens have."""
+        ids = self.inputs.get("input_ids")
+        return 1 if ids is None else len(ids.flatten()[self.index].unique())
+
     def shown(self, rows: Tensor) -> Tensor:
         """Of a row for each visual id, or image, of the batch those that attention shows."""
         tokens, images = self.index.numel(), self.images
