@@ -30,10 +30,11 @@ def kosmos_2_5() -> Sample:
             "embed_dim": WIDTH, "layers": LAYERS, "ffn_dim": 40, "attention_heads": 2,
             "vocab_size": VOCABULARY, "dropout": 0.0, "init_std": 0.2, **SPECIAL_TOKENS,
         },
-        vision={"patch_embed_hidden_size": 48, "max_num_patches": 16, "num_hidden_layers": 2},
+        vision={"patch_embed_hidden_size": 48, "max_num_patches": 32, "num_hidden_layers": 2},
         top={"latent_query_num": 4},
     )  # fmt: skip
-    places = torch.cartesian_prod(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0)).expand(3, 16, 2)
+    # A patch begins with its row and column; these are far from the ends of their tables.
+    places = torch.cartesian_prod(*[torch.arange(14.0, 18.0)] * 2).expand(3, 16, 2)
     patches = torch.cat([places, noise(3, 16, 48)], dim=2)
     batches = make_batches(images(4, 4, 4, flattened_patches=patches), types=image_positions)
     return Sample(tiny_model(config, "Kosmos2_5ForConditionalGeneration"), batches)
