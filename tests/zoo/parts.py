@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from tests.attach.families.models import IMAGE, LAYERS, NEW, VIDEO, WIDTH, Inputs
 from tests.zoo.sample import Batch
 
-VOCABULARY = 64  # words are 3 to 39, 50 and above are free for what a type needs
+VOCABULARY = 64  # words are 3 to 39, 51 and above are free for what a type needs
 AUDIO, AUDIO_START, AUDIO_END = 43, 44, 45
 VIDEO_START, VIDEO_END = 46, 47  # where they are not NEW
 
@@ -186,6 +186,7 @@ def make_batches(
     audio: Media | None = None,
     *,
     types: Types = no_types,
+    text_only: bool = True,
     together: bool = True,
     merged: bool = True,
     decoder_labels: bool = False,
@@ -194,11 +195,12 @@ def make_batches(
 
     Args:
         types: further arguments that follow the ids.
+        text_only: whether a batch may be without.
         together: whether a batch may have images and videos.
         merged: whether features take the place of tokens.
         decoder_labels: whether the labels are a text of their own: the model is an encoder-decoder.
     """
-    scenes: dict[str, list[Media]] = {"text only": []}
+    scenes: dict[str, list[Media]] = {"text only": []} if text_only else {}
     if images:
         scenes["images"] = [images]
     if videos:

@@ -16,12 +16,15 @@ from tests.zoo.sample import Batch
 
 every_case = pytest.mark.parametrize("name", CASES)
 # The language model's first layer, where no module is given what was merged as `inputs_embeds`.
-FIRST_LAYERS: dict[str, str] = {}
-UNMERGED: set[str] = set()  # no feature takes the place of a token
-ENCODER_DECODERS: set[str] = set()
+FIRST_LAYERS = {
+    "chameleon": "model.layers.0", "granite4_vision": "model.language_model.layers.0",
+    "kosmos-2": "text_model.model.layers.0", "phi4_multimodal": "model.layers.0",
+}  # fmt: skip
+UNMERGED = {"git", "idefics", "mllama"}  # no feature takes the place of a token
+ENCODER_DECODERS = {"blip-2+t5", "florence2", "t5gemma2"}
 EXPERTS = {
-    "glm4v_moe", "glm5_next", "kimi_k25", "llama4", "qwen3_5_moe", "qwen3_omni_moe_thinker",
-    "qwen3_vl_moe", "qwen4_exp",
+    "glm4v_moe", "glm5_next", "internvl+gpt_oss", "internvl+qwen3_moe", "kimi_k25", "llama4",
+    "mistral3+mistral4", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp",
 }  # fmt: skip
 
 
@@ -38,12 +41,12 @@ def test_visual_is_where_the_placeholders_are(name: str) -> None:
 
 @every_case
 def test_pixels_change_the_visual_rows(name: str) -> None:
-    """A few stay as they are: learned rows that end a line of patches, for instance."""
+    """Some stay as they are: learned rows that end a line of patches, codes drawn again."""
     case = sample(name)
     for scene, batch in case.batches.items():
         changed = changed_rows(name, case.model, batch, lambda argument: "features" not in argument)
         assert not (changed & ~batch.visual).any(), scene
-        assert changed.sum() >= 0.6 * batch.visual.sum(), scene
+        assert changed.sum() >= 0.5 * batch.visual.sum(), scene
 
 
 @every_case
@@ -84,6 +87,7 @@ def merged(name: str, model: Any, inputs: dict[str, Any]) -> Tensor:
             if FIRST_LAYERS.get(name, path) == path:
                 hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
         model(**inputs)
+    assert rows or name in UNMERGED
     return rows[-1] if rows else torch.zeros(*shape, 1)
 
 
@@ -105,11 +109,13 @@ def test_every_batch_trains(name: str) -> None:
 
 
 @every_case
-def test_several_experts_learn(name: str) -> None:
+def test_a_mixture_has_several_experts_that_learn(name: str) -> None:
     case = sample(name)
-    case.model(**case.batches["images"].inputs).loss.backward()
     weights = [p for n, p in case.model.named_parameters() if ".experts." in n and p.ndim == 3]
-    assert (name in EXPERTS) == bool(weights)
+    assert bool(weights) == (name in EXPERTS)
+    if not weights:
+        return
+    case.model(**case.batches["images"].inputs).loss.backward()
     for weight in weights:
         assert len(weight) >= 4
         assert (weight.grad.flatten(1).abs().sum(dim=1) > 0).sum() >= 2
