@@ -7,8 +7,9 @@ from typing import Any
 import transformers as hf
 
 from tests.attach.families.models import IMAGE, LAYERS, TILES, WIDTH, anyres, noise, tower
-from tests.zoo.one_size import three_images
+from tests.zoo.one_size import one_size
 from tests.zoo.parts import images, make_batches, text_part, tiny_config, tiny_model
+from tests.zoo.q_formers import OPT, Q_FORMER, TOWER, questions
 from tests.zoo.sample import Sample, case
 
 
@@ -17,7 +18,7 @@ def llava(text: dict[str, Any]) -> Sample:
         vision_config={"model_type": "clip_vision_model", **tower(projection_dim=16)},
         text_config=text, image_token_id=IMAGE, image_seq_length=4, tie_word_embeddings=False,
     )  # fmt: skip
-    return three_images(config, 4)
+    return one_size(config, 4)
 
 
 UNTIED = {"tie_word_embeddings": False}
@@ -56,9 +57,7 @@ def llava_with_mpt() -> Sample:
 @case("llava+opt")
 def llava_with_opt() -> Sample:
     """The language model has a decoder in it; positions are added within."""
-    return llava(
-        text_part("opt", ffn_dim=40, word_embed_proj_dim=WIDTH, dropout=0.0, init_std=0.2, **UNTIED)
-    )
+    return llava(text_part("opt", **OPT, **UNTIED))
 
 
 @case("llava+gemma")
@@ -95,7 +94,7 @@ def llava_with_siglip() -> Sample:
         text_config=text_part("qwen2"), image_token_id=IMAGE, image_seq_length=4,
         vision_feature_layer=-1, vision_feature_select_strategy="full",
     )  # fmt: skip
-    return three_images(config, 4)
+    return one_size(config, 4)
 
 
 @case("llava_next+mistral")
@@ -109,44 +108,14 @@ def llava_next_with_mistral() -> Sample:
     return Sample(model, make_batches(images(*map(len, features), **pixels)))
 
 
-def internvl(text: dict[str, Any]) -> Sample:
-    config = hf.InternVLConfig(
-        vision_config={
-            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": [16, 16], "patch_size": [4, 4],
-        },
-        text_config=text, image_token_id=IMAGE, image_seq_length=4,
-    )  # fmt: skip
-    return three_images(config, 4)
-
-
-@case("internvl+gpt_oss")
-def internvl_with_gpt_oss() -> Sample:
-    kinds = ["sliding_attention", "full_attention"] * 2
-    return internvl(text_part("gpt_oss", layer_types=kinds))
-
-
-@case("internvl+qwen3_moe")
-def internvl_with_qwen3_moe() -> Sample:
-    return internvl(text_part("qwen3_moe"))
-
-
 @case("instructblip+llama")
 def instructblip_with_llama() -> Sample:
-    """As Vicuna's: one image a sequence, and no sequence without."""
-    querying = {
-        "encoder_hidden_size": WIDTH, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 2,
-        "cross_attention_frequency": 1,
-    }  # fmt: skip
+    """As Vicuna's."""
     config = tiny_config(
-        "instructblip", vision={"patch_size": 8}, qformer_config=querying,
-        top={"num_query_tokens": 3, "image_token_index": IMAGE, "text_config": text_part("llama")},
+        "instructblip", vision=TOWER, qformer_config=Q_FORMER,
+        top={
+            "num_query_tokens": 3, "image_token_index": IMAGE, "text_config": text_part("llama"),
+        },
     )  # fmt: skip
-    ids = noise(2, 5).abs().mul(10).long() + 3
-    pixels = {
-        "pixel_values": noise(2, 3, 16, 16), "qformer_input_ids": ids,
-        "qformer_attention_mask": ids > 0,
-    }  # fmt: skip
-    batches = make_batches(images(3, 3, **pixels))
-    return Sample(tiny_model(config), {"images": batches["images"]})
+    media = images(3, 3, 3, pixel_values=noise(3, 3, 16, 16), **questions(3))
+    return Sample(tiny_model(config), make_batches(media, text_only=False))

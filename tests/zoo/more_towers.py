@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.attach.families.models import IMAGE, LAYERS, NEW, WIDTH, noise
-from tests.zoo.one_size import three_images
+from tests.zoo.many_sizes import padded
+from tests.zoo.one_size import one_size
 from tests.zoo.parts import (
     TEXT,
     Media,
@@ -61,8 +62,8 @@ def deepseek_vl_hybrid() -> Sample:
 
 
 def got(model_type: str) -> Sample:
-    pixels = noise(3, 3, 32, 32)
-    batches = make_batches(images(4, 4, 4, pixel_values=pixels))
+    """The second image is of two tiles."""
+    batches = make_batches(images(4, 8, 4, pixel_values=noise(4, 3, 32, 32)))
     config = tiny_config(model_type, vision=SAM)
     return Sample(tiny_model(config, "GotOcr2ForConditionalGeneration"), batches)
 
@@ -95,11 +96,7 @@ def shieldgemma2() -> Sample:
 
 @case("lighton_ocr")
 def lighton_ocr() -> Sample:
-    sizes = torch.tensor([[16, 16], [16, 24], [24, 16]])
-    pixels = torch.zeros(3, 3, 24, 24)
-    for image, (height, width) in zip(pixels, sizes.tolist(), strict=True):
-        image[:, :height, :width] = noise(3, height, width)
-    batches = make_batches(images(4, 6, 6, pixel_values=pixels, image_sizes=sizes))
+    batches = make_batches(images(4, 6, 6, **padded()))
     config = tiny_config("lighton_ocr", vision={"image_size": 32})
     return Sample(tiny_model(config), batches)
 
@@ -107,7 +104,9 @@ def lighton_ocr() -> Sample:
 @case("qianfan_ocr")
 def qianfan_ocr() -> Sample:
     vision = {"image_size": [16, 16], "patch_size": [4, 4], "drop_path_rate": 0.0}
-    return three_images(tiny_config("qianfan_ocr", vision=vision), 4)
+    # The second image is of two tiles.
+    batches = make_batches(images(4, 8, 4, pixel_values=noise(4, 3, 16, 16)))
+    return Sample(tiny_model(tiny_config("qianfan_ocr", vision=vision)), batches)
 
 
 @case("janus")
@@ -122,7 +121,7 @@ def janus() -> Sample:
             "image_token_embed_dim": WIDTH, "num_hidden_layers": 2,
         },
     )  # fmt: skip
-    return three_images(config, 16)
+    return one_size(config, 16)
 
 
 @case("step3p7")
