@@ -20,6 +20,7 @@ FIRST_LAYERS = {
     "chameleon": "model.layers.0", "granite4_vision": "model.language_model.layers.0",
     "kosmos-2": "text_model.model.layers.0", "phi4_multimodal": "model.layers.0",
 }  # fmt: skip
+CODES = {"chameleon", "emu3"}
 UNMERGED = {"git", "idefics", "mllama"}  # no feature takes the place of a token
 ENCODER_DECODERS = {"blip-2+t5", "florence2", "t5gemma2"}
 EXPERTS = {
@@ -47,6 +48,16 @@ def test_pixels_change_the_visual_rows(name: str) -> None:
         changed = changed_rows(name, case.model, batch, lambda argument: "features" not in argument)
         assert not (changed & ~batch.visual).any(), scene
         assert changed.sum() >= 0.5 * batch.visual.sum(), scene
+
+
+@every_case
+def test_visual_rows_are_neither_alike_nor_zero(name: str) -> None:
+    """Those of the types with a quantiser are of a few codes."""
+    case = sample(name)
+    for scene, batch in case.batches.items():
+        rows = merged(name, case.model, batch.inputs)[batch.visual]
+        assert (rows.norm(dim=-1) > 0.1).all(), scene
+        assert len(rows.unique(dim=0)) >= (8 if name in CODES and len(rows) else 0.5 * len(rows))
 
 
 @every_case
@@ -93,7 +104,7 @@ def merged(name: str, model: Any, inputs: dict[str, Any]) -> Tensor:
 
 @every_case
 def test_every_batch_trains(name: str) -> None:
-    """The same on every call, without dropout or other chance; the towers too, with pixels."""
+    """The same on every call, without dropout or other chance."""
     losses = {}
     for _ in range(2):
         case = sample(name)
