@@ -57,7 +57,7 @@ def llava_with_mpt() -> Sample:
 @case("llava+opt")
 def llava_with_opt() -> Sample:
     """The language model has a decoder in it; positions are added within."""
-    return llava(text_part("opt", **OPT, **UNTIED))
+    return llava(text_part("opt", initializer_range=0.2, **OPT, **UNTIED))
 
 
 @case("llava+gemma")

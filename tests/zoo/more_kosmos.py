@@ -31,7 +31,7 @@ def kosmos_2_5() -> Sample:
             "vocab_size": VOCABULARY, "dropout": 0.0, "init_std": 0.2, **SPECIAL_TOKENS,
         },
         vision={"patch_embed_hidden_size": 48, "max_num_patches": 32, "num_hidden_layers": 2},
-        top={"latent_query_num": 4},
+        top={"latent_query_num": 4, "initializer_range": 0.2},
     )  # fmt: skip
     # A patch begins with its row and column; these are far from the ends of their tables.
     places = torch.cartesian_prod(*[torch.arange(14.0, 18.0)] * 2).expand(3, 16, 2)

@@ -154,7 +154,7 @@ def aria() -> Sample:
             "intermediate_size": 16, "moe_num_experts": 4, "moe_topk": 2,
             "moe_num_shared_experts": 1,
         },
-        top={"projector_patch_to_query_dict": {16: 4}},
+        top={"projector_patch_to_query_dict": {16: 4}, "initializer_range": 0.3},
     )  # fmt: skip
     seen = torch.ones(3, 16, 16, dtype=torch.bool)
     seen[1, :, 8:] = False
