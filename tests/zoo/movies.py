@@ -53,6 +53,6 @@ def perception_lm() -> Sample:
         model = tiny_model(tiny_config("perception_lm", vision=vision))
     batches = make_batches(
         images(4, 4, 4, pixel_values=noise(3, 1, 3, 16, 16)),
-        videos((8,), (8,), pixel_values_videos=noise(2, 2, 3, 16, 16)),
+        videos((12,), (12,), pixel_values_videos=noise(2, 3, 3, 16, 16)),
     )
     return Sample(model, batches)

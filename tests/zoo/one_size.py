@@ -79,8 +79,11 @@ def idefics2() -> Sample:
         "resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 1,
     }  # fmt: skip
     pixels = images_by_row([[(16, 16), (12, 16)], [(16, 8)]])
-    config = tiny_config("idefics2", perceiver_config=resampler)
-    return Sample(tiny_model(config), make_batches(images(3, 3, 3, **pixels)))
+    model = tiny_model(tiny_config("idefics2", perceiver_config=resampler))
+    # They begin as ones: all three would be the same.
+    latents = model.model.connector.perceiver_resampler.latents
+    torch.nn.init.normal_(latents, generator=torch.Generator().manual_seed(0))
+    return Sample(model, make_batches(images(3, 3, 3, **pixels)))
 
 
 @case("emu3")

@@ -150,7 +150,7 @@ class Media(NamedTuple):
         """What stands in a sequence for one of them."""
         before, behind = self.around
         first, *others = self.runs[number]
-        rest = [id for run in others for id in (*self.between, *[self.token] * run)]
+        rest = [t for run in others for t in (*self.between, *[self.token] * run)]
         return [*before, *[self.token] * first, *rest, *behind]
 
 
@@ -234,10 +234,10 @@ def sequences(media: Sequence[Media]) -> tuple[Tensor, Tensor, Tensor]:
     kinds: list[list[int]] = [[0, 0], [0, 0]]
     for medium in media:
         for number in range(len(medium.runs)):
-            row = number >= len(medium.runs) / 2
+            row = int(number >= len(medium.runs) / 2)
             ids = [*medium.ids(number), next(words)]
             rows[row] += ids
-            kinds[row] += [medium.kind * (id == medium.token) for id in ids]
+            kinds[row] += [medium.kind * (token == medium.token) for token in ids]
     for row, kinds_of_row, count in zip(rows, kinds, (7, 5), strict=True):
         row += [next(words) for _ in range(count)]
         kinds_of_row += [0] * count

@@ -20,12 +20,38 @@ FIRST_LAYERS = {
     "chameleon": "model.layers.0", "granite4_vision": "model.language_model.layers.0",
     "kosmos-2": "text_model.model.layers.0", "phi4_multimodal": "model.layers.0",
 }  # fmt: skip
+CODES = {"chameleon", "emu3"}
 UNMERGED = {"git", "idefics", "mllama"}  # no feature takes the place of a token
 ENCODER_DECODERS = {"blip-2+t5", "florence2", "t5gemma2"}
+ONE_ID = {"glm4v", "glm46v", "glm4v_moe", "glm_ocr"}
+IMAGES_REQUIRED = {
+    "blip-2", "blip-2+t5", "git", "idefics", "instructblip", "instructblipvideo", "kosmos-2",
+}  # fmt: skip
+SOUNDS = {
+    "gemma3n", "gemma4", "gemma4_unified", "phi4_multimodal", "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker",
+}  # fmt: skip
 EXPERTS = {
     "glm4v_moe", "glm5_next", "internvl+gpt_oss", "internvl+qwen3_moe", "kimi_k25", "llama4",
     "mistral3+mistral4", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp",
 }  # fmt: skip
+
+
+@every_case
+def test_scenes(name: str) -> None:
+    """Videos wherever the config has an id for them, both in a batch unless they share one."""
+    case = sample(name)
+    ids = [getattr(case.model.config, f"video_token_{end}", None) for end in ("id", "index")]
+    scenes = set(case.batches)
+    assert ("videos" in scenes) == (ids != [None, None] and name != "paddleocr_vl")
+    assert ("images" in scenes) == (name != "instructblipvideo")
+    assert ("mixed" in scenes) == ({"images", "videos"} <= scenes and name not in ONE_ID) or (
+        name in SOUNDS
+    )
+    assert ("text only" in scenes) == (name not in IMAGES_REQUIRED)
+    for scene in scenes & {"images", "mixed"}:
+        assert (case.batches[scene].inputs["attention_mask"] == 0).any(), scene
+    assert any("features" in x for x in case.batches.get("mixed", [{}])[0]) == (name in SOUNDS)
 
 
 @every_case
@@ -47,6 +73,16 @@ def test_pixels_change_the_visual_rows(name: str) -> None:
         changed = changed_rows(name, case.model, batch, lambda argument: "features" not in argument)
         assert not (changed & ~batch.visual).any(), scene
         assert changed.sum() >= 0.5 * batch.visual.sum(), scene
+
+
+@every_case
+def test_visual_rows_are_neither_alike_nor_zero(name: str) -> None:
+    """Those of the types with a quantiser are of a few codes."""
+    case = sample(name)
+    for scene, batch in case.batches.items():
+        rows = merged(name, case.model, batch.inputs)[batch.visual]
+        assert (rows.norm(dim=-1) > 0.1).all(), scene
+        assert len(rows.unique(dim=0)) >= (8 if name in CODES and len(rows) else 0.5 * len(rows))
 
 
 @every_case
@@ -93,7 +129,7 @@ def merged(name: str, model: Any, inputs: dict[str, Any]) -> Tensor:
 
 @every_case
 def test_every_batch_trains(name: str) -> None:
-    """The same on every call, without dropout or other chance; the towers too, with pixels."""
+    """The same on every call, without dropout or other chance."""
     losses = {}
     for _ in range(2):
         case = sample(name)
