@@ -39,6 +39,8 @@ EXPERTS = {
     "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp", "step3p7",
 }  # fmt: skip
 
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")  # what configs call it
+
 
 @every_case
 def test_scenes(name: str) -> None:
@@ -138,7 +140,7 @@ def merged(name: str, model: Any, inputs: dict[str, Any]) -> Tensor:
 @every_case
 def test_every_batch_trains(name: str) -> None:
     """The same on every call, without dropout or other chance."""
-    losses = {}
+    losses: dict[str, float] = {}
     for _ in range(2):
         case = sample(name)
         for scene, batch in case.batches.items():
@@ -159,6 +161,8 @@ def test_a_mixture_has_several_experts_that_learn(name: str) -> None:
     assert bool(weights) == (name in EXPERTS)
     if not weights:
         return
+    text = case.model.config.get_text_config()
+    assert {getattr(text, k) for k in EXPERTS_OF_A_TOKEN if hasattr(text, k)} == {2}
     case.model(**case.batches["images"].inputs).loss.backward()
     for weight in weights:
         assert len(weight) >= 4
