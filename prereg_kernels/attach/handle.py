@@ -73,7 +73,7 @@ class PRe:
           family: LLaVA, listed
           layers: model.language_model.layers: 4 LlamaDecoderLayer, by get_decoder()
           language_model: model.language_model: it holds the layers and takes inputs_embeds
-          visual_tokens: image_token_id = 4
+          visual_tokens: image_token_id = 39
         >>> pre.heads[3].weights[0].shape
         torch.Size([24, 24])
     """
