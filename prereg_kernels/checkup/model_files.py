@@ -86,9 +86,7 @@ def without_code(value: Any, left_out: list[str], names: Set[str] = CODE) -> Any
     if not isinstance(value, dict):
         return value
     left_out += [key for key in value if key in names and value[key] is not None]
-    return {
-        key: without_code(x, left_out, names) for key, x in value.items() if key not in names
-    }
+    return {key: without_code(x, left_out, names) for key, x in value.items() if key not in names}
 
 
 def check_weights(directory: Path, config: Any) -> None:

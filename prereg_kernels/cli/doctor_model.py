@@ -7,6 +7,7 @@ kind, with random weights, runs a made-up batch.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from prereg_kernels.checkup.loading import quiet
 from prereg_kernels.checkup.model_files import (
     CODE,
     QUANTISED,
+    in_words,
     naming,
     offline,
     read_content,
@@ -51,11 +53,11 @@ def doctor_model(directory: Path, as_json: bool) -> bool:
 
 def examine_model(directory: Path) -> tuple[Report, bool]:
     """Facts by section, and whether PRe works on the model. ValueError as `doctor_model`."""
-    config, left_out = read_config(directory)
-    with quiet(), offline():
+    with quiet(), offline(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the check's own are told
+        config, left_out = read_config(directory)
         kind = model_class(directory, config)
-        with naming(directory / "config.json"), torch.device("meta"):
-            model = kind(config)
+        model = _built(directory, kind, config)
         facts = {"class": kind.__name__, "model_type": config.model_type}
         if left_out:
             facts["left out"] = f"{', '.join(left_out)}: no code but transformers' own runs here"
@@ -67,6 +69,19 @@ def examine_model(directory: Path) -> tuple[Report, bool]:
         del model
         batch, works = check_batch(directory, kind, config)
     return {"model": facts, "batch": batch}, works
+
+
+def _built(directory: Path, kind: Any, config: Any) -> nn.Module:
+    """On the meta device. ValueError: transformers cannot."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind(config)
+    except Exception as error:
+        raise ValueError(
+            f"{directory / 'config.json'}: expected the config of a {kind.__name__}, and "
+            f"transformers cannot build one of it: {in_words(error)}"
+        ) from error
+    return model
 
 
 def read_config(directory: Path) -> tuple[Any, list[str]]:
@@ -146,11 +161,13 @@ def _facts(model: nn.Module, resolution: Resolution) -> dict[str, str]:
         [(layer, head)] = pre.heads.items()
         parameters = sum(p.numel() for p in head.parameters())
         facts["layer"] = f"{layer}, the middle of {count}"
-        facts["width"] = f"{pre.config.anchor_features or head.weights[0].shape[1]}"
+        facts["width"] = str(head.weights[0].shape[1])
         return f"{parameters:,} parameters"
 
     facts["head"] = _with(model, of_default)
-    facts["level global"] = _with(model, lambda pre: f"possible, by {_counts(family)}", level="global")
+    facts["level global"] = _with(
+        model, lambda pre: f"possible, by {_counts(family)}", level="global"
+    )
     facts["pre_projector"] = _with(
         model, lambda pre: f"possible, at {family.projector}", anchor="pre_projector"
     )

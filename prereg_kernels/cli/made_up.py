@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ SIDE = 224  # of the image
 QUESTION = "What is in the image?"
 
 
-class NotRun(Exception):
+class NotRunError(Exception):
     """There is no batch, or no model to run it; the message is the end of a sentence."""
 
 
@@ -41,7 +40,7 @@ def check_batch(directory: Path, kind: Any, config: Any) -> tuple[dict[str, str]
         batch = _batch(processor, model, resolve(model).family)
         with _failing("the model itself fails on it"), torch.no_grad():
             model(**batch)
-    except NotRun as reason:
+    except NotRunError as reason:
         return facts | {"batch": f"not run, since {reason}"}, True
     facts["batch"], works = _checked(model, batch)
     return facts, works
@@ -63,6 +62,11 @@ def _checked(model: Any, batch: dict[str, Any]) -> tuple[str, bool]:
     seen = f"{int(pre.count(batch))} visual tokens of {positions} positions"
     if ours:
         return f"{seen}; warning: {' '.join(ours)}", True
+    if entry:
+        return (
+            f"checked in part: {seen} have features where they enter layer {entry + 1}, and layers "
+            "before it change all rows, so the others are not compared"
+        ), True
     return f"checked: {seen}, features where PRe expects them", True
 
 
@@ -72,19 +76,19 @@ def _processor(directory: Path, config: Any) -> Any:
     files = sorted(directory.glob("*config.json"))
     files = [path for path in files if path.name != "config.json"]
     if not files:
-        raise NotRun(f"{directory.name} has no processor")
+        raise NotRunError(f"{directory.name} has no processor")
     for path in files:
         named: list[str] = []
         with _failing(f"{path.name} cannot be read"):
             without_code(read_json(path), named, CODE)
         if named:
-            raise NotRun(f"{path.name} names code to run, at {named[0]}")
+            raise NotRunError(f"{path.name} names code to run, at {named[0]}")
     with _failing("transformers cannot load the processor"):
         processor = AutoProcessor.from_pretrained(
             directory, config=config, local_files_only=True, trust_remote_code=False
         )
     if not isinstance(processor, ProcessorMixin):
-        raise NotRun(f"{directory.name} has a {type(processor).__name__} and no processor")
+        raise NotRunError(f"{directory.name} has a {type(processor).__name__} and no processor")
     return processor
 
 
@@ -96,7 +100,7 @@ def _small(kind: Any, config: Any) -> tuple[Any, str]:
             parameters = sum(p.numel() for p in kind(small).parameters())
         dtype = torch.float32 if 4 * parameters <= BYTES / 2 else torch.bfloat16
         if parameters * dtype.itemsize > BYTES:
-            raise NotRun(
+            raise NotRunError(
                 f"even at reduced size the model has {parameters:,} parameters, more than "
                 f"{BYTES / 1e9:.0f} GB in {dtype}"
             )
@@ -133,11 +137,11 @@ def _batch(processor: Any, model: Any, family: Family) -> dict[str, Any]:
         except Exception as error:
             failed = failed or in_words(error)
     if tried:
-        raise NotRun(
+        raise NotRunError(
             f"{type(processor).__name__} makes no visual token "
             f"({family.visual_tokens or 'by the mask'}) of an image"
         )
-    raise NotRun(f"{type(processor).__name__} fails: {failed}")
+    raise NotRunError(f"{type(processor).__name__} fails: {failed}")
 
 
 def _prompts(processor: Any) -> Iterator[str]:
@@ -173,10 +177,10 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failing(what: str) -> Iterator[None]:
-    """NotRun in place of any error in here."""
+    """NotRunError in place of any error in here."""
     try:
         yield
-    except NotRun:
+    except NotRunError:
         raise
     except Exception as error:
-        raise NotRun(f"{what}: {in_words(error)}") from error
+        raise NotRunError(f"{what}: {in_words(error)}") from error

@@ -73,8 +73,8 @@ def _kept(values: dict[str, Any], depth: int, count: int) -> list[int]:
         kinds.setdefault(repr([value[layer] for value in per_layer]), layer)
     named = {i % depth for n, v in values.items() if _are_numbers(n, v, depth) for i in v}
     kept = named | set(list(kinds.values())[:count])
-    others = (layer for layer in range(depth) if layer not in kept)
-    return sorted(kept | {layer for layer, _ in zip(others, range(count - len(kept)))})
+    others = [layer for layer in range(depth) if layer not in kept]
+    return sorted(kept | set(others[: max(0, count - len(kept))]))
 
 
 def _at(kept: list[int], depth: int, name: str, value: Any) -> Any:
