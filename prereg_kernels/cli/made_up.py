@@ -117,7 +117,8 @@ def _small(kind: Any, config: Any) -> tuple[Any, str]:
 def _fill(model: Any) -> None:
     """Random numbers where a fresh model has zeros, or memory as it was, and a trained one not."""
     for parameter in model.parameters():
-        if not parameter.count_nonzero() or not parameter.isfinite().all():
+        largest = torch.linalg.vector_norm(parameter, float("inf"))
+        if not largest or not largest.isfinite():
             parameter.normal_(std=0.02)
 
 
