@@ -1,4 +1,4 @@
-"""`prereg doctor MODEL_DIR`: whether PRe works on a model, and where the model keeps things.
+"""`prereg doctor MODEL`: whether PRe works on a model, and where the model keeps things.
 
 The model is built from its config on the meta device, without weights. Then a smaller one of its
 kind, with random weights, runs a made-up batch.

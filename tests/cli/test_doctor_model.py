@@ -1,16 +1,18 @@
-"""prereg doctor MODEL_DIR: what it says of right models, of refused ones, and of no model."""
+"""prereg doctor MODEL: what it says of right models, of refused ones, and of no model."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from transformers import (
     CONFIG_MAPPING,
+    AddedToken,
     AutoConfig,
     CLIPImageProcessor,
     LlavaProcessor,
@@ -20,14 +22,15 @@ from transformers import (
 from prereg_kernels.attach import families, resolver
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.cli import made_up
+from prereg_kernels.cli.commands import main
 from prereg_kernels.cli.doctor_model import examine_model
 from tests.checkup.pictures import save_tokenizer
-from tests.cli.run import prereg
 from tests.tiny import IMAGE_TOKEN, LAYERS, PATCHES, WIDTH, tiny_llava
 from tests.zoo import CASES, sample
 from tests.zoo.refused import REFUSED
 
 POSITIONS = PATCHES + 5  # of the image, and of the words of the question
+LLAMA = {"model_type": "llama"}
 NEED_TIMM = {"fast_vlm", "gemma3n", "perception_lm"}  # the zoo has stubs in place of its towers
 
 
@@ -44,6 +47,7 @@ def whole(bare: Path) -> Path:
     """And its processor."""
     save_tokenizer(bare, "{% for m in messages %}<image> hello bye look hello bye{% endfor %}")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(bare)
+    tokenizer.add_tokens([AddedToken("<image>", special=True)])  # found without spaces around it
     size = {"height": 16, "width": 16}
     image_processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
     LlavaProcessor(
@@ -57,11 +61,34 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return prereg("doctor", directory.name, *flags, cwd=directory.parent)
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int | str | None
+    stdout: str
+    stderr: str
 
 
-def test_a_listed_family(whole: Path) -> None:
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`prereg doctor DIRECTORY ...` in this process, as its imports take seconds."""
+
+    def run_here(directory: Path, *flags: str) -> Done:
+        with (
+            mock.patch.object(sys, "argv", ["prereg", "doctor", str(directory), *flags]),
+            pytest.raises(SystemExit) as stop,
+        ):
+            capsys.readouterr()
+            main()
+        return Done(stop.value.code, *capsys.readouterr())
+
+    return run_here
+
+
+def test_a_listed_family(whole: Path, run: Run) -> None:
     done = run(whole)
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line.strip())
@@ -91,7 +118,7 @@ def test_a_listed_family(whole: Path) -> None:
     )
 
 
-def test_json_says_the_same(whole: Path) -> None:
+def test_json_says_the_same(whole: Path, run: Run) -> None:
     assert json.loads(run(whole, "--json").stdout) == examine_model(whole)[0]
 
 
@@ -111,7 +138,7 @@ def test_a_family_that_is_not_listed(whole: Path, monkeypatch: pytest.MonkeyPatc
     assert report["batch"]["batch"].startswith(f"checked: {PATCHES} visual tokens")
 
 
-def test_a_refused_family(tmp_path: Path) -> None:
+def test_a_refused_family(tmp_path: Path, run: Run) -> None:
     sample("mllama").model.config.save_pretrained(tmp_path / "mllama")
     done = run(tmp_path / "mllama")
     assert (done.returncode, done.stderr) == (1, "")
@@ -127,7 +154,7 @@ def test_a_model_of_text_alone(tmp_path: Path) -> None:
     assert not works and "no id of a visual token" in report["model"]["supported"]
 
 
-def test_features_elsewhere_are_an_error(whole: Path) -> None:
+def test_features_elsewhere_are_an_error(whole: Path, run: Run) -> None:
     """Of an id that the model does not replace."""
     change(whole / "config.json", video_token_id=3)
     report, works = examine_model(whole)
@@ -189,7 +216,7 @@ def _deep(directory: Path) -> None:
         ),
     ],
 )
-def test_no_model_directory(bare: Path, make: Callable[[Path], Any], said: str) -> None:
+def test_no_model_directory(bare: Path, make: Callable[[Path], Any], said: str, run: Run) -> None:
     make(bare)
     done = run(bare)
     assert done.returncode == 2 and done.stdout == ""
@@ -197,7 +224,7 @@ def test_no_model_directory(bare: Path, make: Callable[[Path], Any], said: str) 
     assert line.startswith("prereg: ") and said in line
 
 
-def test_no_code_of_the_directory_runs(whole: Path) -> None:
+def test_no_code_of_the_directory_runs(whole: Path, run: Run) -> None:
     trap = "open('ran', 'w')\nraise SystemExit(7)\n"
     for name in ("configuration_llava", "modeling_llava", "processing_llava"):
         (whole / f"{name}.py").write_text(trap)
@@ -235,7 +262,7 @@ def test_why_a_batch_is_not_run(whole: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert batch().endswith("not to be had at reduced size: ZeroDivisionError: integer division or "
                             "modulo by zero")  # fmt: skip
     monkeypatch.undo()
-    change(whole / "config.json", image_token_id=5)  # the processor's stays
+    change(whole / "config.json", image_token_id=20)  # the processor's stays
     assert batch().startswith("not run, since LlavaProcessor makes no visual token")
 
 
