@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+import torch
 from transformers import (
     CONFIG_MAPPING,
     AddedToken,
@@ -19,17 +21,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prereg_kernels.attach import families, resolver
-from prereg_kernels.attach.resolver import resolve
+from prereg_kernels.attach import families, regularizer, resolver
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.resolver import Resolution, resolve
 from prereg_kernels.cli import made_up
 from prereg_kernels.cli.commands import main
 from prereg_kernels.cli.doctor_model import examine_model
 from tests.checkup.pictures import save_tokenizer
-from tests.tiny import IMAGE_TOKEN, LAYERS, PATCHES, WIDTH, tiny_llava
+from tests.tiny import IMAGE_TOKEN, LAYERS, PATCHES, WIDTH, make_batch, tiny_llava
 from tests.zoo import CASES, sample
 from tests.zoo.refused import REFUSED
 
 POSITIONS = PATCHES + 5  # of the image, and of the words of the question
+# Their decoders change each row of the table, so that nothing is to be compared.
+UNSEEN = {"inkling_mm_model", "kosmos-2", "kosmos-2.5"}
 LLAMA = {"model_type": "llama"}
 NEED_TIMM = {"fast_vlm", "gemma3n", "perception_lm"}  # the zoo has stubs in place of its towers
 
@@ -187,6 +192,29 @@ def test_features_of_other_tokens_are_a_warning(
     )
 
 
+def test_a_check_in_part_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers run before the features are there, rows of text are of no table."""
+    family = dataclasses.replace(resolve(tiny_llava()).family, enters_at=1)
+    monkeypatch.setattr(regularizer, "resolve", lambda *_: Resolution(family, "listed", {}))
+    monkeypatch.setattr(made_up, "resolve", lambda *_: Resolution(family, "listed", {}))
+    said, works = made_up._checked(tiny_llava().eval(), make_batch())
+    assert works and said == (
+        "checked in part: 8 visual tokens of 28 positions have features where they enter layer 2, "
+        "and layers before it change all rows, so the others are not compared"
+    )
+
+
+def test_layers_that_are_not_the_decoder_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = Family(
+        "mine", layers="model.vision_tower.encoder.layers",
+        language_model="model.vision_tower.encoder", visual_tokens=("image_token_id",),
+    )  # fmt: skip
+    monkeypatch.setattr(regularizer, "resolve", lambda *_: Resolution(family, "listed", {}))
+    monkeypatch.setattr(made_up, "resolve", lambda *_: Resolution(family, "listed", {}))
+    said, works = made_up._checked(tiny_llava().eval(), make_batch())
+    assert not works and said.startswith("error: ")
+
+
 def _remote(directory: Path) -> None:
     names = {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X"}
     change(directory / "config.json", model_type="x", auto_map=names)
@@ -303,6 +331,23 @@ def test_every_type_of_the_zoo(name: str, tmp_path: Path) -> None:
     for field, what in resolution.how.items():
         assert facts[field] == what
     assert facts["layer"].endswith(f"of {len(resolution.family.layers_of(model))}")
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_no_false_alarm(name: str) -> None:
+    """Of a model and its batch, whatever their type."""
+    case = sample(name)
+    batch = case.batches.get("images", case.batches.get("videos"))
+    if families.family_of_type(case.model.config.model_type).refused:
+        return
+    attention = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
+    visual = int((batch.visual & (attention == 1)).sum())
+    said, works = made_up._checked(case.model.eval(), batch.inputs)
+    seen = f"{visual} visual tokens of {batch.visual.numel()} positions"
+    if name in UNSEEN:
+        assert works and said.startswith(f"{seen}; warning: PRe: nothing is seen of where")
+    else:
+        assert (said, works) == (f"checked: {seen}, features where PRe expects them", True)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
