@@ -82,7 +82,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     try:
         from prereg_kernels.cli.doctor_model import doctor_model
     except ModuleNotFoundError as error:
-        _fail(f"{error}; doctor needs for a model: pip install 'prereg-kernels[checkup]'")
+        _fail(f"{error}; a model needs: pip install 'prereg-kernels[checkup]'")
     try:
         works = doctor_model(arguments.model, arguments.json)
     except KeyboardInterrupt:
