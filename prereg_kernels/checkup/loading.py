@@ -67,7 +67,7 @@ def load(
     local = {"config": config, "local_files_only": True, "trust_remote_code": False}
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    with _quiet(), offline(), naming(directory):
+    with quiet(), offline(), naming(directory):
         model, loading = AutoModelForImageTextToText.from_pretrained(
             directory,
             generation_config=GenerationConfig(),  # else its file is read as well
@@ -88,7 +88,7 @@ def load(
     ] * bool(left_out)
     tokenizer = None
     if (directory / "tokenizer_config.json").is_file():
-        with _quiet(), offline(), naming(directory):
+        with quiet(), offline(), naming(directory):
             tokenizer = AutoTokenizer.from_pretrained(directory, **local)
     else:
         notes.append(
@@ -157,7 +157,7 @@ def _processor_settings(directory: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and advice."""
     from transformers.utils import logging
 

@@ -9,7 +9,7 @@ alone, and only in the outermost config.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ CODE = {
 """Keys of a config that decide which code runs, and on which files; at any depth."""
 
 ADAPTER = "adapter_config.json"
+QUANTISED = "quantization_config"
 
 
 def read_config(directory: Path) -> tuple[Any, list[str]]:
@@ -38,28 +39,54 @@ def read_config(directory: Path) -> tuple[Any, list[str]]:
         ValueError: no config, one of a family that the checkup does not know, one with parts of
             other types than it is tested with, or of quantised weights.
     """
-    path = directory / "config.json"
-    adapter = (directory / ADAPTER).exists()
-    if not path.is_file():
-        merge = "; merge the adapter into its model first (merge_and_unload)" * adapter
+    path, adapter = directory / "config.json", directory / ADAPTER
+    if path.is_file() and adapter.exists():
         raise ValueError(
-            f"{directory}: expected a model directory, with a config.json in it{merge}"
+            f"{adapter}: expected a whole model, got an adapter beside it; merge it into the model "
+            "first (merge_and_unload), or move it away to measure the model alone"
         )
-    if adapter:
-        raise ValueError(
-            f"{directory / ADAPTER}: expected a whole model, got an adapter beside it; merge it "
-            "into the model first (merge_and_unload), or move it away to measure the model alone"
-        )
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    content = read_content(directory)
     kind = str(content.get("model_type"))
     with naming(directory):
         family_with_layout(kind)
     with naming(path):
         left_out: list[str] = []
-        content = _without_code(content, left_out)
+        _check_dtype(content)
+        content = without_code(content, left_out)
         return _built(kind, content), sorted(set(left_out))
+
+
+def read_content(directory: Path) -> dict[str, Any]:
+    """What a model directory's config.json says, as it is.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        adapter = (directory / ADAPTER).exists()
+        merge = "; merge the adapter into its model first (merge_and_unload)" * adapter
+        raise ValueError(
+            f"{directory}: expected a model directory, with a config.json in it{merge}"
+        )
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def without_code(value: Any, left_out: list[str], names: Set[str] = CODE) -> Any:
+    """A config's content without what decides which code runs; it adds to `left_out` what it was.
+
+    Args:
+        names: the keys to leave out, at any depth.
+    """
+    if isinstance(value, list):
+        return [without_code(item, left_out, names) for item in value]
+    if not isinstance(value, dict):
+        return value
+    left_out += [key for key in value if key in names and value[key] is not None]
+    return {key: without_code(x, left_out, names) for key, x in value.items() if key not in names}
 
 
 def check_weights(directory: Path, config: Any) -> None:
@@ -102,20 +129,21 @@ def _built(kind: str, content: dict[str, Any]) -> Any:
     return config
 
 
-def _without_code(value: Any, left_out: list[str]) -> Any:
-    if isinstance(value, list):
-        return [_without_code(item, left_out) for item in value]
+def _check_dtype(value: Any) -> None:
+    """Raise ValueError where weights are quantised in a way that may need code of others."""
+    for part in value if isinstance(value, list) else ():
+        _check_dtype(part)
     if not isinstance(value, dict):
-        return value
-    quantised = value.get("quantization_config")
+        return
+    quantised = value.get(QUANTISED)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "bitsandbytes"):  # the others' kernels may come from the hub
         raise ValueError(
             "quantization_config: expected weights in a floating dtype or of bitsandbytes, got "
             f"{method!r}; dequantise the model and save it first, or measure it by checkup()"
         )
-    left_out += [key for key in value if key in CODE and value[key] is not None]
-    return {key: _without_code(x, left_out) for key, x in value.items() if key not in CODE}
+    for part in value.values():
+        _check_dtype(part)
 
 
 @contextlib.contextmanager

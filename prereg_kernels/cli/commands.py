@@ -23,9 +23,7 @@ def main() -> None:
     if flags and arguments.command not in ("train", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if arguments.command == "doctor":
-        from prereg_kernels.cli.doctor import doctor
-
-        doctor(arguments.json)
+        _doctor(arguments)
         return
     if arguments.command == "build":
         _build()
@@ -73,6 +71,25 @@ def _checkup(arguments: argparse.Namespace) -> None:
         _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from prereg_kernels.cli.doctor import doctor
+
+    if arguments.model is None:
+        doctor(arguments.json)
+        return
+    try:
+        from prereg_kernels.cli.doctor_model import doctor_model
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; a model needs: pip install 'prereg-kernels[checkup]'")
+    try:
+        works = doctor_model(arguments.model, arguments.json)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    sys.exit(0 if works else 1)
 
 
 def _build() -> None:
@@ -149,8 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkup(commands)
     doctor = commands.add_parser(
         "doctor",
-        help="what is installed, and what runs here",
-        description="Versions, CPU, GPU and backends: what runs here, and why the rest does not.",
+        help="what is installed and runs here; whether a model is supported",
+        description="Versions, CPU, GPU and backends: what runs here, and why the rest does not. "
+        "With a model directory: whether PRe works on the model, and where the model keeps things. "
+        "Its weights are not read. Exit status 1 says that PRe does not work on it.",
+    )
+    doctor.add_argument(
+        "model", type=Path, nargs="?", help="a model directory: config and, if there, processor"
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     commands.add_parser(

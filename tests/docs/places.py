@@ -99,6 +99,7 @@ def checkout(place: Path) -> None:
 PLACES: dict[str, Callable[[Path], None]] = {
     "README.md": checkups,
     "docs/checkup.md": checkups,
+    "docs/integrations.md": checkups,
     "docs/training.md": training,
     "examples": examples,
     "benchmarks": checkout,

@@ -195,6 +195,10 @@ def has_two_models(place: Path, output: str) -> None:
     assert len(curves(place)) == 2
 
 
+def is_supported(place: Path, output: str) -> None:
+    assert re.search(r"^  supported +yes$", output, re.M)
+
+
 def is_a_run(place: Path, output: str) -> None:
     there = {path.name for path in (place / "runs" / "mine").iterdir()}
     named = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "checkups.jsonl"}
@@ -229,6 +233,7 @@ def l_pre_falls_and_is_resumed(place: Path, output: str) -> None:
 
 
 OUTCOMES = {
+    "doctor MODEL": is_supported,
     "MODEL --images photos": has_no_probe,
     "--images imagenet-val": has_an_image_probe,
     "instances_val2017.json": has_objects,
