@@ -5,6 +5,9 @@ rows that differ from that table are those of the visual tokens, and of other to
 A training step that brings a new set of arguments is compared with what the embedding module
 returned in it, with images and without; later steps of that kind are not. In a graph of
 torch.compile nothing is.
+
+Some models change each row of their table on its way, as by a norm. There the same word has the
+same row wherever it stands, and the rows of placeholders with features differ.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels.attach.families import family_of_type
+from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.attach.visual import find_marked, find_visible
 
 if TYPE_CHECKING:
@@ -45,7 +50,7 @@ class FirstSteps:
 
         current.embedded = embedded
         embeddings = self._state.model.get_input_embeddings()
-        current.embedding_hook = embeddings.register_forward_hook(keep)
+        current.hooks.append(embeddings.register_forward_hook(keep))
 
     def look(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """Compare what enters the decoder with what the embedding module returned.
@@ -73,16 +78,50 @@ class FirstSteps:
             return
         visible = find_visible(current.inputs.get("attention_mask"), visual)
         visible = torch.ones_like(visual) if visible is None else visible
+        words = visible & ~visual & (states.count_nonzero(dim=-1) > 0).to(visual.device)
         differs = _differs(states, tables).to(visual.device) if tables else None
-        words = visible & ~visual
-        if differs is not None:
-            words &= (states.count_nonzero(dim=-1) > 0).to(visual.device)
         if differs is None or bool((differs | ~words).all()):
-            self._refuse_unseen(current, bool(words.any()))
+            ids = current.inputs.get("input_ids")
+            differs = _varies(states, ids, visible, visual)
+            self._compare_with_listed(current, visual, visible)
+        if differs is None:
+            self._refuse_unseen(current, bool((visible & ~visual).any()))
             return
         self._look_at_visual(visual & ~differs, visual, current)
         self._look_at_words(differs & visible & ~visual, current)
         self._look_at_codes(current)
+
+    def look_before(self, current: Pass, states: Tensor) -> None:
+        """See that what comes before `family.enters_at` holds no visual features.
+
+        Args:
+            states: (rows, length, D), the `inputs_embeds` or the first layer's input.
+
+        Raises:
+            ValueError: it does, so the anchor would be what layers have made of them.
+        """
+        if current.embedded is None:
+            return
+        visual = _visual(current)
+        tables = [x.to(states) for x in current.embedded if x.shape == states.shape]
+        if not tables:
+            return
+        differs = _differs(states, tables).to(visual.device)
+        empty = (states.count_nonzero(dim=-1) == 0).to(visual.device)
+        rows = states[(visual & differs & ~empty).to(states.device)]
+        if len(rows) and not bool((rows == rows[0]).all()):
+            family = self._state.family
+            raise ValueError(
+                "family.enters_at: expected the index of the first decoder layer whose input "
+                "holds visual features, or None where the inputs_embeds hold them; got "
+                f"{family.entry_of(self._state.model)}, and they are there before: {len(rows)} of "
+                f"the {int(visual.sum())} visual rows differ from the embedding table's"
+            )
+        visible = find_visible(current.inputs.get("attention_mask"), visual)
+        cleared = differs & empty if visible is None else differs & empty & visible
+        if bool(cleared.any()):  # for the features to come
+            self._look_at_visual(visual & ~cleared, visual, current)
+            self._look_at_words(cleared & ~visual, current)
 
     def _refuse_unseen(self, current: Pass, has_words: bool) -> None:
         """Raise ValueError if the model's parts were only found, where the table shows nothing."""
@@ -104,6 +143,23 @@ class FirstSteps:
             f"{family.name!r}, language_model={family.language_model!r}, "
             f"layers={family.layers!r}, visual_tokens={family.visual_tokens!r}))"
         )
+
+    def _compare_with_listed(self, current: Pass, visual: Tensor, visible: Tensor) -> None:
+        """Where rows show little, a family that the caller gave beside that of the model's type."""
+        model: Any = self._state.model
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        is_told = self._state.origin != "given" or current.source == "next_visual_mask"
+        if is_told or family_of_type(model_type) is None:
+            return
+        listed = resolve(model).family
+        marked = listed.marked(model, current.inputs) & visible
+        if not marked.equal(visual):
+            warnings.warn(
+                f"PRe: {int((marked != visual).sum())} positions of the batch are visual by the "
+                f"family of {model_type!r} and not by the one given, {self._state.family.name!r}, "
+                "or the other way round; apply_pre(model) without family takes the former",
+                stacklevel=2,
+            )
 
     def _look_at_visual(self, plain: Tensor, visual: Tensor, current: Pass) -> None:
         family, count = self._state.family, int(plain.sum())
@@ -184,6 +240,28 @@ def _visual(current: Pass) -> Tensor:
 def _differs(states: Tensor, tables: list[Tensor]) -> Tensor:
     """Bool, (rows, length): where a row is that of no table."""
     return torch.stack([(states != table).any(dim=-1) for table in tables]).all(dim=0)
+
+
+def _varies(states: Tensor, ids: Any, visible: Tensor, visual: Tensor) -> Tensor | None:
+    """Bool, (rows, length): where an id has other rows at other positions.
+
+    A visual id that stands there once counts among them. None: the ids do not tell, as no word has
+    the same row twice, or as no id has other rows.
+    """
+    if not isinstance(ids, Tensor) or ids.shape != states.shape[:-1]:
+        return None
+    ids = ids.to(visual.device).where(visible, -1)
+    _, number, count = ids.flatten().unique(return_inverse=True, return_counts=True)
+    place = torch.arange(number.numel(), device=number.device)
+    first = torch.full_like(count, number.numel()).scatter_reduce(0, number, place, "amin")
+    rows = states.flatten(0, -2)
+    same = (rows == rows[first[number].to(rows.device)]).all(dim=-1).to(number.device)
+    several = torch.zeros_like(count).index_put((number[~same],), count.new_ones(())) > 0
+    varies, repeated = several[number].view_as(ids), (count > 1)[number].view_as(ids)
+    words = visible & ~visual
+    if not bool((varies & visible).any()) or not bool((words & repeated & ~varies).any()):
+        return None
+    return torch.where(visual, varies | ~repeated, varies)
 
 
 def _name(model: Any, token: int) -> str:

@@ -206,19 +206,56 @@ class Hooks:
         if embeddings is not None:
             check_sequence(current, embeddings)
         if self._enters_at is not None:
-            return
-        if embeddings is not None:
+            if embeddings is not None and self._state.family.enters_at is not None:
+                self._entry.first_steps.look_before(current, embeddings)
+        elif embeddings is not None:
             self._entry.take(current, embeddings, True)
-        elif not torch.compiler.is_compiling():  # features are merged in the decoder's own forward
+        elif not torch.compiler.is_compiling():
+            self._watch_first_layer(current)
+
+    def _watch_first_layer(self, current: Pass) -> None:
+        """Of a language model that is called without `inputs_embeds`.
+
+        It merges the features itself, or the batch has none.
+
+        Raises:
+            ValueError: a module in it is nearer to the layers and takes them.
+        """
+        family, model = self._state.family, self._state.model
+        assert family.layers is not None  # the resolver has found it
+        holder = family.layers.rpartition(".")[0]
+        is_inside = holder != family.language_model
+        if not len(current.index):
+            layer = family.layers_of(model)[0]
+            current.hooks.append(layer.register_forward_pre_hook(self.see_entry, with_kwargs=True))
+        elif is_inside and "inputs_embeds" in parameters_of(model.get_submodule(holder)):
+            raise ValueError(
+                f"family.language_model: expected the module that is called with inputs_embeds; "
+                f"{family.language_model!r} is called without, and {holder!r} in it, which holds "
+                "the decoder layers, takes them"
+            )
+        else:
             self._enters_at = 0
             self.watch_entry()
 
     def watch_entry(self) -> None:
         """Where the decoder's layers are the first to see the visual features."""
         if self._enters_at is not None:
-            layer = self._state.family.layers_of(self._state.model)[self._enters_at]
-            hook = layer.register_forward_pre_hook(self.see_entry, with_kwargs=True)
-            self._state.hooks.append(hook)
+            layers = self._state.family.layers_of(self._state.model)
+            for number in {0, self._enters_at}:
+                see = self.see_entry if number == self._enters_at else self.see_first_layer
+                hook = layers[number].register_forward_pre_hook(see, with_kwargs=True)
+                self._state.hooks.append(hook)
+
+    def see_first_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Where a later one is the first to see the visual features."""
+        current = self._pass
+        if current is not None and current.embedded is not None:
+            states = args[0] if args else kwargs["hidden_states"]
+            states = self._state.family.states_of(states, self._width)
+            self._entry.first_steps.look_before(current, states)
 
     def see_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self._pass
@@ -341,8 +378,8 @@ class Hooks:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, current = self._state, self._calls.leave(module)
-        if current is not None and current.embedding_hook is not None:
-            current.embedding_hook.remove()
+        for hook in () if current is None else current.hooks:
+            hook.remove()
         if output is None:  # the forward raised
             return None
         if not torch.compiler.is_compiling():
@@ -360,7 +397,8 @@ class Hooks:
         if len(current.losses) < len(state.heads):
             raise RuntimeError(
                 f"PRe: expected the layers {list(state.heads)} to run, got {list(current.losses)}. "
-                "torch.compile leaves out hooks that came after it, so attach PRe before the first "
+                f"Either {state.family.layers!r} are not the decoder's layers, or torch.compile "
+                "has left out hooks that came after it, so attach PRe before the first "
                 "call; and those of checkpointed layers: there, compile the other layers alone, "
                 "each by layer.compile(), or train without checkpointing"
             )
