@@ -243,25 +243,33 @@ def _differs(states: Tensor, tables: list[Tensor]) -> Tensor:
 
 
 def _varies(states: Tensor, ids: Any, visible: Tensor, visual: Tensor) -> Tensor | None:
-    """Bool, (rows, length): where an id has other rows at other positions.
+    """Bool, (rows, length): where an id has other rows at other places.
 
-    A visual id that stands there once counts among them. None: the ids do not tell, as no word has
-    the same row twice, or as no id has other rows.
+    A visual id that stands at one place counts among them. None: the ids do not tell, as the rows
+    of most words vary too, or as those of no id do.
     """
     if not isinstance(ids, Tensor) or ids.shape != states.shape[:-1]:
         return None
     ids = ids.to(visual.device).where(visible, -1)
-    _, number, count = ids.flatten().unique(return_inverse=True, return_counts=True)
-    place = torch.arange(number.numel(), device=number.device)
-    first = torch.full_like(count, number.numel()).scatter_reduce(0, number, place, "amin")
-    rows = states.flatten(0, -2)
-    same = (rows == rows[first[number].to(rows.device)]).all(dim=-1).to(number.device)
-    several = torch.zeros_like(count).index_put((number[~same],), count.new_ones(())) > 0
-    varies, repeated = several[number].view_as(ids), (count > 1)[number].view_as(ids)
-    words = visible & ~visual
-    if not bool((varies & visible).any()) or not bool((words & repeated & ~varies).any()):
+    tokens, number = ids.flatten().unique(return_inverse=True)
+    nothing, place = torch.zeros_like(tokens), torch.arange(ids.numel(), device=ids.device)
+    first = nothing.scatter_reduce(0, number, place, "amin", include_self=False)[number]
+    rows, column = states.flatten(0, -2), place % ids.shape[1]
+    same = (rows == rows[first.to(rows.device)]).all(dim=-1).to(ids.device)
+
+    def any_of(flags: Tensor) -> Tensor:  # of each token's places
+        return nothing.index_add(0, number, flags.long()) > 0
+
+    # Rows that hold positions are the same in one column
+    varies, repeated = any_of(~same), any_of(column != column[first])
+    is_word = any_of((visible & ~visual).flatten()) & ~any_of(visual.flatten()) & repeated
+    hidden = tokens < 0
+    varying, constant = is_word & varies & ~hidden, is_word & ~varies & ~hidden
+    if not bool((varies & ~hidden).any()) or int(varying.sum()) >= int(constant.sum()):
         return None
-    return torch.where(visual, varies | ~repeated, varies)
+    return torch.where(
+        visual, (varies | ~repeated)[number].view_as(ids), varies[number].view_as(ids)
+    )
 
 
 def _name(model: Any, token: int) -> str:

@@ -22,7 +22,7 @@ from prereg_kernels.attach.checkpointing import (
     outside_checkpoint,
     outside_selection,
 )
-from prereg_kernels.attach.entry import Entry, check_sequence
+from prereg_kernels.attach.entry import Entry
 from prereg_kernels.attach.forward import goes_on, parameters_of
 from prereg_kernels.attach.identity import carry_along, use
 from prereg_kernels.attach.image_spans import find_images
@@ -42,7 +42,6 @@ class Hooks:
         self._state = state
         self._calls, self._watch = Calls(), Watch(state)
         self._entry = Entry(state, self._calls)
-        self._enters_at = state.family.entry_of(state.model)
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
@@ -201,70 +200,12 @@ class Hooks:
     ) -> None:
         current = self._pass
         embeddings = (self._named(1, module, args) | kwargs).get("inputs_embeds")
-        if current is None:
-            return
-        if embeddings is not None:
-            check_sequence(current, embeddings)
-        if self._enters_at is not None:
-            if embeddings is not None and self._state.family.enters_at is not None:
-                self._entry.first_steps.look_before(current, embeddings)
-        elif embeddings is not None:
-            self._entry.take(current, embeddings, True)
-        elif not torch.compiler.is_compiling():
-            self._watch_first_layer(current)
-
-    def _watch_first_layer(self, current: Pass) -> None:
-        """Of a language model that is called without `inputs_embeds`.
-
-        It merges the features itself, or the batch has none.
-
-        Raises:
-            ValueError: a module in it is nearer to the layers and takes them.
-        """
-        family, model = self._state.family, self._state.model
-        assert family.layers is not None  # the resolver has found it
-        holder = family.layers.rpartition(".")[0]
-        is_inside = holder != family.language_model
-        if not len(current.index):
-            layer = family.layers_of(model)[0]
-            current.hooks.append(layer.register_forward_pre_hook(self.see_entry, with_kwargs=True))
-        elif is_inside and "inputs_embeds" in parameters_of(model.get_submodule(holder)):
-            raise ValueError(
-                f"family.language_model: expected the module that is called with inputs_embeds; "
-                f"{family.language_model!r} is called without, and {holder!r} in it, which holds "
-                "the decoder layers, takes them"
-            )
-        else:
-            self._enters_at = 0
-            self.watch_entry()
+        if current is not None:
+            self._entry.see(current, embeddings)
 
     def watch_entry(self) -> None:
         """Where the decoder's layers are the first to see the visual features."""
-        if self._enters_at is not None:
-            layers = self._state.family.layers_of(self._state.model)
-            for number in {0, self._enters_at}:
-                see = self.see_entry if number == self._enters_at else self.see_first_layer
-                hook = layers[number].register_forward_pre_hook(see, with_kwargs=True)
-                self._state.hooks.append(hook)
-
-    def see_first_layer(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Where a later one is the first to see the visual features."""
-        current = self._pass
-        if current is not None and current.embedded is not None:
-            states = args[0] if args else kwargs["hidden_states"]
-            states = self._state.family.states_of(states, self._width)
-            self._entry.first_steps.look_before(current, states)
-
-    def see_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current = self._pass
-        if current is None or current.anchor is not None:
-            return
-        states = args[0] if args else kwargs["hidden_states"]
-        states = self._state.family.states_of(states, self._width)
-        check_sequence(current, states)
-        self._entry.take(current, states, not self._enters_at)
+        self._entry.watch()
 
     def see_layer(
         self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -321,7 +262,8 @@ class Hooks:
         if current.anchor is None:
             raise RuntimeError(
                 f"PRe: layer {layer} runs, but the language model, "
-                f"{self._state.family.language_model!r}, has not been called with inputs_embeds"
+                f"{self._state.family.language_model!r}, has not been called with inputs_embeds; "
+                "expected family.language_model to be the module that gets them"
             )
         if hidden.shape != (*current.shape, self._width):
             raise ValueError(
