@@ -27,14 +27,14 @@ class Entry:
         self.first_steps = FirstSteps(state)
         self._saw_finite_anchor = False
         self._enters_at = state.family.entry_of(state.model)
-        self._width = llm_width(state.model)
+        self._width, self._is_watching = llm_width(state.model), False
 
     def see(self, current: Pass, embeddings: Tensor | None) -> None:
         """The language model is called with these `inputs_embeds`."""
         if embeddings is not None:
             check_sequence(current, embeddings)
         if self._enters_at is not None:
-            if embeddings is not None and self._state.family.enters_at is not None:
+            if embeddings is not None:
                 self.first_steps.look_before(current, embeddings)
         elif embeddings is not None:
             self.take(current, embeddings, True)
@@ -51,27 +51,23 @@ class Entry:
         assert family.layers is not None  # the resolver has found it
         holder = family.layers.rpartition(".")[0]
         takes_them = "inputs_embeds" in parameters_of(model.get_submodule(holder))
-        if not len(current.index):  # the next batch may have some
-            layer = family.layers_of(model)[0]
-            current.hooks.append(layer.register_forward_pre_hook(self.see_entry, with_kwargs=True))
-        elif takes_them and holder != family.language_model:
+        if takes_them and holder != family.language_model and len(current.index):
             raise ValueError(
                 "family.language_model: expected the module that is called with inputs_embeds; "
                 f"{family.language_model!r} is called without, and {holder!r} in it, which holds "
                 "the decoder layers, takes them"
             )
-        else:
-            self._enters_at = 0
-            self.watch()
+        if not self._is_watching:
+            self.watch(0)  # of passes without `inputs_embeds` alone
 
-    def watch(self) -> None:
-        """The decoder layers that are the first to see the visual features, and the first."""
-        if self._enters_at is not None:
-            layers = self._state.family.layers_of(self._state.model)
-            for number in {0, self._enters_at}:
-                see = self.see_entry if number == self._enters_at else self.see_first_layer
-                hook = layers[number].register_forward_pre_hook(see, with_kwargs=True)
-                self._state.hooks.append(hook)
+    def watch(self, entry: int) -> None:
+        """The decoder layer that is the first to see the visual features, and the first of all."""
+        self._is_watching = True
+        layers = self._state.family.layers_of(self._state.model)
+        for number in {0, entry}:
+            see = self.see_entry if number == entry else self.see_first_layer
+            hook = layers[number].register_forward_pre_hook(see, with_kwargs=True)
+            self._state.hooks.append(hook)
 
     def see_first_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -99,6 +95,10 @@ class Entry:
         """(rows, length, D), of a layer's arguments."""
         states = args[0] if args else kwargs["hidden_states"]
         return self._state.family.states_of(states, self._width)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the calls that run are this one's."""
+        return vars(self) | {"calls": None}
 
     def take(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """The decoder gets these, with the visual features in them."""

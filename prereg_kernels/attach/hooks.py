@@ -204,8 +204,10 @@ class Hooks:
             self._entry.see(current, embeddings)
 
     def watch_entry(self) -> None:
-        """Where the decoder's layers are the first to see the visual features."""
-        self._entry.watch()
+        """Where a decoder layer is the first to see the visual features."""
+        entry = self._state.family.entry_of(self._state.model)
+        if entry is not None:
+            self._entry.watch(entry)
 
     def see_layer(
         self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any

@@ -13,7 +13,7 @@ from prereg_kernels import apply_pre
 from prereg_kernels.attach.families import family_of_type
 from tests.attached import both, compare
 from tests.models.places import TRAINED, place_of
-from tests.models.test_gradients import checkpointed, richest
+from tests.models.test_gradients import checkpointed
 from tests.zoo import sample
 
 Counts = Mapping[str, tuple[int, ...]]
@@ -30,6 +30,7 @@ _WHOLE: Counts = {**_GRIDS, "videos": (12, 4), "mixed": (4, 6, 12, 6, 4)}
 _CHUNKS: Counts = {**_GRIDS, "videos": (6, 4), "mixed": (4, 6, 6, 6, 4)}
 # or for each frame, or pair of frames.
 _FRAMES: Counts = {**_GRIDS, "videos": (6, 6, 4), "mixed": (4, 6, 6, 6, 6, 4)}
+_ONE_ID: Counts = {**_GRIDS, "videos": (6, 6, 4)}
 _QWEN2: Counts = {"images": (4, 15, 4), "videos": (12, 12), "mixed": (4, 12, 4)}
 _GEMMA4: Counts = {"images": (4, 4, 4), "videos": (4,) * 4, "mixed": (4,) * 7}
 
@@ -44,14 +45,15 @@ IMAGES: Mapping[str, Counts] = {
     **dict.fromkeys(("llava_next", "llava_next+mistral", "granite4_vision"), _TILES),
     **dict.fromkeys(("paddleocr_vl", "lighton_ocr"), _GRIDS),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5"), _WHOLE),
-    **dict.fromkeys(("minimax_m3_vl", "muse_glimmer"), _WHOLE),
+    **dict.fromkeys(("minimax_m3_vl", "muse_glimmer"), _GRIDS),
     **dict.fromkeys(("kimi_k25", "ernie4_5_vl_moe"), _CHUNKS),
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "glm5_next"), _FRAMES),
-    **dict.fromkeys(("cosmos3_omni", "cohere_compass", "glm46v", "glmga"), _FRAMES),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr"), _FRAMES),
+    **dict.fromkeys(("cosmos3_omni", "cohere_compass"), _FRAMES),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga"), _ONE_ID),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN2),
     **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4),
-    **dict.fromkeys(("internvl", "qianfan_ocr"), {"images": (4, 8, 4)}),
+    "internvl": {"images": (4, 8, 4)},
+    "qianfan_ocr": {"images": (4, 8, 4)},
     "chameleon": {"images": (64, 64, 64)},
     "cosmos3_edge": {
         **_GRIDS, "videos": (6, 6, 4, 4), "mixed": (4, 6, 6, 6, 6, 4, 4)
@@ -111,7 +113,7 @@ def check_images(name: str, scene: str, checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("name", first(IMAGES))
 def test_whole_images(name: str) -> None:
-    check_images(name, richest(name), checkpointing=False)
+    check_images(name, next(reversed(IMAGES[name])), checkpointing=False)
 
 
 @checkpointed
@@ -122,8 +124,18 @@ def test_whole_images_of_every_scene(name: str, checkpointing: bool) -> None:
         check_images(name, scene, checkpointing)
 
 
-def test_images_are_listed_for_every_scene() -> None:
-    assert {*IMAGES} <= {*TRAINED}
+@pytest.mark.parametrize("name", [n for n in TRAINED if n != UNEVEN])
+def test_every_scene_is_listed(name: str) -> None:
+    """A video of these two comes in a run for each frame, but not in the zoo: an error says so."""
+    scenes = {scene for scene in sample(name).batches if scene != "text only"}
+    if name in ("minimax_m3_vl", "muse_glimmer"):
+        for scene in ("videos", "mixed"):
+            model = sample(name).model
+            apply_pre(model, level="global")
+            with pytest.raises(ValueError, match=r"got \d runs of them for \d images .*grid_thw"):
+                model(**sample(name).batches[scene].inputs)
+        scenes = {"images"}
+    assert name not in IMAGES or {*IMAGES[name]} == scenes
 
 
 @pytest.mark.parametrize("name", [n for n in TRAINED if n not in (*IMAGES, UNEVEN)])
@@ -131,7 +143,7 @@ def test_images_that_nothing_tells_apart(name: str) -> None:
     """Whoever calls it by a family of his own, which says nothing of images, too."""
     model = sample(name).model
     family = family_of_type(model.config.model_type)
-    with pytest.raises(ValueError, match="^level: 'global' .* does not say which visual tokens"):
+    with pytest.raises(ValueError, match=r"^level: 'global' .* does not say which visual tokens"):
         apply_pre(model, level="global")
     assert family is None or family.images is None
 
@@ -139,7 +151,9 @@ def test_images_that_nothing_tells_apart(name: str) -> None:
 def test_images_of_uneven_sizes() -> None:
     model = sample(UNEVEN).model
     apply_pre(model, level="global")
-    with pytest.raises(ValueError, match="images of equally many tokens of LLaVA; .* image_sizes "):
+    with pytest.raises(
+        ValueError, match=r"images of equally many tokens of LLaVA; .* image_sizes "
+    ):
         model(**sample(UNEVEN).batches["images"].inputs)
 
 
@@ -207,6 +221,6 @@ def test_encoders_of_other_rows(name: str) -> None:
     model = sample(name).model
     family = family_of_type(model.config.model_type)
     why = "was given no projector" if family is None else f"{family.name} {family.regroups}"
-    with pytest.raises(ValueError, match="^anchor: 'pre_projector' needs a row .*") as info:
+    with pytest.raises(ValueError, match=r"^anchor: 'pre_projector' needs a row .*") as info:
         apply_pre(model, anchor="pre_projector")
     assert why in str(info.value)
