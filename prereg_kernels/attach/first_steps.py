@@ -162,7 +162,10 @@ class FirstSteps:
             )
 
     def _look_at_visual(self, plain: Tensor, visual: Tensor, current: Pass) -> None:
-        family, count = self._state.family, int(plain.sum())
+        family, codes = self._state.family, self._codes(current)
+        if codes is not None and codes.shape == plain.shape:
+            plain = plain & ~codes.to(plain.device)  # their features are rows of the table
+        count = int(plain.sum())
         if not count:
             return
         source = str(family.visual_tokens) if current.source == "input_ids" else current.source
@@ -202,16 +205,23 @@ class FirstSteps:
         )
 
     def _look_at_codes(self, current: Pass) -> None:
-        codes, ids = self._state.family.codes, current.inputs.get("input_ids")
-        if codes is None or current.source != "input_ids" or not isinstance(ids, Tensor):
+        codes = self._codes(current)
+        if codes is None or current.source != "input_ids":
             return
-        count = int(torch.isin(ids, ids.new_tensor(codes(self._state.model.config))).sum())
+        count = int(codes.sum())
         if count:
             warnings.warn(
                 f"PRe: {count} ids of the batch are codes of pictures, which are not counted as "
                 "visual tokens; set pre.next_visual_mask before each call to regularise them",
                 stacklevel=2,
             )
+
+    def _codes(self, current: Pass) -> Tensor | None:
+        """Bool, the shape of the batch's ids: which are codes of pictures."""
+        codes, ids = self._state.family.codes, current.inputs.get("input_ids")
+        if codes is None or not isinstance(ids, Tensor):
+            return None
+        return torch.isin(ids, ids.new_tensor(codes(self._state.model.config)))
 
 
 def run(state: State, batch: Mapping[str, Any]) -> None:
