@@ -35,7 +35,7 @@ class Entry:
             check_sequence(current, embeddings)
         if self._enters_at is not None:
             if embeddings is not None:
-                self.first_steps.look_before(current, embeddings)
+                self.first_steps.look_before(current, embeddings, True)
         elif embeddings is not None:
             self.take(current, embeddings, True)
         elif not torch.compiler.is_compiling():
@@ -75,7 +75,7 @@ class Entry:
         """Before the one that is the first to see the visual features."""
         current = self._current
         if current is not None and current.embedded is not None:
-            self.first_steps.look_before(current, self._states(args, kwargs))
+            self.first_steps.look_before(current, self._states(args, kwargs), False)
 
     def see_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The first layer that sees the visual features."""

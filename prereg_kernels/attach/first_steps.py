@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from prereg_kernels.attach.state import State
 
 
+NO_PIXELS = ("inputs_embeds", "attention", "audio", "input_features", "past_key_values")
+
+
 class FirstSteps:
     """Which kinds of steps have been looked at."""
 
@@ -85,17 +88,19 @@ class FirstSteps:
             differs = _varies(states, ids, visible, visual)
             self._compare_with_listed(current, visual, visible)
         if differs is None:
+            self._look_for_pixels(rows, current)
             self._refuse_unseen(current, bool((visible & ~visual).any()))
             return
         self._look_at_visual(visual & ~differs, visual, current)
+        self._look_for_pixels(rows, current)
         self._look_at_words(differs & visible & ~visual, current)
         self._look_at_codes(current)
 
-    def look_before(self, current: Pass, states: Tensor) -> None:
+    def look_before(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """See that what comes before `family.enters_at` holds no visual features.
 
         Args:
-            states: (rows, length, D), the `inputs_embeds` or the first layer's input.
+            states: (rows, length, D). is_input: the `inputs_embeds`, not the first layer's input.
 
         Raises:
             ValueError: it does, so the anchor would be what layers have made of them.
@@ -119,7 +124,7 @@ class FirstSteps:
             )
         visible = find_visible(current.inputs.get("attention_mask"), visual)
         cleared = differs & empty if visible is None else differs & empty & visible
-        if bool(cleared.any()):  # for the features to come
+        if is_input and bool(cleared.any()):  # for the features to come
             self._look_at_visual(visual & ~cleared, visual, current)
             self._look_at_words(cleared & ~visual, current)
 
@@ -183,6 +188,16 @@ class FirstSteps:
             "expected family.visual_tokens to be the ids of image and video placeholders"
         )
 
+    def _look_for_pixels(self, rows: Tensor, current: Pass) -> None:
+        """Placeholders without images may have rows that are not those of the table, but one."""
+        if len(rows) > 1 and not _has_pixels(current.inputs) and bool((rows == rows[0]).all()):
+            warnings.warn(
+                f"PRe: all of the {len(rows)} visual rows that enter "
+                f"{self._state.family.language_model!r} are the same, and the batch has no "
+                "argument that could be their images",
+                stacklevel=2,
+            )
+
     def _look_at_words(self, strange: Tensor, current: Pass) -> None:
         family, model = self._state.family, self._state.model
         ids = current.inputs.get("input_ids")
@@ -245,6 +260,15 @@ def _visual(current: Pass) -> Tensor:
     visual = torch.zeros(current.shape, dtype=torch.bool, device=current.index.device)
     visual.view(-1)[current.index] = True
     return visual
+
+
+def _has_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether an argument may be images: an array of numbers that is not of text or sound."""
+    arrays = (x for name, x in inputs.items() if not any(word in name for word in NO_PIXELS))
+    return any(
+        isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.is_floating_point())
+        for x in arrays
+    )
 
 
 def _differs(states: Tensor, tables: list[Tensor]) -> Tensor:
