@@ -239,7 +239,7 @@ def test_another_language_model(name: str) -> None:
         if path and path.count(".") < 4 and path != family.language_model and [*module.children()]:
             changed = dataclasses.replace(family, language_model=path)
             result = outcome(name, scene, changed)
-            if str(family.layers).startswith(f"{path}."):
+            if f"{family.layers}.".startswith(f"{path}."):
                 assert result.words or result == right, path
             else:
                 assert says(result.words, OUTSIDE), path
