@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prereg_kernels.attach.anchors import function_rows, projector_rows
+from prereg_kernels.attach.anchors import function_rows, llm_width, projector_rows
 from prereg_kernels.attach.first_steps import FirstSteps
+from prereg_kernels.attach.forward import parameters_of
 from prereg_kernels.attach.passes import Calls, Pass
 from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.state import State
@@ -25,6 +26,75 @@ class Entry:
         self._state, self.calls = state, calls
         self.first_steps = FirstSteps(state)
         self._saw_finite_anchor = False
+        self._enters_at = state.family.entry_of(state.model)
+        self._width, self._is_watching = llm_width(state.model), False
+
+    def see(self, current: Pass, embeddings: Tensor | None) -> None:
+        """The language model is called with these `inputs_embeds`."""
+        if embeddings is not None:
+            check_sequence(current, embeddings)
+        if self._enters_at is not None:
+            if embeddings is not None:
+                self.first_steps.look_before(current, embeddings, True)
+        elif embeddings is not None:
+            self.take(current, embeddings, True)
+        elif not torch.compiler.is_compiling():
+            self._find_first_layer(current)
+
+    def _find_first_layer(self, current: Pass) -> None:
+        """Of a language model without `inputs_embeds`: it merges features, or the batch has none.
+
+        Raises:
+            ValueError: a module in it is nearer to the layers and takes them.
+        """
+        family, model = self._state.family, self._state.model
+        assert family.layers is not None  # the resolver has found it
+        holder = family.layers.rpartition(".")[0]
+        takes_them = "inputs_embeds" in parameters_of(model.get_submodule(holder))
+        if takes_them and holder != family.language_model and len(current.index):
+            raise ValueError(
+                "family.language_model: expected the module that is called with inputs_embeds; "
+                f"{family.language_model!r} is called without, and {holder!r} in it, which holds "
+                "the decoder layers, takes them"
+            )
+        if not self._is_watching:
+            self.watch(0)  # of passes without `inputs_embeds` alone
+
+    def watch(self, entry: int) -> None:
+        """The decoder layer that is the first to see the visual features, and the first of all."""
+        self._is_watching = True
+        layers = self._state.family.layers_of(self._state.model)
+        for number in {0, entry}:
+            see = self.see_entry if number == entry else self.see_first_layer
+            hook = layers[number].register_forward_pre_hook(see, with_kwargs=True)
+            self._state.hooks.append(hook)
+
+    def see_first_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Before the one that is the first to see the visual features."""
+        current = self._current
+        if current is not None and current.embedded is not None:
+            self.first_steps.look_before(current, self._states(args, kwargs), False)
+
+    def see_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first layer that sees the visual features."""
+        current = self._current
+        if current is None or current.anchor is not None:
+            return
+        states = self._states(args, kwargs)
+        check_sequence(current, states)
+        self.take(current, states, not self._enters_at)
+
+    @property
+    def _current(self) -> Pass | None:
+        call = self.calls.current
+        return None if call is None else call.current
+
+    def _states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """(rows, length, D), of a layer's arguments."""
+        states = args[0] if args else kwargs["hidden_states"]
+        return self._state.family.states_of(states, self._width)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the calls that run are this one's."""

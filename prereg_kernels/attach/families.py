@@ -88,8 +88,11 @@ def _mean_of_joined_streams(states: Tensor, width: int) -> Tensor:
 
 def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
     """Its ids of an image's tokens are words like others."""
-    mask = batch.get("image_embeds_position_mask")
-    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask == 1
+    mask, ids = batch.get("image_embeds_position_mask"), batch.get("input_ids")
+    if mask is not None:
+        return mask == 1
+    like = batch["inputs_embeds"][..., 0] if ids is None else ids
+    return torch.zeros_like(like, dtype=torch.bool)
 
 
 def _codes_of(prefix: str) -> Callable[[Any], list[int]]:

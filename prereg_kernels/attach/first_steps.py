@@ -5,6 +5,9 @@ rows that differ from that table are those of the visual tokens, and of other to
 A training step that brings a new set of arguments is compared with what the embedding module
 returned in it, with images and without; later steps of that kind are not. In a graph of
 torch.compile nothing is.
+
+Some models change each row of their table on its way, as by a norm. There the same word has the
+same row wherever it stands, and the rows of placeholders with features differ.
 """
 
 from __future__ import annotations
@@ -16,11 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels.attach.families import family_of_type
+from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.attach.visual import find_marked, find_visible
 
 if TYPE_CHECKING:
     from prereg_kernels.attach.passes import Pass
     from prereg_kernels.attach.state import State
+
+
+NO_PIXELS = ("inputs_embeds", "attention", "audio", "input_features", "past_key_values")
 
 
 class FirstSteps:
@@ -45,7 +53,7 @@ class FirstSteps:
 
         current.embedded = embedded
         embeddings = self._state.model.get_input_embeddings()
-        current.embedding_hook = embeddings.register_forward_hook(keep)
+        current.hooks.append(embeddings.register_forward_hook(keep))
 
     def look(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """Compare what enters the decoder with what the embedding module returned.
@@ -73,16 +81,52 @@ class FirstSteps:
             return
         visible = find_visible(current.inputs.get("attention_mask"), visual)
         visible = torch.ones_like(visual) if visible is None else visible
+        words = visible & ~visual & (states.count_nonzero(dim=-1) > 0).to(visual.device)
         differs = _differs(states, tables).to(visual.device) if tables else None
-        words = visible & ~visual
-        if differs is not None:
-            words &= (states.count_nonzero(dim=-1) > 0).to(visual.device)
         if differs is None or bool((differs | ~words).all()):
-            self._refuse_unseen(current, bool(words.any()))
+            ids = current.inputs.get("input_ids")
+            differs = _varies(states, ids, visible, visual)
+            self._compare_with_listed(current, visual, visible)
+        if differs is None:
+            self._look_for_pixels(rows, current)
+            self._refuse_unseen(current, bool((visible & ~visual).any()))
             return
         self._look_at_visual(visual & ~differs, visual, current)
+        self._look_for_pixels(rows, current)
         self._look_at_words(differs & visible & ~visual, current)
         self._look_at_codes(current)
+
+    def look_before(self, current: Pass, states: Tensor, is_input: bool) -> None:
+        """See that what comes before `family.enters_at` holds no visual features.
+
+        Args:
+            states: (rows, length, D). is_input: the `inputs_embeds`, not the first layer's input.
+
+        Raises:
+            ValueError: it does, so the anchor would be what layers have made of them.
+        """
+        if current.embedded is None:
+            return
+        visual = _visual(current)
+        tables = [x.to(states) for x in current.embedded if x.shape == states.shape]
+        if not tables:
+            return
+        differs = _differs(states, tables).to(visual.device)
+        empty = (states.count_nonzero(dim=-1) == 0).to(visual.device)
+        rows = states[(visual & differs & ~empty).to(states.device)]
+        if len(rows) and not bool((rows == rows[0]).all()):
+            family = self._state.family
+            raise ValueError(
+                "family.enters_at: expected the index of the first decoder layer whose input "
+                "holds visual features, or None where the inputs_embeds hold them; got "
+                f"{family.entry_of(self._state.model)}, and they are there before: {len(rows)} of "
+                f"the {int(visual.sum())} visual rows differ from the embedding table's"
+            )
+        visible = find_visible(current.inputs.get("attention_mask"), visual)
+        cleared = differs & empty if visible is None else differs & empty & visible
+        if is_input and bool(cleared.any()):  # for the features to come
+            self._look_at_visual(visual & ~cleared, visual, current)
+            self._look_at_words(cleared & ~visual, current)
 
     def _refuse_unseen(self, current: Pass, has_words: bool) -> None:
         """Raise ValueError if the model's parts were only found, where the table shows nothing."""
@@ -105,8 +149,28 @@ class FirstSteps:
             f"layers={family.layers!r}, visual_tokens={family.visual_tokens!r}))"
         )
 
+    def _compare_with_listed(self, current: Pass, visual: Tensor, visible: Tensor) -> None:
+        """Where rows show little, a family that the caller gave beside that of the model's type."""
+        model: Any = self._state.model
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        is_told = self._state.origin != "given" or current.source == "next_visual_mask"
+        if is_told or family_of_type(model_type) is None:
+            return
+        listed = resolve(model).family
+        marked = listed.marked(model, current.inputs) & visible
+        if not marked.equal(visual):
+            warnings.warn(
+                f"PRe: {int((marked != visual).sum())} positions of the batch are visual by the "
+                f"family of {model_type!r} and not by the one given, {self._state.family.name!r}, "
+                "or the other way round; apply_pre(model) without family takes the former",
+                stacklevel=2,
+            )
+
     def _look_at_visual(self, plain: Tensor, visual: Tensor, current: Pass) -> None:
-        family, count = self._state.family, int(plain.sum())
+        family, codes = self._state.family, self._codes(current)
+        if codes is not None and codes.shape == plain.shape:
+            plain = plain & ~codes.to(plain.device)  # their features are rows of the table
+        count = int(plain.sum())
         if not count:
             return
         source = str(family.visual_tokens) if current.source == "input_ids" else current.source
@@ -123,6 +187,16 @@ class FirstSteps:
             "ids that the model replaces, or it shows its images to the decoder in another way; "
             "expected family.visual_tokens to be the ids of image and video placeholders"
         )
+
+    def _look_for_pixels(self, rows: Tensor, current: Pass) -> None:
+        """Placeholders without images may have rows that are not those of the table, but one."""
+        if len(rows) > 1 and not _has_pixels(current.inputs) and bool((rows == rows[0]).all()):
+            warnings.warn(
+                f"PRe: all of the {len(rows)} visual rows that enter "
+                f"{self._state.family.language_model!r} are the same, and the batch has no "
+                "argument that could be their images",
+                stacklevel=2,
+            )
 
     def _look_at_words(self, strange: Tensor, current: Pass) -> None:
         family, model = self._state.family, self._state.model
@@ -146,16 +220,23 @@ class FirstSteps:
         )
 
     def _look_at_codes(self, current: Pass) -> None:
-        codes, ids = self._state.family.codes, current.inputs.get("input_ids")
-        if codes is None or current.source != "input_ids" or not isinstance(ids, Tensor):
+        codes = self._codes(current)
+        if codes is None or current.source != "input_ids":
             return
-        count = int(torch.isin(ids, ids.new_tensor(codes(self._state.model.config))).sum())
+        count = int(codes.sum())
         if count:
             warnings.warn(
                 f"PRe: {count} ids of the batch are codes of pictures, which are not counted as "
                 "visual tokens; set pre.next_visual_mask before each call to regularise them",
                 stacklevel=2,
             )
+
+    def _codes(self, current: Pass) -> Tensor | None:
+        """Bool, the shape of the batch's ids: which are codes of pictures."""
+        codes, ids = self._state.family.codes, current.inputs.get("input_ids")
+        if codes is None or not isinstance(ids, Tensor):
+            return None
+        return torch.isin(ids, ids.new_tensor(codes(self._state.model.config)))
 
 
 def run(state: State, batch: Mapping[str, Any]) -> None:
@@ -181,9 +262,48 @@ def _visual(current: Pass) -> Tensor:
     return visual
 
 
+def _has_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether an argument may be images: an array of numbers that is not of text or sound."""
+    arrays = (x for name, x in inputs.items() if not any(word in name for word in NO_PIXELS))
+    return any(
+        isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.is_floating_point())
+        for x in arrays
+    )
+
+
 def _differs(states: Tensor, tables: list[Tensor]) -> Tensor:
     """Bool, (rows, length): where a row is that of no table."""
     return torch.stack([(states != table).any(dim=-1) for table in tables]).all(dim=0)
+
+
+def _varies(states: Tensor, ids: Any, visible: Tensor, visual: Tensor) -> Tensor | None:
+    """Bool, (rows, length): where an id has other rows at other places.
+
+    A visual id that stands at one place counts among them. None: the ids do not tell, as the rows
+    of most words vary too, or as those of no id do.
+    """
+    if not isinstance(ids, Tensor) or ids.shape != states.shape[:-1]:
+        return None
+    ids = ids.to(visual.device).where(visible, -1)
+    tokens, number = ids.flatten().unique(return_inverse=True)
+    nothing, place = torch.zeros_like(tokens), torch.arange(ids.numel(), device=ids.device)
+    first = nothing.scatter_reduce(0, number, place, "amin", include_self=False)[number]
+    rows, column = states.flatten(0, -2), place % ids.shape[1]
+    same = (rows == rows[first.to(rows.device)]).all(dim=-1).to(ids.device)
+
+    def any_of(flags: Tensor) -> Tensor:  # of each token's places
+        return nothing.index_add(0, number, flags.long()) > 0
+
+    # Rows that hold positions are the same in one column
+    varies, repeated = any_of(~same), any_of(column != column[first])
+    is_word = any_of((visible & ~visual).flatten()) & ~any_of(visual.flatten()) & repeated
+    hidden = tokens < 0
+    varying, constant = is_word & varies & ~hidden, is_word & ~varies & ~hidden
+    if not bool((varies & ~hidden).any()) or int(varying.sum()) >= int(constant.sum()):
+        return None
+    return torch.where(
+        visual, (varies | ~repeated)[number].view_as(ids), varies[number].view_as(ids)
+    )
 
 
 def _name(model: Any, token: int) -> str:

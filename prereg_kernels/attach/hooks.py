@@ -22,7 +22,7 @@ from prereg_kernels.attach.checkpointing import (
     outside_checkpoint,
     outside_selection,
 )
-from prereg_kernels.attach.entry import Entry, check_sequence
+from prereg_kernels.attach.entry import Entry
 from prereg_kernels.attach.forward import goes_on, parameters_of
 from prereg_kernels.attach.identity import carry_along, use
 from prereg_kernels.attach.image_spans import find_images
@@ -42,7 +42,6 @@ class Hooks:
         self._state = state
         self._calls, self._watch = Calls(), Watch(state)
         self._entry = Entry(state, self._calls)
-        self._enters_at = state.family.entry_of(state.model)
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
@@ -201,33 +200,14 @@ class Hooks:
     ) -> None:
         current = self._pass
         embeddings = (self._named(1, module, args) | kwargs).get("inputs_embeds")
-        if current is None:
-            return
-        if embeddings is not None:
-            check_sequence(current, embeddings)
-        if self._enters_at is not None:
-            return
-        if embeddings is not None:
-            self._entry.take(current, embeddings, True)
-        elif not torch.compiler.is_compiling():  # features are merged in the decoder's own forward
-            self._enters_at = 0
-            self.watch_entry()
+        if current is not None:
+            self._entry.see(current, embeddings)
 
     def watch_entry(self) -> None:
-        """Where the decoder's layers are the first to see the visual features."""
-        if self._enters_at is not None:
-            layer = self._state.family.layers_of(self._state.model)[self._enters_at]
-            hook = layer.register_forward_pre_hook(self.see_entry, with_kwargs=True)
-            self._state.hooks.append(hook)
-
-    def see_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current = self._pass
-        if current is None or current.anchor is not None:
-            return
-        states = args[0] if args else kwargs["hidden_states"]
-        states = self._state.family.states_of(states, self._width)
-        check_sequence(current, states)
-        self._entry.take(current, states, not self._enters_at)
+        """Where a decoder layer is the first to see the visual features."""
+        entry = self._state.family.entry_of(self._state.model)
+        if entry is not None:
+            self._entry.watch(entry)
 
     def see_layer(
         self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -284,7 +264,8 @@ class Hooks:
         if current.anchor is None:
             raise RuntimeError(
                 f"PRe: layer {layer} runs, but the language model, "
-                f"{self._state.family.language_model!r}, has not been called with inputs_embeds"
+                f"{self._state.family.language_model!r}, has not been called with inputs_embeds; "
+                "expected family.language_model to be the module that gets them"
             )
         if hidden.shape != (*current.shape, self._width):
             raise ValueError(
@@ -341,8 +322,8 @@ class Hooks:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, current = self._state, self._calls.leave(module)
-        if current is not None and current.embedding_hook is not None:
-            current.embedding_hook.remove()
+        for hook in () if current is None else current.hooks:
+            hook.remove()
         if output is None:  # the forward raised
             return None
         if not torch.compiler.is_compiling():
@@ -360,7 +341,8 @@ class Hooks:
         if len(current.losses) < len(state.heads):
             raise RuntimeError(
                 f"PRe: expected the layers {list(state.heads)} to run, got {list(current.losses)}. "
-                "torch.compile leaves out hooks that came after it, so attach PRe before the first "
+                f"Either {state.family.layers!r} are not the decoder's layers, or torch.compile "
+                "has left out hooks that came after it, so attach PRe before the first "
                 "call; and those of checkpointed layers: there, compile the other layers alone, "
                 "each by layer.compile(), or train without checkpointing"
             )

@@ -38,9 +38,8 @@ class Pass:
     pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
     reached: set[str] = field(default_factory=set)  # by backward, as Record has it
-    # In the first steps, what the embedding module returned; and what sees it
-    embedded: list[Tensor] | None = None
-    embedding_hook: RemovableHandle | None = None
+    embedded: list[Tensor] | None = None  # in the first steps, what the embedding module returned
+    hooks: list[RemovableHandle] = field(default_factory=list)  # of this pass alone
 
     @property
     def tokens(self) -> Tensor:

@@ -63,6 +63,7 @@ def resolve(model: nn.Module, given: Family | None = None) -> Resolution:
     family = given or listed or Family(str(model_type or type(model).__name__))
     how: dict[str, str] = {}
     family = _complete_layers(model, family, how)
+    _check_nesting(model, family)
     return Resolution(_complete_tokens(model, family, how), origin, how)
 
 
@@ -102,6 +103,29 @@ def _complete_layers(model: Any, family: Family, how: dict[str, str]) -> Family:
     return family
 
 
+def _check_nesting(model: Any, family: Family) -> None:
+    """Raise ValueError unless the layers are where visual tokens go."""
+    layers, language_model = family.layers_of(model), family.language_model_of(model)
+    config = getattr(model, "config", None)
+    inside = {f"family.language_model, {family.language_model!r}": language_model}
+    if getattr(config, "is_encoder_decoder", False) and hasattr(type(model), "get_encoder"):
+        encoder = _decoder_of(model)[0]
+        inside[f"the encoder, {_path_of(model, encoder)!r}, which reads images"] = encoder
+    for what, outer in inside.items():
+        if all(module is not layers for module in outer.modules()):
+            raise ValueError(
+                f"family.layers: expected a list of layers inside of {what}; got {family.layers!r}"
+            )
+    counts = set(_layer_counts(config, language_model))
+    for path, outer in model.named_modules():
+        is_list = isinstance(outer, nn.ModuleList) and len(outer) in counts
+        if is_list and str(family.layers).startswith(f"{path}."):
+            raise ValueError(
+                f"family.layers: expected the list of layers, as {path!r} is one of "
+                f"{len(outer)}; got {family.layers!r}, in a layer"
+            )
+
+
 def _complete_tokens(model: Any, family: Family, how: dict[str, str]) -> Family:
     """With `visual_tokens` and `other_tokens`."""
     config = getattr(model, "config", None)
@@ -120,6 +144,13 @@ def _complete_tokens(model: Any, family: Family, how: dict[str, str]) -> Family:
     if others:
         how["other_tokens"] = ", ".join(f"{n} = {config_value(config, n)}" for n in others)
         family = dataclasses.replace(family, other_tokens=(*family.other_tokens, *others))
+    visual, other = family.visual_token_ids(model), family.other_token_ids(model)
+    both = sorted({*visual} & {*other})
+    if both and "visual_tokens" not in how:
+        raise ValueError(
+            f"family.visual_tokens: expected none of the ids of other tokens with features, "
+            f"{', '.join(map(str, family.other_tokens))}; got {', '.join(map(str, both))}"
+        )
     return family
 
 

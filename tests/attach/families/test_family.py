@@ -18,7 +18,7 @@ from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.resolver import resolve
 from tests.attach.families.models import CASES, WIDTH, WORDS, make_model
 from tests.attach.test_regularizer import traces
-from tests.attached import both, compare
+from tests.attached import Place, both, compare
 from tests.tiny import make_batch as make_llava_batch
 from tests.tiny import tiny_llava
 
@@ -179,12 +179,44 @@ def test_a_family_that_does_not_fit(fields: dict[str, Any], message: str) -> Non
     assert traces(model) == before
 
 
+class MergingDecoder(Decoder):
+    """Puts the visual features in place of words itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.scale = nn.Embedding(WORDS, WIDTH), 3.0
+
+    def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        visual = (input_ids == PATCH)[..., None]
+        states = self.words(input_ids).masked_scatter(visual, features) * self.scale
+        return super().forward(input_ids != 0, states)
+
+
+class MergingModel(PlainModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.llm = nn.ModuleDict({"text": MergingDecoder()})
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm["text"].words
+
+    def forward(self, input_ids: Tensor, pixels: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = self.out(self.llm["text"](input_ids, self.pixels(pixels)))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits.mT, labels))
+
+
+def merging_model() -> MergingModel:
+    torch.manual_seed(0)
+    return MergingModel()
+
+
 def test_a_language_model_that_gets_no_inputs_embeds() -> None:
     """What enters the first of its layers is the anchor."""
-    batch, family = plain_batch(), Family(**{**vars(PLAIN), "language_model": "words"})
+    batch = plain_batch()
     ours, expected, *_ = both(
-        batch, make=plain_model, mask=batch["input_ids"] == PATCH, family=family
-    )
+        batch, make=merging_model, mask=batch["input_ids"] == PATCH, family=PLAIN,
+        place=Place("llm.text", is_merged_inside=True),
+    )  # fmt: skip
     compare(ours, expected)
 
 
