@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.visual import find_visible
 
 _PROJECTOR = "model.multi_modal_projector"
 _MERGES = "merges several patches into a token"
@@ -88,8 +89,11 @@ def _mean_of_joined_streams(states: Tensor, width: int) -> Tensor:
 
 def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
     """Its ids of an image's tokens are words like others."""
-    mask = batch.get("image_embeds_position_mask")
-    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask == 1
+    ids, mask = batch["input_ids"], batch.get("image_embeds_position_mask")
+    if mask is None:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    visible = find_visible(batch.get("attention_mask"), ids)
+    return mask == 1 if visible is None else (mask == 1) & visible
 
 
 def _codes_of(prefix: str) -> Callable[[Any], list[int]]:

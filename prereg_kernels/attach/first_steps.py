@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from prereg_kernels.attach.passes import Pass
     from prereg_kernels.attach.state import State
 
+SEVERAL_ROWS = "The model puts several rows in place of one id"
+WHAT_TO_DO = (
+    "Where the model expands or splits its sequence, train it with an id for each position, or set "
+    "pre.next_visual_mask before each call to a mask of the sequence that the decoder gets, or "
+    "pass family=Family(..., visual_mask=function) that makes it from the call's arguments"
+)
+
 
 class FirstSteps:
     """Which kinds of steps have been looked at."""
@@ -44,7 +51,7 @@ class FirstSteps:
                 embedded.append(output.detach().clone())
 
         current.embedded = embedded
-        embeddings = self._state.model.get_input_embeddings()
+        embeddings = self._state.family.embeddings_of(self._state.model)
         current.embedding_hook = embeddings.register_forward_hook(keep)
 
     def look(self, current: Pass, states: Tensor, is_input: bool) -> None:
@@ -67,12 +74,15 @@ class FirstSteps:
                 "are zero, and so would L_PRe be: the model adds their features later. Expected "
                 "family.enters_at, the index of the decoder layer whose input holds them first"
             )
-        tables = [x.to(states) for x in current.embedded if x.shape == states.shape]
+        tables = [x.to(states) for x in current.embedded if x.shape[-1] == states.shape[-1]]
         current.embedded = None
         if not is_input:
             return
-        visible = find_visible(current.inputs.get("attention_mask"), visual)
+        visible = None
+        if current.source != "family.visual_mask":
+            visible = find_visible(current.inputs.get("attention_mask"), visual)
         visible = torch.ones_like(visual) if visible is None else visible
+        in_place = any(x.shape == states.shape for x in tables)
         differs = _differs(states, tables).to(visual.device) if tables else None
         words = visible & ~visual
         if differs is not None:
@@ -81,7 +91,10 @@ class FirstSteps:
             self._refuse_unseen(current, bool(words.any()))
             return
         self._look_at_visual(visual & ~differs, visual, current)
-        self._look_at_words(differs & visible & ~visual, current)
+        if in_place:
+            self._look_at_words(differs & visible & ~visual, current)
+        else:
+            self._look_at_pieces(differs & words, current)
         self._look_at_codes(current)
 
     def _refuse_unseen(self, current: Pass, has_words: bool) -> None:
@@ -128,6 +141,7 @@ class FirstSteps:
         family, model = self._state.family, self._state.model
         ids = current.inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.shape != strange.shape:
+            self._look_at_positions(strange, current)
             return
         strange = strange & ~find_marked(ids, family.other_token_ids(model)).to(strange.device)
         if not bool(strange.any()):
@@ -144,6 +158,32 @@ class FirstSteps:
             "other_tokens=(...)",
             stacklevel=2,
         )
+
+    def _look_at_pieces(self, strange: Tensor, current: Pass) -> None:
+        """Of a model that embeds its text in pieces, between which it puts features."""
+        count = int(strange.sum())
+        if count and current.source == "input_ids":
+            raise ValueError(
+                f"input_ids: PRe finds the visual tokens by it, but {count} other positions of the "
+                f"decoder's sequence have features. {SEVERAL_ROWS}, and cuts its sequence to the "
+                f"length of input_ids. {WHAT_TO_DO}"
+            )
+        self._look_at_positions(strange, current)
+
+    def _look_at_positions(self, strange: Tensor, current: Pass) -> None:
+        """Where no ids say what stands at a position, count the other tokens with features."""
+        ids, family, others = current.inputs.get("input_ids"), self._state.family, 0
+        if isinstance(ids, Tensor):
+            others = int(find_marked(ids, family.other_token_ids(self._state.model)).sum())
+        count = int(strange.sum())
+        if count > others and current.source == "family.visual_mask":
+            row, position = strange.nonzero()[0].tolist()
+            warnings.warn(
+                f"PRe: {count} positions of the decoder's sequence get features and are not in "
+                f"family.visual_mask, the first of them at position {position} of row {row}. If "
+                "they are visual, mark them; if not, name their ids in family.other_tokens",
+                stacklevel=2,
+            )
 
     def _look_at_codes(self, current: Pass) -> None:
         codes, ids = self._state.family.codes, current.inputs.get("input_ids")
@@ -182,8 +222,23 @@ def _visual(current: Pass) -> Tensor:
 
 
 def _differs(states: Tensor, tables: list[Tensor]) -> Tensor:
-    """Bool, (rows, length): where a row is that of no table."""
-    return torch.stack([(states != table).any(dim=-1) for table in tables]).all(dim=0)
+    """Bool, (rows, length): where a row is that of no table.
+
+    In those of the same shape its own is looked at; where there is none, all.
+    """
+    whole = [(states != table).any(dim=-1) for table in tables if table.shape == states.shape]
+    if whole:
+        return torch.stack(whole).all(dim=0)
+    known = torch.cat([_numbers(table).flatten() for table in tables])
+    return ~torch.isin(_numbers(states), known)
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """int64, one for each row: the same for the same rows, and hardly for others."""
+    bits = (rows.float() + 0.0).view(torch.int32).long()  # + 0.0, as 0 has two signs
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(2**62, bits.shape[-1:], generator=generator)
+    return (bits * factors.to(bits.device)).sum(dim=-1)
 
 
 def _name(model: Any, token: int) -> str:

@@ -24,7 +24,6 @@ from prereg_kernels.attach.first_steps import run
 from prereg_kernels.attach.image_spans import count_images
 from prereg_kernels.attach.passes import Collected
 from prereg_kernels.attach.state import State
-from prereg_kernels.attach.visual import find_visible
 from prereg_kernels.ops.head import PReHead
 
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
@@ -269,7 +268,7 @@ class PRe:
         """
         family = self.family
         marked = family.marked(self._state.model, batch)
-        visible = find_visible(batch.get("attention_mask"), marked)
+        visible = family.visible(batch.get("attention_mask"), marked)
         shown = marked if visible is None else marked & visible
         if self.config.level == "global":
             ids = batch["input_ids"] if family.visual_mask is None else marked
@@ -289,7 +288,7 @@ class PRe:
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         marked = self.family.marked(self._state.model, batch)
-        visible = find_visible(attention_mask, marked)
+        visible = self.family.visible(attention_mask, marked)
         return marked if visible is None else marked & visible
 
     def check(self, batch: Mapping[str, Any] | None = None) -> None:

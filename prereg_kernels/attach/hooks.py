@@ -43,12 +43,13 @@ class Hooks:
         self._calls, self._watch = Calls(), Watch(state)
         self._entry = Entry(state, self._calls)
         self._enters_at = state.family.entry_of(state.model)
+        self._watches_entry = False
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
-        embeddings = state.model.get_input_embeddings()
-        self._compiled_values = _zeros(state.heads, embeddings.weight.device)
-        self._width = llm_width(state.model)
+        embeddings = state.family.embeddings_of(state.model)
+        self._compiled_values = _zeros(state.heads, next(embeddings.parameters()).device)
+        self._width = llm_width(embeddings)
         language_model = state.family.language_model_of(state.model)
         self._names = (
             parameters_of(state.model),
@@ -137,14 +138,14 @@ class Hooks:
         attention = inputs.get("attention_mask")
         source = "input_ids" if given is None else "next_visual_mask"
         if given is not None:
-            marked = given
+            marked, visible = given, find_visible(attention, given)
         else:
             marked = state.family.marked(state.model, inputs)
+            visible = state.family.visible(attention, marked)
             if state.family.visual_mask is not None:
                 source = "family.visual_mask"
         # Without ids each run of visual tokens stands for an image's, as one of ids does
         ids: Tensor = inputs["input_ids"] if source == "input_ids" else marked
-        visible = find_visible(attention, marked)
         mask = marked if visible is None else marked & visible
         values = (
             self._values_in_graph(mask.device) if compiled else _zeros(state.heads, mask.device)
@@ -209,16 +210,15 @@ class Hooks:
             return
         if embeddings is not None:
             self._entry.take(current, embeddings, True)
-        elif not torch.compiler.is_compiling():  # features are merged in the decoder's own forward
-            self._enters_at = 0
-            self.watch_entry()
+        elif not torch.compiler.is_compiling() and not self._watches_entry:
+            self.watch_entry()  # features are merged in the decoder's own forward
 
     def watch_entry(self) -> None:
-        """Where the decoder's layers are the first to see the visual features."""
-        if self._enters_at is not None:
-            layer = self._state.family.layers_of(self._state.model)[self._enters_at]
-            hook = layer.register_forward_pre_hook(self.see_entry, with_kwargs=True)
-            self._state.hooks.append(hook)
+        """In passes where the decoder's layers are the first to see the visual features."""
+        self._watches_entry = True
+        layer = self._state.family.layers_of(self._state.model)[self._enters_at or 0]
+        hook = layer.register_forward_pre_hook(self.see_entry, with_kwargs=True)
+        self._state.hooks.append(hook)
 
     def see_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self._pass

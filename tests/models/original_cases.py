@@ -203,7 +203,7 @@ CASES = {
         "MiniCPM-V 2.x", lambda: _minicpm(scale_emb=12.0), minicpm_v, "llm.model"
     ),
     "deepseek_vl2": Case("DeepSeek-VL2", _deepseek, deepseek_vl2, "language.model"),
-    "ovis": Case("Ovis 1.x", _ovis, ovis, "llm.model"),
     "llava": Case("LLaVA", _llava, llava, "model"),
+    "ovis": Case("Ovis 1.x", _ovis, ovis, "llm.model"),
 }
 PROCESSOR = SimpleNamespace(image_token_id=IMAGE)  # DeepSeek-VL2's knows the id
