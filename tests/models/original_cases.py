@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, Qwen2Config
 
 from tests.attached import Place
-from tests.models import originals
+from tests.models import originals, originals_inside
 from tests.models.originals import LIMIT, PATCHES, SIZES
 
 START, END, IMAGE = 36, 37, 38  # the words are below
@@ -143,6 +143,30 @@ def llava(scene: str, side: str, model: Any) -> Batch:
     return Batch(inputs, t.visual)
 
 
+def phi3_v(scene: str, side: str, model: Any) -> Batch:
+    """Each row counts its images from -1."""
+    t = tokens(scene, lambda _: [IMAGE] * PATCHES, side, {IMAGE: 1})
+    is_image = t.ids == IMAGE
+    ids = torch.where(is_image, -1 - (is_image.cumsum(dim=1) - 1) // PATCHES, t.ids)
+    inputs = {"input_ids": ids, "attention_mask": t.attention, "labels": t.labels}
+    if is_image.any():
+        inputs["pixel_values"] = torch.cat(pictures(scene))
+        inputs["image_sizes"] = torch.full((len(inputs["pixel_values"]), 2), 16)
+    return Batch(inputs, t.visual)
+
+
+def molmo(scene: str, side: str, model: Any) -> Batch:
+    """Beside an image's patches stand words of its layout, which get no features."""
+    t = tokens(scene, lambda _: [START, *[IMAGE] * PATCHES, END], side, {IMAGE: 1})
+    inputs = {"input_ids": t.ids, "attention_mask": t.attention, "labels": t.labels}
+    if t.visual.any():
+        places = [row.nonzero().flatten() for row in t.visual]
+        padded = pad_sequence(places, batch_first=True, padding_value=-1)
+        inputs["image_input_idx"] = padded.view(len(places), -1, PATCHES)
+        inputs["images"] = pad_sequence(pictures(scene), batch_first=True)
+    return Batch(inputs, t.visual)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and batches for it.
@@ -196,6 +220,14 @@ def _llava() -> Any:
     return originals.LlavaLlamaForCausalLM(config)
 
 
+def _phi() -> Any:
+    return originals_inside.Phi3VForCausalLM(LlamaConfig(**SIZES))
+
+
+def _molmo() -> Any:
+    return originals_inside.MolmoForCausalLM(originals.Config(vocab_size=SIZES["vocab_size"]))
+
+
 CASES = {
     "internvl_chat": Case("InternVL-Chat", _internvl, internvl_chat, "language_model.model"),
     "minicpm_v": Case("MiniCPM-V 2.x", _minicpm, minicpm_v, "llm.model"),
@@ -205,5 +237,7 @@ CASES = {
     "deepseek_vl2": Case("DeepSeek-VL2", _deepseek, deepseek_vl2, "language.model"),
     "llava": Case("LLaVA", _llava, llava, "model"),
     "ovis": Case("Ovis 1.x", _ovis, ovis, "llm.model"),
+    "phi3_v": Case("Phi-3.5-vision", _phi, phi3_v, "model", is_merged_inside=True),
+    "molmo": Case("Molmo 1", _molmo, molmo, "model.transformer", "blocks", True),
 }
 PROCESSOR = SimpleNamespace(image_token_id=IMAGE)  # DeepSeek-VL2's knows the id

@@ -5,6 +5,7 @@ The stand-ins have the forward of the original code, `tests/models/originals.py`
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
