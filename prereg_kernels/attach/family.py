@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -173,12 +174,11 @@ class Family:
         Raises:
             ValueError: neither does.
         """
-        for module in (model, self.language_model_of(model)):
-            try:
+        modules: tuple[Any, ...] = (model, self.language_model_of(model))
+        for module in modules:
+            with suppress(AttributeError, NotImplementedError):
                 embeddings: nn.Module = module.get_input_embeddings()
-            except (AttributeError, NotImplementedError):
-                continue
-            return embeddings
+                return embeddings
         raise ValueError(
             f"model: expected {type(model).__name__} or {self.language_model!r} to have "
             "get_input_embeddings(), which returns the embedding table of input_ids; got none"

@@ -90,11 +90,14 @@ class FirstSteps:
         if differs is None or bool((differs | ~words).all()):
             self._refuse_unseen(current, bool(words.any()))
             return
+        strange = differs & (visible & ~visual if in_place else words)
+        if not in_place and current.source == "input_ids":
+            self._refuse_several_rows(strange)
         self._look_at_visual(visual & ~differs, visual, current)
         if in_place:
-            self._look_at_words(differs & visible & ~visual, current)
+            self._look_at_words(strange, current)
         else:
-            self._look_at_pieces(differs & words, current)
+            self._look_at_positions(strange, current)
         self._look_at_codes(current)
 
     def _refuse_unseen(self, current: Pass, has_words: bool) -> None:
@@ -159,16 +162,15 @@ class FirstSteps:
             stacklevel=2,
         )
 
-    def _look_at_pieces(self, strange: Tensor, current: Pass) -> None:
-        """Of a model that embeds its text in pieces, between which it puts features."""
+    def _refuse_several_rows(self, strange: Tensor) -> None:
+        """Raise ValueError if a model puts features, not marked, between pieces of its text."""
         count = int(strange.sum())
-        if count and current.source == "input_ids":
+        if count:
             raise ValueError(
                 f"input_ids: PRe finds the visual tokens by it, but {count} other positions of the "
                 f"decoder's sequence have features. {SEVERAL_ROWS}, and cuts its sequence to the "
                 f"length of input_ids. {WHAT_TO_DO}"
             )
-        self._look_at_positions(strange, current)
 
     def _look_at_positions(self, strange: Tensor, current: Pass) -> None:
         """Where no ids say what stands at a position, count the other tokens with features."""

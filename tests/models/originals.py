@@ -7,18 +7,17 @@ projectors are not. Each image has `PATCHES` tokens, but for DeepSeek-VL2's tile
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -303,7 +302,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             strict=True,
         ):
             places = [-1, *torch.where(ids == -200)[0].tolist(), len(ids)]
-            sizes = [b - a - 1 for a, b in zip(places, places[1:], strict=False)]
+            sizes = [b - a - 1 for a, b in pairwise(places)]
             text = self.model.embed_tokens(ids[ids != -200]).split(sizes)
             words = label[ids != -200].split(sizes)
             row, target = [text[0]], [words[0]]
