@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.attach.family import Family
-from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.visual import hide
 
 _PROJECTOR = "model.multi_modal_projector"
 _MERGES = "merges several patches into a token"
@@ -92,8 +92,7 @@ def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
     ids, mask = batch["input_ids"], batch.get("image_embeds_position_mask")
     if mask is None:
         return torch.zeros_like(ids, dtype=torch.bool)
-    visible = find_visible(batch.get("attention_mask"), ids)
-    return mask == 1 if visible is None else (mask == 1) & visible
+    return hide(mask == 1, batch.get("attention_mask"))
 
 
 def _codes_of(prefix: str) -> Callable[[Any], list[int]]:

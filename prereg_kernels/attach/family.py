@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
-from prereg_kernels.attach.visual import find_marked, find_visible
+from prereg_kernels.attach.visual import find_marked, hide
 
 Token = str | int
 Layout = Literal["crop", "tiles", "blocks"]
@@ -257,9 +257,9 @@ class Family:
             )
         return mask
 
-    def visible(self, attention_mask: Any, marked: Tensor) -> Tensor | None:
-        """As `find_visible`, of `marked`; None, too, where `visual_mask` has the last word."""
-        return None if self.visual_mask is not None else find_visible(attention_mask, marked)
+    def shown(self, marked: Tensor, attention_mask: Any) -> Tensor:
+        """Those of the marked positions that attention shows; `visual_mask` has no others."""
+        return marked if self.visual_mask is not None else hide(marked, attention_mask)
 
     def entry_of(self, model: Any) -> int | None:
         """`enters_at`, of this model."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels.attach.visual import find_marked, find_visible
+from prereg_kernels.attach.visual import find_marked, hide
 
 if TYPE_CHECKING:
     from prereg_kernels.attach.passes import Pass
@@ -78,10 +78,12 @@ class FirstSteps:
         current.embedded = None
         if not is_input:
             return
-        visible = None
-        if current.source != "family.visual_mask":
-            visible = find_visible(current.inputs.get("attention_mask"), visual)
-        visible = torch.ones_like(visual) if visible is None else visible
+        attention = current.inputs.get("attention_mask")
+        everywhere = torch.ones_like(visual)
+        if current.source == "family.visual_mask":  # attention's mask may be of another sequence
+            visible = everywhere
+        else:
+            visible = hide(everywhere, attention)
         in_place = any(x.shape == states.shape for x in tables)
         differs = _differs(states, tables).to(visual.device) if tables else None
         words = visible & ~visual
@@ -92,7 +94,7 @@ class FirstSteps:
             return
         strange = differs & (visible & ~visual if in_place else words)
         if not in_place and current.source == "input_ids":
-            self._refuse_several_rows(strange)
+            self._refuse_several_rows(strange & ~self._others(current.inputs["input_ids"]))
         self._look_at_visual(visual & ~differs, visual, current)
         if in_place:
             self._look_at_words(strange, current)
@@ -134,6 +136,11 @@ class FirstSteps:
         if current.source == "next_visual_mask":  # the caller's word
             warnings.warn(f"PRe: {message}", stacklevel=2)
             return
+        if current.source == "family.visual_mask":
+            raise ValueError(
+                f"visual_mask: {message}; expected the function to mark the positions of the "
+                "decoder's sequence where the model puts them"
+            )
         raise ValueError(
             f"visual_tokens: {message}. Either the batch lacks their images, or these are not the "
             "ids that the model replaces, or it shows its images to the decoder in another way; "
@@ -146,7 +153,7 @@ class FirstSteps:
         if not isinstance(ids, Tensor) or ids.shape != strange.shape:
             self._look_at_positions(strange, current)
             return
-        strange = strange & ~find_marked(ids, family.other_token_ids(model)).to(strange.device)
+        strange = strange & ~self._others(ids).to(strange.device)
         if not bool(strange.any()):
             return
         left_out, counts = ids.to(strange.device)[strange].unique(return_counts=True)
@@ -174,11 +181,10 @@ class FirstSteps:
 
     def _look_at_positions(self, strange: Tensor, current: Pass) -> None:
         """Where no ids say what stands at a position, count the other tokens with features."""
-        ids, family, others = current.inputs.get("input_ids"), self._state.family, 0
-        if isinstance(ids, Tensor):
-            others = int(find_marked(ids, family.other_token_ids(self._state.model)).sum())
-        count = int(strange.sum())
-        if count > others and current.source == "family.visual_mask":
+        if current.source != "family.visual_mask":
+            return
+        ids, count = current.inputs.get("input_ids"), int(strange.sum())
+        if count > (int(self._others(ids).sum()) if isinstance(ids, Tensor) else 0):
             row, position = strange.nonzero()[0].tolist()
             warnings.warn(
                 f"PRe: {count} positions of the decoder's sequence get features and are not in "
@@ -186,6 +192,10 @@ class FirstSteps:
                 "they are visual, mark them; if not, name their ids in family.other_tokens",
                 stacklevel=2,
             )
+
+    def _others(self, ids: Tensor) -> Tensor:
+        """Bool, the shape of `ids`: tokens that get features and are not visual."""
+        return find_marked(ids, self._state.family.other_token_ids(self._state.model))
 
     def _look_at_codes(self, current: Pass) -> None:
         codes, ids = self._state.family.codes, current.inputs.get("input_ids")

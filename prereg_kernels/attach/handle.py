@@ -268,8 +268,7 @@ class PRe:
         """
         family = self.family
         marked = family.marked(self._state.model, batch)
-        visible = family.visible(batch.get("attention_mask"), marked)
-        shown = marked if visible is None else marked & visible
+        shown = family.shown(marked, batch.get("attention_mask"))
         if self.config.level == "global":
             ids = batch["input_ids"] if family.visual_mask is None else marked
             return count_images(family, batch, ids, marked, shown)
@@ -288,8 +287,7 @@ class PRe:
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         marked = self.family.marked(self._state.model, batch)
-        visible = self.family.visible(attention_mask, marked)
-        return marked if visible is None else marked & visible
+        return self.family.shown(marked, attention_mask)
 
     def check(self, batch: Mapping[str, Any] | None = None) -> None:
         """See that the heads train and, on a batch, that the visual tokens are where PRe has them.

@@ -31,7 +31,7 @@ from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.sampling import choose_tokens
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
-from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.visual import hide
 from prereg_kernels.attach.watch import Watch
 
 
@@ -138,15 +138,14 @@ class Hooks:
         attention = inputs.get("attention_mask")
         source = "input_ids" if given is None else "next_visual_mask"
         if given is not None:
-            marked, visible = given, find_visible(attention, given)
+            marked, mask = given, hide(given, attention)
         else:
             marked = state.family.marked(state.model, inputs)
-            visible = state.family.visible(attention, marked)
+            mask = state.family.shown(marked, attention)
             if state.family.visual_mask is not None:
                 source = "family.visual_mask"
         # Without ids each run of visual tokens stands for an image's, as one of ids does
         ids: Tensor = inputs["input_ids"] if source == "input_ids" else marked
-        mask = marked if visible is None else marked & visible
         values = (
             self._values_in_graph(mask.device) if compiled else _zeros(state.heads, mask.device)
         )
@@ -161,7 +160,7 @@ class Hooks:
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
         current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
-        if visible is not None:
+        if mask is not marked:
             current.by_id = marked
         if config.level == "global":
             current.images = find_images(state.family, inputs, ids, marked, index)
