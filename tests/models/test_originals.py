@@ -41,8 +41,8 @@ def family_of(name: str, model: Any) -> Family:
         exec(block.text, namespace)
         if is_it:
             break
+    family: Family = namespace["pre"].family
     remove_pre(model)
-    family: Family = namespace["family"]
     return family
 
 
