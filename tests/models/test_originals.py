@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels import Family, apply_pre, find_pre, remove_pre
-from tests.attached import both, compare
+from prereg_kernels.checkup import visual_features
+from tests.attached import both, compare, seen
 from tests.docs.pages import page_of
 from tests.models.original_cases import CASES, PROCESSOR, SCENES, Batch, Case
 from tests.tiny import gradients, make_batch, tiny_llava
@@ -136,7 +137,11 @@ def test_gradients_of_a_sequence_that_is_cut(name: str) -> None:
     visual = batch.visual[:, :length]
     hidden = visual & ~batch.inputs["attention_mask"].bool()
     assert hidden.any() and visual.sum() < batch.visual.sum()
-    check(case, model, family_of(name, model), Batch(batch.inputs, visual))
+    family = family_of(name, model)
+    check(case, model, family, Batch(batch.inputs, visual))
+    apply_pre(model, family=other_mask(family, lambda mask: mask & ~hidden))
+    with pytest.warns(UserWarning, match=r"get features and are not in family\.visual_mask"):
+        model(**batch.inputs).loss.backward()
 
 
 def other_mask(family: Family, change: Any) -> Family:
@@ -262,3 +267,16 @@ def test_a_model_without_an_embedding_table() -> None:
         ValueError, match=r"model: expected Ovis or 'visual_tokenizer' to have get_input"
     ):
         apply_pre(model, family=family)
+
+
+def test_the_checkup_reads_the_same_positions() -> None:
+    case = CASES["llava"]
+    model = case.model().eval()
+    batch = case.batch("several images", "right", model)
+    length = batch.inputs["input_ids"].shape[1]
+    model.config.tokenizer_model_max_length = length
+    features = visual_features(model, batch.inputs, family_of("llava", model))
+    with seen(model, case.place) as states, torch.no_grad():
+        model(**batch.inputs)
+    for layer, rows in enumerate(features):
+        assert torch.equal(rows, states[layer][batch.visual[:, :length]])
