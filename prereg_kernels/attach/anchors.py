@@ -23,14 +23,13 @@ def anchor_width(config: PReConfig, family: Family, model: Any) -> int:
         return config.anchor_features or _input_width(family, projector)
     if config.anchor_features is not None:
         return config.anchor_features
-    return llm_width(model)
+    return llm_width(family.embeddings_of(model))
 
 
-def llm_width(model: Any) -> int:
+def llm_width(embeddings: nn.Module) -> int:
     """Of the LLM's input, as the embedding says it: ZeRO-3 leaves its weight without a shape."""
-    embeddings = model.get_input_embeddings()
     width = getattr(embeddings, "embedding_dim", None)
-    return width if isinstance(width, int) else int(embeddings.weight.shape[1])
+    return width if isinstance(width, int) else next(embeddings.parameters()).shape[1]
 
 
 def _input_width(family: Family, projector: nn.Module) -> int:

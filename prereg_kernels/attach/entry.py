@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels.attach.anchors import function_rows, llm_width, projector_rows
-from prereg_kernels.attach.first_steps import FirstSteps
+from prereg_kernels.attach.first_steps import SEVERAL_ROWS, WHAT_TO_DO, FirstSteps
 from prereg_kernels.attach.forward import parameters_of
 from prereg_kernels.attach.passes import Calls, Pass
 from prereg_kernels.attach.pooling import pool_images
@@ -27,7 +27,7 @@ class Entry:
         self.first_steps = FirstSteps(state)
         self._saw_finite_anchor = False
         self._enters_at = state.family.entry_of(state.model)
-        self._width, self._is_watching = llm_width(state.model), False
+        self._width, self._is_watching = llm_width(state.family.embeddings_of(state.model)), False
 
     def see(self, current: Pass, embeddings: Tensor | None) -> None:
         """The language model is called with these `inputs_embeds`."""
@@ -142,11 +142,9 @@ class Entry:
 def check_sequence(current: Pass, states: Tensor) -> None:
     """Raise ValueError unless the decoder's sequence is the one that is marked."""
     if states.shape[:-1] != current.shape:
+        is_longer = current.source == "input_ids" and states.shape[1] > current.shape[1]
         raise ValueError(
             f"{current.source}: PRe finds the visual tokens by it; expected the decoder's "
             f"sequence to have its shape, {tuple(current.shape)}, got inputs_embeds of "
-            f"{tuple(states.shape[:-1])}. Where the model expands or splits its sequence, "
-            "train it with an id for each position, or set pre.next_visual_mask before each "
-            "call to a mask of the sequence that the decoder gets, or pass "
-            "family=Family(..., visual_mask=function) that makes it from the call's arguments"
+            f"{tuple(states.shape[:-1])}. {f'{SEVERAL_ROWS}. ' * is_longer}{WHAT_TO_DO}"
         )

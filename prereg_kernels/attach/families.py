@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.visual import hide
 
 _PROJECTOR = "model.multi_modal_projector"
 _MERGES = "merges several patches into a token"
@@ -89,10 +90,10 @@ def _mean_of_joined_streams(states: Tensor, width: int) -> Tensor:
 def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
     """Its ids of an image's tokens are words like others."""
     mask, ids = batch.get("image_embeds_position_mask"), batch.get("input_ids")
-    if mask is not None:
-        return mask == 1
-    like = batch["inputs_embeds"][..., 0] if ids is None else ids
-    return torch.zeros_like(like, dtype=torch.bool)
+    if mask is None:
+        like = batch["inputs_embeds"][..., 0] if ids is None else ids
+        return torch.zeros_like(like, dtype=torch.bool)
+    return hide(mask == 1, batch.get("attention_mask"))
 
 
 def _codes_of(prefix: str) -> Callable[[Any], list[int]]:

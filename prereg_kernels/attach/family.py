@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
-from prereg_kernels.attach.visual import find_marked
+from prereg_kernels.attach.visual import find_marked, hide
 
 Token = str | int
 Layout = Literal["crop", "tiles", "blocks"]
@@ -24,8 +25,8 @@ class Family:
 
     `apply_pre` finds most of them on a model of transformers (`prereg_kernels.attach.resolver`).
     Give it those that it does not find, or finds wrong: `apply_pre(model, family=Family(...))`.
-    Paths are names of registered submodules, dotted, from the model that `apply_pre` gets. As
-    those of transformers do, it needs a `config` and `get_input_embeddings`.
+    Paths are names of registered submodules, dotted, from the model that `apply_pre` gets. That, or
+    its language model, needs `get_input_embeddings`, as those of transformers have it.
 
     Example:
         >>> family = Family("mine", layers="model.language_model.layers", visual_tokens=(50,))
@@ -46,7 +47,8 @@ class Family:
         visual_tokens: ids of visual tokens, or the names under which the model's config has one or
             several, dotted where they are in a part of it. None: to be found, but where
         visual_mask: says which positions are visual: a function from the keyword arguments of the
-            model's forward to a bool mask of the decoder's sequence, (rows, length).
+            model's forward to a bool mask of the decoder's sequence, (rows, length). It leaves
+            out what attention hides: that mask may be of another sequence.
         other_tokens: as `visual_tokens`, of tokens that get features and are not visual, as of
             audio, beside those that are found.
         enters_at: index of the decoder layer whose input is the first to hold the visual features,
@@ -166,6 +168,22 @@ class Family:
             parts.append(module)
         return parts
 
+    def embeddings_of(self, model: Any) -> nn.Module:
+        """The embedding table, as the model or else its language model gives it.
+
+        Raises:
+            ValueError: neither does.
+        """
+        modules: tuple[Any, ...] = (model, self.language_model_of(model))
+        for module in modules:
+            with suppress(AttributeError, NotImplementedError):
+                embeddings: nn.Module = module.get_input_embeddings()
+                return embeddings
+        raise ValueError(
+            f"model: expected {type(model).__name__} or {self.language_model!r} to have "
+            "get_input_embeddings(), which returns the embedding table of input_ids; got none"
+        )
+
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers.
 
@@ -238,6 +256,10 @@ class Family:
                 f"{came}"
             )
         return mask
+
+    def shown(self, marked: Tensor, attention_mask: Any) -> Tensor:
+        """Those of the marked positions that attention shows; `visual_mask` has no others."""
+        return marked if self.visual_mask is not None else hide(marked, attention_mask)
 
     def entry_of(self, model: Any) -> int | None:
         """`enters_at`, of this model."""

@@ -21,12 +21,18 @@ from torch import Tensor, nn
 
 from prereg_kernels.attach.families import family_of_type
 from prereg_kernels.attach.resolver import resolve
-from prereg_kernels.attach.visual import find_marked, find_visible
+from prereg_kernels.attach.visual import find_marked, hide
 
 if TYPE_CHECKING:
     from prereg_kernels.attach.passes import Pass
     from prereg_kernels.attach.state import State
 
+SEVERAL_ROWS = "The model puts several rows in place of one id"
+WHAT_TO_DO = (
+    "Where the model expands or splits its sequence, train it with an id for each position, or set "
+    "pre.next_visual_mask before each call to a mask of the sequence that the decoder gets, or "
+    "pass family=Family(..., visual_mask=function) that makes it from the call's arguments"
+)
 
 NO_PIXELS = ("inputs_embeds", "attention", "audio", "input_features", "past_key_values")
 
@@ -52,7 +58,7 @@ class FirstSteps:
                 embedded.append(output.detach().clone())
 
         current.embedded = embedded
-        embeddings = self._state.model.get_input_embeddings()
+        embeddings = self._state.family.embeddings_of(self._state.model)
         current.hooks.append(embeddings.register_forward_hook(keep))
 
     def look(self, current: Pass, states: Tensor, is_input: bool) -> None:
@@ -75,25 +81,35 @@ class FirstSteps:
                 "are zero, and so would L_PRe be: the model adds their features later. Expected "
                 "family.enters_at, the index of the decoder layer whose input holds them first"
             )
-        tables = [x.to(states) for x in current.embedded if x.shape == states.shape]
+        tables = [x.to(states) for x in current.embedded if x.shape[-1] == states.shape[-1]]
         current.embedded = None
         if not is_input:
             return
-        visible = find_visible(current.inputs.get("attention_mask"), visual)
-        visible = torch.ones_like(visual) if visible is None else visible
+        everywhere = torch.ones_like(visual)
+        if current.source == "family.visual_mask":  # attention's mask may be of another sequence
+            visible = everywhere
+        else:
+            visible = hide(everywhere, current.inputs.get("attention_mask"))
+        in_place = any(x.shape == states.shape for x in tables)
         words = visible & ~visual & (states.count_nonzero(dim=-1) > 0).to(visual.device)
         differs = _differs(states, tables).to(visual.device) if tables else None
         if differs is None or bool((differs | ~words).all()):
             ids = current.inputs.get("input_ids")
-            differs = _varies(states, ids, visible, visual)
+            differs, in_place = _varies(states, ids, visible, visual), True
             self._compare_with_listed(current, visual, visible)
         if differs is None:
             self._look_for_pixels(rows, current)
             self._refuse_unseen(current, bool((visible & ~visual).any()))
             return
+        strange = differs & (visible & ~visual if in_place else words)
+        if not in_place and current.source == "input_ids":
+            self._refuse_several_rows(strange & ~self._others(current.inputs["input_ids"]))
         self._look_at_visual(visual & ~differs, visual, current)
         self._look_for_pixels(rows, current)
-        self._look_at_words(differs & visible & ~visual, current)
+        if in_place:
+            self._look_at_words(strange, current)
+        else:
+            self._look_at_positions(strange, current)
         self._look_at_codes(current)
 
     def look_before(self, current: Pass, states: Tensor, is_input: bool) -> None:
@@ -122,8 +138,7 @@ class FirstSteps:
                 f"{family.entry_of(self._state.model)}, and they are there before: {len(rows)} of "
                 f"the {int(visual.sum())} visual rows differ from the embedding table's"
             )
-        visible = find_visible(current.inputs.get("attention_mask"), visual)
-        cleared = differs & empty if visible is None else differs & empty & visible
+        cleared = hide(differs & empty, current.inputs.get("attention_mask"))
         if is_input and bool(cleared.any()):  # for the features to come
             self._look_at_visual(visual & ~cleared, visual, current)
             self._look_at_words(cleared & ~visual, current)
@@ -182,6 +197,11 @@ class FirstSteps:
         if current.source == "next_visual_mask":  # the caller's word
             warnings.warn(f"PRe: {message}", stacklevel=2)
             return
+        if current.source == "family.visual_mask":
+            raise ValueError(
+                f"visual_mask: {message}; expected the function to mark the positions of the "
+                "decoder's sequence where the model puts them"
+            )
         raise ValueError(
             f"visual_tokens: {message}. Either the batch lacks their images, or these are not the "
             "ids that the model replaces, or it shows its images to the decoder in another way; "
@@ -202,8 +222,9 @@ class FirstSteps:
         family, model = self._state.family, self._state.model
         ids = current.inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.shape != strange.shape:
+            self._look_at_positions(strange, current)
             return
-        strange = strange & ~find_marked(ids, family.other_token_ids(model)).to(strange.device)
+        strange = strange & ~self._others(ids).to(strange.device)
         if not bool(strange.any()):
             return
         left_out, counts = ids.to(strange.device)[strange].unique(return_counts=True)
@@ -218,6 +239,34 @@ class FirstSteps:
             "other_tokens=(...)",
             stacklevel=2,
         )
+
+    def _refuse_several_rows(self, strange: Tensor) -> None:
+        """Raise ValueError if a model puts features, not marked, between pieces of its text."""
+        count = int(strange.sum())
+        if count:
+            raise ValueError(
+                f"input_ids: PRe finds the visual tokens by it, but {count} other positions of the "
+                f"decoder's sequence have features. {SEVERAL_ROWS}, and cuts its sequence to the "
+                f"length of input_ids. {WHAT_TO_DO}"
+            )
+
+    def _look_at_positions(self, strange: Tensor, current: Pass) -> None:
+        """Where no ids say what stands at a position, count the other tokens with features."""
+        if current.source != "family.visual_mask":
+            return
+        ids, count = current.inputs.get("input_ids"), int(strange.sum())
+        if count > (int(self._others(ids).sum()) if isinstance(ids, Tensor) else 0):
+            row, position = strange.nonzero()[0].tolist()
+            warnings.warn(
+                f"PRe: {count} positions of the decoder's sequence get features and are not in "
+                f"family.visual_mask, the first of them at position {position} of row {row}. If "
+                "they are visual, mark them; if not, name their ids in family.other_tokens",
+                stacklevel=2,
+            )
+
+    def _others(self, ids: Tensor) -> Tensor:
+        """Bool, the shape of `ids`: tokens that get features and are not visual."""
+        return find_marked(ids, self._state.family.other_token_ids(self._state.model))
 
     def _look_at_codes(self, current: Pass) -> None:
         codes = self._codes(current)
@@ -272,8 +321,23 @@ def _has_pixels(inputs: Mapping[str, Any]) -> bool:
 
 
 def _differs(states: Tensor, tables: list[Tensor]) -> Tensor:
-    """Bool, (rows, length): where a row is that of no table."""
-    return torch.stack([(states != table).any(dim=-1) for table in tables]).all(dim=0)
+    """Bool, (rows, length): where a row is that of no table.
+
+    In those of the same shape its own is looked at; where there is none, all.
+    """
+    whole = [(states != table).any(dim=-1) for table in tables if table.shape == states.shape]
+    if whole:
+        return torch.stack(whole).all(dim=0)
+    known = torch.cat([_numbers(table).flatten() for table in tables])
+    return ~torch.isin(_numbers(states), known)
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """int64, one for each row: the same for the same rows, and hardly for others."""
+    bits = (rows.float() + 0.0).view(torch.int32).long()  # + 0.0, as 0 has two signs
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(2**62, bits.shape[-1:], generator=generator)
+    return (bits * factors.to(bits.device)).sum(dim=-1)
 
 
 def _varies(states: Tensor, ids: Any, visible: Tensor, visual: Tensor) -> Tensor | None:

@@ -24,7 +24,6 @@ from prereg_kernels.attach.first_steps import run
 from prereg_kernels.attach.image_spans import count_images
 from prereg_kernels.attach.passes import Collected
 from prereg_kernels.attach.state import State
-from prereg_kernels.attach.visual import hide
 from prereg_kernels.ops.head import PReHead
 
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
@@ -269,7 +268,7 @@ class PRe:
         """
         family = self.family
         marked = family.marked(self._state.model, batch)
-        shown = hide(marked, batch.get("attention_mask"))
+        shown = family.shown(marked, batch.get("attention_mask"))
         if self.config.level == "global":
             ids = batch["input_ids"] if family.visual_mask is None else marked
             return count_images(family, batch, ids, marked, shown)
@@ -287,7 +286,8 @@ class PRe:
             tensor([4, 4])
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return hide(self.family.marked(self._state.model, batch), attention_mask)
+        marked = self.family.marked(self._state.model, batch)
+        return self.family.shown(marked, attention_mask)
 
     def check(self, batch: Mapping[str, Any] | None = None) -> None:
         """See that the heads train and, on a batch, that the visual tokens are where PRe has them.

@@ -31,7 +31,7 @@ from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.sampling import choose_tokens
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
-from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.visual import hide
 from prereg_kernels.attach.watch import Watch
 
 
@@ -45,9 +45,9 @@ class Hooks:
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
-        embeddings = state.model.get_input_embeddings()
-        self._compiled_values = _zeros(state.heads, embeddings.weight.device)
-        self._width = llm_width(state.model)
+        embeddings = state.family.embeddings_of(state.model)
+        self._compiled_values = _zeros(state.heads, next(embeddings.parameters()).device)
+        self._width = llm_width(embeddings)
         language_model = state.family.language_model_of(state.model)
         self._names = (
             parameters_of(state.model),
@@ -136,15 +136,14 @@ class Hooks:
         attention = inputs.get("attention_mask")
         source = "input_ids" if given is None else "next_visual_mask"
         if given is not None:
-            marked = given
+            marked, mask = given, hide(given, attention)
         else:
             marked = state.family.marked(state.model, inputs)
+            mask = state.family.shown(marked, attention)
             if state.family.visual_mask is not None:
                 source = "family.visual_mask"
         # Without ids each run of visual tokens stands for an image's, as one of ids does
         ids: Tensor = inputs["input_ids"] if source == "input_ids" else marked
-        visible = find_visible(attention, marked)
-        mask = marked if visible is None else marked & visible
         values = (
             self._values_in_graph(mask.device) if compiled else _zeros(state.heads, mask.device)
         )
@@ -159,7 +158,7 @@ class Hooks:
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
         current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
-        if visible is not None:
+        if mask is not marked:
             current.by_id = marked
         if config.level == "global":
             current.images = find_images(state.family, inputs, ids, marked, index)

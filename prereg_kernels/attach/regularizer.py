@@ -142,7 +142,8 @@ def _attach_hooks(state: State) -> None:
         projector = family.projector_of(model)
         hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
         state.hooks.append(hook)
-    hooks.watch_entry()
+    if family.enters_at is not None:
+        hooks.watch_entry()
     for number in state.heads:
         see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
         state.hooks.append(layers[number - 1].register_forward_hook(see))

@@ -75,6 +75,8 @@ def find_family(model: nn.Module) -> Family:
 def _complete_layers(model: Any, family: Family, how: dict[str, str]) -> Family:
     """With `layers` and `language_model`."""
     if family.layers is None and family.language_model is None:
+        if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
+            raise ValueError(_unsupported(model, "it has no config and get_decoder()"))
         decoder, call = _decoder_of(model)
         path = _path_of(model, decoder)
         if path is None:
@@ -234,11 +236,20 @@ def _predicts_text(model: Any) -> bool:
     return is_model and model.get_output_embeddings() is not None
 
 
+def _sees(model: Any) -> bool:
+    """Whether a model with a head, of a type that is known or by its config, has visual tokens."""
+    is_listed = family_of_type(model.config.model_type) is not None
+    return is_listed or bool(token_names(model.config))
+
+
 def _refuse(model: nn.Module) -> NoReturn:
     """Raise ValueError: there is a model within, or none."""
     for path, inner in model.named_modules():
         if inner is not model and _predicts_text(inner):
             name, inside = type(model).__name__, type(inner).__name__
+            if not _sees(inner):
+                problem = f"model.{path}, the {inside} in it, knows no visual token"
+                raise ValueError(_unsupported(model, problem))
             raise ValueError(
                 f"model: expected the {inside} itself, got a {name} around it; call "
                 f"apply_pre(model.{path}), and do so before DistributedDataParallel, FSDP or "

@@ -143,7 +143,7 @@ class State:
         like = next(layer.parameters())
         config = self.config
         head = PReHead(
-            llm_width(self.model),
+            llm_width(self.family.embeddings_of(self.model)),
             self.anchor_features,
             config.head_features,
             depth=config.depth,

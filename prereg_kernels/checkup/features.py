@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from prereg_kernels.attach.anchors import llm_width
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.resolver import resolve
-from prereg_kernels.attach.visual import hide
 
 
 @torch.no_grad()
@@ -58,7 +57,7 @@ def visual_features(
         if not entering:
             entering.append(rows(args[0] if args else kwargs["hidden_states"]))
 
-    width = llm_width(model)
+    width = llm_width(family.embeddings_of(model))
     handles = [
         family.language_model_of(model).register_forward_pre_hook(see_embeddings, with_kwargs=True),
         decoder[entry or 0].register_forward_pre_hook(see_input, with_kwargs=True),
@@ -81,5 +80,5 @@ def visual_features(
 
 def visual_mask(model: nn.Module, batch: Mapping[str, Any], family: Family | None = None) -> Tensor:
     """Bool, (rows, length): where a batch's tokens are visual. ValueError as `apply_pre`."""
-    marked = resolve(model, family).family.marked(model, batch)
-    return hide(marked, batch.get("attention_mask"))
+    family = resolve(model, family).family
+    return family.shown(family.marked(model, batch), batch.get("attention_mask"))

@@ -18,11 +18,13 @@ import prereg_kernels
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
 from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.config import RunConfig, load_config
-from tests.attached import compare, eager_term
+from tests.attached import both, compare, eager_term
 from tests.docs.commands import chdir, run
 from tests.docs.pages import Block, is_snippet, pages
 from tests.docs.places import in_few_steps
 from tests.helpers import relative_error
+from tests.models.original_cases import CASES as ORIGINALS
+from tests.models.original_cases import PROCESSOR
 from tests.tiny import gradients, make_batch, tiny_llava
 
 Namespace = dict[str, Any]
@@ -198,12 +200,37 @@ def taps(text: str, namespace: Namespace, place: Path) -> None:
     assert namespace["pre"].item() == pytest.approx(term.item(), rel=1e-5)
 
 
+def attaches_to_an_original(title: str) -> Callable[[str, Namespace, Path], None]:
+    """The gradients of one batch; tests/models/test_originals.py has the others."""
+
+    def runs(text: str, namespace: Namespace, place: Path) -> None:
+        case = next(case for case in ORIGINALS.values() if case.title == title)
+        model = case.model()
+        namespace |= {"model": model, "processor": PROCESSOR}
+        exec(text, namespace)
+        batch, family = case.batch("several images", "right", model), namespace["pre"].family
+        remove_pre(model)
+        ours, expected, metrics, _ = both(
+            batch.inputs, make=lambda: model, mask=batch.visual, place=case.place, family=family
+        )
+        compare(ours, expected)
+        assert metrics["visual_tokens"] == batch.visual.sum()
+
+    return runs
+
+
+# A page's blocks, after its first, are of these models
+TITLES = dict.fromkeys(case.title for case in ORIGINALS.values())
 CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("README.md", 1): is_the_loss_each_time,
     ("docs/anchors.md", 0): takes_a_loss,
     ("docs/anchors.md", 1): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
     ("prereg_kernels/ops/tap.py", 0): taps,
+    **{
+        ("docs/other_models.md", number): attaches_to_an_original(title)
+        for number, title in enumerate(TITLES, 1)
+    },
 }
 
 

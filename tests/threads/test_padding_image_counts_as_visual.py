@@ -17,6 +17,7 @@ from tests.attach.families.batches import make_batch as family_batch
 from tests.attach.families.models import make_model
 from tests.attached import anchor_of_pixels, compare, eager_term
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, make_batch, tiny_llava
+from tests.zoo import sample
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "patch": {},
@@ -144,3 +145,16 @@ def test_the_checkup_leaves_them_out() -> None:
     visible = hide(batch, 0, 1)
     layers = visual_features(model, batch)
     assert [len(rows) for rows in layers] == [visible.sum()] * 5
+
+
+def test_a_mask_function_leaves_them_out() -> None:
+    """Kosmos-2's, which looks at attention itself: PRe takes its word."""
+    case = sample("kosmos-2")
+    batch = case.batches["images"]
+    pre = apply_pre(case.model)
+    hidden = batch.visual.flatten().nonzero()[0]
+    attention = torch.ones_like(batch.inputs["input_ids"])
+    attention.view(-1)[hidden] = 0
+    case.model(**batch.inputs | {"attention_mask": attention}).loss.backward()
+    seen = pre.count(batch.inputs | {"attention_mask": attention}).item()
+    assert pre.metrics()["visual_tokens"] == seen == batch.visual.sum() - 1
