@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from prereg_kernels.attach.anchors import function_rows, projector_rows
+from prereg_kernels.attach.checkpointing import outside_selection
 from prereg_kernels.attach.first_steps import FirstSteps
 from prereg_kernels.attach.passes import Calls, Pass
 from prereg_kernels.attach.pooling import pool_images
@@ -26,7 +29,8 @@ class Entry:
 
     def take(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """The decoder gets these, with the visual features in them."""
-        with torch.no_grad():
+        compiled = torch.compiler.is_compiling()
+        with torch.no_grad(), nullcontext() if compiled else outside_selection():
             states = states.detach()
             self.first_steps.look(current, states, is_input)
             current.anchor = self._anchor(current, states)

@@ -9,6 +9,7 @@ torch.compile nothing is.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels.attach.checkpointing import outside_selection
 from prereg_kernels.attach.visual import find_marked, find_visible
 
 if TYPE_CHECKING:
@@ -32,16 +34,14 @@ class FirstSteps:
 
     def begin(self, current: Pass) -> None:
         """Keep what the embedding module returns in this pass, if its kind is new."""
-        given = frozenset(name for name, value in current.inputs.items() if value is not None)
-        kind = (given, bool(current.index.numel()))
-        if kind in self._seen and not self._state.is_checking:
+        if _kind(current) in self._seen and not self._state.is_checking:
             return
-        self._seen.add(kind)
-        embedded: list[Tensor] = []
+        embedded, thread = list[Tensor](), threading.get_ident()
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):  # a copy: some models write features into it
-                embedded.append(output.detach().clone())
+            if isinstance(output, Tensor) and threading.get_ident() == thread:
+                with outside_selection():  # a copy: some models write features into it
+                    embedded.append(output.detach().clone())
 
         current.embedded = embedded
         embeddings = self._state.model.get_input_embeddings()
@@ -59,6 +59,15 @@ class FirstSteps:
         """
         if current.embedded is None:
             return
+        assert current.embedding_hook is not None
+        current.embedding_hook.remove()
+        embedded, current.embedded = current.embedded, None
+        self._compare(current, embedded, states, is_input)
+        self._seen.add(_kind(current))
+
+    def _compare(
+        self, current: Pass, embedded: list[Tensor], states: Tensor, is_input: bool
+    ) -> None:
         family, visual = self._state.family, _visual(current)
         rows = states[visual.to(states.device)]
         if len(rows) and not rows.count_nonzero() and not family.starts_at_zero:
@@ -67,10 +76,9 @@ class FirstSteps:
                 "are zero, and so would L_PRe be: the model adds their features later. Expected "
                 "family.enters_at, the index of the decoder layer whose input holds them first"
             )
-        tables = [x.to(states) for x in current.embedded if x.shape == states.shape]
-        current.embedded = None
         if not is_input:
             return
+        tables = [x.to(states) for x in embedded if x.shape == states.shape]
         visible = find_visible(current.inputs.get("attention_mask"), visual)
         visible = torch.ones_like(visual) if visible is None else visible
         differs = _differs(states, tables).to(visual.device) if tables else None
@@ -162,16 +170,24 @@ def run(state: State, batch: Mapping[str, Any]) -> None:
     """As `PRe.check`, of a batch."""
     model: nn.Module = state.model
     modes = {module: module.training for module in model.modules()}
-    before = state.last, state.loss
-    state.is_checking = True
+    before = state.last, state.loss, state.collected, state.next_mask.mask
+    state.is_checking, state.collected = True, None
     try:
+        for module in modes:  # and not by eval(), which may do more, and which nothing undoes
+            module.training = False
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.eval()(**batch)
+            model(**batch)
     finally:
         state.is_checking = False
-        state.last, state.loss = before
+        state.last, state.loss, state.collected, state.next_mask.mask = before
         for module, mode in modes.items():
             module.training = mode
+
+
+def _kind(current: Pass) -> tuple[frozenset[str], bool]:
+    """Of a step: the arguments that it has, and whether there is a visual token."""
+    given = frozenset(name for name, value in current.inputs.items() if value is not None)
+    return given, bool(current.index.numel())
 
 
 def _visual(current: Pass) -> Tensor:
