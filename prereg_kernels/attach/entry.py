@@ -32,7 +32,8 @@ class Entry:
         compiled = torch.compiler.is_compiling()
         with torch.no_grad(), nullcontext() if compiled else outside_selection():
             states = states.detach()
-            self.first_steps.look(current, states, is_input)
+            if not compiled:
+                self.first_steps.look(current, states, is_input)
             current.anchor = self._anchor(current, states)
 
     def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels._util import private
 from prereg_kernels.attach.checkpointing import outside_selection
 from prereg_kernels.attach.visual import find_marked, find_visible
 
@@ -34,17 +35,23 @@ class FirstSteps:
 
     def begin(self, current: Pass) -> None:
         """Keep what the embedding module returns in this pass, if its kind is new."""
-        if _kind(current) in self._seen and not self._state.is_checking:
+        kind, is_checking = _kind(current), self._state.is_checking
+        if kind in self._seen and not is_checking:
+            return
+        embeddings = self._state.model.get_input_embeddings()
+        if not is_checking and self._is_in_graph(embeddings):
+            self._seen.add(kind)
             return
         embedded, thread = list[Tensor](), threading.get_ident()
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and threading.get_ident() == thread:
+            if torch.compiler.is_compiling() or threading.get_ident() != thread:
+                return
+            if isinstance(output, Tensor):
                 with outside_selection():  # a copy: some models write features into it
                     embedded.append(output.detach().clone())
 
         current.embedded = embedded
-        embeddings = self._state.model.get_input_embeddings()
         current.embedding_hook = embeddings.register_forward_hook(keep)
 
     def look(self, current: Pass, states: Tensor, is_input: bool) -> None:
@@ -63,7 +70,33 @@ class FirstSteps:
         current.embedding_hook.remove()
         embedded, current.embedded = current.embedded, None
         self._compare(current, embedded, states, is_input)
+
+    def end(self, current: Pass, is_whole: bool) -> None:
+        """Leave nothing of the pass, and take its kind for seen.
+
+        Args:
+            is_whole: no error ended it; a step that is tried again is looked at again.
+        """
+        if current.embedding_hook is None:
+            return
+        current.embedding_hook.remove()
+        if not is_whole:
+            return
+        states = current.anchor
+        if current.embedded and states is not None and states.shape[:-1] == current.shape:
+            # The decoder is compiled, where nothing looks; the anchor is what entered it
+            self.look(current, states, not self._state.family.entry_of(self._state.model))
+        current.embedded = None
         self._seen.add(_kind(current))
+
+    def _is_in_graph(self, embeddings: nn.Module) -> bool:
+        """Whether a compiled part of the model calls them, which would trace a hook with it."""
+        family, model = self._state.family, self._state.model
+        outside = [model]  # of the calls of these
+        if family.entry_of(model) is None:  # others give the decoder what the embeddings return
+            outside += [x for x in family.language_model_of(model).modules() if x is not embeddings]
+        compiled = [x for x in model.modules() if private.is_compiled(x) and x not in outside]
+        return any(embeddings is inner for x in compiled for inner in x.modules())
 
     def _compare(
         self, current: Pass, embedded: list[Tensor], states: Tensor, is_input: bool

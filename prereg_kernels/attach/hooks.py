@@ -341,8 +341,8 @@ class Hooks:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, current = self._state, self._calls.leave(module)
-        if current is not None and current.embedding_hook is not None:
-            current.embedding_hook.remove()
+        if current is not None and not torch.compiler.is_compiling():
+            self._entry.first_steps.end(current, output is not None)
         if output is None:  # the forward raised
             return None
         if not torch.compiler.is_compiling():
