@@ -32,7 +32,7 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.
-ANY_BACKEND := ops/backends triton_aot gpu checkup cli docs types util benchmarks/common \
+ANY_BACKEND := ops/backends triton_aot gpu zoo checkup cli docs types util benchmarks/common \
     benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py \
     trainers/test_ranks.py trainers/test_low_precision.py
 OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class Entry:
         self._state, self.calls = state, calls
         self.first_steps = FirstSteps(state)
         self._saw_finite_anchor = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the calls that run are this one's."""
+        return vars(self) | {"calls": None}
 
     def take(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """The decoder gets these, with the visual features in them."""

@@ -24,7 +24,7 @@ from prereg_kernels.attach.first_steps import run
 from prereg_kernels.attach.image_spans import count_images
 from prereg_kernels.attach.passes import Collected
 from prereg_kernels.attach.state import State
-from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.visual import hide
 from prereg_kernels.ops.head import PReHead
 
 ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
@@ -73,7 +73,7 @@ class PRe:
           family: LLaVA, listed
           layers: model.language_model.layers: 4 LlamaDecoderLayer, by get_decoder()
           language_model: model.language_model: it holds the layers and takes inputs_embeds
-          visual_tokens: image_token_id = 4
+          visual_tokens: image_token_id = 39
         >>> pre.heads[3].weights[0].shape
         torch.Size([24, 24])
     """
@@ -269,8 +269,7 @@ class PRe:
         """
         family = self.family
         marked = family.marked(self._state.model, batch)
-        visible = find_visible(batch.get("attention_mask"), marked)
-        shown = marked if visible is None else marked & visible
+        shown = hide(marked, batch.get("attention_mask"))
         if self.config.level == "global":
             ids = batch["input_ids"] if family.visual_mask is None else marked
             return count_images(family, batch, ids, marked, shown)
@@ -288,9 +287,7 @@ class PRe:
             tensor([4, 4])
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        marked = self.family.marked(self._state.model, batch)
-        visible = find_visible(attention_mask, marked)
-        return marked if visible is None else marked & visible
+        return hide(self.family.marked(self._state.model, batch), attention_mask)
 
     def check(self, batch: Mapping[str, Any] | None = None) -> None:
         """See that the heads train and, on a batch, that the visual tokens are where PRe has them.

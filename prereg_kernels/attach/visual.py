@@ -9,27 +9,26 @@ import torch
 from torch import Tensor
 
 
-def find_visual(input_ids: Tensor, tokens: tuple[int, ...], attention_mask: Any = None) -> Tensor:
-    """Bool, the shape of `input_ids`: where a visual token is that takes part in the model.
+def find_marked(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Bool, the shape of `input_ids`: where one of the ids is, hidden or not."""
+    marked = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in tokens:
+        marked |= input_ids == token
+    return marked
+
+
+def hide(marked: Tensor, attention_mask: Any) -> Tensor:
+    """Those of the marked positions that take part in the model.
 
     A position that the attention mask hides is padding, whatever its id: some trainers append an
     image to every batch of text alone, for their vision tower's sake, and hide it.
 
     Args:
-        input_ids: (rows, length). tokens: the ids of visual tokens.
-        attention_mask: as the model's forward takes it, see `find_visible`.
+        marked: bool, (rows, length). attention_mask: as the model's forward takes it, see
+            `find_visible`.
     """
-    marked = find_marked(input_ids, tokens)
-    visible = find_visible(attention_mask, input_ids)
+    visible = find_visible(attention_mask, marked)
     return marked if visible is None else marked & visible
-
-
-def find_marked(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """As `find_visual`, hidden or not."""
-    marked = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in tokens:
-        marked |= input_ids == token
-    return marked
 
 
 def find_visible(attention_mask: Any, input_ids: Tensor) -> Tensor | None:

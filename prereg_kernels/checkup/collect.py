@@ -271,11 +271,11 @@ def _objects(run: _Run) -> tuple[Tensor, list[dict[str, str]], Tensor]:
     return number, labels, torch.tensor(owner, dtype=torch.int64)
 
 
-def logit_lens_of(model: nn.Module, family: Family | None = None) -> Callable[[Tensor], LensSums]:
+def logit_lens_of(model: Any, family: Family | None = None) -> Callable[[Tensor], LensSums]:
     """The logit lens of a layer's features, through the model's own norm and head."""
     language_model = resolve(model, family).family.language_model_of(model)
     norm = private.submodules(language_model).get("norm")
-    head: Any = private.submodules(model)["lm_head"]
+    head: Any = model.get_output_embeddings()
     if norm is None:
         raise ValueError(f"model: {type(language_model).__name__} has no final norm at .norm")
     assert isinstance(norm, nn.Module)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels.attach.anchors import llm_width
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.resolver import resolve
-from prereg_kernels.attach.visual import find_visible
+from prereg_kernels.attach.visual import hide
 
 
 @torch.no_grad()
@@ -42,20 +43,28 @@ def visual_features(
     visual = visual_mask(model, batch, family)
     layers: list[Tensor] = []
 
-    def keep(states: Tensor) -> None:
-        layers.append(states[visual.to(states.device)])
+    entering: list[Tensor] = []  # what the decoder gets, or the layer where the features are added
+    decoder, entry = family.layers_of(model), family.entry_of(model)
 
+    def rows(states: Any) -> Tensor:
+        states = family.states_of(states, width)
+        return states[visual.to(states.device)]
+
+    def see_embeddings(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if entry is None and kwargs.get("inputs_embeds") is not None:
+            entering.append(kwargs["inputs_embeds"][visual.to(kwargs["inputs_embeds"].device)])
+
+    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not entering:
+            entering.append(rows(args[0] if args else kwargs["hidden_states"]))
+
+    width = llm_width(model)
     handles = [
-        family.language_model_of(model).register_forward_pre_hook(
-            lambda module, args, kwargs: keep(kwargs["inputs_embeds"]), with_kwargs=True
-        ),
+        family.language_model_of(model).register_forward_pre_hook(see_embeddings, with_kwargs=True),
+        decoder[entry or 0].register_forward_pre_hook(see_input, with_kwargs=True),
         *(
-            layer.register_forward_hook(
-                lambda module, args, output: keep(
-                    output[0] if isinstance(output, tuple) else output
-                )
-            )
-            for layer in family.layers_of(model)
+            layer.register_forward_hook(lambda module, args, output: layers.append(rows(output)))
+            for layer in decoder
         ),
     ]
     accepted = inspect.signature(model.forward).parameters
@@ -67,11 +76,10 @@ def visual_features(
     finally:
         for handle in handles:
             handle.remove()
-    return layers
+    return [*entering, *layers]
 
 
 def visual_mask(model: nn.Module, batch: Mapping[str, Any], family: Family | None = None) -> Tensor:
     """Bool, (rows, length): where a batch's tokens are visual. ValueError as `apply_pre`."""
     marked = resolve(model, family).family.marked(model, batch)
-    visible = find_visible(batch.get("attention_mask"), marked)
-    return marked if visible is None else marked & visible
+    return hide(marked, batch.get("attention_mask"))

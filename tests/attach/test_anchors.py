@@ -124,10 +124,13 @@ def _without_ids(forward: Any) -> Any:
 
 def test_rows_of_several_calls_follow_each_other() -> None:
     parts = [torch.zeros(1, 2, 3), torch.ones(2, 3)]
-    rows = projector_rows(parts, 4, 3, LLAVA, torch.zeros(1), lambda rows: rows)
+    family, like = LLAVA, torch.zeros(1)
+    rows = projector_rows(parts, 4, 3, family, like, lambda rows: rows, lambda: 1)
     assert rows[:, 0].tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match=r"shape \(5, 3\), got \(4, 3\)"):
-        projector_rows(parts, 5, 3, LLAVA, torch.zeros(1), lambda rows: rows)
+        projector_rows(parts, 5, 3, family, like, lambda rows: rows, lambda: 1)
+    with pytest.raises(ValueError, match="a batch of images and videos may have its visual tokens"):
+        projector_rows(parts, 4, 3, family, like, lambda rows: rows, lambda: 2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""docs/integrations.md says what is tested: its table is the parameters of the tests."""
+"""docs/integrations.md says what is tested: its tables are the parameters of the tests."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import re
 from functools import cache
 from importlib import import_module
 
-from prereg_kernels.attach.families import FAMILIES
+from prereg_kernels.attach.families import family_of_type
 from tests.attach.families.models import CASES
 from tests.docs.pages import ROOT
+from tests.models.places import TRAINED, UNMERGED
+from tests.models.test_anchors import PROJECTED, TELLING
+from tests.zoo import sample
+from tests.zoo.refused import REFUSED
 
 PAGE = ROOT / "docs" / "integrations.md"
 MODELS, ANCHORS = "tests/attach/families/test_models.py", "tests/attach/families/test_anchors.py"
@@ -32,6 +36,22 @@ COLUMNS = {
     "compile": (f"{INTEGRATIONS}/test_compile.py::test_images_break_the_graph_no_more_often", None),
 }
 
+# Of all types: a judgement of how many people train them.
+BY_POPULARITY = (
+    "qwen3_vl", "qwen2_5_vl", "qwen2_vl", "llava", "internvl", "gemma3", "llava_onevision",
+    "llava_next", "paligemma", "smolvlm", "idefics3", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe",
+    "gemma3n", "gemma4", "glm4v", "glm4v_moe", "glm46v", "llama4", "mistral3", "lfm2_vl",
+    "minicpmv4_6", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker",
+    "phi4_multimodal", "kimi_k25", "deepseek_vl", "deepseek_ocr2", "ovis2", "aya_vision",
+    "cohere2_vision", "granite4_vision", "florence2", "idefics2", "blip-2", "instructblip",
+    "llava_next_video", "video_llava", "video_llama_3", "perception_lm", "fast_vlm", "janus",
+    "emu3", "chameleon", "got_ocr2", "glm_ocr", "lighton_ocr", "hunyuan_vl", "ernie4_5_vl_moe",
+    "exaone4_5", "gemma4_unified", "glm5_next", "qwen4_exp", "minimax_m3_vl", "step3p7",
+    "cosmos3_omni", "inkling_mm_model", "aria", "cohere_compass", "cosmos3_edge",
+    "deepseek_vl_hybrid", "fuyu", "glmga", "instructblipvideo", "kosmos-2", "kosmos-2.5",
+    "muse_glimmer", "pp_chart2table", "qianfan_ocr", "shieldgemma2", "t5gemma2", "vipllava",
+)  # fmt: skip
+
 
 @cache
 def runs(test: str) -> set[tuple[str, str | None]]:
@@ -50,13 +70,12 @@ def runs(test: str) -> set[tuple[str, str | None]]:
 def table() -> str:
     """A row for each family's model types, with a mark where the column's test runs on it."""
     lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for family in FAMILIES:
-        for name in family.model_types:
-            cells = []
-            for test, scene in COLUMNS.values():
-                scenes = {s for n, s in runs(test) if n == name}
-                cells.append("✓" if (scenes if scene is None else scene in scenes) else "")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in CASES:
+        cells = []
+        for test, scene in COLUMNS.values():
+            scenes = {s for n, s in runs(test) if n == name}
+            cells.append("✓" if (scenes if scene is None else scene in scenes) else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -65,10 +84,53 @@ def test_the_table_of_families() -> None:
     page = PAGE.read_text()
     found = re.search(r"<!-- families -->\n(.*)\n<!-- /families -->", page, re.S)
     assert found and found[1] == table()
-    assert {name for family in FAMILIES for name in family.model_types} == CASES.keys()
     legend = page.partition("| column | test |\n")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (.*) \| (.*) \|$", legend, re.M)
     named = {column: row for columns, row in rows for column in columns.split(", ")}
     assert named.keys() == COLUMNS.keys()
     for column, (test, _) in COLUMNS.items():
         assert f"`{test}`" in named[column].partition("elsewhere")[0], column
+
+
+def types_table() -> str:
+    """A row for each type, with a mark for each scene and anchor that its tests have."""
+    columns = ("images", "videos", "with audio", "text only", "global", "pre_projector")
+    lines = [f"| model_type | family | {' | '.join(columns)} |", "|---" * 8 + "|"]
+    for name in BY_POPULARITY:
+        family, batches = family_of_type(name), sample(name).batches
+        marks = (
+            "images" in batches,
+            "videos" in batches,
+            any(argument.startswith(("input_features", "audio")) for argument in heard(name)),
+            "text only" in batches,
+            name in TELLING,
+            name in PROJECTED,
+        )
+        cells = " | ".join("✓" if mark else "" for mark in marks)
+        lines.append(f"| {name} | {family.name if family else 'found'} | {cells} |")
+    return "\n".join(lines)
+
+
+def heard(name: str) -> tuple[str, ...]:
+    """The arguments of the richest batch of a type."""
+    batches = sample(name).batches
+    return tuple((batches.get("mixed") or next(iter(batches.values()))).inputs)
+
+
+def refused_table() -> str:
+    """A row for each type that PRe cannot regularise, with the reason that its error gives."""
+    lines = ["| model_type | why not |", "|---|---|"]
+    for name in (*UNMERGED, *REFUSED):
+        family = family_of_type(name)
+        assert family is not None and family.refused is not None
+        lines.append(f"| {name} | {family.refused} |")
+    return "\n".join(lines)
+
+
+def test_the_tables_of_types() -> None:
+    """To write them anew, print `types_table()` and `refused_table()`."""
+    page = PAGE.read_text()
+    for name, table_of in (("types", types_table), ("refused", refused_table)):
+        found = re.search(rf"<!-- {name} -->\n(.*)\n<!-- /{name} -->", page, re.S)
+        assert found and found[1] == table_of(), name
+    assert sorted(BY_POPULARITY) == sorted(name for name in TRAINED if "+" not in name)

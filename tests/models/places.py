@@ -10,6 +10,7 @@ from tests.zoo import CASES
 
 _OPT = Place("language_model.model.decoder")
 _IDEFICS = Place("model.text_model")
+_H = Place("model.language_model", "h")
 _LANGUAGE_MODEL = Place("model.language_model")
 
 
@@ -33,8 +34,15 @@ PLACES = {
     "idefics3": _IDEFICS,
     "instructblip": _OPT,
     "instructblipvideo": _OPT,
+    "instructblip+llama": Place("language_model.model"),
     "kosmos-2": Place("text_model.model", is_merged_inside=True),
+    "kosmos-2.5": Place("text_model.model", is_merged_inside=True),
     "llama4": Place("language_model.model"),
+    "llava+falcon": _H,
+    "llava+gpt2": _H,
+    "llava+gptj": _H,
+    "llava+mpt": Place("model.language_model", "blocks"),
+    "llava+opt": Place("model.language_model.decoder"),
     "phi4_multimodal": Place("model", is_merged_inside=True),
     "qwen2_5_omni_thinker": Place("model"),
     "qwen3_omni_moe_thinker": Place("model"),

@@ -18,7 +18,9 @@ from tests.models.places import TRAINED, place_of
 from tests.zoo import sample
 
 # Their forward takes no batch without pixels.
-NEEDS_IMAGES = ("kosmos-2", "blip-2", "blip-2+t5", "instructblip", "instructblipvideo")
+NEEDS_IMAGES = (
+    "blip-2", "blip-2+t5", "instructblip", "instructblip+llama", "instructblipvideo", "kosmos-2",
+)  # fmt: skip
 every_model = pytest.mark.parametrize("name", TRAINED)
 checkpointed = pytest.mark.parametrize(
     "checkpointing", (False, True), ids=("plain", "checkpointed")

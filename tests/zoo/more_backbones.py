@@ -62,7 +62,7 @@ def llava_with_opt() -> Sample:
 
 @case("llava+gemma")
 def llava_with_gemma() -> Sample:
-    """The merged embeddings are scaled within."""
+    """It scales the rows of its table."""
     return llava(text_part("gemma"))
 
 

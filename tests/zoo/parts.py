@@ -238,9 +238,9 @@ def sequences(media: Sequence[Media]) -> tuple[Tensor, Tensor, Tensor]:
             ids = [*medium.ids(number), next(words)]
             rows[row] += ids
             kinds[row] += [medium.kind * (token == medium.token) for token in ids]
-    for row, kinds_of_row, count in zip(rows, kinds, (7, 5), strict=True):
-        row += [next(words) for _ in range(count)]
-        kinds_of_row += [0] * count
+    for row, count in enumerate((7, 5)):
+        rows[row] += [next(words) for _ in range(count)]
+        kinds[row] += [0] * count
 
     def pad(lists: Sequence[Sequence[int]]) -> Tensor:
         return pad_sequence([torch.tensor(x) for x in lists], batch_first=True)

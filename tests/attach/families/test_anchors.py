@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import apply_pre
-from prereg_kernels.attach.families import FAMILIES
+from prereg_kernels.attach.families import family_of_type
 from prereg_kernels.attach.sampling import choose_tokens
 from tests.attach.families.batches import Batch, has, make_batch
 from tests.attach.families.models import CASES, make_model
@@ -20,8 +20,8 @@ from tests.attach.families.test_models import FAMILY_SCENES, checkpointed, every
 from tests.attach.test_regularizer import traces
 from tests.attached import both, compare
 
-PROJECTED = tuple(t for family in FAMILIES if family.projector for t in family.model_types)
-TELLING = tuple(t for family in FAMILIES if family.images for t in family.model_types)
+PROJECTED = tuple(name for name in CASES if family_of_type(name).projector)
+TELLING = tuple(name for name in CASES if family_of_type(name).images)
 EQUAL = ("llava", "paligemma")  # a row of `pixel_values` is an image of theirs
 
 
@@ -93,7 +93,7 @@ def test_the_features_that_llava_selects(settings: dict[str, Any], width: int) -
 def test_families_whose_encoder_has_other_rows(name: str) -> None:
     model = make_model(name)
     before = traces(model)
-    family = next(f for f in FAMILIES if name in f.model_types)
+    family = family_of_type(name)
     with pytest.raises(
         ValueError, match=f"anchor: 'pre_projector' .*{family.name} {family.regroups}"
     ):
