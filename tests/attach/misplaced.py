@@ -14,7 +14,7 @@ FAMILY = Family(
     layers="model.language_model.layers",
     visual_tokens=(IMAGE_TOKEN, WORD),
 )
-ERROR = r"visual_tokens: of the 10 visual positions of the batch .* 2 enter"
+ERROR = r"visual_tokens: of the \d+ visual positions of the batch .* 2 enter"
 
 
 def right_batch(**arguments: Any) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def right_batch(**arguments: Any) -> dict[str, Any]:
     return batch
 
 
-def wrong_batch() -> dict[str, Any]:
+def wrong_batch(**arguments: Any) -> dict[str, Any]:
     """One with it, at the end of both rows."""
-    batch = right_batch()
+    batch = right_batch(**arguments)
     batch["input_ids"][:, -1] = WORD
     return batch
