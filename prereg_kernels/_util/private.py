@@ -128,6 +128,11 @@ def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of it is a graph of torch.compile, by `compile()` or as what wraps another."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
 def active_ddp() -> Any:
     """The DistributedDataParallel whose forward runs, or None."""
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)

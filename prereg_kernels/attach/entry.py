@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prereg_kernels.attach.anchors import function_rows, llm_width, projector_rows
+from prereg_kernels.attach.checkpointing import outside_selection
 from prereg_kernels.attach.first_steps import SEVERAL_ROWS, WHAT_TO_DO, FirstSteps
 from prereg_kernels.attach.forward import parameters_of
 from prereg_kernels.attach.passes import Calls, Pass
@@ -102,9 +104,11 @@ class Entry:
 
     def take(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """The decoder gets these, with the visual features in them."""
-        with torch.no_grad():
+        compiled = torch.compiler.is_compiling()
+        with torch.no_grad(), nullcontext() if compiled else outside_selection():
             states = states.detach()
-            self.first_steps.look(current, states, is_input)
+            if not compiled:
+                self.first_steps.look(current, states, is_input)
             current.anchor = self._anchor(current, states)
 
     def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:

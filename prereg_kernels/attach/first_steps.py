@@ -12,6 +12,7 @@ same row wherever it stands, and the rows of placeholders with features differ.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels._util import private
+from prereg_kernels.attach.checkpointing import outside_selection
 from prereg_kernels.attach.families import family_of_type
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.attach.visual import find_marked, hide
@@ -46,20 +49,24 @@ class FirstSteps:
 
     def begin(self, current: Pass) -> None:
         """Keep what the embedding module returns in this pass, if its kind is new."""
-        given = frozenset(name for name, value in current.inputs.items() if value is not None)
-        kind = (given, bool(current.index.numel()))
-        if kind in self._seen and not self._state.is_checking:
+        kind, is_checking = _kind(current), self._state.is_checking
+        if kind in self._seen and not is_checking:
             return
-        self._seen.add(kind)
-        embedded: list[Tensor] = []
+        embeddings = self._state.family.embeddings_of(self._state.model)
+        if not is_checking and self._is_in_graph(embeddings):
+            self._seen.add(kind)
+            return
+        embedded, thread = list[Tensor](), threading.get_ident()
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):  # a copy: some models write features into it
-                embedded.append(output.detach().clone())
+            if torch.compiler.is_compiling() or threading.get_ident() != thread:
+                return
+            if isinstance(output, Tensor):
+                with outside_selection():  # a copy: some models write features into it
+                    embedded.append(output.detach().clone())
 
         current.embedded = embedded
-        embeddings = self._state.family.embeddings_of(self._state.model)
-        current.hooks.append(embeddings.register_forward_hook(keep))
+        current.embedding_hook = embeddings.register_forward_hook(keep)
 
     def look(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """Compare what enters the decoder with what the embedding module returned.
@@ -73,6 +80,41 @@ class FirstSteps:
         """
         if current.embedded is None:
             return
+        assert current.embedding_hook is not None
+        current.embedding_hook.remove()
+        embedded, current.embedded = current.embedded, None
+        self._compare(current, embedded, states, is_input)
+
+    def end(self, current: Pass, is_whole: bool) -> None:
+        """Leave nothing of the pass, and take its kind for seen.
+
+        Args:
+            is_whole: no error ended it; a step that is tried again is looked at again.
+        """
+        if current.embedding_hook is None:
+            return
+        current.embedding_hook.remove()
+        if not is_whole:
+            return
+        states = current.anchor
+        if current.embedded and states is not None and states.shape[:-1] == current.shape:
+            # The decoder is compiled, where nothing looks; the anchor is what entered it
+            self.look(current, states, not self._state.family.entry_of(self._state.model))
+        current.embedded = None
+        self._seen.add(_kind(current))
+
+    def _is_in_graph(self, embeddings: nn.Module) -> bool:
+        """Whether a compiled part of the model calls them, which would trace a hook with it."""
+        family, model = self._state.family, self._state.model
+        outside = [model]  # of the calls of these
+        if family.entry_of(model) is None:  # others give the decoder what the embeddings return
+            outside += [x for x in family.language_model_of(model).modules() if x is not embeddings]
+        compiled = [x for x in model.modules() if private.is_compiled(x) and x not in outside]
+        return any(embeddings is inner for x in compiled for inner in x.modules())
+
+    def _compare(
+        self, current: Pass, embedded: list[Tensor], states: Tensor, is_input: bool
+    ) -> None:
         family, visual = self._state.family, _visual(current)
         rows = states[visual.to(states.device)]
         if len(rows) and not rows.count_nonzero() and not family.starts_at_zero:
@@ -81,8 +123,7 @@ class FirstSteps:
                 "are zero, and so would L_PRe be: the model adds their features later. Expected "
                 "family.enters_at, the index of the decoder layer whose input holds them first"
             )
-        tables = [x.to(states) for x in current.embedded if x.shape[-1] == states.shape[-1]]
-        current.embedded = None
+        tables = [x.to(states) for x in embedded if x.shape[-1] == states.shape[-1]]
         if not is_input:
             return
         everywhere = torch.ones_like(visual)
@@ -292,16 +333,24 @@ def run(state: State, batch: Mapping[str, Any]) -> None:
     """As `PRe.check`, of a batch."""
     model: nn.Module = state.model
     modes = {module: module.training for module in model.modules()}
-    before = state.last, state.loss
-    state.is_checking = True
+    before = state.last, state.loss, state.collected, state.next_mask.mask
+    state.is_checking, state.collected = True, None
     try:
+        for module in modes:  # and not by eval(), which may do more, and which nothing undoes
+            module.training = False
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.eval()(**batch)
+            model(**batch)
     finally:
         state.is_checking = False
-        state.last, state.loss = before
+        state.last, state.loss, state.collected, state.next_mask.mask = before
         for module, mode in modes.items():
             module.training = mode
+
+
+def _kind(current: Pass) -> tuple[frozenset[str], bool]:
+    """Of a step: the arguments that it has, and whether there is a visual token."""
+    given = frozenset(name for name, value in current.inputs.items() if value is not None)
+    return given, bool(current.index.numel())
 
 
 def _visual(current: Pass) -> Tensor:

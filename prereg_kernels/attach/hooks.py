@@ -323,6 +323,8 @@ class Hooks:
         state, current = self._state, self._calls.leave(module)
         for hook in () if current is None else current.hooks:
             hook.remove()
+        if current is not None and not torch.compiler.is_compiling():
+            self._entry.first_steps.end(current, output is not None)
         if output is None:  # the forward raised
             return None
         if not torch.compiler.is_compiling():

@@ -39,7 +39,8 @@ class Pass:
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
     reached: set[str] = field(default_factory=set)  # by backward, as Record has it
     embedded: list[Tensor] | None = None  # in the first steps, what the embedding module returned
-    hooks: list[RemovableHandle] = field(default_factory=list)  # of this pass alone
+    embedding_hook: RemovableHandle | None = None  # by which they come
+    hooks: list[RemovableHandle] = field(default_factory=list)  # others of this pass alone
 
     @property
     def tokens(self) -> Tensor:

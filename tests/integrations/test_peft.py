@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from prereg_kernels import apply_pre, remove_pre
 from prereg_kernels.attach.handle import PRe
 from tests.attach.families.batches import make_batch
 from tests.attach.families.models import make_model
+from tests.attach.misplaced import ERROR, FAMILY, right_batch, wrong_batch
 from tests.attached import NON_REENTRANT, compare, eager_term
-from tests.tiny import tiny_llava
+from tests.tiny import IMAGE_TOKEN, tiny_llava
 from tests.trainers.rows import make_trainer
 
 DECODER = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
@@ -210,3 +212,53 @@ def test_gradients_over_a_quantised_base(tmp_path: Path, kind: str, order: str) 
     lora, pre = attach(model, order, weight=3.0)
     assert {p.dtype for p in pre.heads[2].parameters()} == {torch.float32}
     check_gradients(lora, pre, batch)
+
+
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "LoRA": {"target_modules": ["embed_tokens", "q_proj"], "init_lora_weights": False},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, IMAGE_TOKEN]},
+}
+
+
+@pytest.mark.parametrize("settings", EMBEDDINGS.values(), ids=EMBEDDINGS)
+@pytest.mark.parametrize("noise", (False, True))
+@pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
+def test_the_check_of_the_first_steps_sees_trained_embeddings(
+    order: str, noise: bool, settings: dict[str, Any]
+) -> None:
+    """The rows that the adapters return, with Trainer's noise in them, are those of the table."""
+    model = tiny_llava()
+    if order == "PRe first":
+        apply_pre(model, family=FAMILY)
+    torch.manual_seed(0)
+    lora: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings))
+    if order == "LoRA first":
+        apply_pre(model, family=FAMILY)
+    thaw(model._prereg)
+    if noise:
+        embeddings = model.get_input_embeddings()
+        embeddings.neftune_noise_alpha = 5.0
+        embeddings.register_forward_hook(neftune_post_forward_hook)
+    for _ in range(2):  # silent: a warning is an error here
+        lora(**right_batch()).loss.backward()
+    model._prereg.check(right_batch())
+    for _ in range(2):
+        without_labels = {name: x for name, x in wrong_batch().items() if name != "labels"}
+        with pytest.raises(ValueError, match=ERROR):
+            lora(**without_labels)
+
+
+def test_the_check_of_the_first_steps_with_a_prefix() -> None:
+    """A cache in each training call, and an attention mask that is longer than the ids."""
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, num_layers=4, token_dim=24,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = tiny_llava()
+    apply_pre(model, family=FAMILY)
+    tuned: Any = peft.get_peft_model(model, config)
+    thaw(model._prereg)
+    with pytest.raises(ValueError, match=ERROR):
+        tuned(**wrong_batch())
+    tuned(**right_batch()).loss.backward()

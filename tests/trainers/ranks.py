@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from transformers import Trainer
 
 from prereg_kernels import apply_pre, find_pre
 from prereg_kernels.trainers import PReTrainer
+from tests.attach.misplaced import FAMILY, WORD
 from tests.tiny import PATCHES, gradients, tiny_llava
 from tests.trainers.rows import IMAGES, WEIGHT, collate, make_rows, make_trainer, step_gradients
 
@@ -157,6 +159,55 @@ def in_bfloat16() -> dict[str, Tensor]:
     return sums
 
 
+MIXED = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+
+def checked(rank: int, out: Path, wrap: Callable[[Any], Any]) -> Any:
+    """What the first steps say: to both ranks of the second step, and to rank 0 of the third.
+
+    There a word of theirs is counted as visual. The last step is right again, on both. Units that
+    are sharded wait for those of a rank that raised, so there the third step is the first again.
+    """
+    model = tiny_llava()
+    freeze_vision(model)
+    apply_pre(model, family=FAMILY)
+    wrapped, said = wrap(model), []
+    alone = rank == 0 and wrapped is not model
+    for wrong, labels in ((False, True), (True, False), (alone, True), (False, True)):
+        batch = collate(rows_of(rank, BOTH))
+        batch["input_ids"][batch["input_ids"] == WORD] = WORD + 1
+        if wrong:
+            batch["input_ids"][:, -1], batch["attention_mask"][:, -1] = WORD, 1
+        if not labels:
+            del batch["labels"]
+        if len(said) == 2:  # arguments that are new
+            batch["use_cache"] = False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="PRe")
+            try:
+                loss = wrapped(**batch).loss
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+        dist.barrier()
+        if len(said) in (1, 4):  # a backward that both ranks take part in
+            loss.backward()
+    return said
+
+
+def in_ddp(model: Any) -> Any:
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def sharded(model: Any, policy: MixedPrecisionPolicy, root: MixedPrecisionPolicy) -> Any:
+    """The policy of units of layers and heads, and that of the rest with the embeddings."""
+    heads = find_pre(model).heads.values()
+    for unit in (*model.model.language_model.layers, *heads):
+        fully_shard(unit, mp_policy=policy)
+    fully_shard(model, mp_policy=root)
+    return model
+
+
 def fsdp_files(rank: int, out: Path) -> Any:
     """Heads before they are sharded, and what a sharded model of another seed makes of the files
     that `pre.save`, and `save_pretrained` with a whole state dict, write of them."""
@@ -275,6 +326,16 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
         rank, out, own_unit=True, checkpointing=True
     ),
     "fsdp loop, mixed": lambda rank, out: fsdp_loop(rank, out, own_unit=True, mixed=True),
+    "checked, ddp": lambda rank, out: checked(rank, out, in_ddp),
+    "checked, fsdp": lambda rank, out: checked(
+        rank, out, lambda model: sharded(model, MixedPrecisionPolicy(), MixedPrecisionPolicy())
+    ),
+    "checked, fsdp, mixed": lambda rank, out: checked(
+        rank, out, lambda model: sharded(model, MIXED, MIXED)
+    ),
+    "checked, fsdp, mixed layers": lambda rank, out: checked(
+        rank, out, lambda model: sharded(model, MIXED, MixedPrecisionPolicy())
+    ),
     "fsdp files": fsdp_files,
     "fsdp states": passes_of_states,
 }

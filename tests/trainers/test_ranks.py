@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.attached import compare, eager_term
 from tests.tiny import PATCHES, tiny_llava
 from tests.trainers import ranks
 from tests.trainers.rows import IMAGES, collate, eager_gradients, make_rows
+
+ERROR_ON_A_RANK = r"visual_tokens: of the \d+ visual positions of the batch .* \d+ enter"
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +174,12 @@ def test_figures_are_reduced(out: Path) -> None:
 def test_resumed_training_is_uninterrupted_training(out: Path) -> None:
     for whole, again in read(out, "resumed"):
         assert all(torch.equal(again[name], x) for name, x in whole.items())
+
+
+@pytest.mark.parametrize("way", ("ddp", "fsdp", "fsdp, mixed", "fsdp, mixed layers"))
+def test_first_steps_that_are_wrong_raise_where_they_are(out: Path, way: str) -> None:
+    """On each rank, or on the one whose batch it is; right ones are silent, before and after."""
+    for rank, said in enumerate(read(out, f"checked, {way}")):
+        is_error = [bool(re.search(ERROR_ON_A_RANK, text)) for text in said]
+        assert is_error == [False, True, rank == 0 and way == "ddp", False]
+        assert [bool(text) for text in said] == is_error

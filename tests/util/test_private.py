@@ -248,6 +248,16 @@ def test_submodules() -> None:
     assert found["a"] is found["b"] is shared and found["c"] is None
 
 
+def test_compiled_modules() -> None:
+    """In place, or wrapped; what is inside, or around, is not."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].compile()
+    wrapper = torch.compile(module[1])
+    assert [private.is_compiled(x) for x in (*module, module, wrapper)] == [
+        True, False, False, True,
+    ]  # fmt: skip
+
+
 def test_ddp(one_rank: None) -> None:
     seen = []
 
