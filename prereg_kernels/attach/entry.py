@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,10 +23,6 @@ class Entry:
         self._state, self.calls = state, calls
         self.first_steps = FirstSteps(state)
         self._saw_finite_anchor = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the calls that run are this one's."""
-        return vars(self) | {"calls": None}
 
     def take(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """The decoder gets these, with the visual features in them."""
