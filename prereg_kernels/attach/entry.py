@@ -98,10 +98,6 @@ class Entry:
         states = args[0] if args else kwargs["hidden_states"]
         return self._state.family.states_of(states, self._width)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the calls that run are this one's."""
-        return vars(self) | {"calls": None}
-
     def take(self, current: Pass, states: Tensor, is_input: bool) -> None:
         """The decoder gets these, with the visual features in them."""
         compiled = torch.compiler.is_compiling()

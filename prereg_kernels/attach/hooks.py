@@ -8,28 +8,22 @@ model's result gets the term added to its loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import distributed, private
-from prereg_kernels.attach.anchors import llm_width
 from prereg_kernels.attach.checkpointing import (
     is_recomputation,
-    outside_checkpoint,
-    outside_selection,
 )
 from prereg_kernels.attach.entry import Entry
 from prereg_kernels.attach.forward import goes_on, parameters_of
-from prereg_kernels.attach.identity import carry_along, use
 from prereg_kernels.attach.image_spans import find_images
-from prereg_kernels.attach.passes import Calls, Collected, Pass
-from prereg_kernels.attach.pooling import pool_images
+from prereg_kernels.attach.passes import Calls, Collected, Pass, zeros
 from prereg_kernels.attach.sampling import choose_tokens
 from prereg_kernels.attach.state import State
+from prereg_kernels.attach.taps import Taps
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
 from prereg_kernels.attach.visual import hide
 from prereg_kernels.attach.watch import Watch
@@ -42,12 +36,12 @@ class Hooks:
         self._state = state
         self._calls, self._watch = Calls(), Watch(state)
         self._entry = Entry(state, self._calls)
+        self.taps = Taps(state, self._calls, self._watch)
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
         embeddings = state.family.embeddings_of(state.model)
-        self._compiled_values = _zeros(state.heads, next(embeddings.parameters()).device)
-        self._width = llm_width(embeddings)
+        self._compiled_values = zeros(state.heads, next(embeddings.parameters()).device)
         language_model = state.family.language_model_of(state.model)
         self._names = (
             parameters_of(state.model),
@@ -56,15 +50,14 @@ class Hooks:
         self._move_compiled_values = _outside_of_graphs(_move)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the calls that run are this one's."""
+        """For copies and pickles, which a disabled function does not go into."""
         state = dict(vars(self))
-        del state["_calls"], state["_move_compiled_values"]
+        del state["_move_compiled_values"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._calls, self._move_compiled_values = Calls(), _outside_of_graphs(_move)
-        self._entry.calls = self._calls
+        self._move_compiled_values = _outside_of_graphs(_move)
 
     @property
     def model(self) -> Any:
@@ -144,9 +137,7 @@ class Hooks:
                 source = "family.visual_mask"
         # Without ids each run of visual tokens stands for an image's, as one of ids does
         ids: Tensor = inputs["input_ids"] if source == "input_ids" else marked
-        values = (
-            self._values_in_graph(mask.device) if compiled else _zeros(state.heads, mask.device)
-        )
+        values = self._values_in_graph(mask.device) if compiled else zeros(state.heads, mask.device)
         denominator = state.denominator if training else None  # of a training step
         if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
             if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
@@ -208,117 +199,6 @@ class Hooks:
         if entry is not None:
             self._entry.watch(entry)
 
-    def see_layer(
-        self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
-    ) -> Any:
-        whole = output[0] if isinstance(output, tuple) else output
-        hidden = self._state.family.states_of(output, self._width)
-        compiled, current = torch.compiler.is_compiling(), self._pass
-        if not compiled and self._calls.current is None:
-            self._watch.bypassed(layer, module)
-        # The next layer's checkpoint holds its input, this output: saved beside it, it is held
-        # once, and this layer's recomputation need not go to its end to bring it back.
-        is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
-        is_global = self._state.config.level == "global"
-        with (
-            outside_checkpoint() if is_held and not is_global else nullcontext(),
-            nullcontext() if compiled else outside_selection(),
-        ):
-            tapped = (self._pool if is_global else self._tap)(layer, hidden)
-        if tapped is not None and current is not None:
-            self._watch.gradient(tapped, current)
-        if tapped is not None and hidden is not whole:  # one stream of several
-            tapped = carry_along(whole, tapped)
-        if tapped is None or not isinstance(output, tuple):
-            return tapped
-        return (tapped, *output[1:])
-
-    def _pool(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Keep the images' means for `end`: small, and outside of what is checkpointed."""
-        current = self._pass
-        if current is None:  # a checkpointed layer that backward runs again: nothing is saved in it
-            return None
-        self._check(layer, current, hidden)
-        assert current.images is not None
-        of_token, index = (x.to(hidden.device) for x in (current.images.of_token, current.index))
-        with torch.set_grad_enabled(current.training):
-            current.pooled[layer] = pool_images(hidden, of_token, current.images.count, index=index)
-        return use(hidden, *self._state.module_of(layer).parameters()) if current.training else None
-
-    def _tap(self, layer: int, hidden: Tensor) -> Tensor | None:
-        head, current = self._state.module_of(layer), self._pass
-        if current is None:
-            # A checkpointed layer that backward runs again: bring back the tap's saved tensors,
-            # and nothing else; the first run has counted the loss.
-            if not torch.is_grad_enabled():
-                return None
-            nothing = hidden.new_zeros(0, dtype=torch.long)
-            anchor = hidden.new_zeros(0, self._state.anchor_features)
-            return head(hidden, anchor, tap=True, visual_index=nothing)[0]
-        self._check(layer, current, hidden)
-        index = current.index if current.chosen is None else current.index[current.chosen]
-        return self._loss(layer, current, hidden, index.to(hidden.device))
-
-    def _check(self, layer: int, current: Pass, hidden: Tensor) -> None:
-        if current.anchor is None:
-            raise RuntimeError(
-                f"PRe: layer {layer} runs, but the language model, "
-                f"{self._state.family.language_model!r}, has not been called with inputs_embeds; "
-                "expected family.language_model to be the module that gets them"
-            )
-        if hidden.shape != (*current.shape, self._width):
-            raise ValueError(
-                f"family.streams: layer {layer}, a "
-                f"{type(self._state.family.layers_of(self._state.model)[layer - 1]).__name__}, "
-                f"returns {tuple(hidden.shape)}; expected (rows, length, D), "
-                f"{(*current.shape, self._width)}. Of several residual streams, say which PRe "
-                "reads: family=Family(..., streams=function), from that output and D"
-            )
-        if current.training and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"PRe: layer {layer} runs without grad in a training step, as gradient "
-                "checkpointing does with use_reentrant=True; expected use_reentrant=False "
-                "(gradient_checkpointing_kwargs={'use_reentrant': False})"
-            )
-
-    def _loss(
-        self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
-    ) -> Tensor | None:
-        """The layer's loss, into `current`; in training, returns the tapped `hidden`."""
-        head, config = self._state.module_of(layer), self._state.config
-        assert current.anchor is not None
-        anchor = current.anchor.to(hidden.device)
-        options: dict[str, Any] = {"loss": config.loss, "normalize": config.normalize}
-        is_mask = index is not None and index.dtype == torch.bool
-        options["visual_mask" if is_mask else "visual_index"] = index
-        if current.values[layer].device != hidden.device:  # a model on several devices
-            current.values |= _zeros((layer,), hidden.device)
-        value = current.values[layer]
-        if not current.training:
-            with torch.no_grad():
-                value.copy_(head(hidden, anchor, **options))
-            return None
-        denominator = current.denominator
-        if isinstance(denominator, Tensor):
-            denominator = denominator.to(hidden.device)
-        if denominator is not None and current.chosen is not None:
-            # the sum over the chosen, each in place of so many (prereg_kernels.attach.sampling)
-            denominator = denominator * (current.chosen.numel() / current.index.numel())
-        tapped, current.losses[layer] = head(
-            hidden,
-            anchor,
-            tap=True,
-            denominator=denominator,
-            compute_value=config.value_in_forward,
-            value_out=value,
-            carry=current.carry,
-            carry_always=current.carry is not None and config.gradient == "tap",
-            **options,
-        )
-        if config.value_in_forward:
-            value.copy_(current.losses[layer].detach())
-        return tapped
-
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, current = self._state, self._calls.leave(module)
         for hook in () if current is None else current.hooks:
@@ -331,7 +211,7 @@ class Hooks:
             self._watch.evaluated(module, output)
         if current is None:
             return None
-        pooled = [self._loss(layer, current, x, None) for layer, x in current.pooled.items()]
+        pooled = [self.taps.loss(layer, current, x, None) for layer, x in current.pooled.items()]
         record = record_of(current, output)
         if not current.again:
             state.last = record
@@ -348,7 +228,7 @@ class Hooks:
                 "each by layer.compile(), or train without checkpointing"
             )
         if current.carry is not None:
-            output = carry_in(output, [x for x in pooled if x is not None])
+            output = carry_in(output, [*(x for x in pooled if x is not None), *current.left])
         if current.carry is not None and state.config.gradient == "tap":
             return output
         values = [value.to(record.tokens.device) for value in current.losses.values()]
@@ -365,14 +245,9 @@ class Hooks:
         return add_to_loss(output, term)
 
 
-def _zeros(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
-    """{layer: 0-dim, float32}"""
-    return {layer: torch.zeros((), dtype=torch.float32, device=device) for layer in layers}
-
-
 def _move(values: dict[int, Tensor], device: torch.device) -> None:
     with torch.inference_mode(False):  # backward of training will write into them
-        values.update(_zeros(list(values), device))
+        values.update(zeros(list(values), device))
 
 
 def _outside_of_graphs(function: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ class Pass:
     anchor: Tensor | None = None
     pooled: dict[int, Tensor] = field(default_factory=dict)  # per layer, (images, D)
     losses: dict[int, Tensor] = field(default_factory=dict)  # per layer, 0-dim
+    # What first runs without grad have left (prereg_kernels.attach.reentrant)
+    left: list[Tensor] = field(default_factory=list)
     reached: set[str] = field(default_factory=set)  # by backward, as Record has it
     embedded: list[Tensor] | None = None  # in the first steps, what the embedding module returned
     embedding_hook: RemovableHandle | None = None  # by which they come
@@ -126,6 +128,13 @@ class Calls:
         self._others: dict[int, Call] = {}
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the calls that run are this one's."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Calls.__init__(self)
+
     @property
     def current(self) -> Call | None:
         """The innermost."""
@@ -162,3 +171,8 @@ class Calls:
             return None
         self._put(call.outer)
         return call.current
+
+
+def zeros(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
+    """{layer: 0-dim, float32}"""
+    return {layer: torch.zeros((), dtype=torch.float32, device=device) for layer in layers}

@@ -145,7 +145,7 @@ def _attach_hooks(state: State) -> None:
     if family.enters_at is not None:
         hooks.watch_entry()
     for number in state.heads:
-        see = partial(hooks.see_layer, number, _is_next_input(model, number, len(layers)))
+        see = partial(hooks.taps.see, number, _is_next_input(model, number, len(layers)))
         state.hooks.append(layers[number - 1].register_forward_hook(see))
 
 

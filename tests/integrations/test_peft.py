@@ -79,15 +79,15 @@ def check_gradients(lora: Any, pre: PRe, batch: Any) -> None:
     compare(ours, take_gradients(parameters))
 
 
-@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("checkpointing", (None, NON_REENTRANT, {"use_reentrant": True}))
 @pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
 @each_family
-def test_gradients(name: str, order: str, checkpointing: bool) -> None:
+def test_gradients(name: str, order: str, checkpointing: Any) -> None:
     model = make_model(name)
     batch = make_batch(name, model)
     lora, pre = attach(model, order, weight=3.0)
     if checkpointing:
-        lora.gradient_checkpointing_enable(NON_REENTRANT)
+        lora.gradient_checkpointing_enable(checkpointing)
     check_gradients(lora, pre, batch)
 
 

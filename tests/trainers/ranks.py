@@ -47,9 +47,8 @@ def trainer_gradients(rank: int, out: Path, cls: type[Trainer], **arguments: Any
     model = tiny_llava()
     model.accepts_loss_kwargs = arguments.pop("accepts_loss_kwargs", True)
     apply_pre(model, weight=WEIGHT, **arguments.pop("settings", {}))
-    (step,) = step_gradients(
-        model, out, 2, 2, cls=cls, ddp_find_unused_parameters=True, **arguments
-    )  # fmt: skip
+    arguments = {"ddp_find_unused_parameters": True} | arguments
+    (step,) = step_gradients(model, out, 2, 2, cls=cls, **arguments)
     return step
 
 
@@ -298,6 +297,15 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     ),
     "trainer, checkpointing": lambda rank, out: trainer_gradients(
         rank, out, PReTrainer, gradient_checkpointing=True
+    ),
+    "trainer, reentrant": lambda rank, out: trainer_gradients(
+        rank,
+        out,
+        PReTrainer,
+        gradient_checkpointing=True,
+        rows=make_rows(BOTH),
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        ddp_find_unused_parameters=False,  # DDP's own need: with reentrant, it finds too many
     ),
     "trainer, label smoothing": lambda rank, out: trainer_gradients(
         rank, out, PReTrainer, label_smoothing_factor=0.1

@@ -51,9 +51,10 @@ def test_gradients_are_those_of_the_whole_batch(out: Path, heads: Any, case: str
         compare(ours, eager_gradients(heads, make_rows()))
 
 
-def test_gradients_with_images_on_both_ranks(out: Path, heads: Any) -> None:
+@pytest.mark.parametrize("case", ("trainer, images on both", "trainer, reentrant"))
+def test_gradients_with_images_on_both_ranks(out: Path, heads: Any, case: str) -> None:
     """More on one than on the other."""
-    for ours in read(out, "trainer, images on both"):
+    for ours in read(out, case):
         compare(ours, eager_gradients(heads, make_rows(ranks.BOTH)))
 
 

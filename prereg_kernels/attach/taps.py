@@ -1,0 +1,218 @@
+"""Taps: what the hooks of the regularised layers do.
+
+A layer's output goes through the head's tap, or, with level="global", its images' means are kept
+for the end of the pass. Gradient checkpointing runs a layer again in backward: then the tap brings
+back what it had saved, or, after a first run without grad, does what that one could not.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prereg_kernels.attach.anchors import llm_width
+from prereg_kernels.attach.checkpointing import outside_checkpoint, outside_selection
+from prereg_kernels.attach.identity import carry_along, use
+from prereg_kernels.attach.image_spans import Images
+from prereg_kernels.attach.passes import Calls, Pass, zeros
+from prereg_kernels.attach.pooling import pool_images
+from prereg_kernels.attach.reentrant import SecondRun, SecondRuns, add_gradient, source_of
+from prereg_kernels.attach.state import State
+from prereg_kernels.attach.watch import FORGOTTEN, Watch
+
+
+class Taps:
+    """Those of a model."""
+
+    def __init__(self, state: State, calls: Calls, watch: Watch) -> None:
+        self._state, self._calls, self._watch = state, calls, watch
+        self._width = llm_width(state.family.embeddings_of(state.model))
+        self._second_runs = SecondRuns()
+
+    def see(
+        self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        """A layer's hook."""
+        whole = output[0] if isinstance(output, tuple) else output
+        hidden = self._state.family.states_of(output, self._width)
+        compiled, call = torch.compiler.is_compiling(), self._calls.current
+        current = None if call is None else call.current
+        if not compiled and call is None:
+            self._watch.bypassed(layer, module)
+        # The next layer's checkpoint holds its input, this output: saved beside it, it is held
+        # once, and this layer's recomputation need not go to its end to bring it back.
+        is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
+        is_patch = self._state.config.level == "patch"
+        with (
+            outside_checkpoint() if is_held and is_patch else nullcontext(),
+            nullcontext() if compiled else outside_selection(),
+        ):
+            if current is not None:
+                self._check(layer, current, hidden)
+                if current.training and not torch.is_grad_enabled():
+                    self._run_first(layer, current, hidden, args)
+                    return None
+                tapped = self._tap(layer, current, hidden)
+            else:
+                tapped = None if compiled else self._run_again(layer, args, hidden)
+        if tapped is not None and current is not None:
+            self._watch.gradient(tapped, current)
+        if tapped is not None and hidden is not whole:  # one stream of several
+            tapped = carry_along(whole, tapped)
+        if tapped is None or not isinstance(output, tuple):
+            return tapped
+        return (tapped, *output[1:])
+
+    def _check(self, layer: int, current: Pass, hidden: Tensor) -> None:
+        if current.anchor is None:
+            raise RuntimeError(
+                f"PRe: layer {layer} runs, but the language model, "
+                f"{self._state.family.language_model!r}, has not been called with inputs_embeds; "
+                "expected family.language_model to be the module that gets them"
+            )
+        if hidden.shape != (*current.shape, self._width):
+            raise ValueError(
+                f"family.streams: layer {layer}, a "
+                f"{type(self._state.family.layers_of(self._state.model)[layer - 1]).__name__}, "
+                f"returns {tuple(hidden.shape)}; expected (rows, length, D), "
+                f"{(*current.shape, self._width)}. Of several residual streams, say which PRe "
+                "reads: family=Family(..., streams=function), from that output and D"
+            )
+
+    def _tap(self, layer: int, current: Pass, hidden: Tensor) -> Tensor | None:
+        """The states that the next layers get; None: as they are."""
+        if self._state.config.level == "patch":
+            return self.loss(layer, current, hidden, _index(current, hidden))
+        with torch.set_grad_enabled(current.training):  # small, and outside of what is checkpointed
+            current.pooled[layer] = _means(current, hidden)
+        return use(hidden, *self._state.module_of(layer).parameters()) if current.training else None
+
+    def _run_again(self, layer: int, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
+        """A checkpointed layer in backward."""
+        if not torch.is_grad_enabled():
+            return None
+        run = self._second_runs.find(layer, args[0] if args else None, hidden)
+        if run is not None:
+            return run.run(hidden)
+        if self._state.config.level == "global":  # nothing is saved in it
+            return None
+        # Bring back the tap's saved tensors, and nothing else; the first run has counted the loss.
+        nothing = hidden.new_zeros(0, dtype=torch.long)
+        anchor = hidden.new_zeros(0, self._state.anchor_features)
+        head = self._state.module_of(layer)
+        tapped: Tensor = head(hidden, anchor, tap=True, visual_index=nothing)[0]
+        return tapped
+
+    def _run_first(self, layer: int, current: Pass, hidden: Tensor, args: tuple[Any, ...]) -> None:
+        """A layer without grad, of a step that trains: it leaves to the second run what is to do.
+
+        Raises:
+            RuntimeError: there will be none, or torch.compile runs this.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"PRe: layer {layer} runs without grad in a compiled training step, as gradient "
+                "checkpointing does with use_reentrant=True; expected use_reentrant=False"
+            )
+        state, config = self._state, self._state.config
+        source = source_of(args, layer)
+        is_owed = config.gradient == "auto" and current.carry is None and state.collected is None
+        missing = FORGOTTEN if is_owed else None
+        if config.level == "global":
+            assert current.images is not None
+            images, index = current.images, current.index
+
+            def differentiate(hidden: Tensor, gradient: Any) -> Tensor:
+                return add_gradient(hidden, _pool(hidden, images, index), gradient)
+
+            run = SecondRun(
+                layer, source, hidden.shape, differentiate, current.reached, missing=missing
+            )
+            current.pooled[layer] = self._second_runs.leave(run, _means(current, hidden))
+            return
+        anchor, options = self._arguments(layer, current, hidden, _index(current, hidden))
+        value = current.values[layer]
+
+        def tap(hidden: Tensor, gradient: Any) -> Tensor:
+            tapped: Tensor = state.module_of(layer)(
+                hidden, anchor, tap=True, value_out=value, carry=gradient, carry_always=True,
+                **options,
+            )[0]  # fmt: skip
+            return tapped
+
+        run = SecondRun(
+            layer, source, hidden.shape, tap, current.reached, otherwise=current.carry,
+            always=current.carry is not None and config.gradient == "tap", missing=missing,
+        )  # fmt: skip
+        if config.value_in_forward:
+            value.copy_(state.module_of(layer)(hidden, anchor, **options))
+        left = self._second_runs.leave(run, value)
+        current.losses[layer] = left
+        current.left.append(left)
+
+    def _arguments(
+        self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The anchor, and the options of the head's call; the value gets a place by `hidden`."""
+        config = self._state.config
+        assert current.anchor is not None
+        if current.values[layer].device != hidden.device:  # a model on several devices
+            current.values |= zeros((layer,), hidden.device)
+        denominator = current.denominator if current.training else None
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(hidden.device)
+        if denominator is not None and current.chosen is not None:
+            # the sum over the chosen, each in place of so many (prereg_kernels.attach.sampling)
+            denominator = denominator * (current.chosen.numel() / current.index.numel())
+        is_mask = index is not None and index.dtype == torch.bool
+        return current.anchor.to(hidden.device), {
+            "loss": config.loss,
+            "normalize": config.normalize,
+            "denominator": denominator,
+            "visual_mask" if is_mask else "visual_index": index,
+        }
+
+    def loss(
+        self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
+    ) -> Tensor | None:
+        """The layer's loss, into `current`; in training, returns the tapped `hidden`."""
+        head, config = self._state.module_of(layer), self._state.config
+        anchor, options = self._arguments(layer, current, hidden, index)
+        value = current.values[layer]
+        if not current.training:
+            with torch.no_grad():
+                value.copy_(head(hidden, anchor, **options))
+            return None
+        tapped, current.losses[layer] = head(
+            hidden,
+            anchor,
+            tap=True,
+            compute_value=config.value_in_forward,
+            value_out=value,
+            carry=current.carry,
+            carry_always=current.carry is not None and config.gradient == "tap",
+            **options,
+        )
+        if config.value_in_forward:
+            value.copy_(current.losses[layer].detach())
+        return tapped
+
+
+def _index(current: Pass, hidden: Tensor) -> Tensor:
+    """Of the tokens that L_PRe reads."""
+    index = current.index if current.chosen is None else current.index[current.chosen]
+    return index.to(hidden.device)
+
+
+def _means(current: Pass, hidden: Tensor) -> Tensor:
+    assert current.images is not None
+    return _pool(hidden, current.images, current.index)
+
+
+def _pool(hidden: Tensor, images: Images, index: Tensor) -> Tensor:
+    """(images, D): the means of the images' tokens."""
+    of_token, index = images.of_token.to(hidden.device), index.to(hidden.device)
+    return pool_images(hidden, of_token, images.count, index=index)

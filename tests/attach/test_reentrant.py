@@ -1,0 +1,226 @@
+"""Gradient checkpointing with use_reentrant=True: the gradients of a step without checkpointing.
+
+A layer runs without grad first. Its second run, in backward, adds PRe's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from prereg_kernels import apply_pre
+from tests.attached import anchor_of_pixels, compare
+from tests.tiny import gradients, make_batch, tiny_llava
+
+
+def anchor_of_some(inputs: Mapping[str, Any]) -> Tensor:
+    """(N, 8): none of a batch of text alone."""
+    return anchor_of_pixels(inputs) if "pixel_values" in inputs else torch.zeros(0, 8)
+
+
+REENTRANT = {"use_reentrant": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "several layers": {"layers": (1, 3)},
+    "all layers": {"layers": (1, 2, 3, 4)},
+    "shared head": {"layers": (1, 3), "share_head": True},
+    "images": {"level": "global"},
+    "images, several layers": {"level": "global", "layers": (1, 3)},
+    "fraction": {"token_fraction": 0.5, "layers": (1, 3)},
+    "function": {"anchor": anchor_of_some, "anchor_features": 8},
+    "encoder": {"anchor": "pre_projector"},
+    "smooth l1": {"loss": "smooth_l1", "normalize": "layer"},
+    "value": {"value_in_forward": True},
+    "tap": {"gradient": "tap"},
+    "tap, images": {"gradient": "tap", "level": "global"},
+}
+every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+Steps = Callable[[Any, Any], None]
+
+
+def one_step(model: Any, pre: Any) -> None:
+    model(**make_batch((1, 2))).loss.backward()
+
+
+def accumulated(model: Any, pre: Any) -> None:
+    batches = make_batch((1, 2), seed=1), make_batch((0, 0), seed=2), make_batch((0, 1), seed=3)
+    pre.denominator = sum(pre.count(batch) for batch in batches)
+    for batch in batches:
+        model(**batch).loss.backward()
+
+
+def two_forwards_then_two_backwards(model: Any, pre: Any) -> None:
+    losses = [model(**make_batch((1, 2), seed=seed)).loss for seed in (1, 2)]
+    for loss in losses:
+        loss.backward()
+
+
+def a_sum_of_two(model: Any, pre: Any) -> None:
+    sum(model(**make_batch((1, 2), seed=seed)).loss for seed in (1, 2)).backward()
+
+
+def a_scaled_loss(model: Any, pre: Any) -> None:
+    pre.loss_scale = 3.0
+    (model(**make_batch((1, 2))).loss * 3.0).backward()
+
+
+def text_alone(model: Any, pre: Any) -> None:
+    model(**make_batch((0, 0))).loss.backward()
+
+
+STEPS = (
+    one_step, accumulated, two_forwards_then_two_backwards, a_sum_of_two, a_scaled_loss, text_alone,
+)  # fmt: skip
+
+
+def run(
+    steps: Steps, settings: dict[str, Any], checkpointing: bool
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    model = tiny_llava()
+    pre = apply_pre(model, **settings)
+    if checkpointing:
+        model.gradient_checkpointing_enable(REENTRANT)
+    steps(model, pre)
+    return gradients(model), pre.metrics()
+
+
+@every_setting
+@pytest.mark.parametrize("steps", STEPS, ids=lambda steps: steps.__name__)
+def test_gradients(steps: Steps, settings: dict[str, Any]) -> None:
+    ours, figures = run(steps, settings, True)
+    expected, expected_figures = run(steps, settings, False)
+    heads = [x for name, x in expected.items() if "pre_heads" in name]
+    assert all(x.norm() > 1e-6 for x in heads) == (steps is not text_alone)
+    compare(ours, expected)
+    assert figures == pytest.approx(expected_figures, rel=1e-5, abs=1e-7)
+
+
+@every_setting
+def test_a_graph_that_is_kept(settings: dict[str, Any]) -> None:
+    """A second backward pass adds the same again."""
+    steps: dict[bool, list[dict[str, Tensor]]] = {}
+    for checkpointing in (True, False):
+        model = tiny_llava()
+        apply_pre(model, **settings)
+        if checkpointing:
+            model.gradient_checkpointing_enable(REENTRANT)
+        loss = model(**make_batch((1, 2))).loss
+        loss.backward(retain_graph=True)
+        first = gradients(model)
+        loss.backward()
+        steps[checkpointing] = [first, gradients(model)]
+    for ours, expected in zip(steps[True], steps[False], strict=True):
+        compare(ours, expected)
+
+
+@pytest.mark.parametrize("level", ("patch", "global"))
+def test_a_loss_of_the_callers(level: Any) -> None:
+    """From the logits, without the labels; and with `pre.loss` added, counted once."""
+    found = []
+    for checkpointing in (True, False):
+        for adds in (True, False):
+            model = tiny_llava()
+            pre = apply_pre(model, level=level)
+            if checkpointing:
+                model.gradient_checkpointing_enable(REENTRANT)
+            batch = make_batch((1, 2))
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            (loss + pre.loss if adds else loss).backward()
+            found.append(gradients(model))
+    for ours in found[:-1]:
+        compare(ours, found[-1])
+
+
+def test_a_loss_without_the_term() -> None:
+    model, batch = tiny_llava(), make_batch()
+    apply_pre(model)
+    model.gradient_checkpointing_enable(REENTRANT)
+    output = model(**batch)
+    with pytest.raises(RuntimeError, match="the backward pass came from a loss without the term"):
+        output.logits.sum().backward()
+
+
+def test_nothing_below_needs_a_gradient() -> None:
+    model, batch = tiny_llava().requires_grad_(False), make_batch()
+    model.lm_head.requires_grad_(True)
+    apply_pre(model)
+    model.gradient_checkpointing_enable(REENTRANT)
+    model.disable_input_require_grads()  # which that has enabled
+    with pytest.raises(RuntimeError, match=r"call model\.enable_input_require_grads\(\)"):
+        model(**batch)
+    model.enable_input_require_grads()
+    model(**batch).loss.backward()
+
+
+def test_a_checkpoint_that_offloads_its_input() -> None:
+    """As Unsloth's: the second run's input is another tensor."""
+    found = []
+    for offloads in (True, False):
+        model = tiny_llava()
+        apply_pre(model)
+        if offloads:
+            wrap(model, 1)
+        model(**make_batch((1, 2)), use_cache=False).loss.backward()
+        found.append(gradients(model))
+    compare(*found)
+
+
+class Offloading(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Any, hidden: Tensor) -> Tensor:
+        ctx.function, ctx.hidden = function, hidden.detach().clone()
+        with torch.no_grad():
+            return function(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        hidden = ctx.hidden.clone().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(hidden)
+        torch.autograd.backward(output, gradient)
+        return None, hidden.grad
+
+
+def wrap(model: Any, number: int) -> None:
+    """A layer's call, hooks and all, in such a checkpoint."""
+    layers = model.model.language_model.layers
+    inner = layers[number]
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.__dict__.update(inner.__dict__)
+            self.__dict__["inner"] = inner
+
+        def __call__(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+            return Offloading.apply(lambda x: inner(x, **kwargs), hidden)
+
+    layers._modules[str(number)] = Wrapped()
+
+
+def test_the_graph_owns_what_waits() -> None:
+    """A pass without a backward leaves nothing behind."""
+    model, batch = tiny_llava(), make_batch()
+    pre = apply_pre(model)
+    model.gradient_checkpointing_enable(REENTRANT)
+    waiting = pre._state.model.forward._hooks.taps._second_runs._waiting
+    for _ in range(3):
+        model(**batch)
+    assert [run() for run in waiting if run() is not None] == []
+
+
+def test_a_checkpoint_around_the_call_and_within() -> None:
+    expected, _ = run(one_step, {}, False)
+    model, batch = tiny_llava(), make_batch((1, 2))
+    apply_pre(model)
+    model.gradient_checkpointing_enable(REENTRANT)
+    start = torch.zeros((), requires_grad=True)
+    checkpoint(lambda x: model(**batch).loss + x, start, use_reentrant=True).backward()
+    compare(gradients(model), expected)
