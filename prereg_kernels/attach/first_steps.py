@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from prereg_kernels._util import private
 from prereg_kernels.attach.checkpointing import outside_selection
+from prereg_kernels.attach.embedded_rows import differs_from, varies_by_place
 from prereg_kernels.attach.families import family_of_type
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.attach.visual import find_marked, hide
@@ -133,10 +134,10 @@ class FirstSteps:
             visible = hide(everywhere, current.inputs.get("attention_mask"))
         in_place = any(x.shape == states.shape for x in tables)
         words = visible & ~visual & (states.count_nonzero(dim=-1) > 0).to(visual.device)
-        differs = _differs(states, tables).to(visual.device) if tables else None
+        differs = differs_from(states, tables).to(visual.device) if tables else None
         if differs is None or bool((differs | ~words).all()):
             ids = current.inputs.get("input_ids")
-            differs, in_place = _varies(states, ids, visible, visual), True
+            differs, in_place = varies_by_place(states, ids, visible, visual), True
             self._compare_with_listed(current, visual, visible)
         if differs is None:
             self._look_for_pixels(rows, current)
@@ -168,7 +169,7 @@ class FirstSteps:
         tables = [x.to(states) for x in current.embedded if x.shape == states.shape]
         if not tables:
             return
-        differs = _differs(states, tables).to(visual.device)
+        differs = differs_from(states, tables).to(visual.device)
         empty = (states.count_nonzero(dim=-1) == 0).to(visual.device)
         rows = states[(visual & differs & ~empty).to(states.device)]
         if len(rows) and not bool((rows == rows[0]).all()):
@@ -366,56 +367,6 @@ def _has_pixels(inputs: Mapping[str, Any]) -> bool:
     return any(
         isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.is_floating_point())
         for x in arrays
-    )
-
-
-def _differs(states: Tensor, tables: list[Tensor]) -> Tensor:
-    """Bool, (rows, length): where a row is that of no table.
-
-    In those of the same shape its own is looked at; where there is none, all.
-    """
-    whole = [(states != table).any(dim=-1) for table in tables if table.shape == states.shape]
-    if whole:
-        return torch.stack(whole).all(dim=0)
-    known = torch.cat([_numbers(table).flatten() for table in tables])
-    return ~torch.isin(_numbers(states), known)
-
-
-def _numbers(rows: Tensor) -> Tensor:
-    """int64, one for each row: the same for the same rows, and hardly for others."""
-    bits = (rows.float() + 0.0).view(torch.int32).long()  # + 0.0, as 0 has two signs
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(2**62, bits.shape[-1:], generator=generator)
-    return (bits * factors.to(bits.device)).sum(dim=-1)
-
-
-def _varies(states: Tensor, ids: Any, visible: Tensor, visual: Tensor) -> Tensor | None:
-    """Bool, (rows, length): where an id has other rows at other places.
-
-    A visual id that stands at one place counts among them. None: the ids do not tell, as the rows
-    of most words vary too, or as those of no id do.
-    """
-    if not isinstance(ids, Tensor) or ids.shape != states.shape[:-1]:
-        return None
-    ids = ids.to(visual.device).where(visible, -1)
-    tokens, number = ids.flatten().unique(return_inverse=True)
-    nothing, place = torch.zeros_like(tokens), torch.arange(ids.numel(), device=ids.device)
-    first = nothing.scatter_reduce(0, number, place, "amin", include_self=False)[number]
-    rows, column = states.flatten(0, -2), place % ids.shape[1]
-    same = (rows == rows[first.to(rows.device)]).all(dim=-1).to(ids.device)
-
-    def any_of(flags: Tensor) -> Tensor:  # of each token's places
-        return nothing.index_add(0, number, flags.long()) > 0
-
-    # Rows that hold positions are the same in one column
-    varies, repeated = any_of(~same), any_of(column != column[first])
-    is_word = any_of((visible & ~visual).flatten()) & ~any_of(visual.flatten()) & repeated
-    hidden = tokens < 0
-    varying, constant = is_word & varies & ~hidden, is_word & ~varies & ~hidden
-    if not bool((varies & ~hidden).any()) or int(varying.sum()) >= int(constant.sum()):
-        return None
-    return torch.where(
-        visual, (varies | ~repeated)[number].view_as(ids), varies[number].view_as(ids)
     )
 
 
