@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from tests.zoo.refused import REFUSED
 
 POSITIONS = PATCHES + 5  # of the image, and of the words of the question
 # Their decoders change each row of the table, so that nothing is to be compared.
-UNSEEN = {"inkling_mm_model", "kosmos-2", "kosmos-2.5"}
+UNSEEN = {"kosmos-2", "kosmos-2.5"}
 LLAMA = {"model_type": "llama"}
 NEED_TIMM = {"fast_vlm", "gemma3n", "perception_lm"}  # the zoo has stubs in place of its towers
 
@@ -192,14 +191,15 @@ def test_features_of_other_tokens_are_a_warning(
     )
 
 
-def test_a_check_in_part_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_in_part_is_told() -> None:
     """Where layers run before the features are there, rows of text are of no table."""
-    family = dataclasses.replace(resolve(tiny_llava()).family, enters_at=1)
-    monkeypatch.setattr(regularizer, "resolve", lambda *_: Resolution(family, "listed", {}))
-    monkeypatch.setattr(made_up, "resolve", lambda *_: Resolution(family, "listed", {}))
-    said, works = made_up._checked(tiny_llava().eval(), make_batch())
+    case = sample("granite4_vision")
+    config, batch = case.model.config, case.batches["images"]
+    config.deepstack_layer_map, config.spatial_target_layers = [(-1, 1), (-2, 2)], [1, 2, 3, 3]
+    said, works = made_up._checked(case.model.eval(), batch.inputs)
+    seen = f"{int(batch.visual.sum())} visual tokens of {batch.visual.numel()} positions"
     assert works and said == (
-        "checked in part: 8 visual tokens of 28 positions have features where they enter layer 2, "
+        f"checked in part: {seen} have features where they enter layer 2, "
         "and layers before it change all rows, so the others are not compared"
     )
 

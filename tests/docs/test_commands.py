@@ -60,7 +60,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.curves --out FILE",
         "python -m benchmarks.step.gpu --out FILE",
     ),
-    "runs these tests": ("make test",),
+    "runs these tests": ("make test", "make test-models"),
     "installs packages": (
         "pip install torch",
         "pip install .",

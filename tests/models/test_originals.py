@@ -260,14 +260,14 @@ def test_a_model_without_a_config() -> None:
         apply_pre(Plain(), family=Family("Plain", visual_tokens=(38,)))
 
 
-def test_a_model_without_an_embedding_table() -> None:
+def test_a_model_without_an_embedding_table(monkeypatch: pytest.MonkeyPatch) -> None:
     model = CASES["ovis"].model()
+    nothing = property()  # an AttributeError
+    monkeypatch.setattr(type(model.llm.model), "get_input_embeddings", nothing, raising=False)
     family = Family(
-        "Ovis", language_model="visual_tokenizer", layers="llm.model.layers", visual_tokens=(-300,)
+        "Ovis", language_model="llm.model", layers="llm.model.layers", visual_tokens=(-300,)
     )
-    with pytest.raises(
-        ValueError, match=r"model: expected Ovis or 'visual_tokenizer' to have get_input"
-    ):
+    with pytest.raises(ValueError, match=r"model: expected Ovis or 'llm\.model' to have get_input"):
         apply_pre(model, family=family)
 
 

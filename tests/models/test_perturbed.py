@@ -187,7 +187,7 @@ def test_a_mask_that_is_a_position_off(name: str, step: int) -> None:
     if name in ("gemma3n", "ovis2"):  # the tokens around an image have features, too
         assert says(words, PLAIN, LEFT_OUT), words
     else:
-        assert says(words, f"^visual_tokens: {PLAIN}", BY_TYPE), words
+        assert says(words, f"^visual_(tokens|mask): {PLAIN}", BY_TYPE), words
 
 
 # Layers
