@@ -139,6 +139,7 @@ class Hooks:
         if given is not None:
             marked = given
         else:
+            inputs = state.completed(inputs)
             marked = state.family.marked(state.model, inputs)
             if state.family.visual_mask is not None:
                 source = "family.visual_mask"

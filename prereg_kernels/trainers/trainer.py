@@ -200,9 +200,11 @@ class PReTrainerMixin(Checkpoints):
             RuntimeError: no training forward pass went through the model with PRe.
         """
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        computing = state_of(self.pre).computing_on(inputs)
         if not (model.training and torch.is_grad_enabled()):
-            return super().compute_loss(model, inputs, **options)
-        with self.pre.collecting() as passes:
+            with computing:
+                return super().compute_loss(model, inputs, **options)
+        with computing, self.pre.collecting() as passes:
             result = super().compute_loss(model, inputs, **options)
         trained = [(each.term, each.record) for each in passes if each.term is not None]
         if not trained:
@@ -317,7 +319,8 @@ class PReTrainerMixin(Checkpoints):
     @_as(Trainer.prediction_step)
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
-        with self.pre.collecting() as passes:
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        with state_of(self.pre).computing_on(inputs), self.pre.collecting() as passes:
             result = super().prediction_step(*args, **kwargs)
         for each in passes:
             totals = _totals(each.record)
