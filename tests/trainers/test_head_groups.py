@@ -83,6 +83,9 @@ def test_a_schedule_scales_both(tmp_path: Path) -> None:
     trainer.train()
     rates = {group["initial_lr"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates == {0.1: 0.0, 0.3: 0.0}
+    for group in trainer.optimizer.param_groups:  # as a scheduler that keeps no first rate
+        del group["initial_lr"]
+        group["lr"] = 0.05
     trainer.train()  # the optimizer is the trainer's still
 
 
@@ -91,7 +94,8 @@ def test_an_optimizer_that_is_given(tmp_path: Path) -> None:
     model = tiny_llava()
     pre = apply_pre(model, **RATES)
     given = torch.optim.SGD(pre.parameter_groups(0.1))
-    make_trainer(model, tmp_path, optimizers=(given, None), max_steps=1).train()
+    warmup = torch.optim.lr_scheduler.LambdaLR(given, lambda step: 0.0)
+    make_trainer(model, tmp_path, optimizers=(given, warmup), max_steps=1).train()
     assert len(given.param_groups) == 4
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = make_trainer(model, tmp_path, optimizers=(other, None))
