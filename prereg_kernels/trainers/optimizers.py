@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from prereg_kernels._util import distributed
@@ -36,30 +36,32 @@ class Optimizers(_Base):
         optimizer = super().create_optimizer(*args, **kwargs)
         state = state_of(find_pre(self.model))
         if has_own(state.config) and (is_given or is_new):
-            _set_heads_apart(optimizer, state, is_given)
+            set_heads_apart(optimizer, state, is_given)
         self._is_optimizer_own = not is_given
         if self.is_deepspeed_enabled:  # whose engine puts tensors of its own in it
-            self._check_optimizer(optimizer)
+            check_optimizer(optimizer, self.model)
         return optimizer
 
-    def _check_optimizer(self, optimizer: Any) -> None:
-        """Raise ValueError if the optimizer has parameters of the model, but not its heads."""
-        groups = getattr(optimizer, "param_groups", None) or ()
-        held = {id(p) for group in groups for p in group["params"]}
-        heads = state_of(find_pre(self.model)).parameters().items()
-        missing = [n for n, p in heads if p.requires_grad and id(p) not in held]
-        # Without any, it is of tensors made from them, or takes the model itself, as LOMO does.
-        if missing and any(id(p) in held for p in self.model.parameters()):
-            raise ValueError(
-                f"optimizer: expected PRe's heads in its param_groups, got none with "
-                f"{', '.join(f'{HEADS}.{name}' for name in missing)}; they would never move, and "
-                "L_PRe would fall all the same. Make the optimizer after apply_pre, of all "
-                "parameters that require grad; one that groups them by name needs a group for "
-                f"{HEADS!r}"
-            )
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Raise ValueError if the optimizer has parameters of the model, but not its heads."""
+    groups = getattr(optimizer, "param_groups", None) or ()
+    held = {id(p) for group in groups for p in group["params"]}
+    heads = state_of(find_pre(model)).parameters().items()
+    missing = [n for n, p in heads if p.requires_grad and id(p) not in held]
+    # Without any, it is of tensors made from them, or takes the model itself, as LOMO does.
+    if missing and any(id(p) in held for p in model.parameters()):
+        raise ValueError(
+            f"optimizer: expected PRe's heads in its param_groups, got none with "
+            f"{', '.join(f'{HEADS}.{name}' for name in missing)}; they would never move, and "
+            "L_PRe would fall all the same. Make the optimizer after apply_pre, of all "
+            "parameters that require grad; one that groups them by name needs a group for "
+            f"{HEADS!r}"
+        )
 
 
-def _set_heads_apart(optimizer: Any, state: State, is_given: bool) -> None:
+def set_heads_apart(optimizer: Any, state: State, is_given: bool) -> None:
+    """Give the heads groups of their own; raise ValueError if a given optimizer has none."""
     groups = getattr(optimizer, "param_groups", None) or []
     if is_given and groups and are_as_set(groups, state):
         return

@@ -29,8 +29,9 @@ from transformers.utils import logging
 
 from prereg_kernels.attach.handle import find_pre, state_of
 from prereg_kernels.attach.passes import Record
+from prereg_kernels.trainers.callback import PReCallback
 from prereg_kernels.trainers.checkpoints import Checkpoints
-from prereg_kernels.trainers.optimizers import HeadNorm, Optimizers
+from prereg_kernels.trainers.optimizers import HeadNorm, Optimizers, check_optimizer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,7 +84,7 @@ class PReTrainerMixin(Checkpoints, Optimizers):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        find_pre(self.model)
+        self._find_model()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"PRe: expected a process per GPU, got {self.args.n_gpu} GPUs in this one, which "
@@ -108,6 +109,13 @@ class PReTrainerMixin(Checkpoints, Optimizers):
         self._is_optimizer_checked = False
         self._head_norm = HeadNorm(self)
         self.add_callback(self._head_norm)
+
+    def _find_model(self) -> None:
+        """The trainer below has made, loaded or wrapped it: see that it has PRe."""
+        find_pre(self.model)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PReCallback):
+                callback.is_alone = False
 
     @_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +149,7 @@ class PReTrainerMixin(Checkpoints, Optimizers):
         """As Trainer's: the micro-batches of a step, and their label tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_optimizer_checked:  # in the first step of a run
-            self._check_optimizer(self.optimizer)
+            check_optimizer(self.optimizer, self.model)
             self._is_optimizer_checked = True
         counts = [self.count_rows(batch) for batch in batches]
         known = [count.to(device) for count in counts if count is not None]
