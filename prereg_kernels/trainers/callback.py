@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.state import AcceleratorState, DistributedType
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -95,7 +95,7 @@ class PReCallback(TrainerCallback):
         pre.check()
         if not self.is_alone:
             return
-        if not _is_partitioned():
+        if not _is_partitioned(args):
             check_optimizer(optimizer, model)
         if has_own(pre.config):
             set_heads_apart(optimizer, state_of(pre), is_given=True)
@@ -105,7 +105,7 @@ class PReCallback(TrainerCallback):
                 "by their labels; prereg_kernels.trainers.with_pre(TrainerClass) makes it the mean "
                 "over all visual tokens of the step"
             )
-        if state.global_step and not _is_partitioned():
+        if state.global_step and not _is_partitioned(args):
             pre.load(_checkpoint_of(args, state) / PRE_DIR)
 
     def on_log(
@@ -127,7 +127,7 @@ class PReCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Write the heads beside an adapter; a full model's `save_pretrained` has done so."""
-        if not self.is_alone or _is_partitioned() or not args.should_save:
+        if not self.is_alone or _is_partitioned(args) or not args.should_save:
             return
         assert self.pre is not None
         folder = _folder_of(args, state)
@@ -138,9 +138,11 @@ class PReCallback(TrainerCallback):
             logger.warning(f"PReCallback: expected a checkpoint at {folder}, got none")
 
 
-def _is_partitioned() -> bool:
-    kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    return AcceleratorState().distributed_type in kinds
+def _is_partitioned(args: Any) -> bool:
+    """Whether FSDP or DeepSpeed has the heads: by Trainer's arguments, or accelerate's launcher."""
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    is_launched = any(os.environ.get(flag, "false").lower() == "true" for flag in flags)
+    return is_launched or bool(args.fsdp or args.deepspeed)
 
 
 def _folder_of(args: Any, state: TrainerState) -> Path:

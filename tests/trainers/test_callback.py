@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from accelerate.state import AcceleratorState, DistributedType
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
@@ -139,11 +138,14 @@ def test_a_checkpoint_that_it_is_not_told_of(tmp_path: Path) -> None:
             trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
-def test_heads_in_the_state_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flag", ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+def test_heads_in_the_state_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
     """FSDP and DeepSpeed save and load them."""
     callback = PReCallback()
     trainer = saving(with_lora(), tmp_path, callback)
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setenv(flag, "true")
     trainer.state.global_step = 2
     (tmp_path / "checkpoint-2").mkdir(parents=True)
     for event in (callback.on_save, callback.on_train_begin):
