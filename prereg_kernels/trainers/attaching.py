@@ -52,6 +52,7 @@ def with_pre(trainer: type[T], **settings: Unpack[AttachSettings]) -> type[T]:
     bases: tuple[type, ...] = (trainer,) if issubclass(trainer, Attaching) else (Attaching, trainer)
     before = trainer.pre_settings if issubclass(trainer, Attaching) else {}
     caller = getattr(inspect.currentframe(), "f_back", None)
+    module = caller.f_globals.get("__name__", "__main__") if caller else "__main__"
     name = f"PRe{trainer.__name__.removeprefix('PRe')}"
     return type(
         name,
@@ -59,7 +60,7 @@ def with_pre(trainer: type[T], **settings: Unpack[AttachSettings]) -> type[T]:
         {
             "__doc__": f"{trainer.__name__} that attaches PRe to its model.",
             # As namedtuple does, for pickle: where the caller keeps it
-            "__module__": caller.f_globals["__name__"] if caller else __name__,
+            "__module__": module,
             "__qualname__": name,
             "pre_settings": {**before, **settings},
         },
