@@ -1,7 +1,7 @@
 """PRe with LoRA: PEFT trains an adapter, and PRe's head beside it.
 
-PEFT freezes all that it did not make. PRe on the model inside of its wrapper, afterwards, is left
-alone; a head that is frozen is an error in the first training step.
+PEFT freezes all that it did not make. PRe that comes afterwards is left alone; a head that is
+frozen is an error in the first training step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prereg_kernels.trainers import PReTrainer
 def main() -> None:
     config = LoraConfig(r=8, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj")
     model = get_peft_model(make_model(), config)
-    apply_pre(model.base_model.model)  # the LLaVA inside
+    apply_pre(model)  # to the LLaVA inside
 
     out = make_folder()
     trainer = PReTrainer(

@@ -1,4 +1,4 @@
-"""PRe with TRL's SFTTrainer: the mixin in front of it.
+"""PRe with TRL's SFTTrainer, by `with_pre`.
 
 It is needed there: SFTTrainer computes its own loss, so that `apply_pre` alone would train nothing.
 """
@@ -12,12 +12,9 @@ from datasets import Dataset
 from tiny import make_model, make_processor, make_samples
 from trl import SFTConfig, SFTTrainer
 
-from prereg_kernels import apply_pre
-from prereg_kernels.trainers import PReTrainerMixin
+from prereg_kernels.trainers import with_pre
 
-
-class PReSFTTrainer(PReTrainerMixin, SFTTrainer):
-    """SFTTrainer with PRe."""
+PReSFTTrainer = with_pre(SFTTrainer)
 
 
 def conversation(sample: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +26,6 @@ def conversation(sample: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     model, processor = make_model(), make_processor()
-    apply_pre(model)
     trainer = PReSFTTrainer(
         model,
         SFTConfig(

@@ -16,11 +16,12 @@ from prereg_kernels.ops.reference import eager_pre_loss
 from prereg_kernels.ops.tap import pre_tap
 
 if TYPE_CHECKING:
-    from prereg_kernels.trainers import PReTrainer, PReTrainerMixin
+    from prereg_kernels.trainers import PReCallback, PReTrainer, PReTrainerMixin, with_pre
 
 __all__ = [
     "Family",
     "PRe",
+    "PReCallback",
     "PReConfig",
     "PReHead",
     "PReTrainer",
@@ -32,12 +33,13 @@ __all__ = [
     "fused_pre_loss",
     "pre_tap",
     "remove_pre",
+    "with_pre",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """The trainer with its first use: it imports transformers, which the loss does not need."""
-    if name not in ("PReTrainer", "PReTrainerMixin"):
+    if name not in ("PReCallback", "PReTrainer", "PReTrainerMixin", "with_pre"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from prereg_kernels import trainers
 

@@ -75,6 +75,9 @@ class PReConfig:
             where the model is: a step of 1e-5, a learning rate of full fine-tuning, leaves every
             bfloat16 weight above 1/256 as it was. The matmuls run in the dtype of the hidden
             states whatever this is.
+        head_learning_rate, head_weight_decay: of the heads, at least 0; biases have no decay of
+            their own. None: the model's. PReTrainer's optimizer has them, and so have the groups
+            of `pre.parameter_groups`; another optimizer does not know of them.
 
     Example:
         >>> config = PReConfig(layers=(8, 16), loss="smooth_l1", normalize="l2")
@@ -104,10 +107,16 @@ class PReConfig:
     gradient: GradientName = "auto"
     seed: int = 0
     head_dtype: torch.dtype | str | None = None
+    head_learning_rate: float | None = None
+    head_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.weight) or not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight: expected a non-negative finite number, got {self.weight!r}")
+        for name in ("weight", "head_learning_rate", "head_weight_decay"):
+            value = getattr(self, name)
+            if value is None and name != "weight":
+                continue
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a non-negative finite number, got {value!r}")
         if not isinstance(self.share_head, bool):
             raise TypeError(f"share_head: expected True or False, got {self.share_head!r}")
         spec = check_spec(self.activation, self.loss, self.normalize, 1.0, torch.float32)
@@ -270,6 +279,8 @@ class Settings(TypedDict, total=False):
     gradient: GradientName
     seed: int
     head_dtype: torch.dtype | str | None
+    head_learning_rate: float | None
+    head_weight_decay: float | None
 
 
 def _anchor_name(anchor: Any) -> Any:

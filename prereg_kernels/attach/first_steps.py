@@ -195,7 +195,8 @@ class FirstSteps:
             )
         if self._state.origin != "found" or not has_words or not current.index.numel():
             return
-        if current.inputs.get("input_ids") is None:
+        inputs = current.inputs
+        if inputs.get("input_ids") is None or inputs.get("inputs_embeds") is not None:
             return
         family = self._state.family
         raise ValueError(

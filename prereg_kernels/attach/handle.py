@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import distributed
+from prereg_kernels.attach import parameter_groups as groups
 from prereg_kernels.attach import saving
 from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.family import Family
@@ -318,6 +319,26 @@ class PRe:
         self._state.check_heads_train()
         if batch is not None:
             run(self._state, batch)
+
+    def parameter_groups(
+        self, learning_rate: float, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer: of what trains in the model, and of the heads.
+
+        As those of transformers' Trainer, biases and norms have no decay. The heads have
+        `head_learning_rate` and `head_weight_decay`, where the settings give them.
+
+        Args:
+            learning_rate, weight_decay: of the model.
+
+        Example:
+            >>> pre = apply_pre(model, head_learning_rate=1e-3)
+            >>> groups = pre.parameter_groups(learning_rate=1e-5, weight_decay=0.1)
+            >>> optimizer = torch.optim.AdamW(groups)
+            >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+            [(1e-05, 0.1), (1e-05, 0.0), (0.001, 0.1), (0.001, 0.0)]
+        """
+        return groups.parameter_groups(self._state, learning_rate, weight_decay)
 
     def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
         """Write the heads and the settings into the directory `path`, into one file.

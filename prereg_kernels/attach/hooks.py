@@ -131,6 +131,7 @@ class Hooks:
         if given is not None:
             marked, mask = given, hide(given, attention)
         else:
+            inputs = state.completed(inputs)
             marked = state.family.marked(state.model, inputs)
             mask = state.family.shown(marked, attention)
             if state.family.visual_mask is not None:

@@ -40,9 +40,9 @@ def apply_pre(
     `model.save_pretrained` writes a plain model, as before, and the heads to `pre/` beside it.
 
     Args:
-        model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`. Not one in
-            a wrapper: call this before DistributedDataParallel, FSDP and torch.compile, and on the
-            model inside of a PeftModel.
+        model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`, or a
+            PeftModel around one. Not one in another wrapper: call this before
+            DistributedDataParallel, FSDP and torch.compile.
         config: settings; None: the paper's. overrides: single fields of it.
         family: where the model keeps its parts; None: as `prereg_kernels.attach.families` has it.
         from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
@@ -79,6 +79,7 @@ def apply_pre(
         raise ValueError("model: PRe is attached already; call remove_pre(model) first")
     check_transformers()
     fsdp.check_whole(model)
+    model = _inside_of_peft(model)
     resolution = resolve(model, family)
     if from_pretrained is None:
         state = State(model, (config or PReConfig()).replace(**overrides), resolution)
@@ -119,6 +120,13 @@ def remove_pre(model: nn.Module) -> None:
     if pre is None:
         raise ValueError("model: PRe is not attached; expected a model that apply_pre was given")
     state_of(pre).detach()
+
+
+def _inside_of_peft(model: Any) -> Any:
+    """The model that a PeftModel adapts, which its calls go through; any other as it is."""
+    # Its class has both, a model of transformers with adapters of its own the second alone
+    is_peft = all(hasattr(type(model), name) for name in ("get_base_model", "peft_config"))
+    return model.get_base_model() if is_peft else model
 
 
 def _attach_hooks(state: State) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from prereg_kernels.attach.passes import Collected, Record
 from prereg_kernels.attach.resolver import Resolution
 from prereg_kernels.ops.head import PReHead
 
+OF_THE_LOSS = ("labels", "num_items_in_batch")  # arguments
 HEADS = "pre_heads"  # the name under which the heads are registered on the model
 
 
@@ -28,6 +31,7 @@ class State:
         anchor_features: A.
         heads, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
         next_mask: as `PRe.next_visual_mask`, and what became of those before.
+        batch: what a trainer computes a loss of, for calls that no longer have its ids; or None.
         last: of the last training call; with `value_in_eval`, of an evaluating one too.
         collected: the passes so far while `PRe.collecting` is open; else None.
         shapes: {name inside of `model.pre_heads`: shape of the whole parameter}.
@@ -51,6 +55,7 @@ class State:
         self.add_to_loss = True
         self.passes = 0
         self.next_mask = NextMask()
+        self.batch: Mapping[str, Any] | None = None
         self.last: Record | None = None
         self.collected: list[Collected] | None = None
         self.hooks: list[RemovableHandle] = []
@@ -82,7 +87,34 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: a term that waits for backward belongs to this one alone."""
-        return vars(self) | {"loss": None, "collected": None}
+        return vars(self) | {"loss": None, "collected": None, "batch": None}
+
+    @contextmanager
+    def computing_on(self, batch: Any) -> Iterator[None]:
+        """Meanwhile calls without `input_ids` are of this batch, if their sequence has its shape.
+
+        As where a trainer's hook makes `inputs_embeds` of the ids before the model is called.
+        """
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        before, self.batch = self.batch, dict(batch) if isinstance(ids, Tensor) else None
+        try:
+            yield
+        finally:
+            self.batch = before
+
+    def completed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments; without ids, with those of the batch that it is of, if there is one.
+
+        Not its labels: whether the call gets them decides what its loss holds.
+        """
+        embeddings = inputs.get("inputs_embeds")
+        if inputs.get("input_ids") is not None or embeddings is None:
+            return inputs
+        batch = self.batch
+        if batch is None or embeddings.shape[:-1] != batch["input_ids"].shape:
+            return inputs
+        given = {name for name, value in inputs.items() if value is not None}
+        return inputs | {n: batch[n] for n in batch.keys() - given - {*OF_THE_LOSS}}
 
     def parameters(self) -> dict[str, Tensor]:
         """{name inside of `model.pre_heads`: parameter}, as they are there, whole or not."""

@@ -29,8 +29,9 @@ from transformers.utils import logging
 
 from prereg_kernels.attach.handle import find_pre, state_of
 from prereg_kernels.attach.passes import Record
-from prereg_kernels.attach.state import HEADS
+from prereg_kernels.trainers.callback import PReCallback
 from prereg_kernels.trainers.checkpoints import Checkpoints
+from prereg_kernels.trainers.optimizers import HeadNorm, Optimizers, check_optimizer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,7 +44,7 @@ def _as(original: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, 
     return lambda method: method
 
 
-class PReTrainerMixin(Checkpoints):
+class PReTrainerMixin(Checkpoints, Optimizers):
     """What makes a Trainer a PReTrainer; put it first: `class My(PReTrainerMixin, SFTTrainer)`.
 
     - The gradient of a step is that of `L_LM + weight * L_PRe`, with L_PRe the mean over all visual
@@ -57,8 +58,11 @@ class PReTrainerMixin(Checkpoints):
     - The logs have "lm_loss", what the loss would be without PRe, and "pre_loss", over the steps
       since the last log, all ranks, and, for the latter, averaged over these; several
       layers have "pre_loss/layer_16" each, too. By default "loss" is "lm_loss"; with
-      `value_in_forward` it holds the weighted term. With `value_in_eval` the metrics of `evaluate`
+      `value_in_forward` it holds the weighted term. "pre_grad_norm" is the heads' part of
+      "grad_norm", before clipping, too. With `value_in_eval` the metrics of `evaluate`
       and `predict` have "eval_pre_loss" and so on, over all visual tokens (or images) evaluated.
+    - The heads have `head_learning_rate` and `head_weight_decay`, where the settings give them, in
+      the optimizer that the trainer makes; one that is given has to have them.
     - Checkpoints and `save_model` write a plain model, and the heads to `pre/` inside of it;
       `resume_from_checkpoint` and `load_best_model_at_end` read them. (Under FSDP with sharded
       checkpoints, and under DeepSpeed, the heads are part of what these save and load.)
@@ -80,7 +84,7 @@ class PReTrainerMixin(Checkpoints):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        find_pre(self.model)
+        self._find_model()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"PRe: expected a process per GPU, got {self.args.n_gpu} GPUs in this one, which "
@@ -103,6 +107,15 @@ class PReTrainerMixin(Checkpoints):
         self._window: Tensor | None = None
         self._evaluated: Tensor | None = None
         self._is_optimizer_checked = False
+        self._head_norm = HeadNorm(self)
+        self.add_callback(self._head_norm)
+
+    def _find_model(self) -> None:
+        """The trainer below has made, loaded or wrapped it: see that it has PRe."""
+        find_pre(self.model)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PReCallback):
+                callback.is_alone = False
 
     @_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,30 +131,6 @@ class PReTrainerMixin(Checkpoints):
         finally:
             self.pre.denominator = None  # of a step of this run; of no use to what comes after
             self._counts = []
-
-    @_as(Trainer.create_optimizer)
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.is_deepspeed_enabled:  # whose engine puts tensors of its own in it
-            self._check_optimizer(optimizer)
-        return optimizer
-
-    def _check_optimizer(self, optimizer: Any) -> None:
-        """Raise ValueError if the optimizer has parameters of the model, but not its heads."""
-        groups = getattr(optimizer, "param_groups", None) or ()
-        held = {id(p) for group in groups for p in group["params"]}
-        heads = state_of(self.pre).parameters().items()
-        missing = [n for n, p in heads if p.requires_grad and id(p) not in held]
-        # Without any, it is of tensors made from them, or takes the model itself, as LOMO does.
-        if missing and any(id(p) in held for p in self.model.parameters()):
-            raise ValueError(
-                f"optimizer: expected PRe's heads in its param_groups, got none with "
-                f"{', '.join(f'{HEADS}.{name}' for name in missing)}; they would never move, and "
-                "L_PRe would fall all the same. Make the optimizer after apply_pre, of all "
-                "parameters that require grad; one that groups them by name needs a group for "
-                f"{HEADS!r}"
-            )
 
     # The step: its denominator, its loss, its figures.
 
@@ -160,7 +149,7 @@ class PReTrainerMixin(Checkpoints):
         """As Trainer's: the micro-batches of a step, and their label tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_optimizer_checked:  # in the first step of a run
-            self._check_optimizer(self.optimizer)
+            check_optimizer(self.optimizer, self.model)
             self._is_optimizer_checked = True
         counts = [self.count_rows(batch) for batch in batches]
         known = [count.to(device) for count in counts if count is not None]
@@ -200,9 +189,11 @@ class PReTrainerMixin(Checkpoints):
             RuntimeError: no training forward pass went through the model with PRe.
         """
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        computing = state_of(self.pre).computing_on(inputs)
         if not (model.training and torch.is_grad_enabled()):
-            return super().compute_loss(model, inputs, **options)
-        with self.pre.collecting() as passes:
+            with computing:
+                return super().compute_loss(model, inputs, **options)
+        with computing, self.pre.collecting() as passes:
             result = super().compute_loss(model, inputs, **options)
         trained = [(each.term, each.record) for each in passes if each.term is not None]
         if not trained:
@@ -266,8 +257,10 @@ class PReTrainerMixin(Checkpoints):
         """
         # By these two, as others log as well, and not always on all ranks.
         if self._window is not None and "loss" in logs and "learning_rate" in logs:
-            window = self.accelerator.reduce(self._window, reduction="sum")
-            lm_loss, steps, counted, *totals = window.tolist()
+            share = self._head_norm.take(logs) / self.accelerator.num_processes  # all have it
+            window = torch.cat([self._window, share.to(self._window)])
+            window = self.accelerator.reduce(window, reduction="sum")
+            lm_loss, steps, counted, *totals, norm = window.tolist()
             if totals[0] and not counted:
                 raise ValueError(
                     f"count_rows: expected the rows of L_PRe in the batches, of which the forward "
@@ -275,6 +268,8 @@ class PReTrainerMixin(Checkpoints):
                 )
             logs["lm_loss"] = lm_loss / steps if steps else math.nan
             logs |= self._figures_of(totals)
+            if not math.isnan(norm):
+                logs["pre_grad_norm"] = norm
             self._window = None
         super().log(logs, *args, **kwargs)
 
@@ -317,7 +312,8 @@ class PReTrainerMixin(Checkpoints):
     @_as(Trainer.prediction_step)
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
-        with self.pre.collecting() as passes:
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        with state_of(self.pre).computing_on(inputs), self.pre.collecting() as passes:
             result = super().prediction_step(*args, **kwargs)
         for each in passes:
             totals = _totals(each.record)

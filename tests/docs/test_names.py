@@ -29,6 +29,7 @@ from tests.trainers.test_examples import NEEDS
 TOP = ("benchmarks", "csrc", "docs", "examples", "prereg_kernels", "tests")
 PUBLIC = {name: getattr(prereg_kernels, name) for name in prereg_kernels.__all__}
 PUBLIC["Family"] = Family
+TAKE_SETTINGS = ("apply_pre", "with_pre", "PReCallback")
 SETTINGS = inspect.signature(PReConfig).parameters.keys()
 
 
@@ -109,7 +110,7 @@ def test_code() -> None:
                     assert in_a_file or hasattr(attached(), name), where
                 case ast.Call(ast.Name(name), _, keywords) if name in PUBLIC:
                     known = inspect.signature(PUBLIC[name]).parameters.keys()
-                    known |= SETTINGS if name == "apply_pre" else set()
+                    known |= SETTINGS if name in TAKE_SETTINGS else set()
                     assert {keyword.arg for keyword in keywords} <= known, where
                 case ast.Assign([ast.Name(name)], value) if name in SETTINGS:
                     PReConfig(**{name: ast.literal_eval(value)})

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels import apply_pre, find_pre, remove_pre
 from prereg_kernels.attach.handle import PRe
 from tests.attach.families.batches import make_batch
 from tests.attach.families.models import make_model
 from tests.attach.misplaced import ERROR, FAMILY, right_batch, wrong_batch
+from tests.attach.test_regularizer import traces
 from tests.attached import NON_REENTRANT, compare, eager_term
 from tests.tiny import IMAGE_TOKEN, tiny_llava
 from tests.trainers.rows import make_trainer
@@ -42,7 +43,7 @@ def attach(model: Any, order: str, **overrides: Any) -> tuple[Any, PRe]:
     """The model with LoRA, and PRe's handle."""
     if order == "LoRA first":
         lora = with_lora(model)
-        return lora, apply_pre(lora.base_model.model, **overrides)
+        return lora, apply_pre(lora, **overrides)
     pre = apply_pre(model, **overrides)
     lora = with_lora(model)
     thaw(pre)
@@ -123,10 +124,28 @@ def test_heads_that_lora_froze_raise() -> None:
     lora.train()(**batch).loss.backward()
 
 
-def test_the_wrapper_is_refused() -> None:
+@pytest.mark.parametrize("remove_from", ("the PeftModel", "the model"))
+def test_the_model_inside_is_what_it_attaches_to(remove_from: str) -> None:
     lora = with_lora(make_model("llava"))
-    with pytest.raises(ValueError, match=r"call apply_pre\(model\.base_model\.model\)"):
+    model, before = lora.get_base_model(), traces(lora)
+    pre = apply_pre(lora, layers=1)
+    assert find_pre(lora) is find_pre(model) is pre
+    assert list(model.pre_heads) == ["1"] and not hasattr(type(lora), "pre_heads")
+    assert all(p.requires_grad for p in pre.heads[1].parameters())
+    with pytest.raises(ValueError, match="PRe is attached already"):
         apply_pre(lora)
+    remove_pre(lora if remove_from == "the PeftModel" else model)
+    assert traces(lora) == before
+
+
+def test_adapters_of_the_models_own() -> None:
+    """As transformers' `add_adapter` injects them: the model is no wrapper."""
+    model = make_model("llava")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=DECODER), model)
+    assert hasattr(model, "peft_config")
+    pre = apply_pre(model)
+    model.train()(**make_batch("llava", model).inputs).loss.backward()
+    assert all(p.grad.norm() > 0 for p in pre.heads[2].parameters())
 
 
 @pytest.mark.parametrize("order", ("LoRA first", "PRe first"))

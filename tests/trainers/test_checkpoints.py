@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,21 @@ def state_of(trainer: Any) -> dict[str, Tensor]:
     }
 
 
-@contextmanager
-def warnings_of_trainer() -> Iterator[list[str]]:
+def warnings_of_trainer() -> AbstractContextManager[list[str]]:
     """The warnings that Trainer logs."""
+    return warnings_of("transformers.trainer")
+
+
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """The warnings that go to a logger."""
     messages: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
 
-    logger, handler = logging.getLogger("transformers.trainer"), Keep(logging.WARNING)
+    logger, handler = logging.getLogger(name), Keep(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield messages

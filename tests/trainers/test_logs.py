@@ -136,6 +136,11 @@ def test_other_logs_are_left_alone(tmp_path: Path) -> None:
     assert any("eval_loss" in log for log in history)
 
 
+# arguments.py checks values on CPUs alone; the others look at the first step of a kind, as
+# tests/attach/test_first_steps.py says.
+ELSEWHERE = ("arguments.py", "first_steps.py", "embedded_rows.py")
+
+
 def test_the_figures_are_read_at_logging_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,8 +151,7 @@ def test_the_figures_are_read_at_logging_alone(
 
         def counted(self: Any, *args: Any, name: str = name, original: Any = original) -> Any:
             caller = Path(sys._getframe(1).f_code.co_filename)
-            # arguments.py checks values too, on CPUs alone
-            if caller.is_relative_to(PACKAGE) and caller.name != "arguments.py":
+            if caller.is_relative_to(PACKAGE) and caller.name not in ELSEWHERE:
                 reads.append(f"{caller.name}: {name}")
             return original(self, *args)
 

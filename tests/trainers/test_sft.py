@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainers import PReTrainerMixin
+from prereg_kernels.trainers import PReTrainerMixin, with_pre
 from tests.attached import compare
 from tests.tiny import tiny_llava
 from tests.trainers.rows import WEIGHT, Gradients, collate, eager_gradients, make_rows
@@ -31,12 +31,13 @@ def pick(numbers: Sequence[dict[str, int]]) -> dict[str, Tensor]:
     return collate([rows[entry["number"]] for entry in numbers])
 
 
-def make_sft(model: Any, out: Path, **arguments: Any) -> Any:
+def make_sft(model: Any, out: Path, cls: Any = PReSFTTrainer, **arguments: Any) -> Any:
     """On the rows, in order, in two micro-batches of four."""
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({str(i): i for i in range(40)}, "0"))
     callbacks = arguments.pop("callbacks", None)
+    adapter = arguments.pop("peft_config", None)
     defaults: dict[str, Any] = {
         "output_dir": str(out), "use_cpu": True, "bf16": False, "report_to": [],
         "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "num_train_epochs": 1,
@@ -45,7 +46,7 @@ def make_sft(model: Any, out: Path, **arguments: Any) -> Any:
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
         "dataset_kwargs": {"skip_prepare_dataset": True}, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    return PReSFTTrainer(
+    return cls(
         model,
         trl.SFTConfig(**(defaults | arguments)),
         data_collator=pick,
@@ -54,6 +55,7 @@ def make_sft(model: Any, out: Path, **arguments: Any) -> Any:
             tokenizer_object=words, pad_token="0", eos_token="1"
         ),
         callbacks=callbacks,
+        peft_config=adapter,
     )
 
 
@@ -133,3 +135,35 @@ def test_lora_with_frozen_heads(tmp_path: Path) -> None:
         head.requires_grad_(False)
     with pytest.raises(ValueError, match=r"pre\.heads: expected heads that train"):
         make_sft(lora, tmp_path).train()
+
+
+@pytest.mark.parametrize("named", (False, True))
+@pytest.mark.parametrize("adapted", (False, True))
+def test_with_pre(tmp_path: Path, named: bool, adapted: bool) -> None:
+    """A model or its path, whole or by `peft_config=`: heads move by the rate and the gradient."""
+    peft = pytest.importorskip("peft")
+    model: Any = tiny_llava()
+    if named:
+        model.save_pretrained(tmp_path / "model")
+        model = str(tmp_path / "model")
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*(q|v)_proj")
+    keeper = Gradients()
+    trainer = make_sft(
+        model, tmp_path, with_pre(trl.SFTTrainer, weight=WEIGHT), learning_rate=0.1, optim="sgd",
+        callbacks=[keeper], peft_config=config if adapted else None, save_strategy="steps",
+        save_steps=1, model_init_kwargs={"dtype": "float32"} if named else None,
+    )  # fmt: skip
+    heads = trainer.pre.heads[2]
+    before = {name: p.detach().clone() for name, p in heads.named_parameters()}
+    trainer.train()
+    (grads,) = ({n.split("pre_heads.2.")[-1]: x for n, x in step.items()} for step in keeper.steps)
+    for name, x in before.items():
+        torch.testing.assert_close(heads.get_parameter(name), x - 0.1 * grads[name])
+        heads.get_parameter(name).data.copy_(x)
+    expected = eager_gradients(trainer.pre.heads, make_rows())
+    for name in before:  # LoRA begins with zeros, so the states are those of the model
+        x = expected[f"pre_heads.2.{name}"]
+        assert torch.linalg.norm(grads[name] - x) < 1e-5 * x.norm()
+    assert (tmp_path / "checkpoint-1" / "pre" / "pre_heads.safetensors").is_file()
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file() == adapted
+    assert "pre_loss" in trainer.state.log_history[0]

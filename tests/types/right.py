@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from typing_extensions import assert_type
 
 from prereg_kernels import (
@@ -17,6 +18,7 @@ from prereg_kernels import (
     pre_tap,
     remove_pre,
 )
+from prereg_kernels.trainers import PReCallback, with_pre
 
 
 def of_tensors(hidden: Tensor, anchor: Tensor, index: Tensor, weights: list[Tensor]) -> Tensor:
@@ -48,7 +50,15 @@ def of_a_model(model: nn.Module, batch: dict[str, Tensor], path: Path) -> dict[s
     assert_type(pre.heads[16], PReHead)
     pre.save(path)
     pre.load(str(path))
+    torch.optim.AdamW(pre.parameter_groups(learning_rate=1e-5, weight_decay=0.1))
     metrics = find_pre(model).metrics()
     remove_pre(model)
     apply_pre(model, anchor=lambda inputs: inputs["embeddings"], anchor_features=64)
     return metrics
+
+
+def of_trainers(model: nn.Module, path: Path) -> Trainer:
+    cls = with_pre(Trainer, weight=0.3, family=None, from_pretrained=path, head_learning_rate=1e-3)
+    callback = PReCallback(config=PReConfig(), layers=16)
+    assert_type(callback.pre, PRe | None)
+    return cls(model, callbacks=[callback])

@@ -92,5 +92,5 @@ def test_a_checker_finds_the_mistakes_and_nothing_else(
     for name in SCRIPTS:
         shutil.copy(HERE / name, tmp_path)
     expected = marked()
-    assert len(expected) == 10
+    assert len(expected) == 12
     assert checker(python, tmp_path, pytestconfig.cache.mkdir("mypy")) == expected

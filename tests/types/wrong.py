@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from prereg_kernels import (
     PReConfig,
@@ -11,6 +12,7 @@ from prereg_kernels import (
     fused_pre_loss,
     pre_tap,
 )
+from prereg_kernels.trainers import PReCallback, with_pre
 
 
 def of_tensors(hidden: Tensor, anchor: Tensor, weights: list[Tensor]) -> None:
@@ -31,4 +33,6 @@ def of_a_model(model: nn.Module) -> None:
     apply_pre(model, wieght=0.5)  # wrong: weight
     pre = apply_pre(model, PReConfig(), level="patch")
     apply_pre(model, layers="16")  # wrong: 16
+    with_pre(Trainer, wieght=0.5)  # wrong: weight
+    PReCallback(layers="16")  # wrong: 16
     pre.metrics["pre_loss"]  # wrong: metrics()["pre_loss"]

@@ -268,13 +268,13 @@ def test_facts_of_the_checkup_are_checked(fields: dict[str, Any], message: str) 
 # Wrappers.
 
 
-class PeftModel(nn.Module):
-    """What peft's does for those around it: the model at base_model.model, its names passed on."""
+class Wrapper(nn.Module):
+    """The model at base_model.model, its names passed on."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = nn.ModuleDict({"model": model})
-        self.config, self.peft_config = model.config, {"default": None}
+        self.config = model.config
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -284,6 +284,17 @@ class PeftModel(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.base_model["model"](**inputs)
+
+
+class PeftModel(Wrapper):
+    """What peft's does for those around it."""
+
+    @property
+    def peft_config(self) -> dict[str, None]:
+        return {"default": None}
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model["model"]
 
 
 @pytest.fixture
@@ -296,7 +307,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 WRAPPERS = {
-    "peft": (PeftModel, "base_model.model"),
+    "of names": (Wrapper, "base_model.model"),
     "compile": (torch.compile, "_orig_mod"),
     "data_parallel": (nn.DataParallel, "module"),
     "ddp": (nn.parallel.DistributedDataParallel, "module"),
@@ -324,9 +335,9 @@ def test_a_wrapped_model_is_refused(wrap: Any, path: str) -> None:
 
 
 def test_paths_do_not_lead_through_names_that_a_wrapper_passes_on() -> None:
-    wrapper = PeftModel(tiny_llava())
+    wrapper = Wrapper(tiny_llava())
     assert wrapper.model is wrapper.base_model["model"].model
-    message = "in PeftModel: model, a PeftModel, has no submodule 'model'; it has base_model"
+    message = "in Wrapper: model, a Wrapper, has no submodule 'model'; it has base_model"
     paths = {"language_model": "model.language_model", "layers": "model.language_model.layers"}
     with pytest.raises(ValueError, match=message):
         apply_pre(wrapper, family=Family("LLaVA", **paths))

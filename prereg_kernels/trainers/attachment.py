@@ -1,0 +1,53 @@
+"""PRe on a trainer's model, by settings that were given before there was one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prereg_kernels.attach.config import PReConfig, Settings
+from prereg_kernels.attach.family import Family
+from prereg_kernels.attach.handle import PRe, get_pre
+from prereg_kernels.attach.regularizer import apply_pre
+
+
+class AttachSettings(Settings, total=False):
+    """The keyword arguments of `apply_pre`."""
+
+    config: PReConfig | None
+    family: Family | None
+    from_pretrained: str | Path | None
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError, before there is a model, as `apply_pre` would later."""
+    others = AttachSettings.__annotations__.keys() - Settings.__annotations__.keys()
+    overrides: Any = {name: x for name, x in settings.items() if name not in others}
+    if settings.get("from_pretrained") is None:
+        (settings.get("config") or PReConfig()).replace(**overrides)
+
+
+def attach(model: nn.Module, settings: Mapping[str, Any]) -> PRe:
+    """PRe of a trainer's model: as it is there, or by the settings.
+
+    Raises:
+        ValueError: it is there, and there are settings.
+    """
+    pre = get_pre(model)
+    if pre is None:
+        return apply_pre(model, **settings)
+    if settings:
+        raise ValueError(
+            "model: expected one without PRe, which is attached by the settings "
+            f"{', '.join(settings)}; or no settings, as apply_pre was called"
+        )
+    return pre
+
+
+def thaw(pre: PRe) -> None:
+    """Let all heads train: PEFT freezes what it did not make."""
+    for head in pre.heads.values():
+        head.requires_grad_(True)

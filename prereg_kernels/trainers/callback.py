@@ -1,0 +1,179 @@
+"""PReCallback: PRe in a trainer that takes callbacks and no other class."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from prereg_kernels.attach.handle import PRe, get_pre, state_of
+from prereg_kernels.attach.parameter_groups import has_own
+from prereg_kernels.attach.storage import PRE_DIR
+from prereg_kernels.trainers.attachment import attach, check_settings, thaw
+from prereg_kernels.trainers.optimizers import check_optimizer, set_heads_apart
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from prereg_kernels.trainers.attachment import AttachSettings
+
+logger = logging.get_logger(__name__)
+STATE = "trainer_state.json"  # of a checkpoint
+
+
+class PReCallback(TrainerCallback):
+    """Attaches PRe to the model of a transformers Trainer, when that is made.
+
+    Where you may choose the trainer's class, `with_pre` does more. This one's limits:
+
+    - L_PRe. As with a plain Trainer, each micro-batch's mean is weighted by its share of the
+      labels. That is exact where it is also its share of the visual tokens; it is logged, once.
+    - Losses that are computed outside of the model, as TRL's are, need `gradient="tap"`.
+    - Logs. "pre_loss" and "lm_loss" are those of the last micro-batch. They are in `log_history`
+      and reach the callbacks after this one. Trainer's own reports, such as to TensorBoard, come
+      before it.
+    - Resuming. The heads come back from `pre/` in the checkpoint, which has to be in the output
+      directory, or in `TrainingArguments(resume_from_checkpoint=...)`; else it is an error. Of most
+      multimodal models Trainer (5.17) restores no weight, and says so in a warning.
+      `load_best_model_at_end` leaves the last heads.
+    - The trainer must not make another model (`model_init`) or have an optimizer before.
+      `head_learning_rate` and `head_weight_decay` need an optimizer of `pre.parameter_groups`.
+
+    In a PReTrainer it attaches PRe and leaves the rest to it. Under FSDP and DeepSpeed the heads
+    are part of what these save and load.
+
+    Attributes:
+        pre: the handle; None before there is a trainer.
+
+    Raises (in training):
+        ValueError: one of the above.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> callback = PReCallback(weight=0.3)
+        >>> arguments = TrainingArguments("out", use_cpu=True, report_to="none")
+        >>> trainer = Trainer(model, arguments, callbacks=[callback])
+        >>> callback.pre.config.weight
+        0.3
+    """
+
+    def __init__(self, **settings: Unpack[AttachSettings]) -> None:
+        check_settings(settings)
+        self._settings = settings
+        self.pre: PRe | None = None
+        self.is_alone = True  # no PReTrainer does the rest
+
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Attach."""
+        self.pre = attach(model, self._settings)
+        thaw(self.pre)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """See that the heads will train, and go on with those of a checkpoint."""
+        pre = get_pre(model)
+        if pre is None or pre is not self.pre:
+            raise ValueError(
+                "model: expected the one that the trainer was made with, got another, as "
+                "model_init makes one for each run; attach PRe in it, by apply_pre"
+            )
+        pre.check()
+        if not self.is_alone:
+            return
+        if not _is_partitioned(args):
+            check_optimizer(optimizer, model)
+        if has_own(pre.config):
+            set_heads_apart(optimizer, state_of(pre), is_given=True)
+        if args.gradient_accumulation_steps > 1 or args.world_size > 1:
+            logger.warning_once(
+                "PReCallback: L_PRe of a step is the mean over its micro-batches' means, weighted "
+                "by their labels; prereg_kernels.trainers.with_pre(TrainerClass) makes it the mean "
+                "over all visual tokens of the step"
+            )
+        if state.global_step and not _is_partitioned(args):
+            pre.load(_checkpoint_of(args, state) / PRE_DIR)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Put the figures beside Trainer's regular ones."""
+        # By these two, as others log as well, and not always on all ranks.
+        if not self.is_alone or "loss" not in logs or "learning_rate" not in logs:
+            return
+        assert self.pre is not None
+        metrics = self.pre.metrics().items()
+        figures = {n: x for n, x in metrics if n == "lm_loss" or n.startswith("pre_loss")}
+        written = state.log_history[-1]  # before the callbacks run
+        if written == {**logs, "step": state.global_step}:
+            written.update(figures)
+        logs.update(figures)
+
+    def on_save(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the heads beside an adapter; a full model's `save_pretrained` has done so."""
+        if not self.is_alone or _is_partitioned(args) or not args.should_save:
+            return
+        assert self.pre is not None
+        folder = _folder_of(args, state)
+        is_written = state_of(self.pre).model is model and not args.save_on_each_node
+        if folder.is_dir() and not is_written:
+            self.pre.save(folder / PRE_DIR)
+        elif not folder.is_dir():
+            logger.warning(f"PReCallback: expected a checkpoint at {folder}, got none")
+
+
+def _is_partitioned(args: Any) -> bool:
+    """Whether FSDP or DeepSpeed has the heads: by Trainer's arguments, or accelerate's launcher."""
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    is_launched = any(os.environ.get(flag, "false").lower() == "true" for flag in flags)
+    return is_launched or bool(args.fsdp or args.deepspeed)
+
+
+def _folder_of(args: Any, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _checkpoint_of(args: Any, state: TrainerState) -> Path:
+    """The checkpoint that this state was read from, which Trainer does not tell.
+
+    Raises:
+        ValueError: it is in none of the places where it can be.
+    """
+
+    def places() -> Iterator[Path]:
+        if isinstance(args.resume_from_checkpoint, str):
+            yield Path(args.resume_from_checkpoint)
+        yield _folder_of(args, state)
+
+    for folder in places():
+        if (folder / STATE).is_file():
+            saved = TrainerState.load_from_json(str(folder / STATE))
+            if _trace(saved) == _trace(state):
+                return folder
+    raise ValueError(
+        f"resume_from_checkpoint: training goes on from step {state.global_step}, and PReCallback "
+        "is not told from which checkpoint, to read the heads there; expected it at "
+        f"{_folder_of(args, state)}, or named in TrainingArguments(resume_from_checkpoint=...), "
+        f"got {args.resume_from_checkpoint!r}"
+    )
+
+
+def _trace(state: TrainerState) -> str:
+    """What a run leaves in its state; as text, in which NaN is NaN."""
+    return json.dumps([state.global_step, state.log_history])
