@@ -118,13 +118,17 @@ class FirstSteps:
     ) -> None:
         family, visual = self._state.family, _visual(current)
         rows = states[visual.to(states.device)]
-        if len(rows) and not rows.count_nonzero() and not family.starts_at_zero:
+        tables = [x.to(states) for x in embedded if x.shape[-1] == states.shape[-1]]
+        whole = [x for x in tables if x.shape == states.shape]
+        # Those of a batch without images may be rows of padding, which the table has as zeros
+        is_padding = any(not x[visual.to(x.device)].count_nonzero() for x in whole)
+        is_empty = len(rows) and not rows.count_nonzero() and not is_padding
+        if is_empty and not family.starts_at_zero:
             raise ValueError(
                 f"anchor: all of the {len(rows)} visual rows that enter {family.language_model!r} "
                 "are zero, and so would L_PRe be: the model adds their features later. Expected "
                 "family.enters_at, the index of the decoder layer whose input holds them first"
             )
-        tables = [x.to(states) for x in embedded if x.shape[-1] == states.shape[-1]]
         if not is_input:
             return
         everywhere = torch.ones_like(visual)
@@ -132,7 +136,7 @@ class FirstSteps:
             visible = everywhere
         else:
             visible = hide(everywhere, current.inputs.get("attention_mask"))
-        in_place = any(x.shape == states.shape for x in tables)
+        in_place = bool(whole)
         words = visible & ~visual & (states.count_nonzero(dim=-1) > 0).to(visual.device)
         differs = differs_from(states, tables).to(visual.device) if tables else None
         if differs is None or bool((differs | ~words).all()):
