@@ -30,6 +30,11 @@ is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a tensor is one that such a transform sees."""
 
 
+def after_backward(function: Any) -> None:
+    """Within backward: call this at its end."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def is_in_forward_mode() -> bool:
     """Whether forward-mode differentiation is on: without it, no tensor carries a tangent."""
     return forward_ad._current_level >= 0

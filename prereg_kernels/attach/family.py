@@ -148,6 +148,13 @@ class Family:
             raise ValueError(
                 f"layout: expected {expected}, a function or None, got {self.layout!r}"
             )
+        entry = self.enters_at
+        is_index = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0
+        if entry is not None and not is_index and not callable(entry):
+            raise ValueError(
+                "enters_at: expected the index of a decoder layer, a function from the config to "
+                f"it, or None; got {entry!r}"
+            )
         if len(self.markers) not in (0, 2):
             raise ValueError(f"markers: expected one before and one after, got {self.markers!r}")
 

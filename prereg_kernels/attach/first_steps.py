@@ -275,6 +275,7 @@ class FirstSteps:
         if not bool(strange.any()):
             return
         left_out, counts = ids.to(strange.device)[strange].unique(return_counts=True)
+        field = "visual_mask" if family.visual_tokens is None else "visual_tokens"
         named = ", ".join(
             f"{token}{_name(model, token)} x {count}"
             for token, count in zip(left_out.tolist()[:8], counts.tolist(), strict=False)
@@ -282,7 +283,7 @@ class FirstSteps:
         warnings.warn(
             f"PRe: {int(strange.sum())} positions of the batch get features and are not counted as "
             f"visual tokens; their ids: {named}. If they are visual, pass "
-            f"family=Family({family.name!r}, visual_tokens=...) with all such ids; if not, with "
+            f"family=dataclasses.replace(pre.family, {field}=...) with all of them; if not, with "
             "other_tokens=(...)",
             stacklevel=2,
         )
@@ -340,12 +341,18 @@ def run(state: State, batch: Mapping[str, Any]) -> None:
     model: nn.Module = state.model
     modes = {module: module.training for module in model.modules()}
     before = state.last, state.loss, state.collected, state.next_mask.mask
-    state.is_checking, state.collected = True, None
+    state.is_checking, state.collected, state.last = True, None, None
     try:
         for module in modes:  # and not by eval(), which may do more, and which nothing undoes
             module.training = False
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(**batch)
+        if state.last is None or not bool(state.last.tokens):
+            warnings.warn(
+                "PRe: the batch has no visual token, so nothing was compared; expected one with "
+                "images",
+                stacklevel=3,
+            )
     finally:
         state.is_checking = False
         state.last, state.loss, state.collected, state.next_mask.mask = before

@@ -202,8 +202,6 @@ class Hooks:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, current = self._state, self._calls.leave(module)
-        for hook in () if current is None else current.hooks:
-            hook.remove()
         if current is not None and not torch.compiler.is_compiling():
             self._entry.first_steps.end(current, output is not None)
         if output is None:  # the forward raised

@@ -42,7 +42,6 @@ class Pass:
     reached: set[str] = field(default_factory=set)  # by backward, as Record has it
     embedded: list[Tensor] | None = None  # in the first steps, what the embedding module returned
     embedding_hook: RemovableHandle | None = None  # by which they come
-    hooks: list[RemovableHandle] = field(default_factory=list)  # others of this pass alone
 
     @property
     def tokens(self) -> Tensor:

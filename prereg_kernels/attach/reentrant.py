@@ -36,7 +36,7 @@ class SecondRun:
         otherwise: the gradient where no loss holds the term.
         always: that one counts, whatever a loss holds.
         missing: what to raise where backward brings neither. None: nothing is added.
-        reached: as `Record.reached`.
+        reached: as `Record.reached`. has_run: since backward came to what the first run left.
     """
 
     layer: int
@@ -48,18 +48,39 @@ class SecondRun:
     otherwise: Gradient | None = None
     always: bool = False
     missing: str | None = None
+    has_run: bool = False
 
     def run(self, hidden: Tensor) -> Tensor | None:
         """The states of the second run, tapped; None: there is nothing to add."""
-        gradient = self.otherwise if self.always or self.gradient is None else self.gradient
-        # A graph that is kept may get the term's gradient by another backward pass.
-        is_one_of_several = private.keeps_graph() and self.gradient is None and not self.always
+        came, self.gradient, self.has_run = self.gradient, None, True
+        gradient = self.otherwise if self.always or came is None else came
+        is_kept, tap = private.keeps_graph(), self.tap
+        if not is_kept:  # the batch's embeddings, among others
+            self.tap = _nothing
         self.reached.add("layer")
+        # A graph that is kept may get the term's gradient by another backward pass.
+        is_one_of_several = is_kept and came is None and not self.always
         if gradient is None or is_one_of_several:
-            if self.missing is not None and not private.keeps_graph():
+            if self.missing is not None and not is_kept:
                 raise RuntimeError(self.missing)
             return None
-        return self.tap(hidden, gradient)
+        return tap(hidden, gradient)
+
+    def bring(self, gradient: Tensor | None) -> None:
+        """Backward has come to what the first run left."""
+        self.gradient, self.has_run = gradient, False
+        if not private.keeps_graph():
+            private.after_backward(self._check)
+
+    def _check(self) -> None:
+        """Raise RuntimeError unless the backward pass has run the layer again."""
+        if not self.has_run:
+            raise RuntimeError(
+                f"PRe: layer {self.layer} ran without grad, as with use_reentrant=True, and the "
+                "backward pass that came to its loss has not run it again, so PRe's gradient is "
+                "lost; differentiate pre.loss together with a loss of the model's output, or use "
+                "use_reentrant=False; or the layer is under torch.no_grad()"
+            )
 
 
 class SecondRuns:
@@ -93,7 +114,7 @@ class SecondRuns:
         runs = [run for run in runs if run.layer == layer and run.shape == hidden.shape]
         same = [run for run in runs if _is_same(run.source, source)]
         # What was offloaded comes back elsewhere. The last pass's backward runs first.
-        found = same[-1:] or runs
+        found = same[-1:] or [run for run in runs if run.source is None or run.source() is None]
         if len(found) > 1:
             raise RuntimeError(
                 f"PRe: layer {layer} runs again in backward, after {len(found)} forward passes, "
@@ -103,6 +124,10 @@ class SecondRuns:
         if found and not private.keeps_graph():
             self._waiting = [each for each in self._waiting if each() is not found[0]]
         return found[0] if found else None
+
+
+def _nothing(hidden: Tensor, gradient: Gradient) -> Tensor:
+    raise AssertionError("the graph of this run is gone")
 
 
 def add_gradient(hidden: Tensor, pooled: Tensor, gradient: Tensor) -> Tensor:
@@ -120,9 +145,9 @@ def source_of(args: tuple[Any, ...], layer: int) -> weakref.ref[Tensor] | None:
     states = args[0] if args and isinstance(args[0], Tensor) else None
     if states is not None and not states.requires_grad:
         raise RuntimeError(
-            f"PRe: layer {layer} is checkpointed with use_reentrant=True, and its input needs no "
-            "gradient, so backward does not run it again, and its head would not train; call "
-            "model.enable_input_require_grads(), or use_reentrant=False"
+            f"PRe: layer {layer} runs without grad, as with use_reentrant=True, and its input "
+            "needs no gradient, so backward does not run it again, and its head would not train; "
+            "call model.enable_input_require_grads(), or use use_reentrant=False"
         )
     return None if states is None else weakref.ref(states)
 
@@ -152,7 +177,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:
-        ctx.run.gradient = gradient
+        ctx.run.bring(gradient)
         return None, None, None
 
 

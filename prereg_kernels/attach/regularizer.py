@@ -44,7 +44,7 @@ def apply_pre(
             PeftModel around one. Not one in another wrapper: call this before
             DistributedDataParallel, FSDP and torch.compile.
         config: settings; None: the paper's. overrides: single fields of it.
-        family: where the model keeps its parts; None: as `prereg_kernels.attach.families` has it.
+        family: where the model keeps its parts; None, or what it leaves out: to be found.
         from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
             the settings and heads there. Overrides change what does not make other heads: the
             weight, say, but not the layers. An anchor function has to be given again. The heads get

@@ -62,9 +62,9 @@ def resolve(model: nn.Module, given: Family | None = None) -> Resolution:
     origin: Origin = "given" if given is not None else "found" if listed is None else "listed"
     family = given or listed or Family(str(model_type or type(model).__name__))
     how: dict[str, str] = {}
-    family = _complete_layers(model, family, how)
+    family = _complete_layers(model, family, how, given is not None)
     _check_nesting(model, family)
-    return Resolution(_complete_tokens(model, family, how), origin, how)
+    return Resolution(_complete_tokens(model, family, how, given is not None), origin, how)
 
 
 def find_family(model: nn.Module) -> Family:
@@ -72,18 +72,28 @@ def find_family(model: nn.Module) -> Family:
     return resolve(model).family
 
 
-def _complete_layers(model: Any, family: Family, how: dict[str, str]) -> Family:
+def _complete_layers(model: Any, family: Family, how: dict[str, str], is_given: bool) -> Family:
     """With `layers` and `language_model`."""
+
+    def unfound(problem: str, field: str = "layers") -> ValueError:
+        return ValueError(_unfound(model, field, problem, is_given))
+
     if family.layers is None and family.language_model is None:
         if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
-            raise ValueError(_unsupported(model, "it has no config and get_decoder()"))
+            raise ValueError(
+                _unfound(model, "layers", "it has no config, or no get_decoder()", is_given)
+            )
         decoder, call = _decoder_of(model)
         path = _path_of(model, decoder)
         if path is None:
-            raise ValueError(_unsupported(model, f"{call} is none of its submodules"))
+            raise ValueError(
+                _unfound(model, "layers", f"{call} is none of its submodules", is_given)
+            )
         layers, why = _layers_in(model, decoder)
         if layers is None:
-            raise ValueError(_unsupported(model, f"{why} in {call}, {path or 'itself'}"))
+            raise ValueError(
+                _unfound(model, "layers", f"{why} in {call}, {path or 'itself'}", is_given)
+            )
         family = dataclasses.replace(family, layers=_path_of(model, layers))
         how["layers"] = f"{family.layers}: {len(layers)} {type(layers[0]).__name__}, by {call}"
     elif family.layers is None:
@@ -99,7 +109,7 @@ def _complete_layers(model: Any, family: Family, how: dict[str, str]) -> Family:
         if not path or "inputs_embeds" not in parameters_of(model.get_submodule(path)):
             holder = type(model.get_submodule(path)).__name__
             problem = f"{holder}, which holds its decoder layers, takes no inputs_embeds"
-            raise ValueError(_unsupported(model, problem))
+            raise unfound(problem, "language_model")
         family = dataclasses.replace(family, language_model=path)
         how["language_model"] = f"{path}: it holds the layers and takes inputs_embeds"
     return family
@@ -128,7 +138,7 @@ def _check_nesting(model: Any, family: Family) -> None:
             )
 
 
-def _complete_tokens(model: Any, family: Family, how: dict[str, str]) -> Family:
+def _complete_tokens(model: Any, family: Family, how: dict[str, str], is_given: bool) -> Family:
     """With `visual_tokens` and `other_tokens`."""
     config = getattr(model, "config", None)
     if family.visual_tokens is None and family.visual_mask is None:
@@ -139,7 +149,7 @@ def _complete_tokens(model: Any, family: Family, how: dict[str, str]) -> Family:
                 f"its config has no id of a visual token ({expected}); give the id itself, "
                 "visual_tokens=(50,)"
             )
-            raise ValueError(_unsupported(model, problem))
+            raise ValueError(_unfound(model, "visual_tokens", problem, is_given))
         family = dataclasses.replace(family, visual_tokens=names)
         how["visual_tokens"] = ", ".join(f"{n} = {config_value(config, n)}" for n in names)
     others = token_names(config, OTHER_TOKENS)
@@ -258,14 +268,21 @@ def _refuse(model: nn.Module) -> NoReturn:
     raise ValueError(_unsupported(model, "it has no head that predicts text"))
 
 
+def _unfound(model: nn.Module, field: str, problem: str, is_given: bool) -> str:
+    """Of what is neither found nor in the family that the caller gave."""
+    if is_given:
+        return f"family.{field}: expected it to be given or to be found on the model, but {problem}"
+    return _unsupported(model, problem)
+
+
 def _unsupported(model: nn.Module, problem: str) -> str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     types = [name for family in FAMILIES if not family.refused for name in family.model_types]
     return (
         f"model: {type(model).__name__} (model_type {model_type!r}) is not supported: {problem}. "
-        "Expected an image-text model of transformers with a head that predicts text; these "
-        f"model_types are known: {', '.join(types)}. For another one, say where things are: "
-        'from prereg_kernels import Family; apply_pre(model, family=Family("MyVLM", '
-        'language_model="model.language_model", layers="model.language_model.layers", '
-        'visual_tokens=("image_token_id",)))'
+        "Expected an image-text model of transformers with a head that predicts text, or to be "
+        "told where things are: from prereg_kernels import Family; apply_pre(model, "
+        'family=Family("MyVLM", language_model="model.language_model", '
+        'layers="model.language_model.layers", visual_tokens=("image_token_id",))). '
+        f"Known model_types: {', '.join(types)}"
     )

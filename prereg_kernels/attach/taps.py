@@ -41,7 +41,7 @@ class Taps:
         compiled, call = torch.compiler.is_compiling(), self._calls.current
         current = None if call is None else call.current
         if not compiled and call is None:
-            self._watch.bypassed(layer, module)
+            self._watch.bypassed(layer, module, args[0] if args else None)
         # The next layer's checkpoint holds its input, this output: saved beside it, it is held
         # once, and this layer's recomputation need not go to its end to bring it back.
         is_held = is_next_input and getattr(module, "gradient_checkpointing", False)

@@ -68,9 +68,11 @@ class Watch:
             "from_pretrained leaves it, so the heads do not train; call model.train()"
         )
 
-    def bypassed(self, layer: int, module: nn.Module) -> None:
-        """Of a layer that runs outside of any call of the model."""
-        if module.training and torch.is_grad_enabled() and not is_in_backward():
+    def bypassed(self, layer: int, module: nn.Module, source: Any) -> None:
+        """Of a layer that runs outside of any call of the model, with this input."""
+        # A reentrant checkpoint runs it without grad
+        trains = torch.is_grad_enabled() or getattr(source, "requires_grad", False)
+        if module.training and trains and not is_in_backward():
             self._warn(
                 f"PRe: layer {layer} ran outside of a call of the "
                 f"{type(self._state.model).__name__} that PRe is attached to, and such calls train "

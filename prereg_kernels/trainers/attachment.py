@@ -42,7 +42,8 @@ def attach(model: nn.Module, settings: Mapping[str, Any]) -> PRe:
     if settings:
         raise ValueError(
             "model: expected one without PRe, which is attached by the settings "
-            f"{', '.join(settings)}; or no settings, as apply_pre was called"
+            f"{', '.join(settings)}; or no settings, which leave it as it is. remove_pre(model) "
+            "takes it off"
         )
     return pre
 

@@ -87,6 +87,11 @@ class PReCallback(TrainerCallback):
     ) -> None:
         """See that the heads will train, and go on with those of a checkpoint."""
         pre = get_pre(model)
+        if self.pre is None:
+            raise ValueError(
+                "PReCallback: expected it in callbacks= when the trainer is made, where it "
+                "attaches PRe before there is an optimizer; got it by add_callback"
+            )
         if pre is None or pre is not self.pre:
             raise ValueError(
                 "model: expected the one that the trainer was made with, got another, as "

@@ -72,7 +72,7 @@ def set_heads_apart(optimizer: Any, state: State, is_given: bool) -> None:
             f"optimizer: expected the heads in groups with head_learning_rate="
             f"{config.head_learning_rate} and head_weight_decay={config.head_weight_decay}, which "
             f"this {type(optimizer).__name__} has not; make it of pre.parameter_groups(...), or "
-            "let the trainer make it"
+            "have a trainer of with_pre make it"
         )
     for group in apart:
         optimizer.add_param_group(group)

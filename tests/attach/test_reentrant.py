@@ -5,6 +5,8 @@ A layer runs without grad first. Its second run, in backward, adds PRe's gradien
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prereg_kernels import apply_pre
 from tests.attached import anchor_of_pixels, compare
-from tests.tiny import gradients, make_batch, tiny_llava
+from tests.tiny import WIDTH, gradients, make_batch, tiny_llava
 
 
 def anchor_of_some(inputs: Mapping[str, Any]) -> Tensor:
@@ -147,6 +149,76 @@ def test_a_loss_without_the_term() -> None:
         output.logits.sum().backward()
 
 
+def reentrant_llava(**settings: Any) -> tuple[Any, Any]:
+    model = tiny_llava()
+    pre = apply_pre(model, **settings)
+    model.gradient_checkpointing_enable(REENTRANT)
+    return model, pre
+
+
+@pytest.mark.parametrize("level", ("patch", "global"))
+@pytest.mark.parametrize("first", (False, True), ids=("alone", "after the model's loss"))
+def test_a_term_that_is_differentiated_alone(level: Any, first: bool) -> None:
+    """Nothing runs the layer again then."""
+    model, pre = reentrant_llava(level=level)
+    batch = make_batch((1, 2))
+    labels = batch.pop("labels")
+    logits = model(**batch).logits.flatten(0, 1)
+    if first:
+        torch.nn.functional.cross_entropy(logits, labels.flatten()).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="has not run it again, so PRe's gradient is lost"):
+        pre.loss.backward()
+
+
+@pytest.mark.parametrize("level", ("patch", "global"))
+def test_a_layer_without_grad_of_the_callers(level: Any) -> None:
+    model, batch = tiny_llava(), make_batch((1, 2))
+    apply_pre(model, level=level)
+    wrap(model, 1, lambda call, hidden: torch.no_grad()(call)(hidden))
+    with pytest.raises(RuntimeError, match="has not run it again, so PRe's gradient is lost"):
+        model(**batch).loss.backward()
+
+
+def test_a_gradient_counts_in_its_own_backward_pass() -> None:
+    """What a kept graph is differentiated by next has no term."""
+    model, _ = reentrant_llava(gradient="loss")
+    output = model(**make_batch((1, 2)))
+    output.loss.backward(retain_graph=True)
+    model.zero_grad()
+    output.logits.sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for p in model.pre_heads.parameters())
+
+
+def test_nothing_is_held_after_backward() -> None:
+    model, _ = reentrant_llava()
+    kept: list[Any] = []
+    entry = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.append(weakref.ref(kwargs["inputs_embeds"])),
+        with_kwargs=True,
+    )
+    loss = model(**make_batch((1, 2))).loss
+    entry.remove()
+    loss.backward()
+    gc.collect()
+    assert len(kept) == 1 and kept[0]() is None and loss.grad_fn is not None
+
+
+def test_a_call_of_the_decoder_takes_no_other_call_for_its_own() -> None:
+    """It has no term, and the model's call has the one that it would have."""
+    expected, _ = run(one_step, {}, True)
+    model, _ = reentrant_llava()
+    decoder = model.model.language_model
+    states = torch.randn(2, 14, WIDTH, generator=torch.Generator().manual_seed(0))
+    loss = model(**make_batch((1, 2))).loss
+    with pytest.warns(UserWarning, match="ran outside of a call"):
+        beside = decoder(inputs_embeds=states.requires_grad_()).last_hidden_state
+    decoder.zero_grad()
+    beside.sum().backward()
+    model.zero_grad()
+    loss.backward()
+    compare(gradients(model), expected)
+
+
 def test_nothing_below_needs_a_gradient() -> None:
     model, batch = tiny_llava().requires_grad_(False), make_batch()
     model.lm_head.requires_grad_(True)
@@ -166,7 +238,7 @@ def test_a_checkpoint_that_offloads_its_input() -> None:
         model = tiny_llava()
         apply_pre(model)
         if offloads:
-            wrap(model, 1)
+            wrap(model, 1, offloading)
         model(**make_batch((1, 2)), use_cache=False).loss.backward()
         found.append(gradients(model))
     compare(*found)
@@ -188,8 +260,12 @@ class Offloading(torch.autograd.Function):
         return None, hidden.grad
 
 
-def wrap(model: Any, number: int) -> None:
-    """A layer's call, hooks and all, in such a checkpoint."""
+def offloading(call: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return Offloading.apply(call, hidden)
+
+
+def wrap(model: Any, number: int, around: Callable[..., Any]) -> None:
+    """A layer's call, hooks and all, within another."""
     layers = model.model.language_model.layers
     inner = layers[number]
 
@@ -200,7 +276,7 @@ def wrap(model: Any, number: int) -> None:
             self.__dict__["inner"] = inner
 
         def __call__(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-            return Offloading.apply(lambda x: inner(x, **kwargs), hidden)
+            return around(lambda x: inner(x, **kwargs), hidden)
 
     layers._modules[str(number)] = Wrapped()
 

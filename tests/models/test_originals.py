@@ -256,7 +256,7 @@ def test_a_model_without_a_config() -> None:
     )
     compare(ours, expected)
     assert metrics["visual_tokens"] == batch.visual.sum()
-    with pytest.raises(ValueError, match=r"it has no config and get_decoder\(\)"):
+    with pytest.raises(ValueError, match=r"has no config, or no get_decoder\(\)"):
         apply_pre(Plain(), family=Family("Plain", visual_tokens=(38,)))
 
 

@@ -45,6 +45,16 @@ def test_current_autograd_node() -> None:
     assert private.current_autograd_node() is None
 
 
+def test_after_backward() -> None:
+    """Also what a backward pass within it asks for waits for the end of the outer one."""
+    x, seen = leaf(1.0), list[str]()
+    y = x * 2
+    y.register_hook(lambda gradient: private.after_backward(lambda: seen.append("end")))
+    x.register_hook(lambda gradient: seen.append("x"))
+    y.backward()
+    assert seen == ["x", "end"]
+
+
 @pytest.mark.parametrize(("reentrant", "name"), [(True, private.REENTRANT_NODE), (False, None)])
 def test_the_node_of_a_checkpoint(reentrant: bool, name: str | None) -> None:
     seen = []

@@ -123,9 +123,11 @@ def test_the_error_shows_the_families_and_a_call_that_works() -> None:
         apply_pre(plain_model())
     message = str(info.value)
     assert "PlainModel (model_type None) is not supported" in message
-    known = re.search(r"these model_types are known: (.*?)\. For", message).group(1).split(", ")
+    known = re.search(r"Known model_types: (.*)$", message).group(1).split(", ")
     assert known == [t for family in FAMILIES if not family.refused for t in family.model_types]
-    import_line, call = re.search(r"(from \S+ import Family); (apply_pre\(.*\))$", message).groups()
+    import_line, call = re.search(
+        r"(from \S+ import Family); (apply_pre\(.*\))\. K", message
+    ).groups()
     scope = {"model": tiny_llava(), "apply_pre": apply_pre}
     exec(f"{import_line}\n{call}", scope)
     assert list(scope["model"].pre_heads) == ["2"]
