@@ -20,7 +20,7 @@ PUBLIC = (
     "heads metrics totals count check visual_mask next_visual_mask denominator passes save load "
     "loss add_to_loss "
     # a GradScaler's loop, a loss of several passes and a log have no other way
-    "loss_scale collecting config family"
+    "loss_scale collecting config family parameter_groups"
 )
 
 
