@@ -48,7 +48,7 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 	        --peft $$version || exit 1; \
 	done
 
-test-models: $(READY)  ## every image-text model in every scene (6 minutes)
+test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models
 
 # The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
