@@ -52,7 +52,7 @@ def record_of(current: Pass, output: Any) -> Record:
     rows = tokens if current.images is None else torch.full_like(tokens, current.images.count)
     lm_loss = None
     if labels is not None:
-        lm_loss = output[0] if isinstance(output, tuple) else output.loss
+        lm_loss = _loss_of(output)
     if lm_loss is None or labels is None:
         mean = labels = torch.zeros_like(tokens)
     else:
@@ -74,11 +74,27 @@ def record_of(current: Pass, output: Any) -> Record:
 
 
 def add_to_loss(output: Any, term: Tensor) -> Any:
-    """The model's output, its loss plus the term."""
+    """The model's output, its loss plus the term. TypeError where it has no loss."""
     if isinstance(output, tuple):
         return (output[0] + term.to(output[0].device), *output[1:])
-    output.loss = output.loss + term.to(output.loss.device)
-    return output
+    loss = _loss_of(output)
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            "model: expected an output with a loss, as it got labels: one of transformers', a dict "
+            f"with 'loss', or a tuple that begins with it; got {type(output).__name__} without"
+        )
+    total = loss + term.to(loss.device)
+    if hasattr(output, "loss"):
+        output.loss = total
+        return output
+    return {**output, "loss": total}
+
+
+def _loss_of(output: Any) -> Any:
+    """Of a model's output, which code outside of transformers may return as a plain dict."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
 
 
 def carry_in(output: Any, tapped: Sequence[Tensor]) -> Any:

@@ -114,6 +114,28 @@ def test_value_in_forward_adds_the_term() -> None:
     compare(gradients(model), with_value)
 
 
+def test_a_plain_dict_as_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As code outside of transformers may return."""
+    model, batch = tiny_llava(), make_batch()
+    apply_pre(model)
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, **inputs: dict(forward(self, **inputs))
+    )
+    output = model(**batch)
+    assert type(output) is dict and "logits" in output
+    output["loss"].backward()
+    compare(gradients(model), expected)
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, **inputs: {**forward(self, **inputs), "loss": None}
+    )
+    with pytest.raises(TypeError, match="model: expected an output with a loss"):
+        model(**batch)
+
+
 def test_a_tuple_keeps_what_follows_the_loss() -> None:
     model, batch = tiny_llava(), make_batch()
     plain = model(**batch, return_dict=False)
