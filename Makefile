@@ -16,7 +16,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-models fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo test test-models test-llamafactory test-swift fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -74,7 +74,14 @@ $(PEFT)/%/.ready: constraints.txt | $(READY)
 $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
+	rm -rf $(@D)/torchaudio/lib  # its compiled part, which looks for CUDA as it is imported
 	touch $@
+
+test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_llamafactory.py
+
+test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -38,10 +38,19 @@ def split(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def gradients(
-    checkpoint: Path, run: Run, step: Mapping[str, Any], weight: float, *, image_token: int = 4
+    checkpoint: Path,
+    run: Run,
+    step: Mapping[str, Any],
+    weight: float,
+    *,
+    image_token: int = 4,
+    is_mean_of_means: bool = False,
 ) -> dict[str, Tensor]:
     """{name: gradient} of L_LM + weight * L_PRe of a step's micro-batches: each mean is over all
     of the step's labels, or visual tokens. Names as in `step["gradients"]`.
+
+    Args:
+        is_mean_of_means: of L_LM: the trainer takes it so, over the micro-batches' means.
     """
     model = make_model(checkpoint, run)
     own, heads = split(step["weights"])
@@ -51,7 +60,7 @@ def gradients(
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
     by_layer: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    lm_loss, labels_seen = torch.zeros((), dtype=torch.float64), 0
+    sums, counts = [], []
     for batch in step["batches"]:
         inputs = {n: x for n, x in batch.items() if n in accepted and n != "labels"}
         inputs = {
@@ -61,11 +70,12 @@ def gradients(
         with seen(inner) as states:
             logits = model(**inputs).logits
         labels = batch["labels"][:, 1:]
-        lm_loss = lm_loss + F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum"
+        sums.append(
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
         )
-        labels_seen += int((labels != -100).sum())
-        mask = batch["input_ids"] == image_token
+        counts.append(int((labels != -100).sum()))
+        # One that nothing attends to is padding, as LLaMA-Factory adds to a batch of text alone.
+        mask = (batch["input_ids"] == image_token) & batch["attention_mask"].bool()
         for layer in sorted({int(n.split(".")[0]) for n in heads}):
             hidden, anchors = by_layer.setdefault(layer, ([], []))
             hidden.append(states[layer][mask])
@@ -76,7 +86,10 @@ def gradients(
         biases = [heads[n] for n in sorted(heads) if n.startswith(f"{layer}.bias")]
         rows, targets = torch.cat(hidden), torch.cat(anchors).detach()
         terms.append(eager_pre_loss(rows, targets, matrices, biases or None))
-    (lm_loss / labels_seen + weight * torch.stack(terms).mean()).backward()
+    lm_loss = sum(sums) / sum(counts)
+    if is_mean_of_means:
+        lm_loss = sum(x / n for x, n in zip(sums, counts, strict=True)) / len(sums)
+    (lm_loss + weight * torch.stack(terms).mean()).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     prefix = next(n for n in step["weights"] if HEADS in n).split(HEADS)[0] + HEADS
     return found | {prefix + n: x.grad for n, x in heads.items() if x.grad is not None}
