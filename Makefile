@@ -16,7 +16,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-models test-llamafactory test-swift fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo test test-models test-llamafactory test-swift test-trl test-axolotl fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -79,6 +79,12 @@ $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 
 test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command
 	$(BIN)/python -m pytest -m packages tests/packages/test_llamafactory.py
+
+test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_trl.py
+
+test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
 
 test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command
 	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py

@@ -30,6 +30,10 @@ TUNED = {
     # TRL's default is a dropout of 0.05, which the definition does not draw
     "lora": {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0},
 }
+REWARDS = """
+def length(completions, **_):
+    return [float(len(completion[0]["content"])) for completion in completions]
+"""
 BOTH = pytest.mark.parametrize("tuned", TUNED)
 STEPS = ("checkpoint-2", "checkpoint-4")
 
@@ -49,7 +53,15 @@ class Place:
             pair = {"prompt": [question], "chosen": [answer], "rejected": [worse]}
             pairs.append(json.dumps({**pair, "images": row["images"]}))
         chats.with_name("pairs.jsonl").write_text("\n".join(pairs) + "\n")
-        self.data = {"sft": chats, "dpo": chats.with_name("pairs.jsonl")}
+        # TRL's GRPO (1.16) takes no text alone beside images; and one image each, so that the mean
+        # of the micro-batches' means, which L_PRe is there, is that of all visual tokens
+        prompts = [x for x in map(json.loads, pairs) if len(x["images"]) == 1]
+        prompts = [json.dumps({n: x[n] for n in ("prompt", "images")}) for x in prompts]
+        chats.with_name("prompts.jsonl").write_text("\n".join(prompts) + "\n")
+        self.data = {"sft": chats} | {
+            command: chats.with_name(f"{name}.jsonl")
+            for command, name in (("dpo", "pairs"), ("grpo", "prompts"))
+        }
         self.runs: dict[str, Run] = {}
 
     def run(
@@ -75,6 +87,9 @@ class Place:
             "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
             "report_to": "none", "dtype": "float32", "bf16": False, **TUNED[tuned],
         }  # fmt: skip
+        if command == "grpo":
+            own |= {"reward_funcs": ["rewards.length"], "num_generations": 2}
+            own |= {"max_completion_length": 8}
         if resumed:
             whole = self.run(tuned, rows, micro_batches, command=command)
             own["resume_from_checkpoint"] = str(whole.output / "checkpoint-2")
@@ -84,6 +99,7 @@ class Place:
             program, flags = ["prereg_kernels", *program], ["--pre.weight", str(WEIGHT)]
         place.mkdir()
         (place / "x.yaml").write_text(yaml.safe_dump(own | settings))
+        (place / "rewards.py").write_text(REWARDS)
         self.runs[named] = run("trl", [*program, *flags], place, output)
         return self.runs[named]
 
@@ -138,15 +154,41 @@ def test_dpo(place: Place, tuned: str) -> None:
     step, without = done.step(0), plain.step(0)
     for ours, theirs in zip(step["batches"], without["batches"], strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
-    term = gradients(place.checkpoint, done, step, WEIGHT, has_lm_loss=False)
-    expected = {n: without["gradients"].get(n, 0) + term.get(n, 0) for n in step["gradients"]}
-    found = errors(step["gradients"], expected)
-    assert max(found.values()) < FLOAT32, found
-    own, _ = split(term)
-    assert any(x.abs().max() > 1e-4 for x in own.values())  # PRe's part is seen
+    check_sum(place, done, step, without)
     check_files(done, (*STEPS, "."))
     assert check_logs(done, "checkpoint-4")
     check_resumed(done, place.run(tuned, command="dpo", resumed=True), step["weights"])
+
+
+@BOTH
+def test_grpo(place: Place, tuned: str) -> None:
+    """As for DPO; its batches are lists of prompts, which cannot be counted before the step."""
+    done = place.run(tuned, command="grpo")
+    plain = place.run(tuned, command="grpo", has_pre=False)
+    step, without = done.step(0), plain.step(0)
+    assert len(step["batches"]) == 2
+    batches = []
+    for ours, theirs in zip(step["batches"], without["batches"], strict=True):
+        assert torch.equal(ours["completion_ids"], theirs["completion_ids"])
+        parts = {
+            "input_ids": ("prompt_ids", "completion_ids"),
+            "attention_mask": ("prompt_mask", "completion_mask"),
+        }
+        joined = {name: torch.cat([ours[n] for n in both], 1) for name, both in parts.items()}
+        batches.append({**joined, "pixel_values": ours["pixel_values"]})
+    check_sum(place, done, {**step, "batches": batches}, without)
+    check_files(done, (*STEPS, "."))
+    assert check_logs(done, "checkpoint-4")
+
+
+def check_sum(place: Place, done: Run, step: dict[str, Any], without: dict[str, Any]) -> None:
+    """The gradients are those of TRL's own loss, without PRe, and those of the term."""
+    term = gradients(place.checkpoint, done, step, WEIGHT, has_lm_loss=False)
+    own = without["gradients"]
+    expected = {n: own.get(n, 0) + term.get(n, 0) for n in step["gradients"]}
+    found = errors(step["gradients"], expected)
+    assert max(found.values()) < FLOAT32, found
+    assert any(x.abs().max() > 1e-4 for x in split(term)[0].values())  # PRe's part is seen
 
 
 def test_the_command_without_a_known_setting(place: Place) -> None:
