@@ -1,0 +1,5 @@
+"""What ms-swift's `--external_plugins` is given; `prereg swift-plugin` prints its path."""
+
+from prereg_kernels.trainers.swift import register
+
+register()
