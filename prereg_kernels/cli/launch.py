@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 COMMANDS = {
     "llamafactory": ("prereg_kernels.cli.llamafactory", "llamafactory-cli, which trains with PRe"),
 }
 """Of each: a module with `prepare(arguments)`, and what `prereg --help` says."""
+
+SWIFT_PLUGIN = Path(__file__).parents[1] / "trainers" / "swift" / "pre_plugin.py"
 
 
 def prepare(name: str, arguments: Sequence[str]) -> Callable[[], None]:

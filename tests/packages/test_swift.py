@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prereg_kernels.trainers.swift import PLUGIN
+from prereg_kernels.cli.launch import SWIFT_PLUGIN
 from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen, write_messages
 from tests.packages.compared import (
     FLOAT32,
@@ -55,7 +55,8 @@ class Place:
         output = place / "out"
         pre = {"pre": {"weight": WEIGHT, "head_learning_rate": 0.01}}
         command = [
-            "swift", "sft", "--external_plugins", str(PLUGIN), "--model_kwargs", json.dumps(pre),
+            "swift", "sft", "--external_plugins", str(SWIFT_PLUGIN),
+            "--model_kwargs", json.dumps(pre),
             "--model", str(self.checkpoints[model]), "--model_type", KINDS[model],
             "--template", KINDS[model], "--tuner_type", tuned, "--torch_dtype", "float32",
             "--dataset", str(self.data), "--output_dir", str(output), "--add_version", "false",

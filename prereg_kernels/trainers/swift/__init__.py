@@ -9,8 +9,8 @@ PRE. For what a file cannot say, such as an anchor function, write a plugin of y
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -21,8 +21,6 @@ from prereg_kernels.trainers.attachment import AttachSettings, check_settings, r
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PLUGIN = Path(__file__).parent / "pre_plugin.py"
-"""In a folder of its own, as ms-swift puts that on `sys.path`."""
 VARIABLE = "PRE"
 TASKS = ("causal_lm", "dpo")
 _originals: dict[str, str] = {}
@@ -36,11 +34,13 @@ def register(**settings: Unpack[AttachSettings]) -> None:
         settings: as `apply_pre` takes them; those of `model_kwargs` come before these.
 
     Raises:
-        TypeError, ValueError: as `with_pre`. When ms-swift makes its trainer: a setting of
-            `model_kwargs`, or a task whose trainer goes without PRe.
+        TypeError, ValueError: as `with_pre`; or it is the command `megatron`. When ms-swift makes
+            its trainer: a setting of `model_kwargs`, or a task whose trainer goes without PRe.
     """
     from swift.trainers import TrainerFactory
 
+    if "swift.megatron" in sys.modules:
+        raise ValueError("megatron: expected the command swift with PRe, got megatron's trainers")
     check_settings(settings)
     _settings.update(settings)
     mapping = TrainerFactory.TRAINER_MAPPING
@@ -60,4 +60,5 @@ def __getattr__(name: str) -> Any:
         )
     module, _, original = _originals[name].rpartition(".")
     written = read_settings(yaml.safe_load(os.environ.get(VARIABLE, "")), VARIABLE)
-    return with_pre(getattr(import_module(module), original), **{**_settings, **written})
+    settings: Any = {**_settings, **written}
+    return with_pre(getattr(import_module(module), original), **settings)
