@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from prereg_kernels._util.files import printable
 from prereg_kernels._version import __version__
-from prereg_kernels.cli.launch import COMMANDS, prepare
+from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
 _OLD_NAME = "diagnose"
 """What `prereg checkup` was called in version 0.1."""
@@ -31,6 +31,9 @@ def main() -> None:
         return
     if arguments.command == "build":
         _build()
+        return
+    if arguments.command == "swift-plugin":
+        print(SWIFT_PLUGIN)
         return
     if arguments.command in ("checkup", _OLD_NAME):
         _checkup(arguments)
@@ -189,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     for name, (_, help) in COMMANDS.items():
         commands.add_parser(name, help=help)  # which main has taken, with flags of its own
+    commands.add_parser(
+        "swift-plugin",
+        help="the path of ms-swift's plugin",
+        description="Print the path for swift's --external_plugins, which puts PRe in its trainer.",
+    )
     commands.add_parser(
         "build",
         help="compile the C++ rows for CPUs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 COMMANDS = {
@@ -11,6 +12,8 @@ COMMANDS = {
     "trl": ("prereg_kernels.cli.trl", "TRL's command, which trains with PRe"),
 }
 """Of each: a module with `prepare(arguments)`, and what `prereg --help` says."""
+
+SWIFT_PLUGIN = Path(__file__).parents[1] / "trainers" / "swift" / "pre_plugin.py"
 
 
 def prepare(name: str, arguments: Sequence[str]) -> Callable[[], None]:

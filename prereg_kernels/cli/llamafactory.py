@@ -1,4 +1,4 @@
-"""`prereg llamafactory train x.yaml`: llamafactory-cli, with PRe in the trainer that it makes.
+"""llamafactory-cli with PRe in the trainer that it makes; `prereg --help` names it.
 
 LLaMA-Factory (0.9.5) has no plugins. PRe's settings are under `pre:` in its YAML file, or
 `pre.weight=0.3` on the command line; its own parser does not get to see them.

@@ -43,6 +43,7 @@ def gradients(
     step: Mapping[str, Any],
     weight: float,
     *,
+    autocast: torch.dtype | None = None,
     image_token: int = 4,
     is_mean_of_means: bool = False,
     has_lm_loss: bool = True,
@@ -51,14 +52,19 @@ def gradients(
     of the step's labels, or visual tokens. Names as in `step["gradients"]`.
 
     Args:
+        autocast: in this, on the weights as they were recorded; else in float64.
         is_mean_of_means: of L_LM: the trainer takes it so, over the micro-batches' means.
         has_lm_loss: False for the gradients of weight * L_PRe alone, of batches without labels.
     """
     model = make_model(checkpoint, run)
     own, heads = split(step["weights"])
-    loaded = model.load_state_dict({n: x.double() for n, x in own.items()}, strict=False)
+    is_exact = autocast is None
+    own, heads = (
+        {n: (x.double() if is_exact else x.clone()).requires_grad_(True) for n, x in each.items()}
+        for each in (own, heads)
+    )
+    loaded = model.load_state_dict(own, strict=False, assign=True)
     assert not loaded.unexpected_keys, loaded.unexpected_keys
-    heads = {n: x.double().requires_grad_(True) for n, x in heads.items()}
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
     by_layer: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
@@ -66,10 +72,10 @@ def gradients(
     for batch in step["batches"]:
         inputs = {n: x for n, x in batch.items() if n in accepted and n != "labels"}
         inputs = {
-            n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+            n: x.double() if is_exact and isinstance(x, Tensor) and x.is_floating_point() else x
             for n, x in inputs.items()
         }
-        with seen(inner) as states:
+        with torch.autocast("cpu", autocast, enabled=not is_exact), seen(inner) as states:
             logits = model(**inputs).logits
         if has_lm_loss:
             labels = batch["labels"][:, 1:]
@@ -88,7 +94,8 @@ def gradients(
         matrices = [heads[n] for n in sorted(heads) if n.startswith(f"{layer}.weight")]
         biases = [heads[n] for n in sorted(heads) if n.startswith(f"{layer}.bias")]
         rows, targets = torch.cat(hidden), torch.cat(anchors).detach()
-        terms.append(eager_pre_loss(rows, targets, matrices, biases or None))
+        with torch.autocast("cpu", autocast, enabled=not is_exact):
+            terms.append(eager_pre_loss(rows, targets, matrices, biases or None))
     lm_loss = sum(sums) / max(sum(counts), 1)
     if is_mean_of_means:
         lm_loss = sum(x / n for x, n in zip(sums, counts, strict=True)) / len(sums)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.packages.checkpoint import make_llava, write_messages
@@ -14,11 +15,14 @@ from tests.packages.compared import (
     FLOAT32,
     check_files,
     check_logs,
+    check_low_precision,
     check_resumed,
     difference,
+    head_error,
     step_errors,
     with_equal_answers,
 )
+from tests.packages.pairs import write_pairs
 from tests.packages.run import Run, run
 
 pytestmark = pytest.mark.packages
@@ -35,15 +39,20 @@ class Place:
         self.folder = folder
         self.checkpoint = make_llava(folder / "model")
         self.data = write_messages(folder / "data", is_split=False)
+        write_pairs(folder / "data", rejected="rejected")
+        columns = {name: name for name in ("messages", "images")}
         info = {
             "formatting": "sharegpt",
-            "columns": {"messages": "messages", "images": "images"},
             "tags": {
                 "role_tag": "role", "content_tag": "content", "user_tag": "user",
                 "assistant_tag": "assistant",
             },
         }  # fmt: skip
-        known = {"tiny": {**info, "file_name": self.data.name}}
+        pairs = {**columns, "chosen": "chosen", "rejected": "rejected"}
+        known = {
+            "tiny": {**info, "file_name": self.data.name, "columns": columns},
+            "pairs": {**info, "file_name": "pairs.jsonl", "columns": pairs, "ranking": True},
+        }
         self.data.with_name("dataset_info.json").write_text(json.dumps(known))
         self.equal = with_equal_answers(self.data, folder / "equal")
         self.runs: dict[str, Run] = {}
@@ -58,7 +67,7 @@ class Place:
         ranks: int = 1,
         **settings: Any,
     ) -> Run:
-        named = f"{tuned}-{rows}x{micro_batches}-{data}-{resumed}-{ranks}-{len(settings)}"
+        named = f"{tuned}-{rows}x{micro_batches}-{data}-{resumed}-{ranks}-{'-'.join(settings)}"
         if named in self.runs:
             return self.runs[named]
         place = self.folder / named
@@ -129,4 +138,19 @@ def test_ranks(place: Place) -> None:
     done = place.run("full", 1, 2, "data", ranks=2)
     found = step_errors(place.checkpoint, done, WEIGHT, ranks=2, is_mean_of_means=True)
     assert max(found.values()) < FLOAT32, found
+    check_files(done, STEPS)
+
+
+def test_bfloat16(place: Place) -> None:
+    """As its examples train."""
+    two, one = (place.run("full", *sizes, bf16=True) for sizes in ((2, 2), (4, 1)))
+    check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16, is_mean_of_means=True)
+
+
+@BOTH
+def test_preferences(place: Place, tuned: str) -> None:
+    """DPO: its loss is its own, and PRe's heads see the better and the worse answers' images."""
+    done = place.run(tuned, data="data", stage="dpo", dataset="pairs")
+    found = head_error(place.checkpoint, done, WEIGHT)
+    assert found < FLOAT32, found
     check_files(done, STEPS)

@@ -7,6 +7,7 @@ clipped. end.pt: the weights at the end.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ def install(module: ModuleType) -> None:
     step: dict[str, Any] = {}
     models: list[nn.Module] = []
     run, clip, train = trainer.training_step, accelerate.Accelerator.clip_grad_norm_, trainer.train
+    make = trainer.__init__
 
     def training_step(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         models[:] = [self.model]
@@ -73,9 +75,13 @@ def install(module: ModuleType) -> None:
             config["default"].save_pretrained(folder)
         return result
 
+    def make_with_recorder(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.add_callback(Recorder)  # as ms-swift puts its own in the place of the default ones
+
     trainer.training_step, trainer.train = training_step, train_and_end
+    trainer.__init__ = functools.wraps(make)(make_with_recorder)
     accelerate.Accelerator.clip_grad_norm_ = clip_grad_norm_
-    module.DEFAULT_CALLBACKS.append(Recorder)
 
 
 def _rank() -> str:
