@@ -31,6 +31,8 @@ TUNED = {
     "lora": {
         "adapter": "lora", "lora_r": 8, "lora_alpha": 16,
         "lora_target_modules": ["q_proj", "v_proj"],
+        # axolotl turns them on, and stops at LLaVA with the advice to turn them off
+        "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,
     },
 }  # fmt: skip
 BOTH = pytest.mark.parametrize("tuned", TUNED)
