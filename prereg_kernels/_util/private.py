@@ -161,6 +161,8 @@ ATTENTION = "_attn_implementation"
 """A config's attribute: which code computes attention."""
 RECORDED_OUTPUTS = "_can_record_outputs"
 """A model's attribute: the classes of the modules whose outputs transformers records, by kind."""
+DEVICE_MESH = "_device_mesh"
+"""A model's attribute: the mesh by which transformers has distributed it, or None."""
 IMPLEMENTATIONS = (
     ATTENTION,
     "_attn_implementation_internal",
