@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import socket
 import sys
@@ -25,9 +26,15 @@ def leave() -> None:
     os._exit(0)
 
 
-def run(out: Path, work: Callable[[int, int, Path], None], count: int) -> None:
-    """`work(rank, port, out)` in each of so many."""
+def run(
+    out: Path, work: Callable[[int, int, Path], None], count: int, *, start: str = "spawn"
+) -> None:
+    """`work(rank, port, out)` in each of so many.
+
+    With start="forkserver" one process imports the module of `work`, and all others are its forks.
+    """
+    multiprocessing.set_forkserver_preload([work.__module__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, out), nprocs=count)
+    torch.multiprocessing.start_processes(work, (port, out), nprocs=count, start_method=start)

@@ -208,4 +208,4 @@ def work(rank: int, port: int, out: Path) -> None:
 
 def run(out: Path) -> None:
     """All cases."""
-    processes.run(out, work, RANKS)
+    processes.run(out, work, RANKS, start="forkserver")
