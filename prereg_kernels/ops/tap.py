@@ -19,9 +19,10 @@ from prereg_kernels.ops.arguments import Inputs, check_inputs, is_mask, token_co
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses, store_value
 from prereg_kernels.ops.dtypes import matmul_dtype
+from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.losses import Loss, LossName
-from prereg_kernels.ops.names import NormalizationName
+from prereg_kernels.ops.names import LayoutName, NormalizationName
 from prereg_kernels.ops.spec import Spec, check_name, check_spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
 from prereg_kernels.ops.versions import check_versions, versions_of
@@ -36,6 +37,7 @@ def pre_tap(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
+    layout: LayoutName = "bsh",
     activation: ActivationName | Activation = "gelu",
     loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
@@ -91,6 +93,8 @@ def pre_tap(
         1.1667
     """
     check_name("backend", backend, BACKENDS)
+    given = hidden
+    hidden, anchor = batch_first(hidden, anchor, layout)
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )
@@ -104,10 +108,10 @@ def pre_tap(
         )  # fmt: skip
         if value_out is not None:
             value_out.copy_(value.detach())
-        return hidden.view_as(hidden), value
+        return given.view_as(given), value
     coefficient = token_coefficients(inputs, "mean", denominator, hidden)
     carry_always = carry_always or (carry is not None and torch.compiler.is_compiling())
-    return _Tap.apply(
+    tapped, value = _Tap.apply(
         hidden,
         anchor.detach(),
         inputs.select,
@@ -117,6 +121,7 @@ def pre_tap(
         _Settings(spec, inputs.bias_layers, compute_value, carry_always),
         *inputs.parameters,
     )
+    return tapped if hidden is given else tapped.transpose(0, 1), value
 
 
 class _Settings(NamedTuple):
