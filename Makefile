@@ -11,6 +11,8 @@ TRITON := .triton
 # Beside the newest, which is in the environment: what LLaMA-Factory and axolotl pin.
 PEFTS := 0.18.1 0.20.0
 PEFT := .peft
+# Real trainers, in the versions that they pin: tests/packages/NAME.txt.
+PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -66,6 +68,12 @@ $(TRITON)/%/.ready: constraints.txt | $(READY)
 $(PEFT)/%/.ready: constraints.txt | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) peft==$*
+	touch $@
+
+# By --no-deps: the file names all that differs from the environment, and what that lacks.
+$(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
 	touch $@
 
 lint: $(READY)  ## ruff and mypy
@@ -132,5 +140,5 @@ gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, wh
 	fi
 
 clean:  ## remove the environment, build products and caches (not runs/)
-	rm -rf $(VENV) $(TRITON) $(PEFT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
