@@ -16,7 +16,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-models test-llamafactory test-swift test-trl test-axolotl fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo test test-models test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -88,6 +88,12 @@ test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command
 
 test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command
 	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
+
+test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (5 minutes)
+	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
+
+test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
+	$(BIN)/python -m pytest -m packages tests/packages/test_liger.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
