@@ -180,27 +180,6 @@ def test_the_last_heads(place: Place, tuned: str) -> None:
     assert all(torch.equal(x, trained[n]) for n, x in saved.items())
 
 
-def test_merged(place: Place) -> None:
-    """`axolotl merge-lora` with the plugin in its file writes a plain model."""
-    from transformers import AutoModelForImageTextToText
-
-    done = place.run("lora")
-    command = ["axolotl", "merge-lora", "x.yml"]
-    run("axolotl", command, done.output.parent, done.output, environment=QUIET)
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        done.output / "merged", output_loading_info=True
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    ours = dict(model.named_parameters())
-    matrix = "model.language_model.layers.0.self_attn.q_proj"
-    base, a, b = (
-        done.weights[f"base_model.model.{matrix}.{name}.weight"]
-        for name in ("base_layer", "lora_A.default", "lora_B.default")
-    )
-    torch.testing.assert_close(ours[f"{matrix}.weight"], base + 2 * b @ a)
-    assert not torch.equal(ours[f"{matrix}.weight"], base)
-
-
 def test_a_setting_that_is_not_known(place: Place) -> None:
     failed = place.run("full", is_expected_to_fail=True, pre={"wieght": 1})
     assert "pre.wieght: not a setting of PRe" in failed.text
