@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from prereg_kernels.cli.launch import SWIFT_PLUGIN
 from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen, write_messages
@@ -13,10 +14,14 @@ from tests.packages.compared import (
     FLOAT32,
     check_files,
     check_logs,
+    check_low_precision,
     check_resumed,
     difference,
+    head_error,
+    of_step,
     step_errors,
 )
+from tests.packages.pairs import write_pairs
 from tests.packages.run import Run, run
 
 pytestmark = pytest.mark.packages
@@ -36,6 +41,7 @@ class Place:
             "llava": make_llava(folder / "llava"), "qwen": make_qwen(folder / "qwen"),
         }  # fmt: skip
         self.data = write_messages(folder / "data", is_split=False)
+        self.pairs = write_pairs(folder / "data", rejected="rejected_response")
         self.runs: dict[str, Run] = {}
 
     def run(
@@ -46,30 +52,34 @@ class Place:
         model: str = "llava",
         resumed: bool = False,
         ranks: int = 1,
-        *flags: str,
+        command: str = "sft",
+        **settings: str,
     ) -> Run:
-        named = f"{tuned}-{rows}x{micro_batches}-{model}-{resumed}-{ranks}{''.join(flags)}"
+        others = "".join(f"-{name}-{value}" for name, value in settings.items() if "/" not in value)
+        named = f"{command}-{tuned}-{rows}x{micro_batches}-{model}-{resumed}-{ranks}{others}"
         if named in self.runs:
             return self.runs[named]
         place = self.folder / named
         output = place / "out"
         pre = {"pre": {"weight": WEIGHT, "head_learning_rate": 0.01}}
-        command = [
-            "swift", "sft", "--external_plugins", str(SWIFT_PLUGIN),
+        own = {
+            "tuner_type": tuned, "torch_dtype": "float32", "dataset": str(self.data), **settings,
+        }  # fmt: skip
+        start = [
+            "swift", command, "--external_plugins", str(SWIFT_PLUGIN),
             "--model_kwargs", json.dumps(pre),
             "--model", str(self.checkpoints[model]), "--model_type", KINDS[model],
-            "--template", KINDS[model], "--tuner_type", tuned, "--torch_dtype", "float32",
-            "--dataset", str(self.data), "--output_dir", str(output), "--add_version", "false",
+            "--template", KINDS[model], "--output_dir", str(output), "--add_version", "false",
             "--per_device_train_batch_size", str(rows), "--check_model", "false",
             "--gradient_accumulation_steps", str(micro_batches), "--max_steps", "4",
             "--save_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-3",
-            "--lora_dropout", "0", *flags,
+            "--lora_dropout", "0", *(x for n, value in own.items() for x in (f"--{n}", value)),
         ]  # fmt: skip
         if resumed:
             whole = self.run(tuned, rows, micro_batches, model)
-            command += ["--resume_from_checkpoint", str(whole.output / "checkpoint-2")]
+            start += ["--resume_from_checkpoint", str(whole.output / "checkpoint-2")]
         variables = {"NPROC_PER_NODE": str(ranks)} if ranks > 1 else {}
-        self.runs[named] = run("swift", command, place, output, environment=variables)
+        self.runs[named] = run("swift", start, place, output, environment=variables)
         return self.runs[named]
 
 
@@ -119,3 +129,30 @@ def test_ranks(place: Place) -> None:
     found = step_errors(place.checkpoints["llava"], done, WEIGHT, ranks=2)
     assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
+
+
+def test_sequences_that_ranks_share(place: Place) -> None:
+    """Its own Ulysses: two ranks have a half of each sequence."""
+    done = place.run("lora", ranks=2, sequence_parallel_size="2")
+    step = of_step(done)
+    assert all(
+        torch.equal(x, done.step(0, 1)["gradients"][n]) for n, x in step["gradients"].items()
+    )
+    for number in (0, 3):
+        found = step_errors(place.checkpoints["llava"], done, WEIGHT, number=number)
+        assert max(found.values()) < FLOAT32, found
+    check_logs(done, "checkpoint-4")
+
+
+def test_preferences(place: Place) -> None:
+    """DPO: its loss is its own, and PRe's heads see the better and the worse answers' images."""
+    done = place.run("lora", command="rlhf", rlhf_type="dpo", dataset=str(place.pairs))
+    found = head_error(place.checkpoints["llava"], done, WEIGHT)
+    assert found < FLOAT32, found
+    check_files(done, STEPS)
+
+
+def test_bfloat16(place: Place) -> None:
+    """As a checkpoint of this dtype is trained."""
+    two, one = (place.run("full", *sizes, torch_dtype="bfloat16") for sizes in ((2, 2), (4, 1)))
+    check_low_precision(place.checkpoints["llava"], two, one, WEIGHT, torch.bfloat16)
