@@ -55,6 +55,7 @@ class FirstSteps:
         kind, is_checking = _kind(current), self._state.is_checking
         if kind in self._seen and not is_checking:
             return
+        self._state.check_stage()
         embeddings = self._state.family.embeddings_of(self._state.model)
         if not is_checking and self._is_in_graph(embeddings):
             self._seen.add(kind)

@@ -19,6 +19,7 @@ from prereg_kernels.attach.masks import NextMask
 from prereg_kernels.attach.passes import Collected, Record
 from prereg_kernels.attach.resolver import Resolution
 from prereg_kernels.attach.sequence_parallel import SequenceParallel
+from prereg_kernels.attach.stages import check_stage
 from prereg_kernels.ops.head import PReHead
 
 OF_THE_LOSS = ("labels", "num_items_in_batch")  # arguments
@@ -48,6 +49,8 @@ class State:
         layers = family.layers_of(model)
         family.language_model_of(model)  # before anything is registered: it may not be there
         numbers = config.resolve_layers(len(layers))
+        check_stage(layers, max(numbers), len(layers))
+        self._layer_count = len(layers)
         if config.level == "global":
             check_images(family)
         self.model, self.config, self.family = model, config, family
@@ -181,6 +184,10 @@ class State:
         return [f"family: {self.family.name}, {self.origin}"] + [
             f"{field}: {what}" for field, what in self.how.items()
         ]
+
+    def check_stage(self) -> None:
+        """Raise ValueError where the decoder's layers have been dealt out to ranks since."""
+        check_stage(self.family.layers_of(self.model), max(self.heads), self._layer_count)
 
     def check_heads_train(self) -> None:
         """As `PRe.check`."""

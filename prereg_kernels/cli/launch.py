@@ -9,6 +9,7 @@ from typing import Any
 
 COMMANDS = {
     "llamafactory": ("prereg_kernels.cli.llamafactory", "llamafactory-cli, which trains with PRe"),
+    "trl": ("prereg_kernels.cli.trl", "TRL's command, which trains with PRe"),
 }
 """Of each: a module with `prepare(arguments)`, and what `prereg --help` says."""
 

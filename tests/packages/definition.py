@@ -46,6 +46,7 @@ def gradients(
     autocast: torch.dtype | None = None,
     image_token: int = 4,
     is_mean_of_means: bool = False,
+    has_lm_loss: bool = True,
 ) -> dict[str, Tensor]:
     """{name: gradient} of L_LM + weight * L_PRe of a step's micro-batches: each mean is over all
     of the step's labels, or visual tokens. Names as in `step["gradients"]`.
@@ -53,6 +54,7 @@ def gradients(
     Args:
         autocast: in this, on the weights as they were recorded; else in float64.
         is_mean_of_means: of L_LM: the trainer takes it so, over the micro-batches' means.
+        has_lm_loss: False for the gradients of weight * L_PRe alone, of batches without labels.
     """
     model = make_model(checkpoint, run)
     own, heads = split(step["weights"])
@@ -75,11 +77,12 @@ def gradients(
         }
         with torch.autocast("cpu", autocast, enabled=not is_exact), seen(inner) as states:
             logits = model(**inputs).logits
-        labels = batch["labels"][:, 1:]
-        sums.append(
-            F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
-        )
-        counts.append(int((labels != -100).sum()))
+        if has_lm_loss:
+            labels = batch["labels"][:, 1:]
+            sums.append(
+                F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+            )
+            counts.append(int((labels != -100).sum()))
         # One that nothing attends to is padding, as LLaMA-Factory adds to a batch of text alone.
         mask = (batch["input_ids"] == image_token) & batch["attention_mask"].bool()
         for layer in sorted({int(n.split(".")[0]) for n in heads}):
@@ -93,7 +96,7 @@ def gradients(
         rows, targets = torch.cat(hidden), torch.cat(anchors).detach()
         with torch.autocast("cpu", autocast, enabled=not is_exact):
             terms.append(eager_pre_loss(rows, targets, matrices, biases or None))
-    lm_loss = sum(sums) / sum(counts)
+    lm_loss = sum(sums) / max(sum(counts), 1)
     if is_mean_of_means:
         lm_loss = sum(x / n for x, n in zip(sums, counts, strict=True)) / len(sums)
     (lm_loss + weight * torch.stack(terms).mean()).backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from prereg_kernels import apply_pre, remove_pre
 from tests.attached import compare
 from tests.tiny import PATCHES, tiny_llava
 from tests.trainers import shared_ranks as ranks
-from tests.trainers.rows import eager_gradients, make_trainer
+from tests.trainers.rows import eager_gradients
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +39,3 @@ def test_gradients_are_those_of_one_process(
         ours, figures = torch.load(out / f"{case} {rank}.pt")
         compare(ours, {name: x * factor for name, x in expected.items()})
         assert figures["visual_tokens"] == 4 * PATCHES  # of the last micro-batch
-
-
-@pytest.mark.parametrize("kind", ("cp", "sp"))
-def test_whole_images_are_refused_where_they_may_be_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    model = tiny_llava()
-    apply_pre(model, level="global")
-    parallelism = SimpleNamespace(tp_size=1, **{f"{kind}_size": 2})
-    trainer = make_trainer(model, tmp_path)
-    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(parallelism_config=parallelism))
-    with pytest.raises(ValueError, match="level: 'global' needs whole images on each rank"):
-        trainer._check_parallelism()

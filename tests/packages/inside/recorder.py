@@ -1,13 +1,15 @@
 """What a trainer's steps were: written by Trainer's own methods, which all trainers here end in.
 
 STEP.pt, with .RANK before it on other ranks than 0: "weights" before the step, "batches" as
-`training_step` got them, "gradients" before they were clipped. end.pt: the weights at the end.
+`training_step` got them (or made of lists of rows, as GRPO does), "gradients" before they were
+clipped. end.pt: the weights at the end.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,8 +35,22 @@ def install(module: ModuleType) -> None:
         if not step:
             step["weights"] = _copies(dict(self.model.named_parameters()))
             step["batches"] = []
-        step["batches"].append(_copies(inputs))
-        return run(self, model, inputs, *args, **kwargs)
+        if isinstance(inputs, Mapping):
+            step["batches"].append(_copies(inputs))
+            return run(self, model, inputs, *args, **kwargs)
+        prepare = self._prepare_inputs
+
+        def prepare_inputs(rows: Any) -> Any:
+            batch = prepare(rows)
+            if rows is inputs:
+                step["batches"].append(_copies(batch))
+            return batch
+
+        self._prepare_inputs = prepare_inputs
+        try:
+            return run(self, model, inputs, *args, **kwargs)
+        finally:
+            del self._prepare_inputs
 
     def see_gradients() -> None:
         if "gradients" not in step:
