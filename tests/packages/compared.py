@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.packages.definition import errors, gradients, split
+from tests.packages.definition import errors, gradients, make_model, split
 from tests.packages.run import Run
 
 FLOAT32 = 1e-5  # relative, against float64
@@ -79,6 +79,15 @@ def head_error(checkpoint: Path, run: Run, weight: float, **how: Any) -> float:
 def difference(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
     """The relative difference of two runs' gradients: "model", "heads"."""
     return errors(ours, expected)
+
+
+def merged_by_hand(checkpoint: Path, run: Run) -> dict[str, Tensor]:
+    """The state in float64 of the run's last adapter in the model."""
+    model: Any = make_model(checkpoint, run)
+    own, _ = split(run.weights)
+    model.load_state_dict({n: x.double() for n, x in own.items()}, strict=False)
+    merged: dict[str, Tensor] = model.merge_and_unload().state_dict()
+    return merged
 
 
 def check_files(run: Run, checkpoints: Collection[str]) -> None:
