@@ -191,3 +191,10 @@ TRAINER_METHODS = frozenset(
     {"_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"}
 )
 """Of transformers.Trainer: what it calls to write and read checkpoints."""
+
+# NeMo AutoModel: see tests/packages/test_nemo.py.
+
+NEMO_MODELS = "nemo_automodel._transformers.auto_model"
+"""The module whose `apply_model_infrastructure` a model goes through that NeMo has made."""
+NEMO_METHODS = frozenset({"_dp_allreduce", "_get_dp_group_size"})
+"""Of its recipes: a sum over the data-parallel ranks, and their number."""

@@ -245,7 +245,7 @@ class Hooks:
                 f"Either {state.family.layers!r} are not the decoder's layers, or some are on "
                 f"another stage of a pipeline, which PRe cannot span, or torch.compile "
                 "has left out hooks that came after it, so attach PRe before the first "
-                "call; and those of checkpointed layers: there, compile the other layers alone, "
+                "call; and those of checkpointed layers: there, compile the layers one by one, "
                 "each by layer.compile(), or train without checkpointing"
             )
         if current.carry is not None:

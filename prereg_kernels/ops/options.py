@@ -11,13 +11,14 @@ from torch import Tensor
 
 from prereg_kernels.ops.backends.registry import BackendName
 from prereg_kernels.ops.losses import Loss, LossName
-from prereg_kernels.ops.names import NormalizationName, ReductionName
+from prereg_kernels.ops.names import LayoutName, NormalizationName, ReductionName
 
 
 class _Options(TypedDict, total=False):
     visual_mask: Tensor | None
     visual_index: Tensor | None
     token_weight: Tensor | None
+    layout: LayoutName
     loss: LossName | Loss
     normalize: NormalizationName
     denominator: float | Tensor | None

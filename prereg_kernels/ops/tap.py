@@ -19,9 +19,10 @@ from prereg_kernels.ops.arguments import Inputs, check_inputs, is_mask, token_co
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses, store_value
 from prereg_kernels.ops.dtypes import matmul_dtype
+from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.losses import Loss, LossName
-from prereg_kernels.ops.names import NormalizationName
+from prereg_kernels.ops.names import LayoutName, NormalizationName
 from prereg_kernels.ops.shares import Share, has_several, sum_over
 from prereg_kernels.ops.spec import Spec, check_name, check_spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
@@ -37,6 +38,7 @@ def pre_tap(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
+    layout: LayoutName = "bsh",
     activation: ActivationName | Activation = "gelu",
     loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
@@ -103,6 +105,8 @@ def pre_tap(
         1.1667
     """
     check_name("backend", backend, BACKENDS)
+    given = hidden
+    hidden, anchor = batch_first(hidden, anchor, layout)
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )
@@ -117,7 +121,7 @@ def pre_tap(
         )  # fmt: skip
         if value_out is not None:
             value_out.copy_(value.detach())
-        return hidden.view_as(hidden), value
+        return given.view_as(given), value
     coefficient = token_coefficients(inputs, "mean", denominator, hidden)
     share = None
     if group is not None and same_hidden:
@@ -126,7 +130,7 @@ def pre_tap(
         if not share.tokens:
             group = share = None
     carry_always = carry_always or (carry is not None and torch.compiler.is_compiling())
-    return _Tap.apply(
+    tapped, value = _Tap.apply(
         hidden,
         anchor.detach(),
         inputs.select,
@@ -136,6 +140,7 @@ def pre_tap(
         _Settings(spec, inputs.bias_layers, compute_value, carry_always, group, share),
         *inputs.parameters,
     )
+    return tapped if hidden is given else tapped.transpose(0, 1), value
 
 
 class _Settings(NamedTuple):

@@ -138,10 +138,12 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
     def count_rows(self, batch: Any) -> Tensor | None:
         """0-dim, int64: as `pre.count`, of a micro-batch before it is given to `training_step`.
 
-        None where it does not say: it is no mapping with "input_ids". Override this for a batch of
-        another form.
+        None where it does not say: it is no mapping with "input_ids", and the family has no mask
+        function. Override this for a batch of another form.
         """
-        is_known = isinstance(batch, Mapping) and batch.get("input_ids") is not None
+        if not isinstance(batch, Mapping):
+            return None
+        is_known = batch.get("input_ids") is not None or self.pre.family.visual_mask is not None
         return self.pre.count(batch) if is_known else None
 
     def get_batch_samples(

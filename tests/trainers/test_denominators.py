@@ -219,7 +219,7 @@ def test_ranks_that_share_a_batch_count_it_once(
     model = tiny_llava()
     pre = apply_pre(model)
     trainer = make_trainer(model, tmp_path, average_tokens_across_devices=False)
-    parallelism = SimpleNamespace(tp_size=2, non_data_parallel_size=2)
+    parallelism = SimpleNamespace(tp_size=2, cp_size=1, sp_size=1, non_data_parallel_size=2)
     ranks = SimpleNamespace(
         num_processes=4, parallelism_config=parallelism, reduce=lambda rows, reduction: 4 * rows
     )
