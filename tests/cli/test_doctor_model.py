@@ -18,6 +18,7 @@ from transformers import (
     CLIPImageProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
 )
 
 from prereg_kernels.attach import families, regularizer, resolver
@@ -124,6 +125,17 @@ def test_a_listed_family(whole: Path, run: Run) -> None:
 
 def test_json_says_the_same(whole: Path, run: Run) -> None:
     assert json.loads(run(whole, "--json").stdout) == examine_model(whole)[0]
+
+
+def test_a_processor_that_needs_torchvision(bare: Path) -> None:
+    """That of Qwen2.5-VL has one for videos, and the tests' environment is without torchvision."""
+    save_tokenizer(bare)
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}
+    settings |= {"processor_class": "Qwen2_5_VLProcessor"}
+    (bare / "preprocessor_config.json").write_text(json.dumps(settings))
+    (bare / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    with pytest.raises(made_up.NotRunError, match="needs torchvision .* pip install torchvision"):
+        made_up._processor(bare, Qwen2_5_VLConfig())
 
 
 def test_without_a_processor(bare: Path) -> None:
