@@ -7,6 +7,7 @@ once, and costs what torch's own name costs.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,6 +162,8 @@ ATTENTION = "_attn_implementation"
 """A config's attribute: which code computes attention."""
 RECORDED_OUTPUTS = "_can_record_outputs"
 """A model's attribute: the classes of the modules whose outputs transformers records, by kind."""
+DEVICE_MESH = "_device_mesh"
+"""A model's attribute: the mesh by which transformers has distributed it, or None."""
 IMPLEMENTATIONS = (
     ATTENTION,
     "_attn_implementation_internal",
@@ -168,6 +171,15 @@ IMPLEMENTATIONS = (
     "_experts_implementation_internal",
 )
 """Keys under which a config.json can name code to run."""
+
+# DeepSpeed's.
+
+
+def ulysses_group() -> Any:
+    """The process group of the ranks that share each sequence."""
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    return groups._get_sequence_parallel_group()
+
 
 # What classes of the package define, and torch or transformers call.
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -41,3 +41,5 @@ class TapOptions(_Options, total=False):
     value_out: Tensor | None
     carry: float | Tensor | None
     carry_always: bool
+    group: Any
+    same_hidden: bool
