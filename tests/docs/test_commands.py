@@ -66,6 +66,7 @@ NOT_RUN = {
         "make test-swift",
         "make test-trl",
         "make test-axolotl",
+        "prereg llamafactory",
         "prereg trl sft",
         "prereg trl grpo",
         "prereg trl sft --config x.yaml",

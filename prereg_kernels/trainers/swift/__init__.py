@@ -1,9 +1,8 @@
 """PRe in ms-swift (4.6): `swift sft --external_plugins $(prereg swift-plugin) ...`.
 
-Settings are read where its other settings of a model come from: `--model_kwargs '{"pre": {"weight":
-0.3}}'`, or `model_kwargs:` in its YAML file, which it puts into the environment, or the variable
-PRE. For what a file cannot say, such as an anchor function, write a plugin of your own that calls
-`register`.
+Settings are read where its other settings of a model come from: the key "pre" of its
+`model_kwargs`, which it puts into the environment, and so the variable PRE. For what a file cannot
+say, such as an anchor function, write a plugin of your own that calls `register`.
 """
 
 from __future__ import annotations
