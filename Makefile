@@ -42,7 +42,8 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.
 ANY_BACKEND := ops/backends triton_aot gpu zoo checkup cli docs types util benchmarks/common \
     benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py \
-    trainers/test_ranks.py trainers/test_low_precision.py
+    trainers/test_ranks.py trainers/test_low_precision.py trainers/test_sequence_parallel.py \
+    trainers/test_tensor_parallel.py trainers/test_shared_sequences.py
 OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
