@@ -62,6 +62,8 @@ def seen(model: Any, place: Place = Place()) -> Iterator[dict[int, Tensor]]:
 
     path = place.language_model
     language_model = model.get_decoder() if path is None else model.get_submodule(path)
+    if not hasattr(language_model, place.layers):  # Idefics' of before transformers 5
+        language_model = language_model.text_model
     layers = getattr(language_model, place.layers)
     if place.is_merged_inside:
         handles = [layers[0].register_forward_pre_hook(see_input)]
