@@ -17,10 +17,12 @@ TRANSFORMERS := 4.57.6 5.6.0 5.16.1 5.24.0
 TRANSFORMERS_NEED_4.57.6 := accelerate==1.11.0 tokenizers==0.22.2 huggingface_hub==0.36.2 \
     requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.3
 TRANSFORMERS_NEED_5.6.0 := accelerate==1.11.0 tokenizers==0.22.2
+# Real trainers, in the versions that they pin: tests/packages/NAME.txt.
+PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-models test-transformers fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -81,6 +83,31 @@ $(PEFT)/%/.ready: constraints.txt | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) peft==$*
 	touch $@
+
+# By --no-deps: the file names all that differs from the environment, and what that lacks.
+$(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
+	rm -rf $(@D)/torchaudio/lib  # its compiled part, which looks for CUDA as it is imported
+	touch $@
+
+test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_llamafactory.py
+
+test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_trl.py
+
+test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
+
+test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
+
+test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (5 minutes)
+	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
+
+test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
+	$(BIN)/python -m pytest -m packages tests/packages/test_liger.py
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)
@@ -151,5 +178,5 @@ gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, wh
 	fi
 
 clean:  ## remove the environment, build products and caches (not runs/)
-	rm -rf $(VENV) $(TRITON) $(PEFT) .transformers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) .transformers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

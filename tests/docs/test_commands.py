@@ -61,6 +61,15 @@ NOT_RUN = {
         "python -m benchmarks.step.gpu --out FILE",
     ),
     "runs these tests": ("make test", "make test-models"),
+    "runs a trainer that lies beside the environment": (
+        "make test-llamafactory",
+        "make test-swift",
+        "make test-trl",
+        "make test-axolotl",
+        "prereg trl sft",
+        "prereg trl grpo",
+        "prereg trl sft --config x.yaml",
+    ),
     "installs packages": (
         "pip install torch",
         "pip install .",
