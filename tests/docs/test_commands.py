@@ -64,6 +64,11 @@ NOT_RUN = {
     "runs a trainer that lies beside the environment": (
         "make test-llamafactory",
         "make test-swift",
+        "make test-trl",
+        "make test-axolotl",
+        "prereg trl sft",
+        "prereg trl grpo",
+        "prereg trl sft --config x.yaml",
     ),
     "installs packages": (
         "pip install torch",
