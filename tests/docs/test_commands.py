@@ -66,6 +66,8 @@ NOT_RUN = {
         "make test-swift",
         "make test-trl",
         "make test-axolotl",
+        "make test-nemo",
+        "make test-liger",
         "prereg trl sft",
         "prereg trl grpo",
         "prereg trl sft --config x.yaml",
