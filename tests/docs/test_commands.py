@@ -67,6 +67,8 @@ NOT_RUN = {
         "make test-trl",
         "make test-axolotl",
         "prereg llamafactory",
+        "make test-nemo",
+        "make test-liger",
         "prereg trl sft",
         "prereg trl grpo",
         "prereg trl sft --config x.yaml",
