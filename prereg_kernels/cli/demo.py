@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.settings import require_count, shown
+from prereg_kernels._util.settings_file import from_dict, load_config, read_yaml, to_dict
 from prereg_kernels.cli.settings import override, show
-from prereg_kernels.demo.checks import require_count, shown
-from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, to_dict
+from prereg_kernels.demo.config import RunConfig
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.experiment.cost import measure_cost

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from prereg_kernels._util.settings_file import from_dict, to_dict
 from prereg_kernels.cli.demo import load_preset, load_sweep
 from prereg_kernels.cli.settings import override, show
-from prereg_kernels.demo.config import RunConfig, from_dict, to_dict
+from prereg_kernels.demo.config import RunConfig
 
 
 def leaves(settings: Any, path: str = "") -> dict[str, Any]:

@@ -16,8 +16,9 @@ from transformers import LlavaForConditionalGeneration
 
 import prereg_kernels
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
+from prereg_kernels._util.settings_file import load_config
 from prereg_kernels.cli.demo import load_sweep
-from prereg_kernels.demo.config import RunConfig, load_config
+from prereg_kernels.demo.config import RunConfig
 from tests.attached import both, compare, eager_term
 from tests.docs.commands import chdir, run
 from tests.docs.pages import Block, is_snippet, pages

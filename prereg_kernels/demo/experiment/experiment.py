@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels._util.files import read_json, write_whole
-from prereg_kernels.demo.checks import check_numbers, require, require_count
-from prereg_kernels.demo.config import RunConfig, StageConfig, from_dict, to_dict
+from prereg_kernels._util.settings import check_numbers, require, require_count
+from prereg_kernels._util.settings_file import from_dict, to_dict
+from prereg_kernels.demo.config import RunConfig, StageConfig
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, FAMILIES, check_families
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import yaml
 
+from prereg_kernels._util.settings_file import from_dict, load_config, read_yaml
 from prereg_kernels.demo.checkpoints.checkpoint import (
     CHECKPOINTS,
     checkpoints_in,
     clear_checkpoints,
     is_checkpoint,
 )
-from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, save_config
+from prereg_kernels.demo.config import RunConfig, save_config
 from prereg_kernels.demo.metrics import METRICS_FILE, TENSORBOARD
 from prereg_kernels.demo.runs.directories import LOCK, MARK, held, is_marked
 from prereg_kernels.demo.training_checkup import CHECKUPS_FILE

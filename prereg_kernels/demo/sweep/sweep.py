@@ -19,13 +19,14 @@ import torch
 
 from prereg_kernels._util.files import read_json, write_whole
 from prereg_kernels._util.machine import describe_machine
+from prereg_kernels._util.settings import check_numbers
+from prereg_kernels._util.settings_file import from_dict, to_dict
 from prereg_kernels.demo.checkpoints.checkpoint import (
     CHECKPOINTS,
     CheckpointError,
     clear_checkpoints,
 )
-from prereg_kernels.demo.checks import check_numbers
-from prereg_kernels.demo.config import ANCHORS, PReSettings, RunConfig, from_dict, to_dict
+from prereg_kernels.demo.config import ANCHORS, PReSettings, RunConfig
 from prereg_kernels.demo.data.questions import check_families
 from prereg_kernels.demo.experiment.experiment import (
     TRANSFERS,
