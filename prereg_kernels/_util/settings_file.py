@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,8 +69,12 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, at)
-    if origin is types.UnionType:  # `X | None` is the only union here
-        return None if value is None else _convert(args[0], value, at)
+    if hint is Any:
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _one_of([kind for kind in args if kind is not type(None)], value, at)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{at}: expected a list, got {shown(value)}")
@@ -91,6 +95,17 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
             way_out = "; YAML takes it for text: write it with a point, as 1.0e-3"
         raise ValueError(f"{at}: expected {names[hint]}, got {shown(value)}{way_out}")
     return value
+
+
+def _one_of(hints: Sequence[Any], value: Any, at: str) -> Any:
+    """As the first type that it is of; else the error of the first."""
+    errors = []
+    for hint in hints:
+        try:
+            return _convert(hint, value, at)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def load_config(path: str | Path, kind: type[T]) -> T:
@@ -141,3 +156,42 @@ def _check_size(values: Any) -> None:
             todo += value
         if count + len(todo) > _MOST_VALUES:
             raise ValueError(f"expected at most {_MOST_VALUES} values, aliases followed")
+
+
+def override(values: Any, flags: Sequence[str]) -> Any:
+    """Plain values with those that flags name: `--trainer.max_steps 9`, `--data.0.path x.json`.
+
+    A value is read as YAML is. A list counts from 0. What is not there yet is added.
+
+    Raises:
+        ValueError: a flag without a value, or one that leads into a value that holds no others.
+    """
+    for place in range(0, len(flags), 2):
+        name, given = flags[place], flags[place + 1 : place + 2]
+        if not name.startswith("--") or not name[2:]:
+            raise ValueError(f"{printable(name)}: expected a flag such as --section.field VALUE")
+        if not given:
+            raise ValueError(f"{name}: expected a value after it")
+        try:
+            value = yaml.safe_load(given[0])
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+        values = _put(values, name[2:].split("."), value, name)
+    return values
+
+
+def _put(values: Any, path: Sequence[str], value: Any, flag: str) -> Any:
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(values, list):
+        if not first.isdecimal() or int(first) >= len(values):
+            raise ValueError(f"{flag}: expected a number from 0 to {len(values) - 1}, got {first}")
+        place = int(first)
+        return [
+            _put(item, rest, value, flag) if i == place else item for i, item in enumerate(values)
+        ]
+    if values is None or isinstance(values, Mapping):
+        inside = dict(values or {})
+        return {**inside, first: _put(inside.get(first), rest, value, flag)}
+    raise ValueError(f"{flag}: there is no {first} in {shown(values)}")

@@ -32,7 +32,7 @@ from prereg_kernels.demo.experiment.experiment import (
 from prereg_kernels.demo.experiment.report import write_report
 from prereg_kernels.demo.loop import train as train_run
 from prereg_kernels.demo.model.tower import trained_tower
-from prereg_kernels.demo.runs.directories import check_one_process
+from prereg_kernels.demo.runs.processes import check_one_process
 from prereg_kernels.demo.runs.workers import run_units
 from prereg_kernels.demo.sweep.report import write_sweep
 from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, open_sweep

@@ -45,8 +45,8 @@ from prereg_kernels.demo.model.llava import (
 )
 from prereg_kernels.demo.model.saved import check_model, load_model, model_writer
 from prereg_kernels.demo.model.tower import trained_tower
-from prereg_kernels.demo.runs.directories import check_one_process
 from prereg_kernels.demo.runs.interrupts import deferred_signals
+from prereg_kernels.demo.runs.processes import check_one_process
 from prereg_kernels.demo.runs.runs import held_run, write_settings
 from prereg_kernels.demo.schedule import cosine_with_warmup
 from prereg_kernels.demo.training_checkup import CheckupLog, training_checkup
