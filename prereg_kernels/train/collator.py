@@ -16,8 +16,9 @@ from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
 from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render
 from prereg_kernels.train.sample import BadSampleError, Sample
 
-BAD = "bad_samples"
-"""A batch's entry beside the model's: [(where, reason)] of the samples that were left out."""
+SEEN = "samples"
+"""A batch's entry beside the model's: (how many samples it was made of, [(where, reason)] of those
+that were left out)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Collator:
         self._visual_ids = torch.tensor(sorted(visual_ids))
 
     def __call__(self, samples: Sequence[Sample | Failed]) -> dict[str, Any]:
-        """{what the model takes, "labels": (count, length), BAD: ...}."""
+        """{what the model takes, "labels": (count, length), SEEN: ...}."""
         bad: list[tuple[str, str]] = []
         chats: list[_Chat] = []
         for sample in samples:
@@ -72,10 +73,10 @@ class Collator:
             except Exception as error:  # of one of them, whatever a processor raises
                 reasons = self._alone(chats, error)
             if not any(reasons):
-                return {**batch, BAD: bad}
+                return {**batch, SEEN: (len(samples), bad)}
             bad += [(c.where, r) for c, r in zip(chats, reasons, strict=True) if r]
             chats = [c for c, r in zip(chats, reasons, strict=True) if not r]
-        return {**self._nothing(), BAD: bad}
+        return {**self._nothing(), SEEN: (len(samples), bad)}
 
     def _chat(self, sample: Sample) -> _Chat:
         text, spans = render(self.processor, sample.messages)

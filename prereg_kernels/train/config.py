@@ -197,6 +197,8 @@ RESERVED = {
     "output_dir": "out",
     "remove_unused_columns": "nothing: batches are what the processor makes",
     "train_sampling_strategy": "nothing: batches are grouped by length and modality",
+    "eval_strategy": "nothing: prereg evaluate does it",
+    "load_best_model_at_end": "nothing: prereg evaluate does it",
     "resume_from_checkpoint": "nothing: a run goes on by itself, or starts anew with --fresh",
 }
 """{field of TrainingArguments that the command sets: what to use in its place}"""

@@ -83,7 +83,7 @@ class GroupedSampler(Sampler[int]):
         has_images = self._mixture.images[drawn] > 0
         units = [
             unit for kind in (drawn[has_images], drawn[~has_images]) if len(kind)
-            for unit in self._units(kind, random)
+            for unit in self._units(kind)
         ]  # fmt: skip
         return np.concatenate([units[i] for i in random.permutation(len(units))])
 
@@ -98,9 +98,7 @@ class GroupedSampler(Sampler[int]):
                 parts.append(random.permutation(kind)[:rest] + first)
         return random.permutation(np.concatenate(parts))
 
-    def _units(
-        self, numbers: NDArray[np.int64], random: np.random.Generator
-    ) -> Iterator[NDArray[np.int64]]:
+    def _units(self, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         numbers = np.resize(numbers, -(-len(numbers) // self._unit) * self._unit)
         for start in range(0, len(numbers), self._unit * UNITS):
             several = numbers[start : start + self._unit * UNITS]
