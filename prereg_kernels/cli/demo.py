@@ -1,4 +1,4 @@
-"""The commands `prereg train` and `prereg sweep`: from arguments to what is run and printed."""
+"""The commands `prereg demo` and `prereg sweep`: from arguments to what is run and printed."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ from prereg_kernels.demo.sweep.sweep import run_unit as run_sweep_unit
 from prereg_kernels.demo.sweep.sweep import units as sweep_units
 
 
-def train(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
-    """The command `prereg train`, with flags of settings."""
+def demo(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
+    """The command `prereg demo`, with flags of settings."""
     check_one_process()
-    if arguments.preset is not None:
+    if arguments.config is None:
+        arguments.preset = arguments.preset or "scenes"
         _experiment(arguments, flags, console)
         return
     for name in ("seeds", "steps", "weight", "workers"):
@@ -79,7 +80,7 @@ def sweep(arguments: argparse.Namespace, flags: Sequence[str], console: Console)
 def _single(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
     settings = override(load_config(arguments.config, RunConfig), flags)
     if arguments.settings:
-        show(settings, "train")
+        show(settings, "demo")
         return
     out = arguments.out or Path("runs") / arguments.config.stem
     device = _usable(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -102,7 +103,7 @@ def _experiment(arguments: argparse.Namespace, flags: Sequence[str], console: Co
         pre = replace(settings.run.pre, weight=arguments.weight)
         settings = replace(settings, run=replace(settings.run, pre=pre))
     if arguments.settings:
-        show(settings, "train")
+        show(settings, "demo")
         return
     devices = _devices(settings.device, arguments)
     settings = replace(settings, device=_kind(devices))

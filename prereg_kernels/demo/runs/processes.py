@@ -11,6 +11,6 @@ def check_one_process() -> None:
     if count not in ("", "0", "1"):
         raise ValueError(
             f"WORLD_SIZE: expected one process, got {count}: this loop does not divide a run over "
-            "ranks; start it without torchrun (prereg train --preset deals its runs out over GPUs "
+            "ranks; start it without torchrun (prereg demo --preset deals its runs out over GPUs "
             "by itself), or train with PReTrainer, which does"
         )
