@@ -84,7 +84,8 @@ class TrainConfig:
         pre: PRe's settings, as `PReConfig` has them; None: none, which is the baseline.
         stages: one after the other.
         lora: PEFT's LoraConfig; None: no adapter.
-        quantization: transformers' BitsAndBytesConfig, for QLoRA; None: none.
+        quantization: transformers' BitsAndBytesConfig, for QLoRA: of the LLM, in stages that train
+            it. None: none.
         model_arguments: of `from_pretrained`, such as `attn_implementation` and `dtype`.
         trainer: fields of transformers' TrainingArguments.
         max_length: tokens of a sample, images included. A longer answer is cut.
@@ -115,6 +116,8 @@ class TrainConfig:
         is_count = isinstance(bad, int) and not isinstance(bad, bool)
         is_share = isinstance(bad, float) and 0 <= bad < 1
         require("max_bad", (is_count and bad >= 0) or is_share, "a share below 1, or a count", bad)
+        if self.quantization is not None:
+            require("lora", self.lora is not None, "settings, beside quantization", self.lora)
         for stage in self.stages:
             for number in stage.data or ():
                 last = len(self.data) - 1

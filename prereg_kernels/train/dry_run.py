@@ -7,12 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
-
 from prereg_kernels._util.files import printable
 from prereg_kernels.train.config import PARTS, DataConfig, StageConfig, TrainConfig
-from prereg_kernels.train.models import parts_of
+from prereg_kernels.train.models import model_on_meta, parts_of
 from prereg_kernels.train.run import training_arguments
 from prereg_kernels.train.sample import BadSampleError
 from prereg_kernels.train.source import Source
@@ -27,7 +24,7 @@ def describe_run(config: TrainConfig) -> str:
     Raises:
         ValueError, OSError: as a run would.
     """
-    model = _on_meta(config.model)
+    model = model_on_meta(config.model)
     sizes = {part: 0 for part in PARTS}
     named = dict(model.named_parameters())
     for part, names in parts_of(model).items():
@@ -40,16 +37,6 @@ def describe_run(config: TrainConfig) -> str:
     for stage in config.stages:
         lines.append(_of_stage(config, stage, sources, sizes))
     return "\n".join(lines)
-
-
-def _on_meta(path: str) -> torch.nn.Module:
-    try:
-        settings = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model: torch.nn.Module = AutoModelForImageTextToText.from_config(settings)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: {' '.join(str(error).split())}") from None
-    return model
 
 
 def _of_data(number: int, data: DataConfig, source: Source) -> Iterator[str]:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.attach.resolver import find_family
@@ -39,20 +40,45 @@ def load_processor(path: str | Path) -> Any:
     return processor
 
 
-def load_model(config: TrainConfig, path: str | Path) -> nn.Module:
-    """The model, with its quantization.
+def load_model(config: TrainConfig, path: str | Path, *, has_adapter: bool) -> nn.Module:
+    """The model; quantized where an adapter trains in place of the LLM.
 
     Raises:
         ValueError: there is none.
     """
     arguments: dict[str, Any] = {"dtype": "auto", **config.model_arguments}
-    if config.quantization is not None:
-        arguments["quantization_config"] = BitsAndBytesConfig(**config.quantization)
+    if config.quantization is not None and has_adapter:
+        whole = {"llm_int8_skip_modules": _outside_decoder(model_on_meta(path))}
+        arguments["quantization_config"] = BitsAndBytesConfig(**{**whole, **config.quantization})
     try:
         model: nn.Module = AutoModelForImageTextToText.from_pretrained(path, **arguments)
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(f"model: {' '.join(str(error).split())}") from None
     return model
+
+
+def model_on_meta(path: str | Path) -> nn.Module:
+    """The model by its config alone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForImageTextToText.from_config(settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {' '.join(str(error).split())}") from None
+    return model
+
+
+def _outside_decoder(model: nn.Module) -> list[str]:
+    """The modules that stay whole when the LLM is quantized: their weights may have to train."""
+    decoder = find_family(model).language_model
+    return sorted(
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(f"{decoder}.")
+    )  # fmt: skip
 
 
 def parts_of(model: nn.Module) -> dict[str, list[str]]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,14 +34,16 @@ from prereg_kernels.train.order import GroupedSampler, Mixture
 from prereg_kernels.train.records import BAD_SAMPLES, METRICS, BadSamples, Metrics
 from prereg_kernels.train.source import Source
 from prereg_kernels.train.sources import open_source
-from prereg_kernels.train.trainer import RecipeTrainer
+from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
 from prereg_kernels.trainers import with_pre
 
 STAGES = "stages"
 DONE = "done.json"
 SETTINGS = "config.yaml"
 ENVIRONMENT = "environment.json"
-_NAMES = (SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, f"{STAGES}/", "tensorboard/")
+_RECORDS = (SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, f"{STAGES}/", "tensorboard/")
+# Of the model: what somebody else's folder would have as well
+_NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: it was asked for
@@ -88,9 +89,15 @@ def _train_stage(
 ) -> None:
     arguments = training_arguments(config, stage, folder)
     set_seed(arguments.seed)
-    processor, model = load_processor(path), load_model(config, path)
+    has_adapter = config.lora is not None and "llm" in stage.trainable
+    processor = load_processor(path)
+    model = load_model(config, path, has_adapter=has_adapter)
     collator = Collator(processor, config.max_length, visual_ids(model))
-    model = trainable_model(config, stage, model)
+    if has_adapter:
+        assert config.lora is not None
+        model = with_adapter(model, config.lora, stage.trainable)
+    else:
+        set_trainable(model, stage.trainable)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     step = int(last.rsplit("-", 1)[1]) if last else 0
     mixture = Mixture(sources)
@@ -114,18 +121,11 @@ def _train_stage(
     trainer.train(resume_from_checkpoint=last)
     if trainer.stop.is_stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {stage.name}")
-    _save(trainer, result)
+    names = _save(trainer, folder, result)
     if arguments.should_save:
-        write_whole(folder / DONE, json.dumps({"step": trainer.state.global_step}) + "\n")
+        done = {"step": trainer.state.global_step, "files": names}
+        write_whole(folder / DONE, json.dumps(done) + "\n")
     trainer.accelerator.wait_for_everyone()
-
-
-def trainable_model(config: TrainConfig, stage: StageConfig, model: nn.Module) -> nn.Module:
-    """The model of a stage, with its adapter, and the stage's parts trainable."""
-    if config.lora is not None and "llm" in stage.trainable:
-        return with_adapter(model, config.lora, stage.trainable)
-    set_trainable(model, stage.trainable)
-    return model
 
 
 def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) -> TrainingArguments:
@@ -151,12 +151,30 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
 
 
-def _save(trainer: Any, result: Path) -> None:
-    """A plain model with its processor, and `pre/`; an adapter that is no longer needed goes in."""
+def _save(trainer: Any, folder: Path, result: Path) -> list[str]:
+    """A plain model with its processor, and `pre/`: written beside, then moved to `result`.
+
+    An adapter is merged into it, but for one of quantized weights, which is saved by itself.
+    Returns the names in `result`.
+    """
+    beside = folder / WRITING
+    if trainer.args.should_save:
+        shutil.rmtree(beside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload") and not getattr(model, "is_quantized", False):
         trainer.model = trainer.model_wrapped = model.merge_and_unload()
-    trainer.save_model(str(result))
+    trainer.save_model(str(beside))
+    trainer.accelerator.wait_for_everyone()
+    names = sorted(path.name for path in beside.iterdir()) if trainer.args.should_save else []
+    if names:
+        flush(beside)
+        result.mkdir(exist_ok=True)
+    for name in names:
+        if (result / name).is_dir():
+            shutil.rmtree(result / name)
+        os.replace(beside / name, result / name)
+    return names
 
 
 @contextmanager
@@ -178,7 +196,8 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
     settings = out / SETTINGS
     written = to_dict(config)
     if fresh:
-        for name in _NAMES:
+        done = [json.loads(path.read_text()) for path in (out / STAGES).glob(f"*/{DONE}")]
+        for name in (*_RECORDS, *(name for stage in done for name in stage["files"])):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif settings.exists() and (difference := _difference(read_yaml(settings), written)):

@@ -15,9 +15,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.train.collator import SEEN
 from prereg_kernels.train.order import GroupedSampler
 from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
+from prereg_kernels.trainers.checkpoints import load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,6 +73,15 @@ class RecipeTrainer(Trainer):
 
         return super().get_batch_samples(plain(), num_batches, device)
 
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a batch of text alone has a gradient, of zeros, where no LLM trains."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if loss.requires_grad or not (model.training and torch.is_grad_enabled()):
+            return result
+        loss = loss + sum(p.sum() * 0.0 for p in model.parameters() if p.requires_grad)
+        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
     def judge_bad_samples(self) -> None:
         """Add up what all ranks have seen since the last time."""
         [seen] = self.accelerator.reduce(
@@ -88,6 +99,17 @@ class RecipeTrainer(Trainer):
                 logs.setdefault("lm_loss", logs["loss"])
             self._metrics.write(self.state.global_step, logs)
         super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        is_elsewhere = (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(inner, "peft_config")
+        )
+        if get_pre(inner) is None and not is_elsewhere:
+            load_weights(inner, resume_from_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
