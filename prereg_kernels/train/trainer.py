@@ -74,12 +74,13 @@ class RecipeTrainer(Trainer):
         return super().get_batch_samples(plain(), num_batches, device)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; a batch of text alone has a gradient, of zeros, where no LLM trains."""
+        """As Trainer's; where no LLM trains, a batch of text alone can be gone back through too."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if loss.requires_grad or not (model.training and torch.is_grad_enabled()):
             return result
-        loss = loss + sum(p.sum() * 0.0 for p in model.parameters() if p.requires_grad)
+        # On all ranks at once (GroupedSampler), so that none waits for gradients of another
+        loss = loss + torch.zeros_like(loss, requires_grad=True)
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
     def judge_bad_samples(self) -> None:
