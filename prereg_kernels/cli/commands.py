@@ -31,7 +31,7 @@ def main() -> None:
     if arguments.command in ("checkup", _OLD_NAME):
         _checkup(arguments)
         return
-    if arguments.command in ("train", "assemble"):
+    if arguments.command in ("train", "assemble", "evaluate"):
         _train(arguments, flags)
         return
     try:
@@ -258,6 +258,20 @@ def _add_train(commands: Any) -> None:
     assemble.add_argument("--llm", required=True, help="a decoder: a directory or a hub's name")
     assemble.add_argument("--out", type=_named, required=True, help="the new model's directory")
     assemble.add_argument("--seed", type=int, default=0, help="of the projector; default 0")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="how many questions of held-out data a model answers",
+        description="Ask a model the last question of each sample of held-out data. Writes "
+        "evaluation.json and predictions.jsonl.",
+    )
+    evaluate.add_argument("model", type=Path, help="a model directory, such as a run's")
+    evaluate.add_argument("--data", required=True, help="a file, a folder or a hub's data set")
+    evaluate.add_argument("--format", default="llava", help="llava (the default), messages, ...")
+    evaluate.add_argument("--images", help="the folder that image paths start from")
+    evaluate.add_argument("--out", type=_named, help="where it writes; default: the model's")
+    evaluate.add_argument("--batch", type=int, default=8, help="questions at once; default 8")
+    evaluate.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
 
 
 def _add_sweep(commands: Any) -> None:

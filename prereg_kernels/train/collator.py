@@ -80,7 +80,7 @@ class Collator:
 
     def _chat(self, sample: Sample) -> _Chat:
         text, spans = render(self.processor, sample.messages)
-        images = [_open(image, sample.root) for image in sample.images]
+        images = [open_image(image, sample.root) for image in sample.images]
         return _Chat(sample.where, text, spans, images)
 
     def _process(self, chats: Sequence[_Chat]) -> dict[str, Tensor]:
@@ -151,7 +151,8 @@ class Collator:
         return {**batch, "labels": torch.full_like(batch["input_ids"], IGNORED)}
 
 
-def _open(image: str | Image.Image, root: Path | None) -> Image.Image:
+def open_image(image: str | Image.Image, root: Path | None) -> Image.Image:
+    """An image in RGB. Raises BadSampleError where it cannot be read, or lies outside of `root`."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     assert root is not None
