@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,12 +152,15 @@ class Collator:
         return {**batch, "labels": torch.full_like(batch["input_ids"], IGNORED)}
 
 
-def open_image(image: str | Image.Image, root: Path | None) -> Image.Image:
+def open_image(image: str | bytes | Image.Image, root: Path | None) -> Image.Image:
     """An image in RGB. Raises BadSampleError where it cannot be read, or lies outside of `root`."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    assert root is not None
     try:
+        if isinstance(image, bytes):
+            return Image.fromarray(read_image(io.BytesIO(image)))
+        assert root is not None
         return Image.fromarray(read_image(inside(root, image)))
     except SkipImage as reason:
-        raise BadSampleError(f"{image}: {reason}") from None
+        name = "an image" if isinstance(image, bytes) else image
+        raise BadSampleError(f"{name}: {reason}") from None

@@ -25,13 +25,13 @@ class Sample:
 
     Attributes:
         where: the file and line, or the data set and row, for messages.
-        images: paths below `root`, or images.
+        images: paths below `root`, the bytes of image files, or images.
         root: the folder that no path may lead out of.
     """
 
     where: str
     messages: Sequence[Message]
-    images: Sequence[str | Image.Image] = ()
+    images: Sequence[str | bytes | Image.Image] = ()
     root: Path | None = None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from prereg_kernels.train.collator import open_image
 from prereg_kernels.train.config import DataConfig
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.source import read_records
@@ -123,6 +127,60 @@ def test_a_data_set_with_images(
         assert list(sample.messages) == messages
         assert [image.getpixel((0, 0)) for image in sample.images] == several  # type: ignore[union-attr]
     assert source.where(1) == f"{tmp_path / 'saved'}[1]"
+
+
+def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for name, content in files.items():
+                facts = tarfile.TarInfo(f"{key}.{name}")
+                facts.size = len(content)
+                tar.addfile(facts, io.BytesIO(content))
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(content, "png")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("is_llava", [True, False])
+def test_shards(tmp_path: Path, is_llava: bool) -> None:
+    """Two .tar files; the images are the shards' own, in the order of their names."""
+    colours = [[(255, 0, 0)], [(0, 255, 0), (0, 0, 255)], []]
+    samples = {}
+    for number, several in enumerate(colours):
+        record = LLAVA[number] if is_llava else {"messages": MESSAGES[number]}
+        files = {f"{place}.png": png(colour) for place, colour in enumerate(several)}
+        samples[f"x/{number}"] = {"json": json.dumps(record).encode(), **files}
+    write_shard(tmp_path / "a.tar", dict(list(samples.items())[:2]))
+    write_shard(tmp_path / "b.tar", dict(list(samples.items())[2:]))
+    source = open_source(DataConfig(str(tmp_path), "webdataset"))
+    assert source.images.tolist() == [1, 2, 0]
+    assert [source.where(i) for i in range(3)] == [
+        f"{tmp_path}/a.tar: x/0", f"{tmp_path}/a.tar: x/1", f"{tmp_path}/b.tar: x/2",
+    ]  # fmt: skip
+    for number, (messages, several) in enumerate(zip(MESSAGES, colours, strict=True)):
+        assert list(source[number].messages) == messages
+        opened = [open_image(image, None) for image in source[number].images]
+        assert [image.getpixel((0, 0)) for image in opened] == several
+
+
+def test_shards_that_are_none(tmp_path: Path) -> None:
+    def refuse(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            open_source(DataConfig(str(tmp_path), "webdataset"))
+
+    refuse(r"expected \.tar files, got none")
+    write_shard(tmp_path / "a.tar", {"1": {"png": b"x"}})
+    refuse(r"a\.tar: 1: expected a \.json file")
+    (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    refuse(r"a\.tar: expected an uncompressed \.tar")
+    write_shard(tmp_path / "a.tar", {"1": {"json": b"{"}, "2": {"json": b"[]"}})
+    source = open_source(DataConfig(str(tmp_path), "webdataset"))
+    for number, message in enumerate(("not valid JSON", "expected an object, got a list")):
+        with pytest.raises(BadSampleError, match=message):
+            source[number]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from prereg_kernels.train.config import DataConfig
@@ -27,14 +28,18 @@ class LlavaSource(JsonSource):
 
     def sample(self, record: dict[str, Any], where: str) -> Sample:
         """The sample of a record."""
-        turns = record.get("conversations")
-        if not isinstance(turns, list) or not turns:
-            raise BadSampleError("conversations: expected a list of turns")
-        images = _images(record)
+        messages, images = messages_of(record), _images(record)
         if any(not isinstance(image, str) for image in images):
             raise BadSampleError("image: expected a path or a list of paths")
-        messages = [_message(turn, number) for number, turn in enumerate(turns)]
         return Sample(where, check_messages(messages, len(images)), images, self.root)
+
+
+def messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of its conversation. Raises BadSampleError where it is none."""
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadSampleError("conversations: expected a list of turns")
+    return [_message(turn, number) for number, turn in enumerate(turns)]
 
 
 def _images(record: dict[str, Any]) -> list[Any]:
