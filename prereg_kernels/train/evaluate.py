@@ -88,7 +88,7 @@ def evaluate(
                 asked += list(zip(usable, answers, strict=True))
     if not asked:
         raise ValueError(f"{data.path}: expected questions, got {bad} samples that cannot be used")
-    result = _result(asked, bad)
+    result = score([(question.reference, answer) for question, answer in asked], bad)
     out.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"where": q.sample.where, "reference": q.reference, "answer": answer})
@@ -151,23 +151,24 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-def _result(asked: Sequence[tuple[_Question, str]], bad: int) -> Evaluation:
-    references = [_plain(q.reference) for q, _ in asked]
-    right = sum(a == b for a, b in zip(references, (_plain(x) for _, x in asked), strict=True))
-    chosen = list(_choices(asked))
+def score(pairs: Sequence[tuple[str, str]], bad: int) -> Evaluation:
+    """Of pairs of a reference and an answer, at least one."""
+    references = [_plain(reference) for reference, _ in pairs]
+    right = sum(_plain(reference) == _plain(answer) for reference, answer in pairs)
+    chosen = list(_choices(pairs))
     return Evaluation(
-        questions=len(asked),
-        exact_match=right / len(asked),
+        questions=len(pairs),
+        exact_match=right / len(pairs),
         choices=len(chosen),
         choice_accuracy=sum(chosen) / len(chosen) if chosen else None,
-        commonest=Counter(references).most_common(1)[0][1] / len(asked),
+        commonest=Counter(references).most_common(1)[0][1] / len(pairs),
         bad=bad,
     )
 
 
-def _choices(asked: Sequence[tuple[_Question, str]]) -> Iterator[bool]:
-    for question, answer in asked:
-        reference = question.reference.strip().removesuffix(".")
+def _choices(pairs: Sequence[tuple[str, str]]) -> Iterator[bool]:
+    for given, answer in pairs:
+        reference = given.strip().removesuffix(".")
         if re.fullmatch("[A-Z]", reference):
             letter = _LETTER.search(answer)
             yield letter is not None and letter[1] == reference

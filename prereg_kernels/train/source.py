@@ -62,7 +62,9 @@ class JsonSource(ABC):
         if not self.root.is_dir():
             raise ValueError(f"images: expected a folder, got {printable(self.root)}")
         places, lengths, images = [], [], []
+        self._firsts = []  # of each file: the number of its first sample
         for number, file in enumerate(self._files):
+            self._firsts.append(len(places))
             for line, start, size, record in read_records(file):
                 places.append((number, line, start, size))
                 length, count = self.shape(record) if isinstance(record, dict) else (0, 0)
@@ -79,10 +81,8 @@ class JsonSource(ABC):
 
     def __getitem__(self, number: int) -> Sample:
         """A sample. Raises BadSampleError where it cannot be used."""
-        file, line, start, size = (int(x) for x in self._places[number])
-        path = self._files[file]
-        where = f"{printable(path)}:{line}"
-        with path.open("rb") as opened:
+        file, _, start, size = (int(x) for x in self._places[number])
+        with self._files[file].open("rb") as opened:
             opened.seek(start)
             content = opened.read(size)
         try:
@@ -91,12 +91,16 @@ class JsonSource(ABC):
             raise BadSampleError("not valid JSON") from None
         if not isinstance(record, dict):
             raise BadSampleError(f"expected an object, got a {type(record).__name__}")
-        return self.sample(record, where)
+        return self.sample(record, self.where(number))
 
     def where(self, number: int) -> str:
-        """The file and line of a sample."""
-        file, line, _, _ = self._places[number]
-        return f"{printable(self._files[int(file)])}:{line}"
+        """The file and line of a sample; in a list, its number there too."""
+        file, line = (int(x) for x in self._places[number, :2])
+        path = self._files[file]
+        place = f"{printable(path)}:{line}"
+        if path.suffix == ".jsonl":
+            return place
+        return f"{place}[{number - self._firsts[file]}]"
 
     @abstractmethod
     def shape(self, record: dict[str, Any]) -> tuple[int, int]:

@@ -121,7 +121,7 @@ def test_dry_run(place: Path, tmp_path: Path) -> None:
     assert f"{total:,} parameters (tower " in done.stdout
     assert "24 samples, 24 images, 6 samples of text alone" in done.stdout
     assert f"  1 images are missing:\n    {place}/images/absent.png" in done.stdout
-    assert f"  1 samples cannot be used:\n    {data}:1: conversations:" in done.stdout
+    assert f"  1 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
     assert "stage align: 2 steps of 4 samples" in done.stdout
     assert "stage tune: 6 steps of 4 samples" in done.stdout
     assert not (tmp_path / "out").exists()

@@ -221,9 +221,9 @@ def test_bad_samples_are_counted_named_and_capped(place: Path, tmp_path: Path) -
     lines = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     found = {(line["where"], line["reason"]) for line in lines}
     assert found >= {
-        (f"{bad}:4", "conversations: expected a list of turns"),
-        (f"{bad}:5", "absent.png: no such file"),
-        (f"{bad}:9", "../model/config.json: a name or a link that leads out of the directory"),
+        (f"{bad}:4[3]", "conversations: expected a list of turns"),
+        (f"{bad}:5[4]", "absent.png: no such file"),
+        (f"{bad}:9[8]", "../model/config.json: a name or a link that leads out of the directory"),
     }
     with pytest.raises(
         ValueError, match=r"max_bad: \d of \d+ samples could not be used, and 1 may"
