@@ -11,12 +11,18 @@ TRITON := .triton
 # Beside the newest, which is in the environment: what LLaMA-Factory and axolotl pin.
 PEFTS := 0.18.1 0.20.0
 PEFT := .peft
+# Beside the newest 5.17, which is in the environment: the oldest, what LLaMA-Factory and axolotl pin,
+# and the newest there is. Each folder has what its release needs in other versions.
+TRANSFORMERS := 4.57.6 5.6.0 5.16.1 5.24.0
+TRANSFORMERS_NEED_4.57.6 := accelerate==1.11.0 tokenizers==0.22.2 huggingface_hub==0.36.2 \
+    requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.3
+TRANSFORMERS_NEED_5.6.0 := accelerate==1.11.0 tokenizers==0.22.2
 # Real trainers, in the versions that they pin: tests/packages/NAME.txt.
 PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-models fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -53,6 +59,15 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models
 
+# What meets transformers, with every release but the environment's. The last four are of its own cases:
+# the demo's numbers are of one release, and processes that are started read its path as well.
+MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo
+test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformers 4.57 to the newest
+	for version in $(TRANSFORMERS); do \
+	    PYTHONPATH=.transformers/$$version:. $(BIN)/python -m pytest -n 2 --transformers $$version \
+	        $(MEETS_TRANSFORMERS:%=tests/%) || exit 1; \
+	done
+
 # The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
 # with the line that repeats it, and is tried first the next time.
 FUZZ ?= 100
@@ -74,6 +89,30 @@ $(PEFT)/%/.ready: constraints.txt | $(READY)
 $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
+	rm -rf $(@D)/torchaudio/lib  # its compiled part, which looks for CUDA as it is imported
+	touch $@
+
+test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_llamafactory.py
+
+test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_trl.py
+
+test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
+
+test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command
+	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
+
+test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (5 minutes)
+	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
+
+test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
+	$(BIN)/python -m pytest -m packages tests/packages/test_liger.py
+
+.transformers/%/.ready: constraints.txt Makefile | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) transformers==$* $(TRANSFORMERS_NEED_$*)
 	touch $@
 
 lint: $(READY)  ## ruff and mypy
@@ -140,5 +179,5 @@ gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, wh
 	fi
 
 clean:  ## remove the environment, build products and caches (not runs/)
-	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) .transformers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

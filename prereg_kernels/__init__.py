@@ -10,6 +10,7 @@ from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.handle import PRe, find_pre
 from prereg_kernels.attach.regularizer import apply_pre, remove_pre
+from prereg_kernels.attach.sequence_parallel import SequenceParallel
 from prereg_kernels.ops.head import PReHead
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.reference import eager_pre_loss
@@ -26,6 +27,7 @@ __all__ = [
     "PReHead",
     "PReTrainer",
     "PReTrainerMixin",
+    "SequenceParallel",
     "__version__",
     "apply_pre",
     "eager_pre_loss",

@@ -33,7 +33,7 @@ class Place:
         language_model: path of what gets `inputs_embeds`; None: `get_decoder()`.
         layers: name of its list of layers.
         is_merged_inside: the input of its first layer is what holds the visual features.
-        read: (rows, length, D), of a layer's output.
+        read: (rows, length, D), of a layer's output, and of the input that holds the features.
     """
 
     language_model: str | None = None
@@ -51,8 +51,8 @@ def seen(model: Any, place: Place = Place()) -> Iterator[dict[int, Tensor]]:
         inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         states[0] = inputs["inputs_embeds"]
 
-    def see_input(module: nn.Module, args: Any) -> None:
-        states[0] = args[0]
+    def see_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        states[0] = place.read((*args, *kwargs.values())[0])
 
     def see_output(number: int) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, output: Any) -> None:
@@ -64,7 +64,7 @@ def seen(model: Any, place: Place = Place()) -> Iterator[dict[int, Tensor]]:
     language_model = model.get_decoder() if path is None else model.get_submodule(path)
     layers = getattr(language_model, place.layers)
     if place.is_merged_inside:
-        handles = [layers[0].register_forward_pre_hook(see_input)]
+        handles = [layers[0].register_forward_pre_hook(see_input, with_kwargs=True)]
     else:
         handles = [language_model.register_forward_pre_hook(see_embeddings, with_kwargs=True)]
     handles += [

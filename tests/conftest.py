@@ -17,6 +17,7 @@ import torch
 from prereg_kernels.ops import dtypes
 from prereg_kernels.ops.backends import registry
 
+PACKAGES = ("peft", "transformers")  # of which make runs the tests with several versions
 torch.set_num_threads(1)
 
 if importlib.util.find_spec("hypothesis"):  # tests/gpu runs where only torch and pytest are
@@ -41,13 +42,15 @@ if importlib.util.find_spec("hypothesis"):  # tests/gpu runs where only torch an
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=("torch", "cpp"), help="what backend='auto' is here")
-    parser.addoption("--peft", help="the version of PEFT that has to be the one imported")
+    for package in PACKAGES:
+        parser.addoption(f"--{package}", help="the version of it that has to be the one imported")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    expected = config.getoption("--peft")
-    if expected is not None and (found := importlib.metadata.version("peft")) != expected:
-        raise pytest.UsageError(f"--peft {expected}: found {found}")
+    for package in PACKAGES:
+        expected = config.getoption(f"--{package}")
+        if expected is not None and (found := importlib.metadata.version(package)) != expected:
+            raise pytest.UsageError(f"--{package} {expected}: found {found}")
     backend = config.getoption("--backend")
     if backend is None:
         return

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "trainers": {"attach", "ops", "_util"},
     "checkup": {"attach", "ops", "_util"},
     "demo": {"checkup", "attach", "ops", "_util"},
-    "cli": {"demo", "checkup", "attach", "ops", "_util"},
+    "cli": {"demo", "checkup", "trainers", "attach", "ops", "_util"},
 }
 # What version 0.1 had in modules that users import
 MOVED = {

@@ -17,7 +17,12 @@ PACKAGE = Path(prereg_kernels.__file__).parent
 PRIVATE = Path(private.__file__)
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and of os
 OWN_TEXTS = {"_prereg"}  # an attribute that the package sets by name
-METHODS = private.MODULE_METHODS | private.FSDP_ATTRIBUTES | private.TRAINER_METHODS
+METHODS = (
+    private.MODULE_METHODS
+    | private.FSDP_ATTRIBUTES
+    | private.TRAINER_METHODS
+    | private.NEMO_METHODS
+)
 CLASSES = (torch.nn.Module, transformers.Trainer, transformers.PreTrainedModel)
 
 Names = Iterator[tuple[int, str, str]]

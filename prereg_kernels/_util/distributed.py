@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels._util import private
+
 
 def is_running() -> bool:
     """Whether there is a default process group."""
@@ -18,9 +20,34 @@ def rank() -> int:
     return torch.distributed.get_rank() if is_running() else 0
 
 
-def copies(model: Any) -> int:
-    """How many ranks get the same batch: those of a tensor-parallel group."""
-    return getattr(model, "tp_size", None) or 1
+def tensor_group(model: Any) -> Any:
+    """The process group of the ranks that transformers' tensor parallelism made; or None."""
+    mesh = getattr(model, private.DEVICE_MESH, None)
+    if (getattr(model, "tp_size", None) or 1) == 1 or mesh is None:
+        return None
+    return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+
+def size_of(group: Any) -> int:
+    """How many ranks a process group has; None has this one."""
+    return 1 if group is None else torch.distributed.get_world_size(group)
+
+
+class Held:
+    """A process group that copies share and pickles leave out."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> Held:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return nothing, ()
+
+
+def nothing() -> None:
+    """What a pickle has in the place of something that belongs to its process."""
 
 
 def is_sharded(x: Any) -> bool:

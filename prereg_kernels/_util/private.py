@@ -7,6 +7,7 @@ once, and costs what torch's own name costs.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,6 +162,8 @@ ATTENTION = "_attn_implementation"
 """A config's attribute: which code computes attention."""
 RECORDED_OUTPUTS = "_can_record_outputs"
 """A model's attribute: the classes of the modules whose outputs transformers records, by kind."""
+DEVICE_MESH = "_device_mesh"
+"""A model's attribute: the mesh by which transformers has distributed it, or None."""
 IMPLEMENTATIONS = (
     ATTENTION,
     "_attn_implementation_internal",
@@ -168,6 +171,15 @@ IMPLEMENTATIONS = (
     "_experts_implementation_internal",
 )
 """Keys under which a config.json can name code to run."""
+
+# DeepSpeed's.
+
+
+def ulysses_group() -> Any:
+    """The process group of the ranks that share each sequence."""
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    return groups._get_sequence_parallel_group()
+
 
 # What classes of the package define, and torch or transformers call.
 
@@ -179,3 +191,10 @@ TRAINER_METHODS = frozenset(
     {"_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"}
 )
 """Of transformers.Trainer: what it calls to write and read checkpoints."""
+
+# NeMo AutoModel: see tests/packages/test_nemo.py.
+
+NEMO_MODELS = "nemo_automodel._transformers.auto_model"
+"""The module whose `apply_model_infrastructure` a model goes through that NeMo has made."""
+NEMO_METHODS = frozenset({"_dp_allreduce", "_get_dp_group_size"})
+"""Of its recipes: a sum over the data-parallel ranks, and their number."""

@@ -11,8 +11,10 @@ import sys
 import warnings
 from functools import cache
 
-TRANSFORMERS = (5, 17), (6, 0)
-"""The first release taken, which is the one tested, and the first that is not."""
+TRANSFORMERS = (4, 57), (6, 0)
+"""The first release taken, and the first that is not."""
+TESTED = ("4.57.6", "5.6.0", "5.16.1", "5.17.0", "5.24.0")
+"""The releases that the tests run on: the oldest, the newest, and what trainers pin."""
 
 
 def is_supported(version: str) -> bool:

@@ -14,6 +14,7 @@ from prereg_kernels.attach.first_steps import SEVERAL_ROWS, WHAT_TO_DO, FirstSte
 from prereg_kernels.attach.forward import parameters_of
 from prereg_kernels.attach.passes import Calls, Pass
 from prereg_kernels.attach.pooling import pool_images
+from prereg_kernels.attach.sequence_parallel import WHOLE_ROWS
 from prereg_kernels.attach.state import State
 
 
@@ -105,6 +106,8 @@ class Entry:
             states = states.detach()
             if not compiled:
                 self.first_steps.look(current, states, is_input)
+            if current.part is not None and states.shape[:-1] != current.part.shape:
+                states = current.part.own(states)
             current.anchor = self._anchor(current, states)
 
     def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:
@@ -115,7 +118,9 @@ class Entry:
         if source == "pre_llm":
             if images is None:
                 return embeddings
-            return pool_images(embeddings, images.of_token, images.count, index=current.index)
+            group = None if current.part is None else state.sequence_group
+            of_token, index = current.own(images.of_token), current.own_index
+            return pool_images(embeddings, of_token, images.count, index=index, group=group)
         if callable(source):
             self.calls.enter(None)  # the function may call parts of the model
             try:
@@ -136,15 +141,26 @@ class Entry:
         if images is not None:
             is_pooled = rows.shape[0] == images.count
             return rows if is_pooled else pool_images(rows, images.of_token, images.count)
+        rows = current.own(rows)
         return rows if current.chosen is None else rows[current.chosen.to(rows.device)]
 
 
 def check_sequence(current: Pass, states: Tensor) -> None:
     """Raise ValueError unless the decoder's sequence is the one that is marked."""
-    if states.shape[:-1] != current.shape:
+    if states.shape[:-1] not in (current.shape, current.own_shape):
         is_longer = current.source == "input_ids" and states.shape[1] > current.shape[1]
+        if current.part is not None:
+            raise ValueError(
+                f"pre.sequence_parallel: expected the decoder's sequence to have this rank's part "
+                f"of {tuple(current.shape)}, {tuple(current.own_shape)}, or the shape of all of "
+                f"it, got inputs_embeds of {tuple(states.shape[:-1])}"
+            )
+        if states.shape[0] == current.shape[0] and states.shape[1] < current.shape[1]:
+            what_to_do = f"{WHOLE_ROWS}. Or else: {WHAT_TO_DO}"
+        else:
+            what_to_do = f"{f'{SEVERAL_ROWS}. ' * is_longer}{WHAT_TO_DO}"
         raise ValueError(
             f"{current.source}: PRe finds the visual tokens by it; expected the decoder's "
             f"sequence to have its shape, {tuple(current.shape)}, got inputs_embeds of "
-            f"{tuple(states.shape[:-1])}. {f'{SEVERAL_ROWS}. ' * is_longer}{WHAT_TO_DO}"
+            f"{tuple(states.shape[:-1])}. {what_to_do}"
         )

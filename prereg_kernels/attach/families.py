@@ -238,7 +238,7 @@ FAMILIES = (
     Family("Aya Vision", ("aya_vision",), regroups=_SHUFFLES),
     Family("Cohere 2 Vision", ("cohere2_vision",), regroups=_SHUFFLES),
     Family("Llama 4", ("llama4",), regroups=_SHUFFLES),
-    Family("LFM2-VL", ("lfm2_vl",), regroups=_SHUFFLES),
+    Family("LFM2-VL", ("lfm2_vl", "lfm2-vl"), regroups=_SHUFFLES),
     Family("Mistral 3", ("mistral3",), regroups=_MERGES),
     Family("MiniCPM-V 4.6", ("minicpmv4_6",), regroups=_MERGES),
     Family(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from prereg_kernels.attach.visual import find_marked, hide
 
 if TYPE_CHECKING:
     from prereg_kernels.attach.passes import Pass
+    from prereg_kernels.attach.sequence_parallel import Part
     from prereg_kernels.attach.state import State
 
 SEVERAL_ROWS = "The model puts several rows in place of one id"
@@ -53,6 +55,7 @@ class FirstSteps:
         kind, is_checking = _kind(current), self._state.is_checking
         if kind in self._seen and not is_checking:
             return
+        self._state.check_stage()
         embeddings = self._state.family.embeddings_of(self._state.model)
         if not is_checking and self._is_in_graph(embeddings):
             self._seen.add(kind)
@@ -84,6 +87,10 @@ class FirstSteps:
         assert current.embedding_hook is not None
         current.embedding_hook.remove()
         embedded, current.embedded = current.embedded, None
+        part = current.part
+        if part is not None and states.shape[:-1] == part.shape:
+            embedded = [part.own(x) if x.shape[:-1] == current.shape else x for x in embedded]
+            current = _own(current, part)
         self._compare(current, embedded, states, is_input)
 
     def end(self, current: Pass, is_whole: bool) -> None:
@@ -364,6 +371,18 @@ def _kind(current: Pass) -> tuple[frozenset[str], bool]:
     """Of a step: the arguments that it has, and whether there is a visual token."""
     given = frozenset(name for name, value in current.inputs.items() if value is not None)
     return given, bool(current.index.numel())
+
+
+def _own(current: Pass, part: Part) -> Pass:
+    """What is known of a pass, of this rank's part of its sequences."""
+    inputs, ids = dict(current.inputs), current.inputs.get("input_ids")
+    everywhere = torch.ones(current.shape, dtype=torch.bool, device=part.numbers.device)
+    if current.source != "family.visual_mask":  # attention's mask may be of another sequence
+        everywhere = hide(everywhere, inputs.get("attention_mask"))
+    inputs["attention_mask"] = part.own(everywhere) & (part.numbers >= 0)
+    is_whole = isinstance(ids, Tensor) and ids.shape == current.shape
+    inputs["input_ids"] = part.own(ids) if is_whole and ids is not None else None
+    return replace(current, shape=part.shape, index=part.index, inputs=inputs, part=None)
 
 
 def _visual(current: Pass) -> Tensor:

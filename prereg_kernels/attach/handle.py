@@ -24,6 +24,7 @@ from prereg_kernels.attach.figures import figures_of
 from prereg_kernels.attach.first_steps import run
 from prereg_kernels.attach.image_spans import count_images
 from prereg_kernels.attach.passes import Collected
+from prereg_kernels.attach.sequence_parallel import SequenceParallel
 from prereg_kernels.attach.state import State
 from prereg_kernels.ops.head import PReHead
 
@@ -185,6 +186,38 @@ class PRe:
     def next_visual_mask(self, mask: Tensor | None) -> None:
         self._state.next_mask.put(mask)
 
+    @property
+    def sequence_parallel(self) -> SequenceParallel | None:
+        """How ranks share each sequence, as under Ulysses, ring attention, context parallelism.
+
+        None: each rank has whole sequences. Without `denominator`, L_PRe of a call is the mean over
+        the visual tokens (or images) of all ranks of the group.
+        """
+        return self._state.sequence_parallel
+
+    @sequence_parallel.setter
+    def sequence_parallel(self, value: SequenceParallel | None) -> None:
+        if value is not None and not isinstance(value, SequenceParallel):
+            raise TypeError(
+                "sequence_parallel: expected a SequenceParallel or None, got "
+                f"{type(value).__name__}"
+            )
+        self._state.sequence_parallel = value
+
+    @property
+    def tensor_parallel_group(self) -> Any:
+        """The process group of the ranks that have the same hidden states; None: there is none.
+
+        It is found where transformers has split the model (`tp_plan`). Set it where other code has;
+        None then turns the sharing off. Each rank does its share of the visual tokens, and all get
+        the gradients of all of them. In graphs of torch.compile each does all the work.
+        """
+        return self._state.tensor_group
+
+    @tensor_parallel_group.setter
+    def tensor_parallel_group(self, group: Any) -> None:
+        self._state.given_group = distributed.Held(group)
+
     def metrics(self) -> dict[str, float]:
         """Figures of the last training call; with `value_in_eval`, of an evaluating one too.
 
@@ -205,10 +238,8 @@ class PRe:
             >>> pre.metrics()["visual_tokens"]
             8.0
         """
-        last, model = self._state.last, self._state.model
-        return (
-            {} if last is None else figures_of(last, self.config.level, distributed.copies(model))
-        )
+        last, copies = self._state.last, self._state.copies
+        return {} if last is None else figures_of(last, self.config.level, copies)
 
     def totals(self) -> Tensor | None:
         """Sums over the rows of the last training call, without a sync or a collective.

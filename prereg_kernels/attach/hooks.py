@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prereg_kernels._util import distributed, private
+from prereg_kernels._util import private
 from prereg_kernels.attach.checkpointing import (
     is_recomputation,
 )
@@ -22,6 +22,7 @@ from prereg_kernels.attach.forward import goes_on, parameters_of
 from prereg_kernels.attach.image_spans import find_images
 from prereg_kernels.attach.passes import Calls, Collected, Pass, zeros
 from prereg_kernels.attach.sampling import choose_tokens
+from prereg_kernels.attach.sequence_parallel import Part, SequenceParallel
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.taps import Taps
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
@@ -139,24 +140,45 @@ class Hooks:
         # Without ids each run of visual tokens stands for an image's, as one of ids does
         ids: Tensor = inputs["input_ids"] if source == "input_ids" else marked
         values = self._values_in_graph(mask.device) if compiled else zeros(state.heads, mask.device)
+        shared = state.sequence_parallel
+        in_graph = compiled and self._reads_batch  # an index, of a size to be found out, breaks it
+        part = None
+        if shared is not None and shared.shard is not None:
+            part = shared.part_of(mask, in_graph=in_graph)
         denominator = state.denominator if training else None  # of a training step
-        if compiled and self._reads_batch:  # an index, of a size to be found out, breaks the graph
+        if in_graph:
             if not isinstance(denominator, Tensor) and denominator == 0:  # fine without images
                 denominator = mask.new_zeros((), dtype=torch.float32)
+            if training and denominator is None and shared is not None:
+                denominator = _over_ranks(shared, mask.sum(), part)
             current = Pass(inputs, source, mask.shape, training, denominator, mask, values)
+            current.part = part
             current.carry = carry_of(state, current) if training else None
             return current
         index = mask.flatten().nonzero().squeeze(1)
+        images = None
+        if config.level == "global":
+            images = find_images(state.family, inputs, ids, marked, index)
+            if shared is not None and part is None:
+                raise ValueError(
+                    "level: 'global' needs to know where images are cut, and this rank's part of "
+                    "the sequences does not say; expected SequenceParallel(group, shard=...), and "
+                    "calls with whole rows, or level='patch'"
+                )
+        if training and denominator is None and shared is not None:
+            rows = index.numel() if images is None else images.count
+            denominator = _over_ranks(shared, torch.tensor(float(rows), device=index.device), part)
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
         current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
+        current.images, current.part = images, part
+        if images is not None and shared is not None:
+            current.image_rows = shared.share_of(images.count)
         if mask is not marked:
             current.by_id = marked
-        if config.level == "global":
-            current.images = find_images(state.family, inputs, ids, marked, index)
         if training:
             if config.token_fraction < 1:
-                current.chosen = self._choose(index)
+                current.chosen = self._choose(current.own_index)
             current.carry = carry_of(state, current)
             state.passes += not again
         if not compiled and ((training and not again) or state.is_checking):
@@ -172,11 +194,7 @@ class Hooks:
     def _choose(self, index: Tensor) -> Tensor:
         state = self._state
         # Ranks that share a batch draw the same.
-        address = (
-            state.config.seed,
-            distributed.rank() // distributed.copies(state.model),
-            state.passes,
-        )
+        address = state.config.seed, state.replica, state.passes
         return choose_tokens(index.numel(), state.config.token_fraction, address, index.device)
 
     def see_projector(
@@ -210,7 +228,10 @@ class Hooks:
             self._watch.evaluated(module, output)
         if current is None:
             return None
-        pooled = [self.taps.loss(layer, current, x, None) for layer, x in current.pooled.items()]
+        pooled = [
+            self.taps.loss(layer, current, x, _image_index(current, x))
+            for layer, x in current.pooled.items()
+        ]
         record = record_of(current, output)
         if not current.again:
             state.last = record
@@ -221,9 +242,10 @@ class Hooks:
         if len(current.losses) < len(state.heads):
             raise RuntimeError(
                 f"PRe: expected the layers {list(state.heads)} to run, got {list(current.losses)}. "
-                f"Either {state.family.layers!r} are not the decoder's layers, or torch.compile "
+                f"Either {state.family.layers!r} are not the decoder's layers, or some are on "
+                f"another stage of a pipeline, which PRe cannot span, or torch.compile "
                 "has left out hooks that came after it, so attach PRe before the first "
-                "call; and those of checkpointed layers: there, compile the other layers alone, "
+                "call; and those of checkpointed layers: there, compile the layers one by one, "
                 "each by layer.compile(), or train without checkpointing"
             )
         if current.carry is not None:
@@ -242,6 +264,22 @@ class Hooks:
                 state.loss = term
             return output
         return add_to_loss(output, term)
+
+
+def _over_ranks(shared: SequenceParallel, rows: Tensor, part: Part | None) -> Any:
+    """The denominator of a pass without one: the mean over the sequences that ranks share.
+
+    Args:
+        rows: 0-dim, those of the whole, or, where the call has no more, of this rank's part.
+    """
+    count = rows if part is not None else shared.total(rows)
+    return shared.denominator(count.clamp(min=1))
+
+
+def _image_index(current: Pass, pooled: Tensor) -> Tensor | None:
+    """Of the means of images those whose loss this rank computes; None: all."""
+    mine = current.image_rows
+    return None if mine is None else torch.arange(mine.start, mine.stop, device=pooled.device)
 
 
 def _move(values: dict[int, Tensor], device: torch.device) -> None:

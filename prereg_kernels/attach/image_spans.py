@@ -4,7 +4,8 @@ What an image is, in the tokens of a batch (`Family.images` says which of the tw
 
 - "runs": visual tokens of one id side by side in a row of `input_ids`, with anything else, or the
   row's border, at both ends. Processors put a token around every image, and transformers itself
-  numbers the positions of Qwen's by such runs. So a video is one image, but for Qwen3-VL, which
+  numbers the positions of Qwen's by such runs. A run ends, too, where the next one of the sequences
+  begins that are packed into a row. So a video is one image, but for Qwen3-VL, which
   writes a timestamp before every two frames; a crop or a frame that has tokens around it is one.
 - "equal": the visual tokens divided evenly among the images of the batch, in order, as in families
   whose images have the same number of tokens each and may follow each other without a gap.
@@ -118,7 +119,7 @@ def _numbers(family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tenso
     None: the batch counts no images, where that is how they are told apart.
     """
     if family.images == "runs":
-        return _starts(ids, by_id).flatten().cumsum(0) - 1
+        return _starts(ids, by_id, batch).flatten().cumsum(0) - 1
     counted = _counted(family, batch)
     if not counted:
         return None
@@ -126,11 +127,27 @@ def _numbers(family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tenso
     return (by_id.flatten().cumsum(0) - 1) // each
 
 
-def _starts(ids: Tensor, visual: Tensor) -> Tensor:
+def _starts(ids: Tensor, visual: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """Bool, the shape of `ids`: the first token of each run."""
     changed = torch.ones_like(visual)
-    changed[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    changed[:, 1:] = (ids[:, 1:] != ids[:, :-1]) | _packed(batch, ids)[:, 1:]
     return visual & changed
+
+
+def _packed(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """Bool, the shape of `ids`: the first token of each but the first sequence of a row."""
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    positions, numbers = batch.get("position_ids"), batch.get("seq_idx")
+    if isinstance(positions, Tensor):  # those of an image's tokens may be all the same
+        positions = positions[0] if positions.dim() == 3 else positions  # of text, or of time
+        if positions.shape[-1:] == ids.shape[-1:]:
+            begins[:, 1:] |= (positions[:, 1:] < positions[:, :-1]).to(ids.device)
+    if isinstance(numbers, Tensor) and numbers.shape == ids.shape:
+        begins[:, 1:] |= (numbers[:, 1:] != numbers[:, :-1]).to(ids.device)
+    ends = batch.get("cu_seq_lens_q")
+    if isinstance(ends, Tensor) and len(ids) == 1:  # 0, and where each sequence ends
+        begins[0, ends[:-1].to(ids.device).long()] = True
+    return begins
 
 
 def _counted(family: Family, batch: Mapping[str, Any]) -> int | None:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prereg_kernels._util.private import version_of
 from prereg_kernels.attach.image_spans import Images
+from prereg_kernels.attach.sequence_parallel import Part
 
 
 @dataclass
@@ -30,8 +31,10 @@ class Pass:
     # What backward multiplies the gradient of a layer's loss by, where no loss holds the term
     carry: float | Tensor | None = None
     by_id: Tensor | None = None  # bool, where they are, hidden or not; None: all in `index`
-    chosen: Tensor | None = None  # (K,) of them, by which L_PRe is estimated; None: all
+    part: Part | None = None  # of the sequence, which this rank has; None: all of it
+    chosen: Tensor | None = None  # (K,) of its own, by which L_PRe is estimated; None: all
     images: Images | None = None  # with level="global"
+    image_rows: slice | None = None  # of them those of this rank; None: all
     encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
     # (batch, positions, A), or a row for each of those that L_PRe reads
     anchor: Tensor | None = None
@@ -44,16 +47,33 @@ class Pass:
     embedding_hook: RemovableHandle | None = None  # by which they come
 
     @property
+    def own_shape(self) -> torch.Size:
+        """(rows, length) of what goes through the decoder's layers."""
+        return self.shape if self.part is None else self.part.shape
+
+    @property
+    def own_index(self) -> Tensor:
+        """As `index`, of that."""
+        return self.index if self.part is None else self.part.index
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Of something for each visual token, that of this rank's."""
+        return rows if self.part is None else rows[self.part.place.to(rows.device)]
+
+    @property
     def tokens(self) -> Tensor:
-        """0-dim, float32: the visual tokens."""
-        if self.index.dtype == torch.bool:
-            return self.index.sum(dtype=torch.float32)
-        return torch.full((), float(self.index.numel()), device=self.index.device)
+        """0-dim, float32: the visual tokens of this rank."""
+        index = self.own_index
+        if index.dtype == torch.bool:
+            return index.sum(dtype=torch.float32)
+        return torch.full((), float(index.numel()), device=index.device)
 
     @property
     def labels(self) -> Tensor | None:
         """0-dim: the tokens with a label, each of which the token before it predicts."""
-        labels = self.inputs.get("labels")
+        labels, shifted = self.inputs.get("labels"), self.inputs.get("shift_labels")
+        if isinstance(shifted, Tensor) and labels is not None:  # those of a part of the sequence
+            return (shifted != -100).sum()
         return None if labels is None else (labels[..., 1:] != -100).sum()
 
     def kinds(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prereg_kernels.ops.shares import sum_over
 from prereg_kernels.ops.transforms import forgets_functions
 from prereg_kernels.ops.versions import check_versions, versions_of
 
@@ -14,7 +15,7 @@ _CHUNK_ROWS = 4096  # converted to float32 at a time: 64 MiB at a width of 4096
 
 
 def pool_images(
-    x: Tensor, image_of_row: Tensor, images: int, *, index: Tensor | None = None
+    x: Tensor, image_of_row: Tensor, images: int, *, index: Tensor | None = None, group: Any = None
 ) -> Tensor:
     """The mean of the rows of each image.
 
@@ -23,18 +24,20 @@ def pool_images(
         image_of_row: (N,) int64 in [0, images), the image of each row.
         images: how many.
         index: (N,) int64, unique: which rows of the flattened `x` these are. None: all of them.
+        group: a process group whose ranks have other rows of the same images. The means are of the
+            rows of all of them, and so are the gradients, in backward on each of them.
 
     Returns:
         (images, D), in the dtype of `x`, zeros for an image without rows; computed in float32, for
         float64 in float64. The same on every run: the sums are matrix products, without atomics.
     """
     if forgets_functions():
-        return _means(x, image_of_row, images, index)[0]
-    return _Pool.apply(x, image_of_row, images, index)
+        return _means(x, image_of_row, images, index, group)[0]
+    return _Pool.apply(x, image_of_row, images, index, group)
 
 
 def _means(
-    x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None
+    x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor]:
     """(images, D) means in the dtype of `x`, and (images, 1) numbers of rows, at least 1."""
     rows = x.reshape(-1, x.shape[-1])
@@ -50,6 +53,8 @@ def _means(
             member = (numbers[:, None] == image_of_row[part]).to(dtype)  # (images, some rows)
             sums = sums + member @ some.to(dtype)
             counts = counts + member.sum(dim=1, keepdim=True)
+    if group is not None:
+        sum_over(group, [sums, counts])
     counts = counts.clamp_min(1)
     return (sums / counts).to(x.dtype), counts
 
@@ -57,25 +62,28 @@ def _means(
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None
+        ctx: Any, x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None, group: Any
     ) -> Tensor:
-        means, counts = _means(x, image_of_row, images, index)
+        means, counts = _means(x, image_of_row, images, index, group)
         # On ctx, not by save_for_backward: no activation is among them, and what a checkpointed
         # layer saves has to be the same when backward runs it again, without the batch.
         ctx.constants = image_of_row, index, counts
         if not torch.compiler.is_compiling():
             ctx.versions = versions_of(image_of_row, index)
-        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.shape, ctx.dtype, ctx.group = x.shape, x.dtype, group
         return means
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         image_of_row, index, counts = ctx.constants
         if not torch.compiler.is_compiling():
             check_versions(ctx.versions, {"image_of_row": image_of_row, "index": index})
-        each = (gradient / counts).to(ctx.dtype)
+        each = gradient / counts
+        if ctx.group is not None:  # a rank's loss may be of some of the images
+            sum_over(ctx.group, [each])
+        each = each.to(ctx.dtype)
         if index is not None:  # the rows of no image get a row of zeros, the last
             each = torch.cat((each, each.new_zeros(1, each.shape[1])))
             nowhere = index.new_full((ctx.shape[:-1].numel(),), -1)
             image_of_row = nowhere.index_copy_(0, index, image_of_row)
-        return each[image_of_row].view(ctx.shape), None, None, None
+        return each[image_of_row].view(ctx.shape), None, None, None, None

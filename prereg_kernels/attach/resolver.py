@@ -19,6 +19,7 @@ from prereg_kernels._util import private
 from prereg_kernels.attach.families import FAMILIES, family_of_type
 from prereg_kernels.attach.family import Family, config_value
 from prereg_kernels.attach.forward import parameters_of
+from prereg_kernels.attach.stages import SAME_STAGE
 
 Origin = Literal["given", "listed", "found"]
 VISUAL_TOKENS = (
@@ -207,7 +208,10 @@ def _layers_in(model: Any, decoder: nn.Module) -> tuple[nn.ModuleList | None, st
     ]
     expected = " or ".join(map(str, sorted(counts)))
     if not found:
-        return None, f"there is no list of {expected} layers"
+        lists = (x for x in decoder.modules() if isinstance(x, nn.ModuleList))
+        some = max((sum(isinstance(y, classes) for y in x) for x in lists), default=0)
+        stage = f", but one with {some} of them: {SAME_STAGE}" if some else ""
+        return None, f"there is no list of {expected} layers{stage}"
     found.sort(key=lambda entry: entry[:2])
     if len(found) > 1 and found[0][:2] == found[1][:2]:
         names = ", ".join(name for *_, name, _ in found)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +18,8 @@ from prereg_kernels.attach.image_spans import check_images
 from prereg_kernels.attach.masks import NextMask
 from prereg_kernels.attach.passes import Collected, Record
 from prereg_kernels.attach.resolver import Resolution
+from prereg_kernels.attach.sequence_parallel import SequenceParallel
+from prereg_kernels.attach.stages import check_stage
 from prereg_kernels.ops.head import PReHead
 
 OF_THE_LOSS = ("labels", "num_items_in_batch")  # arguments
@@ -30,6 +33,8 @@ class State:
         model, config, family: as `apply_pre` has resolved them. origin, how: as `Resolution`.
         anchor_features: A.
         heads, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
+        sequence_parallel: as `PRe` says.
+        given_group: `PRe.tensor_parallel_group`, where it was set.
         next_mask: as `PRe.next_visual_mask`, and what became of those before.
         batch: what a trainer computes a loss of, for calls that no longer have its ids; or None.
         last: of the last training call; with `value_in_eval`, of an evaluating one too.
@@ -44,6 +49,8 @@ class State:
         layers = family.layers_of(model)
         family.language_model_of(model)  # before anything is registered: it may not be there
         numbers = config.resolve_layers(len(layers))
+        check_stage(layers, max(numbers), len(layers))
+        self._layer_count = len(layers)
         if config.level == "global":
             check_images(family)
         self.model, self.config, self.family = model, config, family
@@ -54,6 +61,8 @@ class State:
         self.loss_scale: float | Tensor = 1.0
         self.add_to_loss = True
         self.passes = 0
+        self.sequence_parallel: SequenceParallel | None = None
+        self.given_group: distributed.Held | None = None
         self.next_mask = NextMask()
         self.batch: Mapping[str, Any] | None = None
         self.last: Record | None = None
@@ -116,6 +125,47 @@ class State:
         given = {name for name, value in inputs.items() if value is not None}
         return inputs | {n: batch[n] for n in batch.keys() - given - {*OF_THE_LOSS}}
 
+    @property
+    def tensor_group(self) -> Any:
+        """The process group of the ranks that have the same hidden states; or None."""
+        if self.given_group is not None:
+            return self.given_group.group
+        return distributed.tensor_group(self.model)
+
+    @property
+    def sequence_group(self) -> Any:
+        """Of the ranks that share each sequence."""
+        assert self.sequence_parallel is not None
+        return self.sequence_parallel.group
+
+    @property
+    def copies(self) -> int:
+        """How many ranks compute each token's loss, or share that work: its value is on all."""
+        shared = self.sequence_parallel
+        if shared is not None and shared.gradients == "none":
+            return 1
+        if self.tensor_group is None:
+            return getattr(self.model, "tp_size", None) or 1
+        return distributed.size_of(self.tensor_group)
+
+    @property
+    def replica(self) -> int:
+        """The same on ranks with the same tokens, and another on others."""
+        ranks = [distributed.rank()]
+        if self.copies > 1 and self.tensor_group is not None:
+            ranks = torch.distributed.get_process_group_ranks(self.tensor_group)
+        first, last = min(ranks), max(ranks)
+        is_block = last - first < self.copies
+        return first // self.copies if is_block else first
+
+    def groups_of_heads(self) -> dict[str, Any]:
+        """The options of a tap that say which ranks share the work of a head."""
+        shared = self.sequence_parallel
+        if shared is not None and shared.gradients == "none":
+            return {"group": shared.group, "same_hidden": False}
+        # A graph has no collectives of ours: there each rank does all of it
+        return {} if torch.compiler.is_compiling() else {"group": self.tensor_group}
+
     def parameters(self) -> dict[str, Tensor]:
         """{name inside of `model.pre_heads`: parameter}, as they are there, whole or not."""
         return dict(getattr(self.model, HEADS).named_parameters())
@@ -134,6 +184,10 @@ class State:
         return [f"family: {self.family.name}, {self.origin}"] + [
             f"{field}: {what}" for field, what in self.how.items()
         ]
+
+    def check_stage(self) -> None:
+        """Raise ValueError where the decoder's layers have been dealt out to ranks since."""
+        check_stage(self.family.layers_of(self.model), max(self.heads), self._layer_count)
 
     def check_heads_train(self) -> None:
         """As `PRe.check`."""

@@ -8,6 +8,7 @@ back what it had saved, or, after a first run without grad, does what that one c
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from prereg_kernels.attach.image_spans import Images
 from prereg_kernels.attach.passes import Calls, Pass, zeros
 from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.reentrant import SecondRun, SecondRuns, add_gradient, source_of
+from prereg_kernels.attach.sequence_parallel import WHOLE_ROWS, Part
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.watch import FORGOTTEN, Watch
 
@@ -73,12 +75,20 @@ class Taps:
                 f"{self._state.family.language_model!r}, has not been called with inputs_embeds; "
                 "expected family.language_model to be the module that gets them"
             )
-        if hidden.shape != (*current.shape, self._width):
+        expected = (*current.own_shape, self._width)
+        if hidden.shape != expected:
+            is_part = hidden.dim() == 3 and hidden.shape[1] < expected[1]
+            if is_part and hidden.shape == (expected[0], hidden.shape[1], self._width):
+                raise ValueError(
+                    f"{current.source}: PRe finds the visual tokens by it, of the shape "
+                    f"{tuple(current.shape)}, and layer {layer} returns {tuple(hidden.shape)}. "
+                    f"{WHOLE_ROWS}"
+                )
             raise ValueError(
                 f"family.streams: layer {layer}, a "
                 f"{type(self._state.family.layers_of(self._state.model)[layer - 1]).__name__}, "
                 f"returns {tuple(hidden.shape)}; expected (rows, length, D), "
-                f"{(*current.shape, self._width)}. Of several residual streams, say which PRe "
+                f"{expected}. Of several residual streams, say which PRe "
                 "reads: family=Family(..., streams=function), from that output and D"
             )
 
@@ -87,8 +97,20 @@ class Taps:
         if self._state.config.level == "patch":
             return self.loss(layer, current, hidden, _index(current, hidden))
         with torch.set_grad_enabled(current.training):  # small, and outside of what is checkpointed
-            current.pooled[layer] = _means(current, hidden)
+            current.pooled[layer] = self._means(current, hidden)
         return use(hidden, *self._state.module_of(layer).parameters()) if current.training else None
+
+    def _means(self, current: Pass, hidden: Tensor) -> Tensor:
+        assert current.images is not None
+        return self._pool(current.images, current.part, current.index, hidden)
+
+    def _pool(self, images: Images, part: Part | None, index: Tensor, hidden: Tensor) -> Tensor:
+        """(images, D): the means of the images' tokens, those of other ranks among them."""
+        of_token, group = images.of_token, None
+        if part is not None:
+            of_token, index, group = of_token[part.place], part.index, self._state.sequence_group
+        of_token, index = of_token.to(hidden.device), index.to(hidden.device)
+        return pool_images(hidden, of_token, images.count, index=index, group=group)
 
     def _run_again(self, layer: int, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
         """A checkpointed layer in backward."""
@@ -123,15 +145,15 @@ class Taps:
         missing = FORGOTTEN if is_owed else None
         if config.level == "global":
             assert current.images is not None
-            images, index = current.images, current.index
+            pool = partial(self._pool, current.images, current.part, current.index)
 
             def differentiate(hidden: Tensor, gradient: Any) -> Tensor:
-                return add_gradient(hidden, _pool(hidden, images, index), gradient)
+                return add_gradient(hidden, pool(hidden), gradient)
 
             run = SecondRun(
                 layer, source, hidden.shape, differentiate, current.reached, missing=missing
             )
-            current.pooled[layer] = self._second_runs.leave(run, _means(current, hidden))
+            current.pooled[layer] = self._second_runs.leave(run, pool(hidden))
             return
         anchor, options = self._arguments(layer, current, hidden, _index(current, hidden))
         value = current.values[layer]
@@ -139,7 +161,7 @@ class Taps:
         def tap(hidden: Tensor, gradient: Any) -> Tensor:
             tapped: Tensor = state.module_of(layer)(
                 hidden, anchor, tap=True, value_out=value, carry=gradient, carry_always=True,
-                **options,
+                **options, **state.groups_of_heads(),
             )[0]  # fmt: skip
             return tapped
 
@@ -166,7 +188,7 @@ class Taps:
             denominator = denominator.to(hidden.device)
         if denominator is not None and current.chosen is not None:
             # the sum over the chosen, each in place of so many (prereg_kernels.attach.sampling)
-            denominator = denominator * (current.chosen.numel() / current.index.numel())
+            denominator = denominator * (current.chosen.numel() / current.own_index.numel())
         is_mask = index is not None and index.dtype == torch.bool
         return current.anchor.to(hidden.device), {
             "loss": config.loss,
@@ -195,6 +217,7 @@ class Taps:
             carry=current.carry,
             carry_always=current.carry is not None and config.gradient == "tap",
             **options,
+            **self._state.groups_of_heads(),
         )
         if config.value_in_forward:
             value.copy_(current.losses[layer].detach())
@@ -203,16 +226,5 @@ class Taps:
 
 def _index(current: Pass, hidden: Tensor) -> Tensor:
     """Of the tokens that L_PRe reads."""
-    index = current.index if current.chosen is None else current.index[current.chosen]
+    index = current.own_index if current.chosen is None else current.own_index[current.chosen]
     return index.to(hidden.device)
-
-
-def _means(current: Pass, hidden: Tensor) -> Tensor:
-    assert current.images is not None
-    return _pool(hidden, current.images, current.index)
-
-
-def _pool(hidden: Tensor, images: Images, index: Tensor) -> Tensor:
-    """(images, D): the means of the images' tokens."""
-    of_token, index = images.of_token.to(hidden.device), index.to(hidden.device)
-    return pool_images(hidden, of_token, images.count, index=index)

@@ -49,7 +49,11 @@ def carry_of(state: State, current: Pass) -> float | Tensor | None:
 def record_of(current: Pass, output: Any) -> Record:
     """What the handle keeps of a pass."""
     tokens, labels = current.tokens, current.labels
-    rows = tokens if current.images is None else torch.full_like(tokens, current.images.count)
+    rows = tokens
+    if current.images is not None:
+        mine = current.image_rows
+        count = current.images.count if mine is None else mine.stop - mine.start
+        rows = torch.full_like(tokens, count)
     lm_loss = None
     if labels is not None:
         lm_loss = _loss_of(output)

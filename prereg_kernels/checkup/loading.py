@@ -14,7 +14,7 @@ from torch import nn
 
 from prereg_kernels._util.files import read_json
 from prereg_kernels.checkup.images.layouts import family_with_layout
-from prereg_kernels.checkup.images.processing import place
+from prereg_kernels.checkup.images.processing import pillow_class, place
 from prereg_kernels.checkup.model_files import check_weights, naming, offline, read_config
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -107,8 +107,6 @@ def load(
 
 def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
     """The directory's image processor, or, where it has none, the family's usual one and a note."""
-    import transformers
-
     path, settings = _processor_settings(directory)
     note: tuple[str, ...] = ()
     if settings is None:
@@ -127,8 +125,8 @@ def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]
         )
     else:
         name = str(settings["image_processor_type"])
-    kind = getattr(transformers, f"{name.removesuffix('Fast')}Pil", None)
-    if not name.removesuffix("Fast").endswith("ImageProcessor") or kind is None:
+    kind = pillow_class(name)
+    if kind is None:
         raise ValueError(
             f"{path}: expected an image_processor_type of transformers that runs on Pillow, "
             f"got {name}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prereg_kernels._util.files import printable
 from prereg_kernels._version import __version__
+from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
 _OLD_NAME = "diagnose"
 """What `prereg checkup` was called in version 0.1."""
@@ -19,6 +20,9 @@ _OLD_NAME = "diagnose"
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
     parser = _parser()
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        _launch(sys.argv[1], sys.argv[2:])
+        return
     arguments, flags = parser.parse_known_args()
     if flags and arguments.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
@@ -27,6 +31,9 @@ def main() -> None:
         return
     if arguments.command == "build":
         _build()
+        return
+    if arguments.command == "swift-plugin":
+        print(SWIFT_PLUGIN)
         return
     if arguments.command in ("checkup", _OLD_NAME):
         _checkup(arguments)
@@ -73,6 +80,14 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
         _fail(str(stop) or "stopped; run again to go on from the last checkpoint", 130)
     except (ValueError, TypeError, OSError) as error:
         _fail(str(error))
+
+
+def _launch(name: str, arguments: Sequence[str]) -> None:
+    try:
+        start = prepare(name, arguments)
+    except ValueError as error:
+        _fail(str(error))
+    start()  # with errors of its own
 
 
 def _checkup(arguments: argparse.Namespace) -> None:
@@ -197,6 +212,13 @@ def _parser() -> argparse.ArgumentParser:
         "model", type=Path, nargs="?", help="a model directory: config and, if there, processor"
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    for name, (_, help) in COMMANDS.items():
+        commands.add_parser(name, help=help)  # which main has taken, with flags of its own
+    commands.add_parser(
+        "swift-plugin",
+        help="the path of ms-swift's plugin",
+        description="Print the path for swift's --external_plugins, which puts PRe in its trainer.",
+    )
     commands.add_parser(
         "build",
         help="compile the C++ rows for CPUs",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from prereg_kernels._util.machine import cpu_name
-from prereg_kernels._util.supported import bounds, is_supported
+from prereg_kernels._util.supported import TESTED, bounds, is_supported
 from prereg_kernels._version import __version__
 from prereg_kernels.ops.activations import ACTIVATIONS
 from prereg_kernels.ops.backends.cpp_libraries import describe
@@ -118,7 +118,7 @@ def _taken() -> str:
     """Which releases of transformers are, and whether the one here is one of them."""
     here = _version("transformers")
     out = "" if here == "not installed" or is_supported(here) else f"; {here} is out of bounds"
-    return f"transformers {bounds()}{out}"
+    return f"transformers {bounds()}, tested with {', '.join(TESTED)}{out}"
 
 
 def _compiler() -> str:

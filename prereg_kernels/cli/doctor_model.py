@@ -120,7 +120,7 @@ def model_class(directory: Path, config: Any) -> Any:
 
     for names in (
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),  # from 5
         dict.fromkeys([config.model_type], next(iter(config.architectures or ()), "")),
     ):
         kind = getattr(transformers, str(names.get(config.model_type)), None)

@@ -19,6 +19,7 @@ from prereg_kernels.ops.backends.registry import choose_backend
 from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget
 from prereg_kernels.ops.dtypes import operand_dtype
 from prereg_kernels.ops.head_tensors import Head, by_layer
+from prereg_kernels.ops.layouts import is_turned, of_rows, places_of, rows_of
 from prereg_kernels.ops.pipeline import Needs, Problem, losses_and_gradients, losses_only
 from prereg_kernels.ops.spec import Spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forbid_forward_mode
@@ -63,9 +64,10 @@ def pre_losses(
 ) -> Tensor:
     """The op behind `call_losses`; the head and the spec are packed."""
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = _flatten(hidden, anchor, select, Head.unpack(parameters, bias_layers))
+        index = select.nonzero().squeeze(1) if is_mask(select) else select
+        problem = _flatten(hidden, anchor, index, Head.unpack(parameters, bias_layers))
         losses = losses_only(problem, *_decide(problem, Spec.unpack(spec)))
-        return _to_slots(losses, select, problem.hidden_index)
+        return _to_slots(losses, select, index)
 
 
 @torch.library.custom_op("prereg::pre_gradients", mutates_args=())
@@ -83,16 +85,19 @@ def pre_gradients(
     """The op behind `call_gradients`; the head and the spec are packed."""
     need_hidden, *need_parameters = needs
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = _flatten(hidden, anchor, select, Head.unpack(parameters, bias_layers))
+        index = select.nonzero().squeeze(1) if is_mask(select) else select
+        problem = _flatten(hidden, anchor, index, Head.unpack(parameters, bias_layers))
         losses, (dh, dws, dbs) = losses_and_gradients(
             problem,
             *_decide(problem, Spec.unpack(spec)),
-            coefficient[problem.hidden_index] if is_mask(select) else coefficient,
+            coefficient[index] if is_mask(select) else coefficient,
             Needs(need_hidden, *by_layer(need_parameters, bias_layers)),
-            None if residual is None else residual.reshape(-1, hidden.shape[-1]),
+            None if residual is None else rows_of(residual, is_turned(hidden, select)),
         )
-        losses = _to_slots(losses, select, problem.hidden_index)
-        gradients = [dh if dh is None else dh.view(hidden.shape), *dws]
+        losses = _to_slots(losses, select, index)
+        if dh is not None:
+            dh = of_rows(dh, hidden.shape, is_turned(hidden, select))
+        gradients = [dh, *dws]
         gradients += [dbs[layer] for layer in bias_layers]
         return [
             (losses * coefficient).sum(),
@@ -112,7 +117,8 @@ def scale_rounding_once(x: Tensor, scale: Tensor, backend: str) -> Tensor:
     """x * scale in the dtype of x for a 0-dim scale, in one pass over 16-bit numbers."""
     out = torch.empty_like(x)
     if x.numel():
-        rows, into = (y.view(-1, x.shape[-1]) for y in (x, out))
+        turned = not x.is_contiguous()  # a gradient of hidden then: see `of_rows`
+        rows, into = rows_of(x, turned), rows_of(out, turned)
         choose_backend(backend, x.device).scatter_rows(rows, into, None, scale, False)
     return out
 
@@ -152,13 +158,13 @@ def _(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     dtype = Spec.unpack(spec).stat_dtype
+    turned = is_turned(hidden, select)
+    dh = of_rows(hidden.new_empty(rows_of(hidden, turned).shape), hidden.shape, turned)
+    gradients = [dh, *(x.new_empty(x.shape) for x in parameters)]
     return [
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(_slots(hidden, select), dtype=dtype),
-        *(
-            x.new_empty(x.shape) if need else hidden.new_empty(0)
-            for x, need in zip([hidden, *parameters], needs, strict=True)
-        ),
+        *(x if need else hidden.new_empty(0) for x, need in zip(gradients, needs, strict=True)),
     ]
 
 
@@ -225,16 +231,16 @@ def _as_inputs(
     return dh, None, None, rest, *([] if need == [] else None for need in others)
 
 
-def _flatten(hidden: Tensor, anchor: Tensor, select: Tensor | None, head: Head) -> Problem:
-    index = select.nonzero().squeeze(1) if is_mask(select) else select
+def _flatten(hidden: Tensor, anchor: Tensor, index: Tensor | None, head: Head) -> Problem:
     aligned = anchor.shape[:-1] != hidden.shape[:-1]  # one anchor row per visual token
     if aligned and index is not None:
         check_anchor_rows(anchor, hidden.shape[:-1], index.shape[0])
+    turned, anchor_turned = is_turned(hidden, index), not aligned and is_turned(anchor, index)
     return Problem(
-        hidden.reshape(-1, hidden.shape[-1]),
-        anchor.reshape(-1, anchor.shape[-1]),
-        index,
-        None if aligned else index,
+        rows_of(hidden, turned),
+        rows_of(anchor, anchor_turned),
+        places_of(index, hidden.shape, turned),
+        None if aligned else places_of(index, anchor.shape, anchor_turned),
         head,
     )
 

@@ -12,8 +12,9 @@ from prereg_kernels.ops.arguments import check_inputs, is_mask, token_coefficien
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses
 from prereg_kernels.ops.dtypes import matmul_dtype
+from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.losses import Loss, LossName
-from prereg_kernels.ops.names import NormalizationName, ReductionName
+from prereg_kernels.ops.names import LayoutName, NormalizationName, ReductionName
 from prereg_kernels.ops.pipeline import power_of_two
 from prereg_kernels.ops.reference import eager_pre_loss
 from prereg_kernels.ops.spec import check_name, check_reduction, check_spec
@@ -29,6 +30,7 @@ def fused_pre_loss(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
+    layout: LayoutName = "bsh",
     activation: ActivationName | Activation = "gelu",
     loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
@@ -59,6 +61,9 @@ def fused_pre_loss(
             and free of the device synchronisation that a mask needs. Neither: every position.
         token_weight: non-negative, the leading shape or (N,); where both fit, the leading shape.
             A constant, as the denominator is: no gradient flows into it.
+        layout: "bsh", or "sbh" where `hidden` is (S, B, D), as in Megatron, and so `anchor`, but
+            for one of (N, A). All else is as with "bsh", (B, S) for "the leading shape", and the
+            result is bitwise the same. What a mask or an index selects is read where it lies.
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu"; or an `Activation` of your own.
         loss: "cosine" (its negative, `F.cosine_similarity`'s value); or "mse", "smooth_l1" (beta
             1), "l1" or "huber" (`F.huber_loss` with delta 0.5), averaged over the features; or a
@@ -102,6 +107,7 @@ def fused_pre_loss(
     """
     check_reduction(reduction, denominator)
     check_name("backend", backend, BACKENDS)
+    hidden, anchor = batch_first(hidden, anchor, layout)
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )

@@ -4,6 +4,8 @@ from typing import Literal, get_args
 
 NormalizationName = Literal["none", "l2", "layer"]
 ReductionName = Literal["mean", "sum", "none"]
+LayoutName = Literal["bsh", "sbh"]
 
 NORMALIZATIONS: tuple[NormalizationName, ...] = get_args(NormalizationName)
 REDUCTIONS: tuple[ReductionName, ...] = get_args(ReductionName)
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)

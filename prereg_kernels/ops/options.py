@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from prereg_kernels.ops.backends.registry import BackendName
 from prereg_kernels.ops.losses import Loss, LossName
-from prereg_kernels.ops.names import NormalizationName, ReductionName
+from prereg_kernels.ops.names import LayoutName, NormalizationName, ReductionName
 
 
 class _Options(TypedDict, total=False):
     visual_mask: Tensor | None
     visual_index: Tensor | None
     token_weight: Tensor | None
+    layout: LayoutName
     loss: LossName | Loss
     normalize: NormalizationName
     denominator: float | Tensor | None
@@ -40,3 +41,5 @@ class TapOptions(_Options, total=False):
     value_out: Tensor | None
     carry: float | Tensor | None
     carry_always: bool
+    group: Any
+    same_hidden: bool

@@ -17,8 +17,9 @@ from torch import Tensor
 from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
 from prereg_kernels.ops.arguments import check_inputs, token_coefficients
 from prereg_kernels.ops.dtypes import DTYPES, matmul_dtype
+from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.losses import LOSSES, Loss, LossName
-from prereg_kernels.ops.names import NormalizationName, ReductionName
+from prereg_kernels.ops.names import LayoutName, NormalizationName, ReductionName
 from prereg_kernels.ops.spec import check_reduction, check_spec
 
 
@@ -31,6 +32,7 @@ def eager_pre_loss(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
+    layout: LayoutName = "bsh",
     activation: ActivationName | Activation = "gelu",
     loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
@@ -56,6 +58,7 @@ def eager_pre_loss(
     check_reduction(reduction, denominator)
     if upcast is not None and upcast not in DTYPES:
         raise TypeError(f"upcast: expected None or a floating torch.dtype, got {upcast!r}")
+    hidden, anchor = batch_first(hidden, anchor, layout)
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )

@@ -19,9 +19,11 @@ from prereg_kernels.ops.arguments import Inputs, check_inputs, is_mask, token_co
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
 from prereg_kernels.ops.custom_ops import call_gradients, call_losses, store_value
 from prereg_kernels.ops.dtypes import matmul_dtype
+from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.losses import Loss, LossName
-from prereg_kernels.ops.names import NormalizationName
+from prereg_kernels.ops.names import LayoutName, NormalizationName
+from prereg_kernels.ops.shares import Share, has_several, sum_over
 from prereg_kernels.ops.spec import Spec, check_name, check_spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
 from prereg_kernels.ops.versions import check_versions, versions_of
@@ -36,6 +38,7 @@ def pre_tap(
     visual_mask: Tensor | None = None,
     visual_index: Tensor | None = None,
     token_weight: Tensor | None = None,
+    layout: LayoutName = "bsh",
     activation: ActivationName | Activation = "gelu",
     loss: LossName | Loss = "cosine",
     normalize: NormalizationName = "none",
@@ -47,6 +50,8 @@ def pre_tap(
     value_out: Tensor | None = None,
     carry: float | Tensor | None = None,
     carry_always: bool = False,
+    group: Any = None,
+    same_hidden: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Pass `hidden` on unchanged, and return a scalar whose gradient is that of the PRe loss.
 
@@ -69,6 +74,14 @@ def pre_tap(
             several, adds nothing. None: what is not used has no gradient.
         carry_always: the loss is for reading: backward adds `carry * dL/dhidden` always, and the
             loss itself has no gradient. So it is under torch.compile, too, where `carry` is given.
+        group: a process group of ranks with the same parameters, whose gradients nobody else
+            reduces over them, as those of tensor parallelism. All of them have to come here, and in
+            backward. None: this rank alone.
+        same_hidden: they have the same `hidden` and anchor, too. Each does its share of the tokens,
+            and all get the gradients and the loss of all of them, the same bits. False: each has
+            tokens of its own, as where tensor parallelism leaves the ranks parts of the sequence.
+            The head's gradients are summed over the group; `denominator` is of all of its tokens,
+            and the loss that of this rank's.
         The others: as for `fused_pre_loss` with reduction="mean".
 
     Returns:
@@ -77,7 +90,8 @@ def pre_tap(
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `fused_pre_loss`. RuntimeError in
-            backward, too: if a tensor that it reads was changed in place since.
+            backward, too: if a tensor that it reads was changed in place since. RuntimeError: a
+            `group` under torch.compile, torch.export or torch.func.
 
     Example:
         >>> hidden, anchor = torch.ones(3, 2, requires_grad=True), torch.zeros(3, 2)
@@ -91,11 +105,14 @@ def pre_tap(
         1.1667
     """
     check_name("backend", backend, BACKENDS)
+    given = hidden
+    hidden, anchor = batch_first(hidden, anchor, layout)
     inputs = check_inputs(
         hidden, anchor, weights, biases, visual_mask, visual_index, token_weight, denominator
     )
     spec = check_spec(activation, loss, normalize, eps, matmul_dtype(hidden), chunk_rows, backend)
     _check_value_out(value_out, hidden)
+    group = _checked_group(group)
     if forgets_functions():
         value = fused_pre_loss(
             hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
@@ -104,19 +121,26 @@ def pre_tap(
         )  # fmt: skip
         if value_out is not None:
             value_out.copy_(value.detach())
-        return hidden.view_as(hidden), value
+        return given.view_as(given), value
     coefficient = token_coefficients(inputs, "mean", denominator, hidden)
+    share = None
+    if group is not None and same_hidden:
+        share = Share(hidden, anchor.detach(), inputs, coefficient, group)
+        anchor, inputs, coefficient = share.anchor, share.inputs, share.coefficient
+        if not share.tokens:
+            group = share = None
     carry_always = carry_always or (carry is not None and torch.compiler.is_compiling())
-    return _Tap.apply(
+    tapped, value = _Tap.apply(
         hidden,
         anchor.detach(),
         inputs.select,
         coefficient,
         value_out,
         carry,
-        _Settings(spec, inputs.bias_layers, compute_value, carry_always),
+        _Settings(spec, inputs.bias_layers, compute_value, carry_always, group, share),
         *inputs.parameters,
     )
+    return tapped if hidden is given else tapped.transpose(0, 1), value
 
 
 class _Settings(NamedTuple):
@@ -126,6 +150,24 @@ class _Settings(NamedTuple):
     bias_layers: list[int]
     compute_value: bool
     carry_always: bool
+    group: Any
+    share: Share | None
+
+
+def _checked_group(group: Any) -> Any:
+    """None where a group has this rank alone.
+
+    Raises:
+        RuntimeError: in a graph of torch.compile or under a transform.
+    """
+    if not has_several(group):
+        return None
+    if torch.compiler.is_compiling() or forgets_functions():
+        raise RuntimeError(
+            "group: expected None under torch.compile, torch.export and torch.func, got a process "
+            "group of several ranks; compile the layers that have no tap, each by layer.compile()"
+        )
+    return group
 
 
 def _check_value_out(value_out: Any, hidden: Tensor) -> None:
@@ -159,8 +201,8 @@ class _Tap(torch.autograd.Function):
         settings: _Settings,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        spec, bias_layers, compute_value, carry_always = settings
-        ctx.spec, ctx.bias_layers = spec, bias_layers
+        spec, bias_layers, compute_value, carry_always, group, share = settings
+        ctx.spec, ctx.bias_layers, ctx.group, ctx.share = spec, bias_layers, group, share
         constants = anchor, select, coefficient
         ctx.in_graph = torch.compiler.is_compiling()
         if ctx.in_graph:  # which saves what it has to, and watches the versions of these alone
@@ -174,6 +216,8 @@ class _Tap(torch.autograd.Function):
         if compute_value:
             inputs = Inputs(list(parameters), bias_layers, select, None, coefficient.shape[0])
             value = (call_losses(hidden, anchor, inputs, spec) * coefficient).sum()
+            if share is not None:
+                sum_over(group, [value])
         else:
             value = coefficient.new_zeros(())
         if value_out is None and not compute_value and not torch.compiler.is_compiling():
@@ -192,7 +236,7 @@ class _Tap(torch.autograd.Function):
     def backward(
         ctx: Any, grad_hidden: Tensor | None, grad_value: Tensor | None
     ) -> tuple[Any, ...]:
-        factor = _factor(ctx, grad_value)
+        factor, share = _factor(ctx, grad_value), ctx.share
         need_hidden, *others = ctx.needs_input_grad
         if factor is None:  # the caller did not use the loss
             return (grad_hidden, *[None] * len(others))
@@ -205,18 +249,31 @@ class _Tap(torch.autograd.Function):
                 selector = "visual_mask" if is_mask(select) else "visual_index"
                 check_versions(ctx.versions, {"anchor": anchor, selector: select})
                 if not private.keeps_graph():
-                    ctx.constants = None  # as autograd frees what it saved
+                    ctx.constants = ctx.share = None  # as autograd frees what it saved
         constants = len(others) - len(parameters)  # the arguments before the parameters
         needs = [need_hidden, *others[constants:]]
         inputs = Inputs(parameters, ctx.bias_layers, select, None, coefficient.shape[0])
         if isinstance(factor, Tensor):
             factor = factor.to(coefficient.device)
         with torch.no_grad():
-            _, losses, *gradients = call_gradients(
-                hidden, anchor, inputs, ctx.spec, coefficient * factor, needs, grad_hidden
-            )
-            if ctx.value_out is not None:
-                store_value(ctx.value_out, (losses * coefficient).sum())
+            if share is None:
+                _, losses, *gradients = call_gradients(
+                    hidden, anchor, inputs, ctx.spec, coefficient * factor, needs, grad_hidden
+                )
+            else:
+                rows, targets = share.rows(hidden)
+                _, losses, *gradients = call_gradients(
+                    rows, targets, inputs._replace(select=None), ctx.spec, coefficient * factor,
+                    needs,
+                )  # fmt: skip
+            value = [] if ctx.value_out is None else [(losses * coefficient).sum()]
+            if ctx.group is not None:
+                sums = [x for x, need in zip(gradients, needs, strict=True) if need][need_hidden:]
+                sum_over(ctx.group, sums if share is None else [*value, *sums])
+            if share is not None and need_hidden:
+                gradients[0] = share.add_rows(gradients[0], grad_hidden, hidden)
+            if value:
+                store_value(ctx.value_out, *value)
         upstream = [x for x in (grad_hidden, grad_value) if x is not None]
         once = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
         dh, *rest = (x if need else None for x, need in zip(once, needs, strict=True))

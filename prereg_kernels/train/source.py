@@ -61,7 +61,8 @@ class JsonSource(ABC):
         self.root = Path(data.images) if data.images is not None else self._files[0].parent
         if not self.root.is_dir():
             raise ValueError(f"images: expected a folder, got {printable(self.root)}")
-        places, lengths, images = [], [], []
+        places: list[tuple[int, int, int, int]] = []
+        lengths, images = [], []
         self._firsts = []  # of each file: the number of its first sample
         for number, file in enumerate(self._files):
             self._firsts.append(len(places))

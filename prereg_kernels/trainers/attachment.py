@@ -22,12 +22,48 @@ class AttachSettings(Settings, total=False):
     from_pretrained: str | Path | None
 
 
+_NUMBERS = ("weight", "token_fraction", "head_learning_rate", "head_weight_decay")
+_NOT_WRITTEN = ("config", "family")  # objects of Python
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError, before there is a model, as `apply_pre` would later."""
     others = AttachSettings.__annotations__.keys() - Settings.__annotations__.keys()
     overrides: Any = {name: x for name, x in settings.items() if name not in others}
     if settings.get("from_pretrained") is None:
         (settings.get("config") or PReConfig()).replace(**overrides)
+
+
+def read_settings(written: Any, name: str = "pre") -> AttachSettings:
+    """The settings that a file or a command line has under this name, checked.
+
+    Args:
+        written: a mapping of plain values, as YAML has them, or None: no settings. A number may be
+            text, as PyYAML reads 1e-3.
+
+    Raises:
+        ValueError: it is none, or one of them is unknown or wrong.
+    """
+    if written is None:
+        return {}
+    if not isinstance(written, Mapping):
+        raise ValueError(f"{name}: expected settings such as {{weight: 0.5}}, got {written!r}")
+    settings: Any = {n: _number(x) if n in _NUMBERS else x for n, x in written.items()}
+    for setting in _NOT_WRITTEN:
+        if setting in settings:
+            raise ValueError(f"{name}.{setting}: expected it in Python, got {settings[setting]!r}")
+    try:
+        check_settings(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}.{error}") from None
+    return settings
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value  # whose setting says what it expects
 
 
 def attach(model: nn.Module, settings: Mapping[str, Any]) -> PRe:

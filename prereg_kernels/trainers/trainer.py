@@ -32,6 +32,7 @@ from prereg_kernels.attach.passes import Record
 from prereg_kernels.trainers.callback import PReCallback
 from prereg_kernels.trainers.checkpoints import Checkpoints
 from prereg_kernels.trainers.optimizers import HeadNorm, Optimizers, check_optimizer
+from prereg_kernels.trainers.parallelism import Parallelism
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +45,7 @@ def _as(original: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, 
     return lambda method: method
 
 
-class PReTrainerMixin(Checkpoints, Optimizers):
+class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
     """What makes a Trainer a PReTrainer; put it first: `class My(PReTrainerMixin, SFTTrainer)`.
 
     - The gradient of a step is that of `L_LM + weight * L_PRe`, with L_PRe the mean over all visual
@@ -67,7 +68,11 @@ class PReTrainerMixin(Checkpoints, Optimizers):
       `resume_from_checkpoint` and `load_best_model_at_end` read them. (Under FSDP with sharded
       checkpoints, and under DeepSpeed, the heads are part of what these save and load.)
 
-    Not supported: `nn.DataParallel`, context and sequence parallelism.
+    - Where ranks share each sequence, as accelerate's context and sequence parallelism have it, or
+      `pre.sequence_parallel` says, each computes L_PRe of its own tokens, and all of this holds.
+
+    Not supported: `nn.DataParallel`; level="global" with accelerate's context and sequence
+    parallelism, which do not say where images are cut.
 
     Raises (when made):
         ValueError: a model without PRe, or one of the above.
@@ -91,11 +96,7 @@ class PReTrainerMixin(Checkpoints, Optimizers):
                 "Trainer would use through nn.DataParallel; start it by torchrun or accelerate "
                 "launch, or set CUDA_VISIBLE_DEVICES"
             )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "PRe: expected whole sequences on each rank, got context or sequence parallelism"
-            )
+        self._check_parallelism()
         # Of the step: how many micro-batches, and the rows of those to come; None: not known.
         self._micro_batches = 1
         self._counts: list[Tensor] | None = []
@@ -137,10 +138,12 @@ class PReTrainerMixin(Checkpoints, Optimizers):
     def count_rows(self, batch: Any) -> Tensor | None:
         """0-dim, int64: as `pre.count`, of a micro-batch before it is given to `training_step`.
 
-        None where it does not say: it is no mapping with "input_ids". Override this for a batch of
-        another form.
+        None where it does not say: it is no mapping with "input_ids", and the family has no mask
+        function. Override this for a batch of another form.
         """
-        is_known = isinstance(batch, Mapping) and batch.get("input_ids") is not None
+        if not isinstance(batch, Mapping):
+            return None
+        is_known = batch.get("input_ids") is not None or self.pre.family.visual_mask is not None
         return self.pre.count(batch) if is_known else None
 
     def get_batch_samples(
@@ -150,6 +153,7 @@ class PReTrainerMixin(Checkpoints, Optimizers):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_optimizer_checked:  # in the first step of a run
             check_optimizer(self.optimizer, self.model)
+            self._share_sequences()
             self._is_optimizer_checked = True
         counts = [self.count_rows(batch) for batch in batches]
         known = [count.to(device) for count in counts if count is not None]
@@ -205,7 +209,7 @@ class PReTrainerMixin(Checkpoints, Optimizers):
         terms, self._records = zip(*trained, strict=True)
         self._lm_loss = loss.detach()
         term = self._weigh(torch.stack(terms), self._records).to(loss.device)
-        loss = loss + term * self._loss_scale(num_items_in_batch)
+        loss = loss + self._of_all_parts(term) * self._loss_scale(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _weigh(self, terms: Tensor, records: Sequence[Record]) -> Tensor:
@@ -218,10 +222,12 @@ class PReTrainerMixin(Checkpoints, Optimizers):
         if self.pre.denominator is None:  # not in a step of `train`
             return (terms * rows).sum() / seen.clamp(min=1)
         if self._counts is None:
-            seen = self.accelerator.reduce(seen, reduction="sum") / self._copies()
+            seen = self.accelerator.reduce(seen, reduction="sum") / state_of(self.pre).copies
             return terms.sum() / seen.clamp(min=1)
         if self._counted is None:
             return terms.sum()
+        if (shared := self._counts_parts_of()) is not None:
+            seen = shared.total(seen)
         # As often as the passes saw the batch's rows, which was counted once.
         return terms.sum() * (self._counted.to(seen) / seen.clamp(min=1))
 
@@ -321,20 +327,6 @@ class PReTrainerMixin(Checkpoints, Optimizers):
         return result
 
     # How Trainer weights losses.
-
-    def _copies(self) -> int:
-        """How many ranks get each micro-batch."""
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        return 1 if parallelism is None else parallelism.tp_size
-
-    def _replicas(self) -> int:
-        """How many different micro-batches there are at a time; gradients are averaged over."""
-        return self.accelerator.num_processes // self._copies()
-
-    def _loss_scale(self, items: Any) -> int:
-        """What Trainer multiplies the loss by, so that averaging over ranks makes it a sum."""
-        known = self.args.average_tokens_across_devices and items is not None
-        return self._replicas() if known else 1
 
     def _is_divided(self, items: Any) -> bool:
         """Whether Trainer divides the loss by the number of micro-batches."""

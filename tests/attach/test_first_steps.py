@@ -28,7 +28,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 from transformers import Trainer
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from prereg_kernels import apply_pre, remove_pre
 from prereg_kernels.attach.first_steps import FirstSteps
@@ -37,6 +36,7 @@ from tests.attach.families.batches import make_batch as family_batch
 from tests.attach.families.models import make_model
 from tests.attach.misplaced import ERROR, FAMILY, WORD, right_batch, wrong_batch
 from tests.attached import NON_REENTRANT, compare
+from tests.releases import neftune_post_forward_hook
 from tests.tiny import gradients, tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prereg_kernels import Family, apply_pre, remove_pre
 from prereg_kernels.attach.handle import state_of
+from tests.attach.families.models import pooled
 from tests.attached import NON_REENTRANT, compare, eager_term
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, make_batch, tiny_llava
 
@@ -25,9 +26,7 @@ def embedded(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tens
     mask = batch["input_ids"] == IMAGE_TOKEN
     with torch.no_grad():
         states = model.get_input_embeddings()(batch["input_ids"])
-        states[mask] = torch.cat(
-            list(model.get_image_features(batch["pixel_values"]).pooler_output)
-        )
+        states[mask] = torch.cat(pooled(model.get_image_features(batch["pixel_values"])))
     kept = {name: x for name, x in batch.items() if name not in ("input_ids", "pixel_values")}
     return kept | {"inputs_embeds": states}, mask
 

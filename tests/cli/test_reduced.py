@@ -8,16 +8,16 @@ import pytest
 import torch
 import transformers as hf
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.cli.reduced import EXPERTS, MLP, reduced
 from tests.zoo import sample
+from tests.zoo.parts import CLASSES
 
 
 def on_meta(config: Any) -> Any:
     with torch.device("meta"):
-        return getattr(hf, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type])(config)
+        return getattr(hf, CLASSES[config.model_type])(config)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,10 @@ NOT_RUN = {
         "python -m benchmarks.step.gpu --out FILE",
     ),
     "runs these tests": ("make test", "make test-models"),
+    "runs a trainer that lies beside the environment": (
+        "make test-llamafactory",
+        "make test-swift",
+    ),
     "installs packages": (
         "pip install torch",
         "pip install .",

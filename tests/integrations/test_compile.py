@@ -192,18 +192,34 @@ def test_hooks_that_came_after_compilation_raise() -> None:
         call(**batch)
 
 
-def test_checkpointing_with_the_other_layers_compiled() -> None:
-    """The way out that the error names."""
+@pytest.mark.parametrize(
+    "which, use_reentrant", (("all", False), ("others", False), ("others", True))
+)
+def test_checkpointing_with_layers_compiled_one_by_one(which: str, use_reentrant: bool) -> None:
+    """The way out that the error names: PRe's own layer too, whose graph ends before the tap."""
     model = make_model("llava")
     batch = make_batch("llava", model).inputs
     pre = apply_pre(model)
-    model.gradient_checkpointing_enable(NON_REENTRANT)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     _, expected = train(model, model, batch)
     for number, layer in enumerate(model.get_decoder().layers, 1):
-        if number not in pre.heads:
-            layer.compile(backend="aot_eager", fullgraph=True)
+        if which == "all" or number not in pre.heads:
+            layer.compile(backend="aot_eager")
+    counters.clear()
     _, ours = train(model, model, batch)
+    assert counters["stats"]["unique_graphs"] > 0
     compare(ours, expected)
+
+
+def test_its_own_layer_compiled_in_a_reentrant_checkpoint_raises() -> None:
+    model = make_model("llava")
+    batch = make_batch("llava", model).inputs
+    pre = apply_pre(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for number in pre.heads:
+        model.get_decoder().layers[number - 1].compile(backend="aot_eager")
+    with pytest.raises(RuntimeError, match="so the heads do not train"):
+        model(**batch).loss.backward()
 
 
 @pytest.mark.filterwarnings("ignore:PRe. .* positions of the batch")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from prereg_kernels import apply_pre, find_pre, remove_pre
 from prereg_kernels.attach.handle import PRe
@@ -23,6 +22,7 @@ from tests.attach.families.models import make_model
 from tests.attach.misplaced import ERROR, FAMILY, right_batch, wrong_batch
 from tests.attach.test_regularizer import traces
 from tests.attached import NON_REENTRANT, compare, eager_term
+from tests.releases import neftune_post_forward_hook
 from tests.tiny import IMAGE_TOKEN, tiny_llava
 from tests.trainers.rows import make_trainer
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaForCausalLM,
     LlamaModel,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
 )
@@ -43,7 +43,7 @@ class Tower(nn.Module):
         return self.patches(pixel_values).flatten(2).transpose(1, 2)
 
 
-class Config(PreTrainedConfig):
+class Config(PretrainedConfig):
     """With the parts that are given."""
 
     def __init__(self, **parts: Any) -> None:

@@ -126,6 +126,8 @@ OPS = {
     "index": make_problem((3, 5), **options_of("visual_index")),
     "nothing": make_problem((3, 5), visual_index=torch.zeros(0, dtype=torch.int64)),
     "strides": with_strides(make_problem((3, 5))),
+    "strides, mask": with_strides(make_problem((3, 5), **options_of("visual_mask"))),
+    "strides, index": with_strides(make_problem((3, 5), **options_of("visual_index"))),
     "strides, nothing": with_strides(
         make_problem((3, 5), visual_index=torch.zeros(0, dtype=torch.int64))
     ),

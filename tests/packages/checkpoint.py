@@ -18,6 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -111,3 +113,50 @@ def write_messages(folder: Path, *, is_split: bool, name: str = "data.jsonl") ->
     path = folder / name
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+QWEN_IMAGE = 151655  # ms-swift knows its id by heart
+QWEN_SPECIAL = {
+    "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
+    "<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": QWEN_IMAGE,
+    "<|video_pad|>": 151656,
+}  # fmt: skip
+
+
+def make_qwen(folder: Path) -> Path:
+    """A checkpoint as Qwen2.5-VL's, with its ids; small but for the embeddings."""
+    letters = {x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(letters | QWEN_SPECIAL, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=list(QWEN_SPECIAL),
+    ).save_pretrained(folder)  # fmt: skip
+    # By hand: the processor's own classes do not import without torchvision.
+    for name, kind in (("preprocessor", "image"), ("video_preprocessor", "video")):
+        settings = {
+            f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor",
+            "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14, "merge_size": 2,
+        }  # fmt: skip
+        (folder / f"{name}_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14,
+        "out_hidden_size": 48, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    text = {
+        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+        "vocab_size": max(QWEN_SPECIAL.values()) + 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True,
+        "bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=QWEN_IMAGE,
+        video_token_id=QWEN_SPECIAL["<|video_pad|>"], tie_word_embeddings=True,
+        vision_start_token_id=QWEN_SPECIAL["<|vision_start|>"],
+        vision_end_token_id=QWEN_SPECIAL["<|vision_end|>"],
+    )  # fmt: skip
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder

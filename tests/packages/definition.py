@@ -38,34 +38,53 @@ def split(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def gradients(
-    checkpoint: Path, run: Run, step: Mapping[str, Any], weight: float, *, image_token: int = 4
+    checkpoint: Path,
+    run: Run,
+    step: Mapping[str, Any],
+    weight: float,
+    *,
+    autocast: torch.dtype | None = None,
+    image_token: int = 4,
+    is_mean_of_means: bool = False,
+    has_lm_loss: bool = True,
 ) -> dict[str, Tensor]:
     """{name: gradient} of L_LM + weight * L_PRe of a step's micro-batches: each mean is over all
     of the step's labels, or visual tokens. Names as in `step["gradients"]`.
+
+    Args:
+        autocast: in this, on the weights as they were recorded; else in float64.
+        is_mean_of_means: of L_LM: the trainer takes it so, over the micro-batches' means.
+        has_lm_loss: False for the gradients of weight * L_PRe alone, of batches without labels.
     """
     model = make_model(checkpoint, run)
     own, heads = split(step["weights"])
-    loaded = model.load_state_dict({n: x.double() for n, x in own.items()}, strict=False)
+    is_exact = autocast is None
+    own, heads = (
+        {n: (x.double() if is_exact else x.clone()).requires_grad_(True) for n, x in each.items()}
+        for each in (own, heads)
+    )
+    loaded = model.load_state_dict(own, strict=False, assign=True)
     assert not loaded.unexpected_keys, loaded.unexpected_keys
-    heads = {n: x.double().requires_grad_(True) for n, x in heads.items()}
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
     by_layer: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    lm_loss, labels_seen = torch.zeros((), dtype=torch.float64), 0
+    sums, counts = [], []
     for batch in step["batches"]:
         inputs = {n: x for n, x in batch.items() if n in accepted and n != "labels"}
         inputs = {
-            n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+            n: x.double() if is_exact and isinstance(x, Tensor) and x.is_floating_point() else x
             for n, x in inputs.items()
         }
-        with seen(inner) as states:
+        with torch.autocast("cpu", autocast, enabled=not is_exact), seen(inner) as states:
             logits = model(**inputs).logits
-        labels = batch["labels"][:, 1:]
-        lm_loss = lm_loss + F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum"
-        )
-        labels_seen += int((labels != -100).sum())
-        mask = batch["input_ids"] == image_token
+        if has_lm_loss:
+            labels = batch["labels"][:, 1:]
+            sums.append(
+                F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+            )
+            counts.append(int((labels != -100).sum()))
+        # One that nothing attends to is padding, as LLaMA-Factory adds to a batch of text alone.
+        mask = (batch["input_ids"] == image_token) & batch["attention_mask"].bool()
         for layer in sorted({int(n.split(".")[0]) for n in heads}):
             hidden, anchors = by_layer.setdefault(layer, ([], []))
             hidden.append(states[layer][mask])
@@ -75,8 +94,12 @@ def gradients(
         matrices = [heads[n] for n in sorted(heads) if n.startswith(f"{layer}.weight")]
         biases = [heads[n] for n in sorted(heads) if n.startswith(f"{layer}.bias")]
         rows, targets = torch.cat(hidden), torch.cat(anchors).detach()
-        terms.append(eager_pre_loss(rows, targets, matrices, biases or None))
-    (lm_loss / labels_seen + weight * torch.stack(terms).mean()).backward()
+        with torch.autocast("cpu", autocast, enabled=not is_exact):
+            terms.append(eager_pre_loss(rows, targets, matrices, biases or None))
+    lm_loss = sum(sums) / max(sum(counts), 1)
+    if is_mean_of_means:
+        lm_loss = sum(x / n for x, n in zip(sums, counts, strict=True)) / len(sums)
+    (lm_loss + weight * torch.stack(terms).mean()).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     prefix = next(n for n in step["weights"] if HEADS in n).split(HEADS)[0] + HEADS
     return found | {prefix + n: x.grad for n, x in heads.items() if x.grad is not None}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import socket
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +28,7 @@ from prereg_kernels import apply_pre, find_pre
 from prereg_kernels.trainers import PReTrainer
 from tests.attach.misplaced import FAMILY, WORD
 from tests.tiny import PATCHES, gradients, tiny_llava
+from tests.trainers import processes
 from tests.trainers.rows import IMAGES, WEIGHT, collate, make_rows, make_trainer, step_gradients
 
 RANKS = 2
@@ -368,27 +366,12 @@ def work(
     dist.init_process_group("gloo")
     for name, case in cases.items():
         torch.save(case(rank, out / name), out / f"{name} {rank}.pt")
-    leave()
-
-
-def leave() -> None:
-    """End a rank, models before their process group, and without Python's finalisation.
-
-    Where either waits for gloo's threads with the interpreter's lock, a thread that drops a tensor
-    waits for the lock: torch then hangs or aborts (pytorch #190489), after all is written.
-    """
-    gc.collect()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+    processes.leave()
 
 
 def run(out: Path, work: Callable[[int, int, Path], None] = work) -> None:
     """All cases on two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, out), nprocs=RANKS)
+    processes.run(out, work, RANKS)
 
 
 def vision(name: str) -> bool:

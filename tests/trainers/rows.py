@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prereg_kernels import PReHead
 from prereg_kernels.trainers import PReTrainer
 from tests.attached import eager_term
+from tests.releases import HERE
 from tests.tiny import IMAGE_TOKEN, PATCHES, gradients, tiny_llava
 
 Row = dict[str, Tensor]
@@ -61,6 +63,13 @@ class Gradients(TrainerCallback):
         self.steps.append(gradients(model))
 
 
+class InOrder(Trainer):
+    """A trainer that goes through its rows in order."""
+
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
 def make_trainer(
     model: nn.Module | None,
     out: Path,
@@ -77,9 +86,13 @@ def make_trainer(
         "train_sampling_strategy": "sequential", "dataloader_pin_memory": False,
         "learning_rate": 1e-2, "lr_scheduler_type": "constant", "remove_unused_columns": False,
     }  # fmt: skip
+    arguments = defaults | arguments
+    if HERE < (5, 16):  # which has no such argument
+        in_order = arguments.pop("train_sampling_strategy") == "sequential"
+        cls = type(cls.__name__, (InOrder, cls), {}) if in_order else cls
     return cls(
         model=model,
-        args=TrainingArguments(**(defaults | arguments)),
+        args=TrainingArguments(**arguments),
         train_dataset=list(make_rows() if rows is None else rows),
         data_collator=collate,
         **others,

@@ -219,7 +219,7 @@ def test_ranks_that_share_a_batch_count_it_once(
     model = tiny_llava()
     pre = apply_pre(model)
     trainer = make_trainer(model, tmp_path, average_tokens_across_devices=False)
-    parallelism = SimpleNamespace(tp_size=2, non_data_parallel_size=2)
+    parallelism = SimpleNamespace(tp_size=2, cp_size=1, sp_size=1, non_data_parallel_size=2)
     ranks = SimpleNamespace(
         num_processes=4, parallelism_config=parallelism, reduce=lambda rows, reduction: 4 * rows
     )
@@ -288,21 +288,19 @@ def test_several_gpus_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         make_trainer(model, tmp_path)
 
 
-@pytest.mark.parametrize("name", ("cp_enabled", "sp_enabled"))
-def test_pieces_of_sequences(tmp_path: Path, name: str) -> None:
-    parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, name: True})
-
+@pytest.mark.parametrize("name", ("cp_size", "sp_size"))
+def test_images_that_pieces_of_sequences_may_cut(tmp_path: Path, name: str) -> None:
     class Pieces(Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.accelerator = SimpleNamespace(parallelism_config=parallelism)
+            self.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{name: 2}))
 
     class PRePieces(PReTrainerMixin, Pieces):
         pass
 
     model = tiny_llava()
-    apply_pre(model)
-    with pytest.raises(ValueError, match="whole sequences on each rank, got context or sequence"):
+    apply_pre(model, level="global")
+    with pytest.raises(ValueError, match="level: 'global' needs whole images on each rank"):
         make_trainer(model, tmp_path, cls=PRePieces)
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer
 from prereg_kernels import apply_pre
 from prereg_kernels.trainers import PReTrainer, PReTrainerMixin
 from tests.attach.families.batches import make_batch
-from tests.attach.families.models import make_model
+from tests.attach.families.models import make_model, pooled
 from tests.tiny import gradients
 from tests.trainers.rows import make_trainer
 
@@ -40,7 +40,7 @@ def embed_first(lora: Any) -> None:
         ids, pixels = kwargs.pop("input_ids"), [kwargs.pop(n) for n in PIXELS if n in kwargs]
         embeddings = model.get_input_embeddings()(ids)
         if pixels:
-            features = torch.cat(list(model.get_image_features(*pixels).pooler_output))
+            features = torch.cat(pooled(model.get_image_features(*pixels)))
             visual = (ids == model.config.image_token_id)[..., None]
             embeddings = embeddings.masked_scatter(visual, features)
         kinds = kwargs.pop("mm_token_type_ids", None)

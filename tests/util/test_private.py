@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -331,3 +333,32 @@ def test_what_fully_shard_sets(one_rank: None) -> None:
     assert frozenset(vars(Module)) >= private.FSDP_ATTRIBUTES
     fully_shard(Module(2, 2), mesh=init_device_mesh("cpu", (1,)))
     assert set_to == [(True, "DTensor")]  # after the parameters have been sharded
+
+
+def test_the_mesh_of_a_model(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=8,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    assert getattr(model, private.DEVICE_MESH) is None
+    model.save_pretrained(tmp_path)
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    split = LlamaForCausalLM.from_pretrained(tmp_path, tp_plan="auto", tp_size=1, device_mesh=mesh)
+    assert getattr(split, private.DEVICE_MESH) == mesh
+
+
+def test_the_group_of_ulysses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed is not in the environment: the name is that of its 0.18 and later."""
+    groups = ModuleType("deepspeed.utils.groups")
+    groups.__dict__["_get_sequence_parallel_group"] = lambda: "ranks"
+    for module in (ModuleType("deepspeed"), ModuleType("deepspeed.utils"), groups):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert private.ulysses_group() == "ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from prereg_kernels._util import supported
 from tests.tiny import tiny_llava
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+MAKEFILE = PROJECT.with_name("Makefile")
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +28,9 @@ def not_said_yet() -> None:
         ("5.17.0", True),
         ("5.17.0.dev0", True),
         ("5.100.2", True),
-        ("5.16.9", False),
-        ("4.57.1", False),
+        ("4.57.1", True),
+        ("5.0.0", True),
+        ("4.56.2", False),
         ("6.0.0", False),
         ("6.0.0rc1", False),
         ("10.17", False),
@@ -44,15 +47,19 @@ def test_the_metadata_has_the_same_bounds() -> None:
 
 
 def test_what_is_pinned_is_what_was_tested() -> None:
-    first = ".".join(map(str, supported.TRANSFORMERS[0]))
     constraints = PROJECT.with_name("constraints.txt").read_text()
-    assert f"\ntransformers=={first}." in constraints
+    pinned = re.search(r"^transformers==(.*)$", constraints, re.MULTILINE)
+    folders = re.search(r"^TRANSFORMERS := (.*)$", MAKEFILE.read_text(), re.MULTILINE)
+    assert pinned is not None and folders is not None
+    assert {pinned[1], *folders[1].split()} == set(supported.TESTED)
+    assert all(map(supported.is_supported, supported.TESTED))
+    assert supported.TESTED[0].startswith("{}.{}.".format(*supported.TRANSFORMERS[0]))
 
 
 def test_another_release_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tiny_llava(), tiny_llava()
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "6.1.0")
-    with pytest.warns(UserWarning, match=r"expected >=5\.17,<6, got 6\.1\.0"):
+    with pytest.warns(UserWarning, match=r"expected >=4\.57,<6, got 6\.1\.0"):
         apply_pre(first)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.attach.families.models import IMAGE, LAYERS, NEW, WIDTH, noise
+from tests.attach.families.models import IMAGE, LAYERS, NEW, WIDTH, noise, pooled
 from tests.zoo.parts import (
     SPECIAL_TOKENS,
     TEXT,
@@ -42,7 +42,8 @@ def florence2() -> Sample:
     model = tiny_model(tiny_config("florence2", text=text, vision=vision))
     pixels = noise(2, 3, 32, 32)
     with torch.no_grad():
-        tokens = model.get_image_features(pixels).pooler_output.flatten(0, -2).shape[0] // 2
+        features = torch.stack(pooled(model.get_image_features(pixels)))
+        tokens = features.flatten(0, -2).shape[0] // 2
     batches = make_batches(images(tokens, tokens, pixel_values=pixels), decoder_labels=True)
     return Sample(model, batches)
 

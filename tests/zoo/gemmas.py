@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,7 @@ from tests.zoo.parts import (
     tiny_model,
     videos,
 )
-from tests.zoo.sample import Sample, case
+from tests.zoo.sample import Batch, Sample, case
 from tests.zoo.stubs import StubTower, towers
 
 LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
@@ -73,6 +76,18 @@ def positions(count: int, side: int) -> Tensor:
     return torch.cartesian_prod(axis, axis).flip(-1).repeat(count, 1, 1)
 
 
+def with_frames(model: Any, batches: dict[str, Batch]) -> Sample:
+    """As the newest releases take videos: all frames in a row, and how many each has."""
+    if "num_frames_per_video" in inspect.signature(model.forward).parameters:
+        for batch in batches.values():
+            videos = batch.inputs.get("pixel_values_videos")
+            if videos is not None:
+                batch.inputs["num_frames_per_video"] = torch.full((len(videos),), videos.shape[1])
+                for name in ("pixel_values_videos", "video_position_ids"):
+                    batch.inputs[name] = batch.inputs[name].flatten(0, 1)
+    return Sample(model, batches)
+
+
 @case("gemma4")
 def gemma4() -> Sample:
     text = {
@@ -101,7 +116,7 @@ def gemma4() -> Sample:
         ),
         audio(4, **sounds), types=mm_types,
     )  # fmt: skip
-    return Sample(tiny_model(config), batches)
+    return with_frames(tiny_model(config), batches)
 
 
 @case("gemma4_unified")
@@ -128,4 +143,4 @@ def gemma4_unified() -> Sample:
         ),
         audio(3, **sounds), types=mm_types,
     )  # fmt: skip
-    return Sample(tiny_model(config), batches)
+    return with_frames(tiny_model(config), batches)

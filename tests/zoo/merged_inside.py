@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers as hf
 
 from tests.attach.families.models import IMAGE, LAYERS, WIDTH, Inputs, noise
 from tests.zoo.parts import (
@@ -48,6 +49,9 @@ def chameleon() -> Sample:
 def phi4_multimodal() -> Sample:
     """A tile and a small copy of each image; the id stands in the config of the tower."""
     parts = defaults("phi4_multimodal")
+    if parts["vision_config"] is None:  # releases before 5 leave them out
+        parts["vision_config"] = hf.Phi4MultimodalVisionConfig().to_dict()
+        parts["audio_config"] = hf.Phi4MultimodalAudioConfig().to_dict()
     vision = shrunk(
         parts.pop("vision_config"), VISION, crop_size=16, image_token_id=IMAGE, feature_layer=-2
     )

@@ -6,7 +6,16 @@ from typing import Any
 
 import transformers as hf
 
-from tests.attach.families.models import IMAGE, LAYERS, TILES, WIDTH, anyres, noise, tower
+from tests.attach.families.models import (
+    IMAGE,
+    LAYERS,
+    TILES,
+    WIDTH,
+    anyres,
+    noise,
+    pooled,
+    tower,
+)
 from tests.zoo.one_size import one_size
 from tests.zoo.parts import images, make_batches, text_part, tiny_config, tiny_model
 from tests.zoo.q_formers import OPT, Q_FORMER, TOWER, questions
@@ -104,7 +113,7 @@ def llava_next_with_mistral() -> Sample:
     )
     model = tiny_model(config)
     pixels = anyres([[(16, 32), (30, 20)], [(16, 32)]])
-    features = model.get_image_features(**pixels).pooler_output
+    features = pooled(model.get_image_features(**pixels))
     return Sample(model, make_batches(images(*map(len, features), **pixels)))
 
 

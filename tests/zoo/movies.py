@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.attach.families.models import TILES, anyres, noise
+from tests.attach.families.models import TILES, anyres, noise, pooled
 from tests.zoo.parts import images, make_batches, tiny_config, tiny_model, videos
 from tests.zoo.sample import Sample, case
 from tests.zoo.stubs import StubTower, towers
@@ -23,7 +23,7 @@ def llava_next_video() -> Sample:
     model = tiny_model(config)
     pixels = anyres([[(16, 32), (30, 20)], [(16, 32)]])
     with torch.no_grad():
-        features = model.get_image_features(**pixels).pooler_output
+        features = pooled(model.get_image_features(**pixels))
     batches = make_batches(
         images(*map(len, features), **pixels),
         videos((2,), (2,), pixel_values_videos=noise(2, 2, 3, 16, 16)),

@@ -16,6 +16,21 @@ from prereg_kernels.checkup.images.reading import SkipImage
 from prereg_kernels.checkup.model_files import in_words
 
 
+def pillow_class(name: str) -> type[Any] | None:
+    """transformers' image processor of that name that runs on Pillow, whatever is installed.
+
+    Args:
+        name: an `image_processor_type`, such as "CLIPImageProcessor" or "CLIPImageProcessorFast".
+    """
+    import transformers
+
+    plain = name.removesuffix("Fast")
+    # Before 5 the plain name is that of the one on Pillow
+    suffix = "Pil" if hasattr(transformers, "CLIPImageProcessorPil") else ""
+    found: type[Any] | None = getattr(transformers, f"{plain}{suffix}", None)
+    return found if plain.endswith("ImageProcessor") else None
+
+
 def process(processor: Any, image: NDArray[np.uint8]) -> Mapping[str, Tensor]:
     """What the processor makes of one (H, W, 3) image, as tensors."""
     from transformers.image_utils import ChannelDimension

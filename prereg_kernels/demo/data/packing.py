@@ -16,14 +16,16 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from prereg_kernels.checkup.images.processing import pillow_class
 from prereg_kernels.demo.data.draws import stream_key
 from prereg_kernels.demo.data.questions import (
     Question,
@@ -65,10 +67,12 @@ def pixel_values(images: NDArray[np.float32]) -> Tensor:
     return standard[:, None].expand(-1, 3, -1, -1)
 
 
-def image_processor(side: int) -> CLIPImageProcessorPil:
+def image_processor(side: int) -> Any:
     """The same for image files, as a checkpoint keeps it: the shorter side to `side` px, the centre
     cut out."""
-    return CLIPImageProcessorPil(
+    kind = pillow_class("CLIPImageProcessor")
+    assert kind is not None
+    return kind(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         image_mean=[_PIXEL_MEAN] * 3,

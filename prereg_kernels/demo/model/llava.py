@@ -136,7 +136,9 @@ def build_model(
 
 def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
     """(B * P, D) visual features as they enter the LLM: tower and projector, image by image."""
-    return torch.cat(list(model.model.get_image_features(pixel_values=pixel_values).pooler_output))
+    features = model.model.get_image_features(pixel_values=pixel_values)
+    # Before 5 it is the rows themselves
+    return torch.cat(list(getattr(features, "pooler_output", features)))
 
 
 def other_scene_anchor(model: LlavaForConditionalGeneration) -> Callable[[Batch], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tests.attach.families.models import CASES, NEW, VIDEO, Case, Inputs
+from tests.attach.families.models import CASES, NEW, VIDEO, Case, Inputs, pooled
 
 # A string for each sequence: its images by name, v is the family's video. The side to pad.
 SCENES = {
@@ -92,12 +92,16 @@ def _tokens(case: Case, model: Any, kind: str) -> list[int]:
 
 
 def _image_features(model: Any, pixels: Inputs) -> Tensor:
-    return torch.cat(list(model.get_image_features(*pixels.values()).pooler_output))
+    return torch.cat(pooled(model.get_image_features(*pixels.values())))
 
 
 def _video_features(model: Any, pixels: Inputs) -> Tensor:
-    videos = list(model.get_video_features(*pixels.values()).pooler_output)
     newline = getattr(model.model, "image_newline", None)
-    if newline is not None:  # LLaVA-OneVision ends a video with one
+    layers = {}
+    if newline is not None:  # without a default before 5
+        names = ("vision_feature_layer", "vision_feature_select_strategy")
+        layers = {name: getattr(model.config, name) for name in names}
+    videos = pooled(model.get_video_features(*pixels.values(), **layers))
+    if newline is not None and not videos[0][-1].equal(newline):  # LLaVA-OneVision ends one with it
         videos = [torch.cat((video, newline[None])) for video in videos]
     return torch.cat(videos)

@@ -12,6 +12,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from tests.releases import HERE
+
 WIDTH, LAYERS = 32, 4
 WORDS = 48  # a vocabulary, the following ones included
 IMAGE, VIDEO, NEW = 40, 41, 42  # NEW stands before and after everything visual
@@ -71,7 +73,8 @@ def tower(**more: Any) -> dict[str, Any]:
 
 
 def mrope(*section: int, **more: Any) -> dict[str, Any]:
-    return text(rope_parameters={"rope_type": "default", "mrope_section": list(section), **more})
+    rotary = {"rope_type": "default", "mrope_section": list(section), **more}
+    return as_released(text(rope_parameters=rotary))
 
 
 QWEN_TOWER = {
@@ -83,6 +86,26 @@ QWEN_TOKENS = {
 }  # fmt: skip
 # Tiles of 16 x 16, one or two a side.
 TILES = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
+
+
+def as_released(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's values, as releases before 5 name those of rotary positions."""
+    rotary = config.get("rope_parameters") or {}
+    if HERE >= (5, 0) or "rope_type" not in rotary:
+        return config
+    others = {name: value for name, value in config.items() if name != "rope_parameters"}
+    own = {n: x for n, x in rotary.items() if n in ("rope_theta", "partial_rotary_factor")}
+    return {**others, "rope_scaling": rotary, **own}
+
+
+def pooled(features: Any) -> list[Tensor]:
+    """What `get_image_features` returns, for each image or in one piece.
+
+    Releases before 5 return it bare, or, of Qwen3-VL, before what enters later layers.
+    """
+    features = getattr(features, "pooler_output", features)
+    first = features[0]
+    return list(first if isinstance(first, tuple | list) else features)
 
 
 # Layouts of pixels.

@@ -1,0 +1,34 @@
+"""Stages of a pipeline: ranks that have some of the decoder's layers each, which PRe refuses.
+
+The anchor enters the first layer, and the head reads a later one. Both have to be on one rank.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+SAME_STAGE = (
+    "PRe needs what enters the decoder, and all layers up to its own, on one rank, and does not "
+    "work across the stages of a pipeline"
+)
+
+
+def check_stage(layers: nn.ModuleList, last: int, count: int) -> None:
+    """See that the layers from the first to number `last` are there.
+
+    Args:
+        count: how many the decoder has.
+
+    Raises:
+        ValueError: this is a stage of a pipeline.
+    """
+    if len(layers) < count:
+        raise ValueError(
+            f"model: expected its {count} decoder layers, got {len(layers)} of them; {SAME_STAGE}"
+        )
+    missing = [number for number, x in enumerate(layers, 1) if isinstance(x, nn.Identity)]
+    if missing and missing[0] <= last:
+        raise ValueError(
+            f"model: expected the decoder layers 1 to {last} on this rank, got nn.Identity in "
+            f"place of number {missing[0]}; {SAME_STAGE}"
+        )

@@ -1,0 +1,88 @@
+"""Ranks that have the same hidden states, as under tensor parallelism: each does its share.
+
+Of N tokens each rank of a group takes ceil(N / size), in the order of the ranks. The head's
+gradients of a share are part of a sum over the group; the hidden states' gradients are rows that
+the others lack. Sums of a group are the same bits on each of its ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prereg_kernels.ops.arguments import Inputs, is_mask
+
+
+class Share:
+    """This rank's tokens of those that all ranks of the group have.
+
+    Attributes:
+        inputs: of the share. anchor: its rows, or whole where they have the shape of `hidden`.
+        coefficient: (n,), of its tokens.
+        tokens: N.
+        index: (N,) int64, of all tokens in the flattened leading dims; None: every position.
+    """
+
+    def __init__(
+        self, hidden: Tensor, anchor: Tensor, inputs: Inputs, coefficient: Tensor, group: Any
+    ) -> None:
+        index = inputs.select
+        if is_mask(index):
+            index = index.nonzero().squeeze(1)
+            coefficient = coefficient[index]
+        self.index, self._group = index, group
+        self.tokens = inputs.slots if index is None else index.shape[0]
+        self._each = -(-self.tokens // dist.get_world_size(group))
+        start = min(dist.get_rank(group) * self._each, self.tokens)
+        stop = min(start + self._each, self.tokens)
+        if index is None:
+            share = torch.arange(start, stop, device=hidden.device)
+        else:
+            share = index[start:stop]
+            if anchor.shape[:-1] != hidden.shape[:-1]:
+                anchor = anchor[start:stop]
+        self.anchor, self.coefficient = anchor, coefficient[start:stop]
+        self.inputs = inputs._replace(select=share, token_weight=None, slots=stop - start)
+
+    def rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D) hidden states and (n, A) anchors of the share."""
+        share, anchor = self.inputs.select, self.anchor
+        if anchor.shape[:-1] == hidden.shape[:-1]:
+            anchor = anchor.reshape(-1, anchor.shape[-1])[share]
+        return hidden.reshape(-1, hidden.shape[-1])[share], anchor
+
+    def add_rows(self, dh: Tensor, residual: Tensor | None, like: Tensor) -> Tensor:
+        """The gradient of `like`: that of the rest of the network, plus the rows of all ranks.
+
+        Args:
+            dh: (n, D), of the share.
+        """
+        padded = dh.new_zeros(self._each, dh.shape[1])
+        padded[: dh.shape[0]] = dh
+        size = dist.get_world_size(self._group)
+        everything = dh.new_empty(size * self._each, dh.shape[1])
+        dist.all_gather_into_tensor(everything, padded, group=self._group)
+        rows = everything[: self.tokens]
+        whole = torch.zeros_like(like) if residual is None else residual.clone()
+        whole = whole.contiguous()
+        if self.index is None:
+            whole.view(-1, dh.shape[1]).add_(rows)
+        else:
+            whole.view(-1, dh.shape[1]).index_add_(0, self.index, rows)
+        return whole
+
+
+def sum_over(group: Any, tensors: Sequence[Tensor]) -> None:
+    """Sum each of the tensors over the ranks of a group, in place."""
+    waiting = [dist.all_reduce(x, group=group, async_op=True) for x in tensors if x.numel()]
+    for work in waiting:
+        work.wait()
+
+
+def has_several(group: Any) -> bool:
+    """Whether a group has other ranks than this one."""
+    return group is not None and dist.get_world_size(group) > 1

@@ -1,0 +1,179 @@
+"""PRe in axolotl: `axolotl train x.yml` with the plugin, at its defaults, in both dtypes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.packages.checkpoint import make_llava, write_messages
+from tests.packages.compared import (
+    FLOAT32,
+    check_files,
+    check_logs,
+    check_resumed,
+    difference,
+    step_errors,
+)
+from tests.packages.run import Run, run
+
+pytestmark = pytest.mark.packages
+
+WEIGHT = 0.3
+TUNED = {
+    "full": {},
+    "lora": {
+        "adapter": "lora", "lora_r": 8, "lora_alpha": 16,
+        "lora_target_modules": ["q_proj", "v_proj"],
+    },
+}  # fmt: skip
+BOTH = pytest.mark.parametrize("tuned", TUNED)
+STEPS = ("checkpoint-2", "checkpoint-4")
+PLUGIN = "prereg_kernels.trainers.axolotl.PRePlugin"
+# L_LM of a step is the mean of its micro-batches' means, as axolotl takes it
+HOW = {"is_mean_of_means": True}
+
+
+def write_chats(folder: Path) -> tuple[Path, Path]:
+    """(chats with the path of an image in its part, the same with questions and answers of equal
+    lengths and one image each).
+    """
+    chats = write_messages(folder, is_split=True)
+    lines, equal = [], []
+    for line in chats.read_text().splitlines():
+        row = json.loads(line)
+        paths = iter(row["images"])
+        question, answer = row["messages"]
+        for part in question["content"]:
+            if part["type"] == "image":
+                part["path"] = next(paths)
+        lines.append(json.dumps({"messages": [question, answer]}))
+        question["content"][-1]["text"] = "what is it?"
+        answer["content"][-1]["text"] = answer["content"][-1]["text"][:3]
+        equal.append(json.dumps({"messages": [question, answer]}))
+    for name, content in (("chats", lines), ("equal", equal)):
+        (folder / f"{name}.jsonl").write_text("\n".join(content) + "\n")
+    return folder / "chats.jsonl", folder / "equal.jsonl"
+
+
+class Place:
+    """A checkpoint, data, and the runs on them, each of which is started once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = make_llava(folder / "model")
+        self.chats, self.equal = write_chats(folder / "data")
+        self.runs: dict[str, Run] = {}
+
+    def run(
+        self,
+        tuned: str,
+        rows: int = 2,
+        micro_batches: int = 2,
+        *,
+        data: str = "chats",
+        resumed: bool = False,
+        is_expected_to_fail: bool = False,
+        **settings: Any,
+    ) -> Run:
+        named = f"{tuned}-{rows}x{micro_batches}-{data}-{resumed}-{len(settings)}"
+        if named in self.runs:
+            return self.runs[named]
+        place = self.folder / named
+        output = place / "out"
+        file = {"chats": self.chats, "equal": self.equal}[data]
+        own = {
+            "base_model": str(self.checkpoint), "processor_type": "AutoProcessor",
+            "chat_template": "tokenizer_default", "skip_prepare_dataset": True,
+            "remove_unused_columns": False, "sample_packing": False,
+            "datasets": [{
+                "path": str(file), "ds_type": "json", "type": "chat_template",
+                "field_messages": "messages",
+            }],
+            "dataset_prepared_path": str(place / "prepared"), "output_dir": str(output),
+            "sequence_len": 256, "micro_batch_size": rows, "seed": 42,
+            "gradient_accumulation_steps": micro_batches, "max_steps": 4, "save_steps": 2,
+            "logging_steps": 1, "learning_rate": 1e-3, "optimizer": "adamw_torch",
+            "bf16": False, "plugins": [PLUGIN],
+            "pre": {"weight": WEIGHT, "head_learning_rate": "1e-2"}, **TUNED[tuned],
+        }  # fmt: skip
+        if resumed:
+            whole = self.run(tuned, rows, micro_batches, data=data)
+            own["resume_from_checkpoint"] = str(whole.output / "checkpoint-2")
+        place.mkdir()
+        (place / "x.yml").write_text(yaml.safe_dump(own | settings))
+        self.runs[named] = run(
+            "axolotl", ["axolotl", "train", "x.yml"], place, output,
+            environment={"AXOLOTL_DO_NOT_TRACK": "1"}, is_expected_to_fail=is_expected_to_fail,
+        )  # fmt: skip
+        return self.runs[named]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("axolotl"))
+
+
+@BOTH
+def test_a_step(place: Place, tuned: str) -> None:
+    done = place.run(tuned)
+    for number in (0, 3):
+        found = step_errors(place.checkpoint, done, WEIGHT, number=number, **HOW)
+        assert max(found.values()) < FLOAT32, found
+    check_files(done, (*STEPS, "."))
+    check_logs(done, "checkpoint-4")
+
+
+@BOTH
+def test_micro_batches(place: Place, tuned: str) -> None:
+    two, one = (place.run(tuned, *sizes, data="equal").step(0) for sizes in ((2, 2), (4, 1)))
+    assert len(two["batches"]) == 2 and len(one["batches"]) == 1
+    found = difference(two["gradients"], one["gradients"])
+    assert max(found.values()) < FLOAT32, found
+
+
+@BOTH
+def test_resumed(place: Place, tuned: str) -> None:
+    whole = place.run(tuned)
+    check_resumed(whole, place.run(tuned, resumed=True), whole.step(0)["weights"])
+
+
+def test_text_alone(place: Place) -> None:
+    """Micro-batches of one row each: some have no image, some have two."""
+    done = place.run("full", 1, 4)
+    batches = [batch for number in range(4) for batch in done.step(number)["batches"]]
+    images = {int((batch["input_ids"] == 4).sum()) // 4 for batch in batches}
+    assert images == {0, 1, 2}, images
+    for number in (0, 1):
+        found = step_errors(place.checkpoint, done, WEIGHT, number=number, **HOW)
+        assert max(found.values()) < FLOAT32, found
+
+
+@BOTH
+def test_the_last_heads(place: Place, tuned: str) -> None:
+    """They are beside the last model, and beside the last adapter."""
+    from safetensors.torch import load_file
+
+    done = place.run(tuned)
+    saved = load_file(done.output / "pre" / "pre_heads.safetensors")
+    trained = {n.split("pre_heads.")[1]: x for n, x in done.weights.items() if "pre_heads." in n}
+    assert saved.keys() == trained.keys() and len(saved) == 4
+    assert all(torch.equal(x, trained[n]) for n, x in saved.items())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"pre": {"wieght": 1}}, "pre.wieght: not a setting of PRe"),
+        ({"pre": {"weight": "much"}}, "pre.weight: expected a non-negative finite number"),
+        ({"reward_model": True, "optimizer": "sgd"}, "reward_model: expected none with PRePlugin"),
+    ],
+)
+def test_errors(place: Place, settings: dict[str, Any], message: str) -> None:
+    folder = f"wrong-{len(place.runs)}"
+    failed = place.run("full", 1, len(place.runs) + 10, is_expected_to_fail=True, **settings)
+    assert message in failed.text, folder

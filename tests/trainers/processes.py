@@ -1,0 +1,40 @@
+"""Processes of a test that make one process group."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def leave() -> None:
+    """End a rank, models before their process group, and without Python's finalisation.
+
+    Where either waits for gloo's threads with the interpreter's lock, a thread that drops a tensor
+    waits for the lock: torch then hangs or aborts (pytorch #190489), after all is written.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run(
+    out: Path, work: Callable[[int, int, Path], None], count: int, *, start: str = "spawn"
+) -> None:
+    """`work(rank, port, out)` in each of so many.
+
+    With start="forkserver" one process imports the module of `work`, and all others are its forks.
+    """
+    multiprocessing.set_forkserver_preload([work.__module__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(work, (port, out), nprocs=count, start_method=start)
