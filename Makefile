@@ -36,7 +36,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 	touch $@
 
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
-	$(BIN)/prereg train --preset scenes
+	$(BIN)/prereg demo
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.

@@ -108,9 +108,9 @@ def test_the_list_has_meanings_and_values(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    show(override(load_preset("scenes"), ["--run.pre.weight", "0.125"]), "train")
+    show(override(load_preset("scenes"), ["--run.pre.weight", "0.125"]), "demo")
     page = capsys.readouterr().out
-    assert page.startswith("usage: prereg train")
+    assert page.startswith("usage: prereg demo")
     text = " ".join(page.replace("│", " ").split())
     assert "--run.pre.weight FLOAT of L_PRe beside L_LM. (default: 0.125)" in text
     assert "--run.tower.batch INT scenes a step. (default: 32)" in text

@@ -17,6 +17,8 @@ from prereg_kernels.demo.model.llava import build_model
 from tests.checkup.pictures import save_folder, save_model
 from tests.demo.tiny import MODEL, TOWER
 from tests.docs.pages import ROOT, page_of
+from tests.train.models import make_clip, make_llama
+from tests.train.places import make_place
 
 
 def checkups(place: Path) -> None:
@@ -60,6 +62,18 @@ def training(place: Path) -> None:
     (place / "run.yaml").write_text(in_few_steps(text))
 
 
+def recipe(place: Path) -> None:
+    """The page's settings; a model, its parts, and data."""
+    text = next(b.text for b in page_of("docs/recipe.md").blocks if b.language == "yaml")
+    (place / "recipe.yaml").write_text(text)
+    make_place(place)
+    for old, new in (("model", "MODEL"), ("data.json", "train.json")):
+        (place / old).rename(place / new)
+    shutil.copy(place / "train.json", place / "held_out.json")
+    make_clip(place / "CLIP")
+    make_llama(place / "LLM")
+
+
 def in_few_steps(run: str) -> str:
     """A run's settings, of a smaller model and with small counts."""
     settings = yaml.safe_load(run)
@@ -100,6 +114,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "README.md": checkups,
     "docs/checkup.md": checkups,
     "docs/integrations.md": checkups,
+    "docs/recipe.md": recipe,
     "docs/training.md": training,
     "examples": examples,
     "benchmarks": checkout,

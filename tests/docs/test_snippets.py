@@ -274,5 +274,5 @@ def test_settings(name: str, number: int, block: Block, tmp_path: Path) -> None:
         return
     assert len(load_config(path, RunConfig).stages) == len(yaml.safe_load(block.text)["stages"])
     path.write_text(in_few_steps(block.text))
-    run(("prereg", "train", "--config", "run.yaml", "--out", "out"), tmp_path)
+    run(("prereg", "demo", "--config", "run.yaml", "--out", "out"), tmp_path)
     assert list((tmp_path / "out" / "checkpoints").iterdir())
