@@ -93,11 +93,6 @@ class SequenceParallel:
         """How many ranks share a sequence."""
         return torch.distributed.get_world_size(self.group)
 
-    @property
-    def head_group(self) -> Any:
-        """The ranks over which PRe has to sum its heads' gradients; or None."""
-        return self.group if self.gradients == "none" else None
-
     def denominator(self, count: Tensor | int) -> Tensor | int | float:
         """What makes the group's gradient the mean, of the `count` of all of its rows."""
         return count / self.size if self.gradients == "averaged" else count

@@ -13,6 +13,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.import_helper import get_cls_from_module_str
 from pydantic import BaseModel, Field, field_validator
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from prereg_kernels.attach.handle import find_pre
 from prereg_kernels.attach.storage import PRE_DIR
@@ -77,7 +78,8 @@ class PRePlugin(BasePlugin):
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
         """Write the heads beside the last adapter, whose own file has none."""
-        if cfg.adapter and cfg.local_rank == 0 and not (cfg.fsdp_config or cfg.deepspeed):
+        is_partitioned = cfg.fsdp_config or is_deepspeed_zero3_enabled()
+        if cfg.adapter and cfg.local_rank == 0 and not is_partitioned:
             find_pre(model).save(Path(cfg.output_dir) / PRE_DIR)
 
     def _trainer(self, cfg: Any) -> type[Any]:

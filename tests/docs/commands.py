@@ -22,6 +22,7 @@ from torch.distributed.run import get_args_parser
 from prereg_kernels._util.settings_file import override as override_values
 from prereg_kernels.cli.commands import main
 from prereg_kernels.cli.demo import load_preset, load_sweep
+from prereg_kernels.cli.launch import COMMANDS
 from prereg_kernels.cli.settings import override
 from prereg_kernels.demo.config import RunConfig
 from tests.docs.pages import ROOT
@@ -70,6 +71,8 @@ def check(command: Command) -> None:
     if program == "make":
         done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    elif program == "prereg" and arguments[0] in COMMANDS:  # whose parser is somebody else's
+        assert (ROOT / "tests" / "packages" / f"test_{arguments[0]}.py").is_file()
     elif program in ("torchrun", "accelerate"):
         parser = get_args_parser() if program == "torchrun" else launch_command_parser()
         given = parser.parse_args(arguments[program == "accelerate" :])

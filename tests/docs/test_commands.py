@@ -64,6 +64,11 @@ NOT_RUN = {
     "runs a trainer that lies beside the environment": (
         "make test-llamafactory",
         "make test-swift",
+        "make test-trl",
+        "make test-axolotl",
+        "prereg trl sft",
+        "prereg trl grpo",
+        "prereg trl sft --config x.yaml",
     ),
     "tests/train/test_command.py::test_two_ranks_are_one starts it on two ranks": (
         "torchrun --nproc-per-node 8 -m prereg_kernels train recipe.yaml",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
@@ -220,6 +221,17 @@ def attaches_to_an_original(title: str) -> Callable[[str, Namespace, Path], None
     return runs
 
 
+def shares_sequences(text: str, namespace: Namespace, place: Path) -> None:
+    """With a group of one rank; tests/trainers/test_sequence_parallel.py has larger ones."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        namespace["group"] = dist.group.WORLD
+        trains_the_heads(text, namespace, place)
+        assert namespace["pre"].sequence_parallel.shard == "contiguous"
+    finally:
+        dist.destroy_process_group()
+
+
 # A page's blocks, after its first, are of these models
 TITLES = dict.fromkeys(case.title for case in ORIGINALS.values())
 CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
@@ -227,6 +239,7 @@ CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("docs/anchors.md", 0): takes_a_loss,
     ("docs/anchors.md", 1): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
+    ("docs/parallelism.md", 0): shares_sequences,
     ("prereg_kernels/ops/tap.py", 0): taps,
     **{
         ("docs/other_models.md", number): attaches_to_an_original(title)

@@ -73,7 +73,7 @@ def run(
     *,
     environment: Mapping[str, str] = {},
     is_expected_to_fail: bool = False,
-    timeout: float = 300,
+    timeout: float = 900,
 ) -> Run:
     """Start a command of the package's own: its console script's name, and its arguments.
 

@@ -15,6 +15,7 @@ from tests.packages.compared import (
     FLOAT32,
     check_files,
     check_logs,
+    check_low_precision,
     check_resumed,
     difference,
     step_errors,
@@ -24,11 +25,14 @@ from tests.packages.run import Run, run
 pytestmark = pytest.mark.packages
 
 WEIGHT = 0.3
+QUIET = {"AXOLOTL_DO_NOT_TRACK": "1"}
 TUNED = {
     "full": {},
     "lora": {
         "adapter": "lora", "lora_r": 8, "lora_alpha": 16,
         "lora_target_modules": ["q_proj", "v_proj"],
+        # axolotl turns them on, and stops at LLaVA with the advice to turn them off
+        "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,
     },
 }  # fmt: skip
 BOTH = pytest.mark.parametrize("tuned", TUNED)
@@ -75,7 +79,7 @@ class Place:
         rows: int = 2,
         micro_batches: int = 2,
         *,
-        data: str = "chats",
+        data: str = "equal",
         resumed: bool = False,
         is_expected_to_fail: bool = False,
         **settings: Any,
@@ -108,7 +112,7 @@ class Place:
         (place / "x.yml").write_text(yaml.safe_dump(own | settings))
         self.runs[named] = run(
             "axolotl", ["axolotl", "train", "x.yml"], place, output,
-            environment={"AXOLOTL_DO_NOT_TRACK": "1"}, is_expected_to_fail=is_expected_to_fail,
+            environment=QUIET, is_expected_to_fail=is_expected_to_fail,
         )  # fmt: skip
         return self.runs[named]
 
@@ -130,7 +134,7 @@ def test_a_step(place: Place, tuned: str) -> None:
 
 @BOTH
 def test_micro_batches(place: Place, tuned: str) -> None:
-    two, one = (place.run(tuned, *sizes, data="equal").step(0) for sizes in ((2, 2), (4, 1)))
+    two, one = (place.run(tuned, *sizes).step(0) for sizes in ((2, 2), (4, 1)))
     assert len(two["batches"]) == 2 and len(one["batches"]) == 1
     found = difference(two["gradients"], one["gradients"])
     assert max(found.values()) < FLOAT32, found
@@ -144,7 +148,7 @@ def test_resumed(place: Place, tuned: str) -> None:
 
 def test_text_alone(place: Place) -> None:
     """Micro-batches of one row each: some have no image, some have two."""
-    done = place.run("full", 1, 4)
+    done = place.run("full", 1, 4, data="chats")
     batches = [batch for number in range(4) for batch in done.step(number)["batches"]]
     images = {int((batch["input_ids"] == 4).sum()) // 4 for batch in batches}
     assert images == {0, 1, 2}, images
@@ -165,15 +169,33 @@ def test_the_last_heads(place: Place, tuned: str) -> None:
     assert all(torch.equal(x, trained[n]) for n, x in saved.items())
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"pre": {"wieght": 1}}, "pre.wieght: not a setting of PRe"),
-        ({"pre": {"weight": "much"}}, "pre.weight: expected a non-negative finite number"),
-        ({"reward_model": True, "optimizer": "sgd"}, "reward_model: expected none with PRePlugin"),
-    ],
-)
-def test_errors(place: Place, settings: dict[str, Any], message: str) -> None:
-    folder = f"wrong-{len(place.runs)}"
-    failed = place.run("full", 1, len(place.runs) + 10, is_expected_to_fail=True, **settings)
-    assert message in failed.text, folder
+def test_merged(place: Place) -> None:
+    """`axolotl merge-lora` with the plugin in its file writes a plain model."""
+    from transformers import AutoModelForImageTextToText
+
+    done = place.run("lora")
+    command = ["axolotl", "merge-lora", "x.yml"]
+    run("axolotl", command, done.output.parent, done.output, environment=QUIET)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        done.output / "merged", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = dict(model.named_parameters())
+    matrix = "model.language_model.layers.0.self_attn.q_proj"
+    base, a, b = (
+        done.weights[f"base_model.model.{matrix}.{name}.weight"]
+        for name in ("base_layer", "lora_A.default", "lora_B.default")
+    )
+    torch.testing.assert_close(ours[f"{matrix}.weight"], base + 2 * b @ a)
+    assert not torch.equal(ours[f"{matrix}.weight"], base)
+
+
+def test_bfloat16(place: Place) -> None:
+    """axolotl's own choice on a GPU."""
+    two, one = (place.run("full", *sizes, bf16=True) for sizes in ((2, 2), (4, 1)))
+    check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16, **HOW)
+
+
+def test_a_setting_that_is_not_known(place: Place) -> None:
+    failed = place.run("full", is_expected_to_fail=True, pre={"wieght": 1})
+    assert "pre.wieght: not a setting of PRe" in failed.text

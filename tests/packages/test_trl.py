@@ -15,6 +15,7 @@ from tests.packages.compared import (
     FLOAT32,
     check_files,
     check_logs,
+    check_low_precision,
     check_resumed,
     difference,
     step_errors,
@@ -189,6 +190,12 @@ def check_sum(place: Place, done: Run, step: dict[str, Any], without: dict[str, 
     found = errors(step["gradients"], expected)
     assert max(found.values()) < FLOAT32, found
     assert any(x.abs().max() > 1e-4 for x in split(term)[0].values())  # PRe's part is seen
+
+
+def test_bfloat16(place: Place) -> None:
+    """TRL's default."""
+    two, one = (place.run("full", *sizes, bf16=True) for sizes in ((2, 2), (4, 1)))
+    check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16)
 
 
 def test_the_command_without_a_known_setting(place: Place) -> None:

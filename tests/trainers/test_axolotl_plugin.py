@@ -129,12 +129,20 @@ def test_a_plugin_before_it_is_an_error(module: Any, tmp_path: Path) -> None:
         ({"adapter": "lora", "local_rank": 0}, True),
         ({"adapter": "lora", "local_rank": 1}, False),
         ({"local_rank": 0}, False),  # the model's own `save_pretrained` has done so
+        ({"adapter": "lora", "local_rank": 0, "fsdp_config": {"fsdp_version": 2}}, False),
+        ({"adapter": "lora", "local_rank": 0, "deepspeed": "zero2.json"}, True),
         ({"adapter": "lora", "local_rank": 0, "deepspeed": "zero3.json"}, False),
     ],
 )
 def test_heads_beside_the_last_adapter(
-    module: Any, tmp_path: Path, others: dict[str, Any], is_written: bool
+    module: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    others: dict[str, Any],
+    is_written: bool,
 ) -> None:
+    is_zero3 = others.get("deepspeed") == "zero3.json"
+    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: is_zero3)
     plugin, model = module.PRePlugin(), with_lora(tiny_llava())
     config = Config(output_dir=str(tmp_path / "out"), pre={}, **others)
     plugin.get_trainer_cls(config)(model, arguments_in(tmp_path))
