@@ -57,14 +57,14 @@ def checkups(place: Path) -> None:
 def training(place: Path) -> None:
     """The page's first run, in a few steps."""
     text = next(
-        block.text for block in page_of("docs/training.md").blocks if block.language == "yaml"
+        block.text for block in page_of("docs/demo-loop.md").blocks if block.language == "yaml"
     )
     (place / "run.yaml").write_text(in_few_steps(text))
 
 
 def recipe(place: Path) -> None:
     """The page's settings; a model, its parts, and data."""
-    text = next(b.text for b in page_of("docs/recipe.md").blocks if b.language == "yaml")
+    text = next(b.text for b in page_of("docs/training.md").blocks if b.language == "yaml")
     (place / "recipe.yaml").write_text(text)
     make_place(place)
     for old, new in (("model", "MODEL"), ("data.json", "train.json")):
@@ -114,8 +114,8 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "README.md": checkups,
     "docs/checkup.md": checkups,
     "docs/integrations.md": checkups,
-    "docs/recipe.md": recipe,
-    "docs/training.md": training,
+    "docs/training.md": recipe,
+    "docs/demo-loop.md": training,
     "examples": examples,
     "benchmarks": checkout,
     "docs/gpu.md": checkout,

@@ -217,7 +217,7 @@ def is_a_run(place: Path, output: str) -> None:
     there = {path.name for path in (place / "runs" / "mine").iterdir()}
     named = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "checkups.jsonl"}
     assert named <= there and named <= {
-        name.strip("/") for name in page_of("docs/training.md").spans
+        name.strip("/") for name in page_of("docs/demo-loop.md").spans
     }
 
 

@@ -34,7 +34,7 @@ Namespace = dict[str, Any]
 # Why a block of Python or of settings, by the line that it begins with, is not run. The page says
 # the same before it: see tests/docs/pages.py.
 NOT_RUN = {
-    "docs/training.md, preset: scenes": "takes minutes or hours",
+    "docs/demo-loop.md, preset: scenes": "takes minutes or hours",
 }
 
 
