@@ -22,7 +22,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -36,11 +36,20 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 	touch $@
 
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
-	$(BIN)/prereg train --preset scenes
+	$(BIN)/prereg demo
+
+EXAMPLE := runs/photographs
+train-example: $(READY)  ## assemble, train and evaluate a tiny LLaVA on photographs (4 minutes)
+	rm -rf $(EXAMPLE)
+	$(BIN)/python examples/photographs.py $(EXAMPLE)
+	$(BIN)/prereg assemble --vision $(EXAMPLE)/clip --llm $(EXAMPLE)/llama --out $(EXAMPLE)/llava
+	$(BIN)/prereg train examples/photographs.yaml
+	$(BIN)/prereg evaluate $(EXAMPLE)/pre --data $(EXAMPLE)/held_out.json --images $(EXAMPLE)/images
+	$(BIN)/python examples/read_back.py $(EXAMPLE)
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.
-ANY_BACKEND := ops/backends triton_aot gpu zoo checkup cli docs types util benchmarks/common \
+ANY_BACKEND := ops/backends triton_aot gpu zoo train checkup cli docs types util benchmarks/common \
     benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py \
     trainers/test_ranks.py trainers/test_low_precision.py trainers/test_sequence_parallel.py \
     trainers/test_tensor_parallel.py trainers/test_shared_sequences.py
