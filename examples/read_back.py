@@ -1,6 +1,6 @@
 """The end of `make train-example`: its model in plain transformers, and whether it has learned.
 
-python read_back.py FOLDER
+The first argument is the folder of the run.
 """
 
 from __future__ import annotations

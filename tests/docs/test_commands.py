@@ -41,6 +41,8 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "make fuzz",
+        "make test-transformers",
+        "make train-example",
     ),
     "needs a GPU": (
         "prereg demo --preset scenes-gpu --workers 4",
