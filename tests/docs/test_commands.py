@@ -20,6 +20,7 @@ from tests.docs.places import PLACES
 NOT_RUN = {
     "takes minutes or hours": (
         "make demo",
+        "make test-transformers",
         "prereg train --preset scenes",
         "prereg train --preset scenes --seeds 5",
         "prereg train --preset scenes --weight 0.5 --out runs/weight-0.5",
