@@ -15,6 +15,7 @@ PEFT := .peft
 # and the newest there is. Each folder has what its release needs in other versions.
 TRANSFORMERS := 4.57.6 5.6.0 5.16.1 5.24.0
 TRANSFORMERS_NEED_4.57.6 := accelerate==1.11.0 tokenizers==0.22.2 huggingface_hub==0.36.2 \
+    datasets==4.0.0 \
     requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.3
 TRANSFORMERS_NEED_5.6.0 := accelerate==1.11.0 tokenizers==0.22.2
 # Real trainers, in the versions that they pin: tests/packages/NAME.txt.
