@@ -138,10 +138,17 @@ def test_a_step(place: Place, tuned: str) -> None:
 
 @BOTH
 def test_micro_batches(place: Place, tuned: str) -> None:
-    two, one = (place.run(tuned, *sizes).step(0) for sizes in ((2, 2), (4, 1)))
-    assert len(two["batches"]) == 2 and len(one["batches"]) == 1
-    found = difference(two["gradients"], one["gradients"])
-    assert max(found.values()) < FLOAT32, found
+    """axolotl draws an adapter before it sets its seed, so two runs' differ at the start: each is
+    compared with the definition at its own weights, and the heads with each other.
+    """
+    two, one = (place.run(tuned, *sizes) for sizes in ((2, 2), (4, 1)))
+    for done, micro_batches in ((two, 2), (one, 1)):
+        assert len(done.step(0)["batches"]) == micro_batches
+        found = step_errors(place.checkpoint, done, WEIGHT, **HOW)
+        assert max(found.values()) < FLOAT32, found
+    found = difference(two.step(0)["gradients"], one.step(0)["gradients"])
+    assert found["heads"] < FLOAT32, found
+    assert tuned == "lora" or found["model"] < FLOAT32, found
 
 
 @BOTH
