@@ -92,7 +92,7 @@ $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	rm -rf $(@D)/torchaudio/lib  # its compiled part, which looks for CUDA as it is imported
 	touch $@
 
-test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command
+test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command (15 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_llamafactory.py
 
 test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
@@ -101,7 +101,7 @@ test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
 test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command
 	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
 
-test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command
+test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (20 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
 
 test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (5 minutes)
