@@ -90,7 +90,7 @@ class Checkpoints(_Base):
         """As if there were no heads, which have their own file."""
         model = state_of(self.pre).model
         if load_result.unexpected_keys and self._read_from is not None:
-            load_result = _load_weights(model, self._read_from)
+            load_result = load_weights(model, self._read_from)
         ignored = getattr(model, private.IGNORED_ON_SAVE)
         missing = [name for name in load_result.missing_keys if f"{HEADS}." not in name]
         others = {name for name in ignored if f"{HEADS}." not in name}
@@ -101,7 +101,7 @@ class Checkpoints(_Base):
             setattr(model, private.IGNORED_ON_SAVE, ignored)
 
 
-def _load_weights(model: Any, path: str) -> Any:
+def load_weights(model: Any, path: str) -> Any:
     """Load a checkpoint's weights, as `from_pretrained` reads them.
 
     `save_pretrained` writes the names of the hub's checkpoints, which are not the modules' in most

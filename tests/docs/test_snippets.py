@@ -17,8 +17,9 @@ from transformers import LlavaForConditionalGeneration
 
 import prereg_kernels
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
+from prereg_kernels._util.settings_file import load_config
 from prereg_kernels.cli.demo import load_sweep
-from prereg_kernels.demo.config import RunConfig, load_config
+from prereg_kernels.demo.config import RunConfig
 from tests.attached import both, compare, eager_term
 from tests.docs.commands import chdir, run
 from tests.docs.pages import Block, is_snippet, pages
@@ -33,7 +34,7 @@ Namespace = dict[str, Any]
 # Why a block of Python or of settings, by the line that it begins with, is not run. The page says
 # the same before it: see tests/docs/pages.py.
 NOT_RUN = {
-    "docs/training.md, preset: scenes": "takes minutes or hours",
+    "docs/demo-loop.md, preset: scenes": "takes minutes or hours",
 }
 
 
@@ -286,5 +287,5 @@ def test_settings(name: str, number: int, block: Block, tmp_path: Path) -> None:
         return
     assert len(load_config(path, RunConfig).stages) == len(yaml.safe_load(block.text)["stages"])
     path.write_text(in_few_steps(block.text))
-    run(("prereg", "train", "--config", "run.yaml", "--out", "out"), tmp_path)
+    run(("prereg", "demo", "--config", "run.yaml", "--out", "out"), tmp_path)
     assert list((tmp_path / "out" / "checkpoints").iterdir())

@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from prereg_kernels import PReHead, eager_pre_loss
 from tests.helpers import relative_error
+from tests.models.code_bases import Recomputed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WEIGHT = 3.0
@@ -91,8 +92,20 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor], tiny: ModuleType) -> Ten
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / 40
 
 
+class Recomputing(nn.Module):
+    """A layer as Megatron calls it with full recomputation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._checkpoint_wrapped_module = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Recomputed.apply(self._checkpoint_wrapped_module, x)
+
+
+@pytest.mark.parametrize("recomputes", (False, True))
 @pytest.mark.parametrize("ranks", (1, 2))
-def test_megatron(modules: dict[str, ModuleType], ranks: int) -> None:
+def test_megatron(modules: dict[str, ModuleType], ranks: int, recomputes: bool) -> None:
     """Each rank of a sequence-parallel group has its positions; the sums are one process's."""
     example, tiny = modules["megatron_layer"], modules["tiny_own"]
     batch = tiny.make_batch(0)
@@ -108,6 +121,8 @@ def test_megatron(modules: dict[str, ModuleType], ranks: int) -> None:
         first, layer = model.layers[0], model.layers[1]
         pre = example.TapInLayer(model, first, layer, tiny.WIDTH, WEIGHT, rank, ranks)
         assert all(p.sequence_parallel == (ranks > 1) for p in pre.head.parameters())
+        if recomputes:
+            model.layers = nn.ModuleList(map(Recomputing, model.layers))
         logits = model(input_ids=batch["tokens"], pixel_values=batch["pixel_values"])
         own = labels.chunk(ranks, dim=0)[rank].flatten()
         (F.cross_entropy(logits.flatten(0, 1), own, reduction="sum") / 40).backward()

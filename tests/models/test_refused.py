@@ -8,7 +8,7 @@ import pytest
 
 from prereg_kernels import apply_pre
 from tests.attach.test_regularizer import traces
-from tests.models.places import UNMERGED
+from tests.models.places import UNMERGED, place_of
 from tests.releases import here
 from tests.zoo import sample
 from tests.zoo.refused import NAMES, REFUSED
@@ -53,4 +53,4 @@ def test_a_refused_type(name: str) -> None:
 @pytest.mark.parametrize("name", ("qwen2_5_omni", "qwen3_omni_moe"))
 def test_the_thinker_of_a_shell(name: str) -> None:
     pre = apply_pre(REFUSED[name]().thinker)
-    assert pre.family.language_model == "model"
+    assert pre.family.language_model == place_of(f"{name}_thinker").language_model

@@ -199,7 +199,8 @@ def test_a_step_of_unknown_labels(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     log = trainer.state.log_history[0]
-    assert log["lm_loss"] == pytest.approx(log["loss"], rel=1e-5)
+    rounded = 0 if HERE >= (5, 0) else 5e-5
+    assert log["lm_loss"] == pytest.approx(log["loss"], rel=1e-5, abs=rounded)
 
 
 def test_a_stream_that_ends_within_a_step(tmp_path: Path) -> None:
