@@ -98,7 +98,9 @@ $(PEFT)/%/.ready: constraints.txt | $(READY)
 $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
-	rm -rf $(@D)/torchaudio/lib  # its compiled part, which looks for CUDA as it is imported
+	# What is compiled in these looks for CUDA as it is imported, and is not needed here.
+	rm -rf $(@D)/torchaudio/lib
+	! test -d $(@D)/torchvision || : > $(@D)/torchvision/_meta_registrations.py
 	touch $@
 
 test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command (15 minutes)
