@@ -1,8 +1,8 @@
 """What `make train-example` trains on: a tiny CLIP, a tiny Llama, and questions about photographs.
 
-The first argument is the folder to write. The photographs are those that scikit-image, scikit-learn and matplotlib install. Training and
-held-out crops are of different photographs. In place of all this, take models of the hub and your
-own images, in the same files.
+The first argument is the folder to write. The photographs are those that scikit-image, scikit-learn
+and matplotlib install. Training and held-out crops are of different photographs. In place of all
+this, take models of the hub and your own images, in the same files.
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "make fuzz",
-        "make test-transformers",
         "make train-example",
     ),
     "needs a GPU": (
@@ -62,7 +61,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.curves --out FILE",
         "python -m benchmarks.step.gpu --out FILE",
     ),
-    "runs these tests": ("make test", "make test-models"),
+    "runs these tests": ("make test", "make test-models", "make test-transformers"),
     "runs a trainer that lies beside the environment": (
         "make test-llamafactory",
         "make test-swift",
