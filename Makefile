@@ -15,6 +15,7 @@ PEFT := .peft
 # and the newest there is. Each folder has what its release needs in other versions.
 TRANSFORMERS := 4.57.6 5.6.0 5.16.1 5.24.0
 TRANSFORMERS_NEED_4.57.6 := accelerate==1.11.0 tokenizers==0.22.2 huggingface_hub==0.36.2 \
+    datasets==4.0.0 \
     requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.3
 TRANSFORMERS_NEED_5.6.0 := accelerate==1.11.0 tokenizers==0.22.2
 # Real trainers, in the versions that they pin: tests/packages/NAME.txt.
@@ -22,7 +23,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -36,13 +37,23 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 	touch $@
 
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
-	$(BIN)/prereg train --preset scenes
+	$(BIN)/prereg demo
+
+EXAMPLE := runs/photographs
+train-example: $(READY)  ## assemble, train and evaluate a tiny LLaVA on photographs (4 minutes)
+	rm -rf $(EXAMPLE)
+	$(BIN)/python examples/photographs.py $(EXAMPLE)
+	$(BIN)/prereg assemble --vision $(EXAMPLE)/clip --llm $(EXAMPLE)/llama --out $(EXAMPLE)/llava
+	$(BIN)/prereg train examples/photographs.yaml
+	$(BIN)/prereg evaluate $(EXAMPLE)/pre --data $(EXAMPLE)/held_out.json --images $(EXAMPLE)/images
+	$(BIN)/python examples/read_back.py $(EXAMPLE)
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or is compared with processes that choose theirs themselves.
-ANY_BACKEND := ops/backends triton_aot gpu zoo checkup cli docs types util benchmarks/common \
+ANY_BACKEND := ops/backends triton_aot gpu zoo train checkup cli docs types util benchmarks/common \
     benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py \
-    trainers/test_ranks.py trainers/test_low_precision.py
+    trainers/test_ranks.py trainers/test_low_precision.py trainers/test_sequence_parallel.py \
+    trainers/test_tensor_parallel.py trainers/test_shared_sequences.py
 OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
@@ -59,8 +70,7 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models
 
-# What meets transformers, with every release but the environment's. The last four are of its own cases:
-# the demo's numbers are of one release, and processes that are started read its path as well.
+# What meets transformers, with every release but the environment's; the demo's numbers are of that one.
 MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo
 test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformers 4.57 to the newest
 	for version in $(TRANSFORMERS); do \
@@ -89,10 +99,12 @@ $(PEFT)/%/.ready: constraints.txt | $(READY)
 $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
-	rm -rf $(@D)/torchaudio/lib  # its compiled part, which looks for CUDA as it is imported
+	# What is compiled in these looks for CUDA as it is imported, and is not needed here.
+	rm -rf $(@D)/torchaudio/lib
+	! test -d $(@D)/torchvision || : > $(@D)/torchvision/_meta_registrations.py
 	touch $@
 
-test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command
+test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command (15 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_llamafactory.py
 
 test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
@@ -101,10 +113,10 @@ test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
 test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command
 	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
 
-test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command
+test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (20 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
 
-test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (5 minutes)
+test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (10 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
 
 test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)

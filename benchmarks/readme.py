@@ -72,7 +72,7 @@ def cpu_section() -> str:
 
 def sweep_section() -> str:
     """The sweep's tables."""
-    from prereg_kernels.demo.config import from_dict
+    from prereg_kernels._util.settings_file import from_dict
     from prereg_kernels.demo.sweep.report import SweepResults, markdown
     from prereg_kernels.demo.sweep.sweep import SweepConfig
 

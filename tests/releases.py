@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 
+import pytest
 import transformers
 
 from prereg_kernels._util import supported
@@ -59,6 +60,16 @@ def is_here(name: str) -> bool:
     """Whether a case, 'model_type' or 'model_type+part', can run on this release."""
     is_broken = HERE in BROKEN.get(name, ())
     return not is_broken and all(SINCE.get(t, HERE) <= HERE for t in name.split("+"))
+
+
+def here(*names: str) -> list[str]:
+    """Those of these cases that can run on this release."""
+    return [name for name in names if is_here(name)]
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """A test of that case alone."""
+    return pytest.mark.skipif(not is_here(name), reason=f"this transformers lacks {name}")
 
 
 # What has another place in the oldest.

@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "attach": {"ops", "_util"},
     "trainers": {"attach", "ops", "_util"},
     "checkup": {"attach", "ops", "_util"},
+    "train": {"trainers", "checkup", "attach", "ops", "_util"},
     "demo": {"checkup", "attach", "ops", "_util"},
-    "cli": {"demo", "checkup", "trainers", "attach", "ops", "_util"},
+    "cli": {"train", "demo", "checkup", "trainers", "attach", "ops", "_util"},
 }
 # What version 0.1 had in modules that users import
 MOVED = {

@@ -37,7 +37,7 @@ SCENES = 256  # that a probe is fitted on, and as many that it is judged by
 
 def run_config(variant: str, seed: int, steps: int | None) -> Any:
     """The demo's run with a fraction, or without PRe; `steps`: of the last stage, None: its own."""
-    from prereg_kernels.demo.config import load_config
+    from prereg_kernels._util.settings_file import load_config
     from prereg_kernels.demo.experiment.experiment import ExperimentConfig, Unit
     from prereg_kernels.demo.experiment.experiment import run_config as of_unit
 

@@ -25,7 +25,8 @@ def check_whole(model: nn.Module) -> None:
                 raise ValueError(
                     f"model: expected one that is not sharded yet, but {name or 'the model'} is; "
                     "new parameters would not be reduced over ranks. Call apply_pre(model) before "
-                    f"{_SHARDED[kind.__name__]}"
+                    f"{_SHARDED[kind.__name__]}; where a loader shards what it loads, between its "
+                    "making of the model and that call"
                 )
     if any(name.endswith(private.FLAT_PARAMETER) for name, _ in model.named_parameters()) or (
         private.submodules(model) and not any(True for _ in model.parameters())

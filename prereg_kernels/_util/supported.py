@@ -36,6 +36,13 @@ def check_transformers() -> None:
         )
 
 
+def is_before(major: int) -> bool:
+    """Whether the transformers that is loaded is older than this major release."""
+    version = getattr(sys.modules.get("transformers"), "__version__", "")
+    numbers = re.match(r"(\d+)\.", version)
+    return numbers is not None and int(numbers[1]) < major
+
+
 def bounds() -> str:
     """The bounds as pip writes them."""
     (major, minor), (end, _) = TRANSFORMERS

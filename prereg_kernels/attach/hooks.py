@@ -28,6 +28,7 @@ from prereg_kernels.attach.taps import Taps
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
 from prereg_kernels.attach.visual import hide
 from prereg_kernels.attach.watch import Watch
+from prereg_kernels.ops.shares import share_of
 
 
 class Hooks:
@@ -173,7 +174,7 @@ class Hooks:
         current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
         current.images, current.part = images, part
         if images is not None and shared is not None:
-            current.image_rows = shared.share_of(images.count)
+            current.image_rows = share_of(images.count, shared.group)
         if mask is not marked:
             current.by_id = marked
         if training:
@@ -266,7 +267,7 @@ class Hooks:
         return add_to_loss(output, term)
 
 
-def _over_ranks(shared: SequenceParallel, rows: Tensor, part: Part | None) -> Any:
+def _over_ranks(shared: SequenceParallel, rows: Tensor, part: Part | None) -> Tensor:
     """The denominator of a pass without one: the mean over the sequences that ranks share.
 
     Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from prereg_kernels._util import fsdp
-from prereg_kernels._util.supported import check_transformers
+from prereg_kernels._util.supported import check_transformers, is_before
 from prereg_kernels.attach.config import PReConfig, Settings
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.forward import ModelForward
@@ -153,13 +153,31 @@ def _attach_hooks(state: State) -> None:
     if family.enters_at is not None:
         hooks.watch_entry()
     for number in state.heads:
-        see = partial(hooks.taps.see, number, _is_next_input(model, number, len(layers)))
+        see: Any = partial(hooks.taps.see, number, _is_next_input(model, number, len(layers)))
+        if _is_written_into(model, number):
+            see = partial(_copied, see)
         state.hooks.append(layers[number - 1].register_forward_hook(see))
 
 
 def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:
     """Whether this layer's output, as it is, is the input of the next layer."""
-    vision: Any = getattr(getattr(model, "config", None), "vision_config", None)
     # Qwen3-VL adds features to copies of the first outputs
-    added = getattr(vision, "deepstack_visual_indexes", None) or ()
-    return len(added) < layer < layers
+    return _layers_added_to(model) < layer < layers
+
+
+def _is_written_into(model: nn.Module, layer: int) -> bool:
+    """Whether the model adds features to this layer's output in place, as before transformers 5."""
+    return is_before(5) and layer <= _layers_added_to(model)
+
+
+def _layers_added_to(model: nn.Module) -> int:
+    vision: Any = getattr(getattr(model, "config", None), "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def _copied(see: Any, *args: Any) -> Any:
+    """What a layer's hook returns, as a tensor that may be written into: the tap's is a view."""
+    output = see(*args)
+    if isinstance(output, tuple):
+        return output[0].clone(), *output[1:]
+    return None if output is None else output.clone()

@@ -93,12 +93,7 @@ class SequenceParallel:
         """How many ranks share a sequence."""
         return torch.distributed.get_world_size(self.group)
 
-    @property
-    def head_group(self) -> Any:
-        """The ranks over which PRe has to sum its heads' gradients; or None."""
-        return self.group if self.gradients == "none" else None
-
-    def denominator(self, count: Tensor | int) -> Tensor | int | float:
+    def denominator(self, count: Tensor) -> Tensor:
         """What makes the group's gradient the mean, of the `count` of all of its rows."""
         return count / self.size if self.gradients == "averaged" else count
 
@@ -125,12 +120,6 @@ class SequenceParallel:
         index = own.flatten().nonzero().squeeze(1)
         place = (flat.cumsum(0) - 1)[numbers.flatten()[index]]
         return Part(numbers.shape, numbers, index, place)
-
-    def share_of(self, count: int) -> slice:
-        """Of the rows that every rank of the group has, the means of images, those of this one."""
-        each = -(-count // self.size)
-        start = torch.distributed.get_rank(self.group) * each
-        return slice(min(start, count), min(start + each, count))
 
     def _numbers(self, mask: Tensor) -> Tensor:
         rows, length = mask.shape

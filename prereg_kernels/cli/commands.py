@@ -1,4 +1,4 @@
-"""The command line: `prereg train`, `sweep`, `checkup`, `doctor` and `build`."""
+"""The command line: `prereg train`, `demo`, `sweep`, `checkup`, `doctor` and `build`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
         _launch(sys.argv[1], sys.argv[2:])
         return
     arguments, flags = parser.parse_known_args()
-    if flags and arguments.command not in ("train", "sweep"):
+    if flags and arguments.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if arguments.command == "doctor":
         _doctor(arguments)
@@ -38,20 +38,23 @@ def main() -> None:
     if arguments.command in ("checkup", _OLD_NAME):
         _checkup(arguments)
         return
+    if arguments.command in ("train", "assemble", "evaluate"):
+        _train(arguments, flags)
+        return
     try:
         from rich.console import Console
 
-        from prereg_kernels.cli.demo import sweep, train
+        from prereg_kernels.cli.demo import demo, sweep
         from prereg_kernels.demo.checkpoints.checkpoint import CheckpointError
         from prereg_kernels.demo.loop import TrainingInterrupted
         from prereg_kernels.demo.runs.workers import Interrupted, UnitError
     except ModuleNotFoundError as error:
-        _fail(f"{error}; training needs: pip install 'prereg-kernels[train]'")
+        _fail(f"{error}; {_TRAINING_NEEDS}")
 
     warnings.showwarning = _warn_in_a_line(warnings.showwarning)
     try:
         console = Console()
-        command = {"train": train, "sweep": sweep}[arguments.command]
+        command = {"demo": demo, "sweep": sweep}[arguments.command]
         command(arguments, flags, console if console.is_terminal else Console(width=120))
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
@@ -61,6 +64,22 @@ def main() -> None:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         _fail(f"out of memory: {error}")
+
+
+def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
+    if getattr(arguments, "preset", None) is not None:
+        _fail(f"--preset: the digits are another command: prereg demo --preset {arguments.preset}")
+    try:
+        from prereg_kernels.cli.train import STOPPED, run
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; {_TRAINING_NEEDS}")
+    warnings.showwarning = _warn_in_a_line(warnings.showwarning)
+    try:
+        run(arguments, flags)
+    except (KeyboardInterrupt, *STOPPED) as stop:
+        _fail(str(stop) or "stopped; run again to go on from the last checkpoint", 130)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error))
 
 
 def _launch(name: str, arguments: Sequence[str]) -> None:
@@ -118,6 +137,7 @@ def _build() -> None:
         _fail(str(error))
 
 
+_TRAINING_NEEDS = "training needs: pip install 'prereg-kernels[train]'"
 _EVERY_SETTING = (
     "Every setting of the file is a flag as well, by its path: {}. What the file says is the "
     "default. --settings lists them all with their values."
@@ -154,27 +174,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="prereg", description="Predictive Regularization for multimodal LLMs.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    train = commands.add_parser(
-        "train",
-        help="train with PRe",
-        description="Train: a preset's paired experiment with its report, or one run from a file. "
+    _add_train(commands)
+    demo = commands.add_parser(
+        "demo",
+        help="train a small LLaVA on scenes of digits, with and without PRe",
+        description="The demo: a preset's paired experiment with its report, or one run of a file. "
         "Run again after an interruption: it goes on from the last checkpoint.",
         epilog=_EVERY_SETTING.format("--run.pre.weight 0.5 --run.stages.1.steps 100"),
         allow_abbrev=False,  # `--seed` is a setting of a run, and not short for `--seeds`
     )
-    source = train.add_mutually_exclusive_group(required=True)
+    source = demo.add_mutually_exclusive_group()
     source.add_argument(
         "--preset",
-        help="a paired experiment: scenes, scenes-gpu, scenes-gpu-text, or a YAML file of your own",
+        help="a paired experiment: scenes (the default), scenes-gpu, scenes-gpu-text, or a YAML "
+        "file of your own",
     )
     source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
-    train.add_argument("--out", type=_named, help="where everything goes; default: runs/<name>")
-    train.add_argument(
+    demo.add_argument("--out", type=_named, help="where everything goes; default: runs/<name>")
+    demo.add_argument(
         "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
     )
-    train.add_argument("--fresh", action="store_true", help="do not resume what is there")
-    _add_settings(train)
-    group = train.add_argument_group("with --preset")
+    demo.add_argument("--fresh", action="store_true", help="do not resume what is there")
+    _add_settings(demo)
+    group = demo.add_argument_group("with --preset")
     _add_size(group)
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
     _add_sweep(commands)
@@ -226,6 +248,52 @@ def _add_size(group: Any) -> None:
     group.add_argument(
         "--workers", type=int, help="processes, a thread each; default: one a core, or one a GPU"
     )
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a multimodal LLM with PRe on your data",
+        description="Train the stages of a YAML file. Run again after an interruption: it goes on "
+        "from the last checkpoint. Over several processes: torchrun --nproc-per-node 8 -m "
+        "prereg_kernels train CONFIG.yaml, or accelerate launch -m.",
+        epilog="Every setting of the file is a flag as well, by its path: --trainer.max_steps 10, "
+        "--stages.1.learning_rate 1.0e-5, --pre.weight 0.3. The flag wins.",
+        allow_abbrev=False,
+    )
+    train.add_argument("config", type=Path, nargs="?", help="a YAML file")
+    train.add_argument("--out", type=_named, help="where everything goes; default: the file's")
+    train.add_argument("--fresh", action="store_true", help="begin anew, not from what is there")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: say what would be trained on what, and which files are missing",
+    )
+    train.add_argument("--preset", help=argparse.SUPPRESS)
+    assemble = commands.add_parser(
+        "assemble",
+        help="a LLaVA of a vision encoder and an LLM, for a first stage of training",
+        description="Put a vision encoder and an LLM together as a LLaVA, with a new projector, an "
+        "image token, a processor and a chat template.",
+    )
+    assemble.add_argument("--vision", required=True, help="CLIP or SigLIP: a directory or a name")
+    assemble.add_argument("--llm", required=True, help="a decoder: a directory or a hub's name")
+    assemble.add_argument("--out", type=_named, required=True, help="the new model's directory")
+    assemble.add_argument("--seed", type=int, default=0, help="of the projector; default 0")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="how many questions of held-out data a model answers",
+        description="Ask a model the last question of each sample of held-out data. Writes "
+        "evaluation.json and predictions.jsonl.",
+    )
+    evaluate.add_argument("model", type=Path, help="a model directory, such as a run's")
+    evaluate.add_argument("--data", required=True, help="a file, a folder or a hub's data set")
+    evaluate.add_argument("--format", default="llava", help="llava (the default), messages, ...")
+    evaluate.add_argument("--images", help="the folder that image paths start from")
+    evaluate.add_argument("--out", type=_named, help="where it writes; default: the model's")
+    evaluate.add_argument("--batch", type=int, default=8, help="questions at once; default 8")
+    evaluate.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
 
 
 def _add_sweep(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""The commands `prereg train` and `prereg sweep`: from arguments to what is run and printed."""
+"""The commands `prereg demo` and `prereg sweep`: from arguments to what is run and printed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.settings import require_count, shown
+from prereg_kernels._util.settings_file import from_dict, load_config, read_yaml, to_dict
 from prereg_kernels.cli.settings import override, show
-from prereg_kernels.demo.checks import require_count, shown
-from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, to_dict
+from prereg_kernels.demo.config import RunConfig
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.experiment.cost import measure_cost
@@ -31,7 +32,7 @@ from prereg_kernels.demo.experiment.experiment import (
 from prereg_kernels.demo.experiment.report import write_report
 from prereg_kernels.demo.loop import train as train_run
 from prereg_kernels.demo.model.tower import trained_tower
-from prereg_kernels.demo.runs.directories import check_one_process
+from prereg_kernels.demo.runs.processes import check_one_process
 from prereg_kernels.demo.runs.workers import run_units
 from prereg_kernels.demo.sweep.report import write_sweep
 from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, open_sweep
@@ -39,10 +40,11 @@ from prereg_kernels.demo.sweep.sweep import run_unit as run_sweep_unit
 from prereg_kernels.demo.sweep.sweep import units as sweep_units
 
 
-def train(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
-    """The command `prereg train`, with flags of settings."""
+def demo(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
+    """The command `prereg demo`, with flags of settings."""
     check_one_process()
-    if arguments.preset is not None:
+    if arguments.config is None:
+        arguments.preset = arguments.preset or "scenes"
         _experiment(arguments, flags, console)
         return
     for name in ("seeds", "steps", "weight", "workers"):
@@ -78,7 +80,7 @@ def sweep(arguments: argparse.Namespace, flags: Sequence[str], console: Console)
 def _single(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
     settings = override(load_config(arguments.config, RunConfig), flags)
     if arguments.settings:
-        show(settings, "train")
+        show(settings, "demo")
         return
     out = arguments.out or Path("runs") / arguments.config.stem
     device = _usable(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -101,7 +103,7 @@ def _experiment(arguments: argparse.Namespace, flags: Sequence[str], console: Co
         pre = replace(settings.run.pre, weight=arguments.weight)
         settings = replace(settings, run=replace(settings.run, pre=pre))
     if arguments.settings:
-        show(settings, "train")
+        show(settings, "demo")
         return
     devices = _devices(settings.device, arguments)
     settings = replace(settings, device=_kind(devices))

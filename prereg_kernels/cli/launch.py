@@ -1,4 +1,4 @@
-"""`prereg TRAINER ...`: the command of somebody's trainer, with PRe in it."""
+"""The command of somebody's trainer, run with PRe in it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prepare(name: str, arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def take_flags(arguments: Sequence[str], name: str = "pre") -> tuple[list[str], dict[str, Any]]:
-    """(the other arguments, {setting: value}): `--pre.weight 0.3`, or with a = between.
+    """(the other arguments, {setting: value}): --pre.weight 0.3, or with a = between.
 
     Raises:
         ValueError: a flag without a value.

@@ -84,9 +84,17 @@ def _processor(directory: Path, config: Any) -> Any:
         if named:
             raise NotRunError(f"{path.name} names code to run, at {named[0]}")
     with _failing("transformers cannot load the processor"):
-        processor = AutoProcessor.from_pretrained(
-            directory, config=config, local_files_only=True, trust_remote_code=False
-        )
+        try:
+            processor = AutoProcessor.from_pretrained(
+                directory, config=config, local_files_only=True, trust_remote_code=False
+            )
+        except ImportError as error:
+            if "torchvision" not in str(error).lower():
+                raise
+            raise NotRunError(
+                "AutoProcessor needs torchvision for it, as wherever a model takes videos: "
+                "pip install torchvision"
+            ) from error
     if not isinstance(processor, ProcessorMixin):
         raise NotRunError(f"{directory.name} has a {type(processor).__name__} and no processor")
     return processor

@@ -1,6 +1,6 @@
 """`prereg trl sft --config x.yaml`: TRL's command, with PRe in the trainer that its script makes.
 
-TRL (1.16) has no plugins. PRe's settings are under `pre:` in its YAML file, or `--pre.weight 0.3`
+TRL (1.16) has no plugins. PRe's settings are under `pre:` in its YAML file, or --pre.weight 0.3
 on the command line; its own parser does not get to see them. TRL starts its scripts by accelerate;
 the same is done here with this module, which each rank runs.
 """

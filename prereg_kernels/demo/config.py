@@ -1,32 +1,19 @@
-"""The settings of a training run, and their YAML form.
-
-Frozen dataclasses say what there is; `from_dict` checks names and types against them, so that a
-typo in a file is an error that names it and never a silently used default.
-"""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
 
-from prereg_kernels._util.files import printable, write_whole
-from prereg_kernels.demo.checks import check_numbers, require, require_count, shown
+from prereg_kernels._util.files import write_whole
+from prereg_kernels._util.settings import check_numbers, require, require_count
+from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, check_families
 from prereg_kernels.demo.data.scenes import SceneConfig
 from prereg_kernels.demo.model.llava import MODULES, ModelConfig
-
-T = TypeVar("T")
-
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-_LARGEST_FILE, _MOST_VALUES = 2**20, 100_000
 
 PRECISIONS = ("fp32", "bf16")
 ANCHORS = ("pre_llm", "pre_projector", "other_scene")
@@ -232,124 +219,6 @@ class RunConfig:
     def steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dicts, lists and scalars: what `from_dict`, YAML and JSON take."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        return value
-
-    result: dict[str, Any] = plain(dataclasses.asdict(config))
-    return result
-
-
-def from_dict(kind: type[T], values: Any, at: str = "") -> T:
-    """Build the dataclass `kind` from plain values.
-
-    Raises:
-        ValueError: an unknown key, a missing one, a wrong type or a value out of range, named by
-            its path, as in "stages[1].lr: expected a number, got 'fast'".
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{at or 'config'}: expected a mapping, got {shown(values)}")
-    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    prefix = f"{at}." if at else ""
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"{prefix}{key}: unknown key; expected one of {sorted(fields)}")
-    hints = typing.get_type_hints(kind)
-    given = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
-    for name, item in fields.items():
-        if item.default is item.default_factory is dataclasses.MISSING and name not in given:
-            raise ValueError(f"{prefix}{name}: required, but missing")
-    try:
-        return kind(**given)
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
-
-
-def _convert(hint: Any, value: Any, at: str) -> Any:
-    """`value` as the type `hint`, or a ValueError that names `at`."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, at)
-    if origin is types.UnionType:  # `X | None` is the only union here
-        return None if value is None else _convert(args[0], value, at)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{at}: expected a list, got {shown(value)}")
-        return tuple(_convert(args[0], item, f"{at}[{i}]") for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{at}: expected a mapping, got {shown(value)}")
-        return {str(key): _convert(args[1], item, f"{at}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError(f"{at}: expected a finite number, got {shown(value)}") from None
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    if type(value) is not hint:
-        way_out = ""
-        if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-            way_out = "; YAML takes it for text: write it with a point, as 1.0e-3"
-        raise ValueError(f"{at}: expected {names[hint]}, got {shown(value)}{way_out}")
-    return value
-
-
-def load_config(path: str | Path, kind: type[T]) -> T:
-    """Read a YAML file as the dataclass `kind`, such as `RunConfig`.
-
-    Raises:
-        ValueError: not YAML, or as in `from_dict`; the message names the file.
-        OSError: the file cannot be read.
-    """
-    values = read_yaml(path)
-    try:
-        return from_dict(kind, values if values is not None else {})
-    except ValueError as error:
-        raise ValueError(f"{printable(path)}: {error}") from None
-
-
-def read_yaml(path: str | Path) -> Any:
-    """The plain values of a YAML file.
-
-    Raises:
-        ValueError: not YAML, or more values than settings have, aliases followed; the message names
-            the file.
-        OSError: the file cannot be read.
-    """
-    with Path(path).open("rb") as file:
-        content = file.read(_LARGEST_FILE + 1)
-    try:
-        if len(content) > _LARGEST_FILE:
-            raise ValueError(f"expected at most {_LARGEST_FILE} bytes")
-        values = yaml.safe_load(content.decode())
-        _check_size(values)
-    except RecursionError:
-        raise ValueError(f"{printable(path)}: not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{printable(path)}: not valid YAML: {error}") from None
-    return values
-
-
-def _check_size(values: Any) -> None:
-    """Raise ValueError if there are too many values, as a few aliases of aliases can make."""
-    todo, count = [values], 0
-    while todo:
-        value = todo.pop()
-        count += 1
-        if isinstance(value, dict):
-            todo += value.values()
-        elif isinstance(value, (list, set)):
-            todo += value
-        if count + len(todo) > _MOST_VALUES:
-            raise ValueError(f"expected at most {_MOST_VALUES} values, aliases followed")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

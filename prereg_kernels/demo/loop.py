@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels.attach.handle import PRe
 from prereg_kernels.attach.regularizer import apply_pre, remove_pre
 from prereg_kernels.attach.storage import PRE_DIR
@@ -32,7 +33,7 @@ from prereg_kernels.demo.checkpoints.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from prereg_kernels.demo.config import RunConfig, StageConfig, to_dict
+from prereg_kernels.demo.config import RunConfig, StageConfig
 from prereg_kernels.demo.data.packing import IGNORE, Batch, Packer, TrainStream, build_tokenizer
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.metrics import MetricsLog, ProgressBar
@@ -44,8 +45,8 @@ from prereg_kernels.demo.model.llava import (
 )
 from prereg_kernels.demo.model.saved import check_model, load_model, model_writer
 from prereg_kernels.demo.model.tower import trained_tower
-from prereg_kernels.demo.runs.directories import check_one_process
 from prereg_kernels.demo.runs.interrupts import deferred_signals
+from prereg_kernels.demo.runs.processes import check_one_process
 from prereg_kernels.demo.runs.runs import held_run, write_settings
 from prereg_kernels.demo.schedule import cosine_with_warmup
 from prereg_kernels.demo.training_checkup import CheckupLog, training_checkup

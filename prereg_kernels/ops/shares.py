@@ -36,17 +36,15 @@ class Share:
             coefficient = coefficient[index]
         self.index, self._group = index, group
         self.tokens = inputs.slots if index is None else index.shape[0]
-        self._each = -(-self.tokens // dist.get_world_size(group))
-        start = min(dist.get_rank(group) * self._each, self.tokens)
-        stop = min(start + self._each, self.tokens)
+        mine = share_of(self.tokens, group)
         if index is None:
-            share = torch.arange(start, stop, device=hidden.device)
+            share = torch.arange(mine.start, mine.stop, device=hidden.device)
         else:
-            share = index[start:stop]
+            share = index[mine]
             if anchor.shape[:-1] != hidden.shape[:-1]:
-                anchor = anchor[start:stop]
-        self.anchor, self.coefficient = anchor, coefficient[start:stop]
-        self.inputs = inputs._replace(select=share, token_weight=None, slots=stop - start)
+                anchor = anchor[mine]
+        self.anchor, self.coefficient = anchor, coefficient[mine]
+        self.inputs = inputs._replace(select=share, token_weight=None, slots=len(share))
 
     def rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) hidden states and (n, A) anchors of the share."""
@@ -61,10 +59,11 @@ class Share:
         Args:
             dh: (n, D), of the share.
         """
-        padded = dh.new_zeros(self._each, dh.shape[1])
-        padded[: dh.shape[0]] = dh
         size = dist.get_world_size(self._group)
-        everything = dh.new_empty(size * self._each, dh.shape[1])
+        each = _rounded_up(self.tokens, size)
+        padded = dh.new_zeros(each, dh.shape[1])
+        padded[: dh.shape[0]] = dh
+        everything = dh.new_empty(size * each, dh.shape[1])
         dist.all_gather_into_tensor(everything, padded, group=self._group)
         rows = everything[: self.tokens]
         whole = torch.zeros_like(like) if residual is None else residual.clone()
@@ -74,6 +73,17 @@ class Share:
         else:
             whole.view(-1, dh.shape[1]).index_add_(0, self.index, rows)
         return whole
+
+
+def share_of(count: int, group: Any) -> slice:
+    """Of so many rows, which all ranks of the group have, those of this rank."""
+    each = _rounded_up(count, dist.get_world_size(group))
+    start = min(dist.get_rank(group) * each, count)
+    return slice(start, min(start + each, count))
+
+
+def _rounded_up(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 def sum_over(group: Any, tensors: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from prereg_kernels._util import private
+from prereg_kernels._util import distributed, private
 from prereg_kernels.attach.handle import PRe, find_pre, state_of
 from prereg_kernels.attach.saving import heads_of
 from prereg_kernels.attach.state import HEADS
@@ -51,7 +51,9 @@ class Checkpoints(_Base):
         # adapters alone.
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         written = inner is state_of(self.pre).model and not self.args.save_on_each_node
-        if not written and heads != {}:
+        # From transformers 5.24 all ranks come here; all have to save heads that are sharded
+        is_sharded = any(map(distributed.is_sharded, state_of(self.pre).parameters().values()))
+        if not written and heads != {} and (self.args.should_save or is_sharded):
             self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads)
 
     def _load_from_checkpoint(
@@ -88,7 +90,7 @@ class Checkpoints(_Base):
         """As if there were no heads, which have their own file."""
         model = state_of(self.pre).model
         if load_result.unexpected_keys and self._read_from is not None:
-            load_result = _load_weights(model, self._read_from)
+            load_result = load_weights(model, self._read_from)
         ignored = getattr(model, private.IGNORED_ON_SAVE)
         missing = [name for name in load_result.missing_keys if f"{HEADS}." not in name]
         others = {name for name in ignored if f"{HEADS}." not in name}
@@ -99,7 +101,7 @@ class Checkpoints(_Base):
             setattr(model, private.IGNORED_ON_SAVE, ignored)
 
 
-def _load_weights(model: Any, path: str) -> Any:
+def load_weights(model: Any, path: str) -> Any:
     """Load a checkpoint's weights, as `from_pretrained` reads them.
 
     `save_pretrained` writes the names of the hub's checkpoints, which are not the modules' in most

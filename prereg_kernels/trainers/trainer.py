@@ -330,6 +330,10 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     def _is_divided(self, items: Any) -> bool:
         """Whether Trainer divides the loss by the number of micro-batches."""
+        if hasattr(Trainer, "loss_is_scaled_for_ga"):  # in the newest, where subclasses say so
+            is_scaled: bool | None = self.loss_is_scaled_for_ga
+            if is_scaled is not None:
+                return not is_scaled
         by_items = self.model_accepts_loss_kwargs and items is not None
         return not by_items and self.compute_loss_func is None
 

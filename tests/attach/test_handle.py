@@ -20,7 +20,9 @@ PUBLIC = (
     "heads metrics totals count check visual_mask next_visual_mask denominator passes save load "
     "loss add_to_loss "
     # a GradScaler's loop, a loss of several passes and a log have no other way
-    "loss_scale collecting config family parameter_groups"
+    "loss_scale collecting config family parameter_groups "
+    # process groups, which no model knows of
+    "sequence_parallel tensor_parallel_group"
 )
 
 

@@ -15,7 +15,7 @@ from tests.cli.run import TINY, prereg
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("cli")
     (directory / "tiny.yaml").write_text(TINY)
-    run = prereg("train", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
+    run = prereg("demo", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
     assert run.returncode == 0, run.stderr
     return directory, run.stdout
 
@@ -47,7 +47,7 @@ def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
     directory, _ = experiment
     result = directory / "runs" / "tiny" / "seed-1" / "pre" / "result.json"
     before = result.stat().st_mtime_ns
-    run = prereg("train", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
+    run = prereg("demo", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
     assert run.returncode == 0, run.stderr
     assert result.stat().st_mtime_ns == before
 
@@ -55,29 +55,28 @@ def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "one of the arguments --preset --config is required"),
         (
-            ["train", "--preset", "nope"],
+            ["demo", "--preset", "nope"],
             "expected one of scenes, scenes-gpu, scenes-gpu-text, or a YAML file; got nope",
         ),
-        (["train", "--preset", "absent.yaml"], "absent.yaml"),
-        (["train", "--config", "bad.yaml"], "bad.yaml: stepz: unknown key"),
-        (["train", "--config", "bad.yaml", "--seeds", "2"], "--seeds: goes with --preset"),
+        (["demo", "--preset", "absent.yaml"], "absent.yaml"),
+        (["demo", "--config", "bad.yaml"], "bad.yaml: stepz: unknown key"),
+        (["demo", "--config", "bad.yaml", "--seeds", "2"], "--seeds: goes with --preset"),
         (
-            ["train", "--preset", "tiny.yaml", "--weight", "-1"],
+            ["demo", "--preset", "tiny.yaml", "--weight", "-1"],
             "weight: expected a positive number",
         ),
-        (["train", "--preset", "tiny.yaml", "--weight", "3"], "holds results of other settings"),
-        (["train", "--preset", "tiny.yaml", "--device", "abacus"], "--device: 'abacus' is not"),
-        (["train", "--preset", "tiny.yaml", "--nope"], "unknown flags: --nope; --settings lists"),
+        (["demo", "--preset", "tiny.yaml", "--weight", "3"], "holds results of other settings"),
+        (["demo", "--preset", "tiny.yaml", "--device", "abacus"], "--device: 'abacus' is not"),
+        (["demo", "--preset", "tiny.yaml", "--nope"], "unknown flags: --nope; --settings lists"),
         (["doctor", "--nope"], "unrecognized arguments: --nope"),
-        (["train", "--preset", "tiny.yaml", "--run.pre.weight", "4"], "holds results of other"),
+        (["demo", "--preset", "tiny.yaml", "--run.pre.weight", "4"], "holds results of other"),
         (
-            ["train", "--preset", "tiny.yaml", "--run.pre.wait", "4"],
+            ["demo", "--preset", "tiny.yaml", "--run.pre.wait", "4"],
             "unknown flags: --run.pre.wait",
         ),
         (
-            ["train", "--config", "run.yaml", "--seed", "-3"],
+            ["demo", "--config", "run.yaml", "--seed", "-3"],
             "prereg: --seed: expected at least 0, got -3",
         ),
         (

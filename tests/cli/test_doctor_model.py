@@ -18,6 +18,7 @@ from transformers import (
     CLIPImageProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
 )
 
 from prereg_kernels.attach import families, regularizer, resolver
@@ -27,6 +28,7 @@ from prereg_kernels.cli import made_up
 from prereg_kernels.cli.commands import main
 from prereg_kernels.cli.doctor_model import examine_model
 from tests.checkup.pictures import save_tokenizer
+from tests.releases import is_here, needs
 from tests.tiny import IMAGE_TOKEN, LAYERS, PATCHES, WIDTH, make_batch, tiny_llava
 from tests.zoo import CASES, sample
 from tests.zoo.refused import REFUSED
@@ -126,6 +128,17 @@ def test_json_says_the_same(whole: Path, run: Run) -> None:
     assert json.loads(run(whole, "--json").stdout) == examine_model(whole)[0]
 
 
+def test_a_processor_that_needs_torchvision(bare: Path) -> None:
+    """That of Qwen2.5-VL has one for videos, and the tests' environment is without torchvision."""
+    save_tokenizer(bare)
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}
+    settings |= {"processor_class": "Qwen2_5_VLProcessor"}
+    (bare / "preprocessor_config.json").write_text(json.dumps(settings))
+    (bare / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    with pytest.raises(made_up.NotRunError, match=r"needs torchvision .* pip install torchvision"):
+        made_up._processor(bare, Qwen2_5_VLConfig())
+
+
 def test_without_a_processor(bare: Path) -> None:
     report, works = examine_model(bare)
     assert works and report["model"]["supported"] == "yes"
@@ -191,6 +204,7 @@ def test_features_of_other_tokens_are_a_warning(
     )
 
 
+@needs("granite4_vision")
 def test_a_check_in_part_is_told() -> None:
     """Where layers run before the features are there, rows of text are of no table."""
     case = sample("granite4_vision")
@@ -359,8 +373,10 @@ def test_every_refused_type(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "layers", "width"),
-    [("florence2", 12, 1024), ("gemma4", 30, 2304), ("got_ocr2", 24, 1024), ("kosmos-2", 24, 2048),
-     ("paddleocr_vl", 18, 1024), ("qwen3_vl_moe", 24, 2048)],
+    [case for case in (
+        ("florence2", 12, 1024), ("gemma4", 30, 2304), ("got_ocr2", 24, 1024),
+        ("kosmos-2", 24, 2048), ("paddleocr_vl", 18, 1024), ("qwen3_vl_moe", 24, 2048),
+    ) if is_here(case[0])],
 )  # fmt: skip
 def test_a_type_at_its_default_size(name: str, layers: int, width: int, tmp_path: Path) -> None:
     CONFIG_MAPPING[name]().save_pretrained(tmp_path)

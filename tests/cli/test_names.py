@@ -34,7 +34,7 @@ def test_names_are_shown_and_not_acted_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = "a[/b]\n\x1b[31m[red]"
-    assert command(monkeypatch, "train", "--config", "run.yaml", "--out", out) == 0
+    assert command(monkeypatch, "demo", "--config", "run.yaml", "--out", out) == 0
     said = capsys.readouterr().out
     shown = "model in a[/b]\\n\\x1b[31m[red]/checkpoints/step-00000001"
     assert shown in said.replace("\n", "") and "\x1b[31m" not in said
@@ -59,7 +59,7 @@ def test_places_where_nothing_can_be_written(
 ) -> None:
     Path("file").write_text("x")
     Path("loop").symlink_to("loop")
-    assert command(monkeypatch, "train", "--config", "run.yaml", "--out", out) == 2
+    assert command(monkeypatch, "demo", "--config", "run.yaml", "--out", out) == 2
     errors = capsys.readouterr().err
     assert PLACES[out] in errors and errors.count("\n") == 1
     assert Path("file").read_text() == "x"
@@ -74,7 +74,7 @@ def test_a_full_disk_names_the_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert command(monkeypatch, "train", "--config", "run.yaml", "--out", "out") == 2
+    assert command(monkeypatch, "demo", "--config", "run.yaml", "--out", "out") == 2
     assert capsys.readouterr().err == "prereg: [Errno 28] No space left on device: 'out/.prereg'\n"
 
 
@@ -82,7 +82,7 @@ def test_a_full_disk_names_the_file(
 def test_devices(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    assert command(monkeypatch, "train", "--config", "run.yaml", "--device", name) == 2
+    assert command(monkeypatch, "demo", "--config", "run.yaml", "--device", name) == 2
     errors = capsys.readouterr().err
     assert f"--device: '{name}' is not usable here" in errors and errors.count("\n") == 1
 
@@ -91,7 +91,7 @@ def test_devices(
 def test_a_damaged_tower_is_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("train", "--config", "run.yaml", "--out", "out", "--fresh")
+    arguments = ("demo", "--config", "run.yaml", "--out", "out", "--fresh")
     assert command(monkeypatch, *arguments) == 0
     [tower] = Path("out").glob("tower-*")
     whole = {name: x.clone() for name, x in load_file(tower).items()}  # not a view of the file

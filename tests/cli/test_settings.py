@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from prereg_kernels._util.settings_file import from_dict, to_dict
 from prereg_kernels.cli.demo import load_preset, load_sweep
 from prereg_kernels.cli.settings import override, show
-from prereg_kernels.demo.config import RunConfig, from_dict, to_dict
+from prereg_kernels.demo.config import RunConfig
 
 
 def leaves(settings: Any, path: str = "") -> dict[str, Any]:
@@ -107,9 +108,9 @@ def test_the_list_has_meanings_and_values(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    show(override(load_preset("scenes"), ["--run.pre.weight", "0.125"]), "train")
+    show(override(load_preset("scenes"), ["--run.pre.weight", "0.125"]), "demo")
     page = capsys.readouterr().out
-    assert page.startswith("usage: prereg train")
+    assert page.startswith("usage: prereg demo")
     text = " ".join(page.replace("│", " ").split())
     assert "--run.pre.weight FLOAT of L_PRe beside L_LM. (default: 0.125)" in text
     assert "--run.tower.batch INT scenes a step. (default: 32)" in text

@@ -8,16 +8,8 @@ from typing import Any
 
 import pytest
 
-from prereg_kernels.demo.config import (
-    PReSettings,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    from_dict,
-    load_config,
-    save_config,
-    to_dict,
-)
+from prereg_kernels._util.settings_file import from_dict, load_config, to_dict
+from prereg_kernels.demo.config import PReSettings, RunConfig, StageConfig, TowerConfig, save_config
 from prereg_kernels.demo.experiment.experiment import ExperimentConfig, TransferConfig
 from prereg_kernels.demo.model.llava import ModelConfig
 

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from prereg_kernels.demo.runs.directories import check_one_process, held
+from prereg_kernels._util.directories import held
+from prereg_kernels.demo.checkpoints.checkpoint import is_checkpoint
+from prereg_kernels.demo.runs.processes import check_one_process
 
 NAMES = ("settings.yaml", "log/")
 
 
 @contextmanager
 def run_in(directory: Path, kind: str = "run", *, ours: bool = False) -> Iterator[None]:
-    with held(directory, kind, NAMES, lambda _: ours):
+    with held(directory, kind, NAMES, lambda _: ours, is_checkpoint):
         yield
 
 
@@ -73,8 +75,8 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from prereg_kernels.demo.runs.directories import held
-with held(Path(sys.argv[1]), "run", (), lambda _: False):
+from prereg_kernels._util.directories import held
+with held(Path(sys.argv[1]), "run", (), lambda _: False, lambda _: False):
     print("held", flush=True)
     time.sleep(100)
 """

@@ -105,7 +105,8 @@ KILLER = """
 import os, random, signal, sys, time
 import torch; torch.set_num_threads(1)
 from prereg_kernels.demo import loop
-from prereg_kernels.demo.config import RunConfig, load_config
+from prereg_kernels._util.settings_file import load_config
+from prereg_kernels.demo.config import RunConfig
 
 config, runs, cache_dir, seed, wanted = sys.argv[1:]
 moments = random.Random(int(seed))

@@ -19,6 +19,7 @@ from unittest import mock
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+from prereg_kernels._util.settings_file import override as override_values
 from prereg_kernels.cli.commands import main
 from prereg_kernels.cli.demo import load_preset, load_sweep
 from prereg_kernels.cli.launch import COMMANDS
@@ -33,6 +34,8 @@ STUBS = [f"{name}() {{ printf '%s\\0' {name} \"$@\"; echo; }}" for name in PROGR
 STUBS += ['timeout() { shift; "$@"; }', "git() { :; }"]
 
 Command = tuple[str, ...]
+REPLACED = {"prereg_kernels": ("prereg",)}
+"""{module: the command that it is}"""
 
 
 @contextmanager
@@ -72,8 +75,12 @@ def check(command: Command) -> None:
         assert (ROOT / "tests" / "packages" / f"test_{arguments[0]}.py").is_file()
     elif program in ("torchrun", "accelerate"):
         parser = get_args_parser() if program == "torchrun" else launch_command_parser()
-        script = parser.parse_args(arguments[program == "accelerate" :]).training_script
-        assert (ROOT / "examples" / script).is_file(), f"no examples/{script}"
+        given = parser.parse_args(arguments[program == "accelerate" :])
+        if given.module:
+            with chdir(ROOT):
+                _parse((*REPLACED[given.training_script], *given.training_script_args))
+        else:
+            assert (ROOT / "examples" / given.training_script).is_file(), given.training_script
     elif program == "pip":
         # pip imports distutils, which setuptools has to have replaced by then
         import_module("setuptools")
@@ -175,7 +182,9 @@ def _parse(command: Command) -> None:
         arguments, flags = parse_known(self, *args, **kwargs)
         if self.prog != "prereg":  # but one of its commands
             return arguments, flags
-        if flags:
+        if flags and arguments.command == "train":
+            override_values({}, flags)
+        elif flags:
             override(_settings_of(arguments), flags)
         raise _ParsedError
 

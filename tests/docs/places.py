@@ -17,6 +17,8 @@ from prereg_kernels.demo.model.llava import build_model
 from tests.checkup.pictures import save_folder, save_model
 from tests.demo.tiny import MODEL, TOWER
 from tests.docs.pages import ROOT, page_of
+from tests.train.models import make_clip, make_llama
+from tests.train.places import make_place
 
 
 def checkups(place: Path) -> None:
@@ -55,9 +57,21 @@ def checkups(place: Path) -> None:
 def training(place: Path) -> None:
     """The page's first run, in a few steps."""
     text = next(
-        block.text for block in page_of("docs/training.md").blocks if block.language == "yaml"
+        block.text for block in page_of("docs/demo-loop.md").blocks if block.language == "yaml"
     )
     (place / "run.yaml").write_text(in_few_steps(text))
+
+
+def recipe(place: Path) -> None:
+    """The page's settings; a model, its parts, and data."""
+    text = next(b.text for b in page_of("docs/training.md").blocks if b.language == "yaml")
+    (place / "recipe.yaml").write_text(text)
+    make_place(place)
+    for old, new in (("model", "MODEL"), ("data.json", "train.json")):
+        (place / old).rename(place / new)
+    shutil.copy(place / "train.json", place / "held_out.json")
+    make_clip(place / "CLIP")
+    make_llama(place / "LLM")
 
 
 def in_few_steps(run: str) -> str:
@@ -100,7 +114,8 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "README.md": checkups,
     "docs/checkup.md": checkups,
     "docs/integrations.md": checkups,
-    "docs/training.md": training,
+    "docs/training.md": recipe,
+    "docs/demo-loop.md": training,
     "examples": examples,
     "benchmarks": checkout,
     "docs/gpu.md": checkout,

@@ -20,13 +20,13 @@ from tests.docs.places import PLACES
 NOT_RUN = {
     "takes minutes or hours": (
         "make demo",
-        "prereg train --preset scenes",
-        "prereg train --preset scenes --seeds 5",
-        "prereg train --preset scenes --weight 0.5 --out runs/weight-0.5",
-        "prereg train --preset scenes-gpu",
-        "prereg train --preset scenes --run.pre.weight 0.5 --run.stages.1.steps 100 "
+        "prereg demo --preset scenes",
+        "prereg demo --preset scenes --seeds 5",
+        "prereg demo --preset scenes --weight 0.5 --out runs/weight-0.5",
+        "prereg demo --preset scenes-gpu",
+        "prereg demo --preset scenes --run.pre.weight 0.5 --run.stages.1.steps 100 "
         "--transfer.steps 30 --out runs/short",
-        "prereg train --preset scenes --run.stages.1.trainable llm --run.families.count 2",
+        "prereg demo --preset scenes --run.stages.1.trainable llm --run.families.count 2",
         "prereg sweep --preset scenes --weights 0.5 1 2 --experiment.run.micro_batch 16 "
         "--out runs/sweep",
         "prereg sweep --preset scenes",
@@ -41,10 +41,11 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "make fuzz",
+        "make train-example",
     ),
     "needs a GPU": (
-        "prereg train --preset scenes-gpu --workers 4",
-        "prereg train --preset scenes-gpu-text --workers 4",
+        "prereg demo --preset scenes-gpu --workers 4",
+        "prereg demo --preset scenes-gpu-text --workers 4",
         "prereg sweep --preset scenes-gpu --workers 4",
         "make gpu-check",
         "make gpu-step",
@@ -60,15 +61,22 @@ NOT_RUN = {
         "python -m benchmarks.studies.curves --out FILE",
         "python -m benchmarks.step.gpu --out FILE",
     ),
-    "runs these tests": ("make test", "make test-models"),
+    "runs these tests": ("make test", "make test-models", "make test-transformers"),
     "runs a trainer that lies beside the environment": (
         "make test-llamafactory",
         "make test-swift",
         "make test-trl",
         "make test-axolotl",
+        "prereg llamafactory",
+        "make test-nemo",
+        "make test-liger",
         "prereg trl sft",
         "prereg trl grpo",
         "prereg trl sft --config x.yaml",
+    ),
+    "tests/train/test_command.py::test_two_ranks_are_one starts it on two ranks": (
+        "torchrun --nproc-per-node 8 -m prereg_kernels train recipe.yaml",
+        "accelerate launch -m prereg_kernels train recipe.yaml",
     ),
     "installs packages": (
         "pip install torch",
@@ -85,7 +93,7 @@ NOT_RUN = {
     "a check of every change, beside these tests": ("make lint",),
     "compiles for minutes, and runs tests of tests/ops/backends": ("make sanitize",),
     "tests/cli/test_demo.py::test_experiment_writes_its_report runs it": (
-        "prereg train --preset mine.yaml",
+        "prereg demo --preset mine.yaml",
     ),
 }
 # What stands for something in a command, and what does at a tiny size.
@@ -93,6 +101,7 @@ INSTEAD = {
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--images 174 --columns 4096": "--images 3 --columns 32",
     "NAME N D DTYPE": "fused 512 32 float32",
+    "evaluate runs/mine": "evaluate MODEL",
     "--scenes": "--scenes --limit 24 --splits 2",
 }
 
@@ -212,7 +221,7 @@ def is_a_run(place: Path, output: str) -> None:
     there = {path.name for path in (place / "runs" / "mine").iterdir()}
     named = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "checkups.jsonl"}
     assert named <= there and named <= {
-        name.strip("/") for name in page_of("docs/training.md").spans
+        name.strip("/") for name in page_of("docs/demo-loop.md").spans
     }
 
 

@@ -106,7 +106,9 @@ def test_code() -> None:
         for node in ast.walk(tree):
             match node:
                 case ast.Attribute(ast.Name("pre"), name) if page.name.endswith(".md"):
-                    in_a_file = page.name == "docs/training.md"  # the key `pre` of a run's settings
+                    in_a_file = (
+                        page.name == "docs/demo-loop.md"
+                    )  # the key `pre` of a run's settings
                     assert in_a_file or hasattr(attached(), name), where
                 case ast.Call(ast.Name(name), _, keywords) if name in PUBLIC:
                     known = inspect.signature(PUBLIC[name]).parameters.keys()

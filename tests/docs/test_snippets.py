@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import prereg_kernels
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
+from prereg_kernels._util.settings_file import load_config
 from prereg_kernels.cli.demo import load_sweep
-from prereg_kernels.demo.config import RunConfig, load_config
+from prereg_kernels.demo.config import RunConfig
 from tests.attached import both, compare, eager_term
 from tests.docs.commands import chdir, run
 from tests.docs.pages import Block, is_snippet, pages
@@ -32,7 +34,7 @@ Namespace = dict[str, Any]
 # Why a block of Python or of settings, by the line that it begins with, is not run. The page says
 # the same before it: see tests/docs/pages.py.
 NOT_RUN = {
-    "docs/training.md, preset: scenes": "takes minutes or hours",
+    "docs/demo-loop.md, preset: scenes": "takes minutes or hours",
 }
 
 
@@ -219,6 +221,17 @@ def attaches_to_an_original(title: str) -> Callable[[str, Namespace, Path], None
     return runs
 
 
+def shares_sequences(text: str, namespace: Namespace, place: Path) -> None:
+    """With a group of one rank; tests/trainers/test_sequence_parallel.py has larger ones."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        namespace["group"] = dist.group.WORLD
+        trains_the_heads(text, namespace, place)
+        assert namespace["pre"].sequence_parallel.shard == "contiguous"
+    finally:
+        dist.destroy_process_group()
+
+
 # A page's blocks, after its first, are of these models
 TITLES = dict.fromkeys(case.title for case in ORIGINALS.values())
 CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
@@ -226,6 +239,7 @@ CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("docs/anchors.md", 0): takes_a_loss,
     ("docs/anchors.md", 1): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
+    ("docs/parallelism.md", 0): shares_sequences,
     ("prereg_kernels/ops/tap.py", 0): taps,
     **{
         ("docs/other_models.md", number): attaches_to_an_original(title)
@@ -273,5 +287,5 @@ def test_settings(name: str, number: int, block: Block, tmp_path: Path) -> None:
         return
     assert len(load_config(path, RunConfig).stages) == len(yaml.safe_load(block.text)["stages"])
     path.write_text(in_few_steps(block.text))
-    run(("prereg", "train", "--config", "run.yaml", "--out", "out"), tmp_path)
+    run(("prereg", "demo", "--config", "run.yaml", "--out", "out"), tmp_path)
     assert list((tmp_path / "out" / "checkpoints").iterdir())

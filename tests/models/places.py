@@ -6,12 +6,14 @@ from torch import Tensor
 
 from tests.attach.families.models import WIDTH
 from tests.attached import Place
+from tests.releases import HERE
 from tests.zoo import CASES
 
 _OPT = Place("language_model.model.decoder")
 _IDEFICS = Place("model.text_model")
 _H = Place("model.language_model", "h")
 _LANGUAGE_MODEL = Place("model.language_model")
+_THINKER = Place("model") if HERE < (5, 24) else _LANGUAGE_MODEL
 
 
 def _joined(output: Tensor) -> Tensor:
@@ -44,8 +46,8 @@ PLACES = {
     "llava+mpt": Place("model.language_model", "blocks"),
     "llava+opt": Place("model.language_model.decoder"),
     "phi4_multimodal": Place("model", is_merged_inside=True),
-    "qwen2_5_omni_thinker": Place("model"),
-    "qwen3_omni_moe_thinker": Place("model"),
+    "qwen2_5_omni_thinker": _THINKER,
+    "qwen3_omni_moe_thinker": _THINKER,
     "qwen4_exp": Place("model.language_model", read=_joined),
     "smolvlm": _IDEFICS,
     "t5gemma2": Place("model.encoder.text_model"),

@@ -14,6 +14,7 @@ from prereg_kernels.attach.families import family_of_type
 from tests.attached import both, compare
 from tests.models.places import TRAINED, place_of
 from tests.models.test_gradients import checkpointed
+from tests.releases import here
 from tests.zoo import sample
 
 Counts = Mapping[str, tuple[int, ...]]
@@ -111,13 +112,13 @@ def check_images(name: str, scene: str, checkpointing: bool) -> None:
     assert apply_pre(sample(name).model, level="global").count(batch.inputs) == len(counts)
 
 
-@pytest.mark.parametrize("name", first(IMAGES))
+@pytest.mark.parametrize("name", first(here(*IMAGES)))
 def test_whole_images(name: str) -> None:
     check_images(name, next(reversed(IMAGES[name])), checkpointing=False)
 
 
 @checkpointed
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", here(*IMAGES))
 @pytest.mark.matrix
 def test_whole_images_of_every_scene(name: str, checkpointing: bool) -> None:
     for scene in IMAGES[name]:
@@ -201,13 +202,13 @@ TOWERS = {
 
 
 @checkpointed
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", here(*TOWERS))
 def test_rows_of_the_encoder(name: str, checkpointing: bool) -> None:
     run(name, "images", checkpointing, anchor="pre_projector",
         anchor_rows=rows_of_tower(TOWERS[name]))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", here(*TOWERS))
 @pytest.mark.matrix
 def test_means_of_rows_of_the_encoder(name: str) -> None:
     run(

@@ -18,6 +18,7 @@ from tests.attached import Place, both, compare, eager_term
 from tests.models.places import place_of
 from tests.models.test_anchors import IMAGES
 from tests.models.test_gradients import richest
+from tests.releases import here, needs
 from tests.zoo import sample
 
 STREAMS = ("gemma3n", "glm5_next", "qwen4_exp")
@@ -57,11 +58,13 @@ def features_of_granite(layer: int) -> Callable[..., Tensor]:
     return rows
 
 
+@needs("granite4_vision")
 def test_granite_has_what_the_encoder_delivers_for_an_anchor() -> None:
     batch = sample("granite4_vision").batches["images"]
     run("granite4_vision", batch.inputs, batch.visual, anchor_rows=features_of_granite(0))
 
 
+@needs("granite4_vision")
 def test_granite_given_as_another_family_has_no_anchor() -> None:
     case = sample("granite4_vision")
     family = Family(
@@ -84,7 +87,7 @@ def numbers(inputs: Mapping[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("level", ("patch", "global"))
 @pytest.mark.parametrize("anchor", ("pre_llm", numbers))
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", here(*STREAMS))
 def test_the_stream_that_is_read(name: str, anchor: Any, level: str) -> None:
     scene = richest(name)
     batch = sample(name).batches[scene]
@@ -133,7 +136,7 @@ def touching(ids: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
 # Encoder-decoders: the encoder's layers are read, even where the labels have the prompt's length
 
 
-@pytest.mark.parametrize("name", ("florence2", "t5gemma2", "blip-2+t5"))
+@pytest.mark.parametrize("name", here("florence2", "t5gemma2", "blip-2+t5"))
 def test_labels_as_long_as_the_prompt(name: str) -> None:
     batch = sample(name).batches["images"]
     ids = batch.inputs["input_ids"]
@@ -144,7 +147,7 @@ def test_labels_as_long_as_the_prompt(name: str) -> None:
 # Images that are words of the vocabulary already
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", here(*CODES))
 def test_codes_of_images(name: str) -> None:
     """A warning; and where the caller says where they are, the gradients and no word."""
     case = sample(name)

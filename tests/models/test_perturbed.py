@@ -20,6 +20,7 @@ from prereg_kernels.attach.resolver import resolve
 from tests.attach.families.models import NEW, VIDEO
 from tests.models.places import TRAINED
 from tests.models.test_gradients import every_model, richest
+from tests.releases import here
 from tests.zoo import sample
 from tests.zoo.parts import AUDIO
 
@@ -220,7 +221,7 @@ def test_lists_within_the_language_model(name: str) -> None:
             assert says(words, IN_A_LAYER), words
 
 
-@pytest.mark.parametrize("name", ("blip-2+t5", "florence2", "t5gemma2"))
+@pytest.mark.parametrize("name", here("blip-2+t5", "florence2", "t5gemma2"))
 def test_the_decoder_of_an_encoder_decoder(name: str) -> None:
     """Also where the labels are as long as the prompt."""
     model, family = sample(name).model, family_of(name)
@@ -294,7 +295,7 @@ def test_features_that_enter_elsewhere(name: str) -> None:
 # Streams
 
 
-@pytest.mark.parametrize("name", ("gemma3n", "glm5_next", "qwen4_exp"))
+@pytest.mark.parametrize("name", here("gemma3n", "glm5_next", "qwen4_exp"))
 def test_streams(name: str) -> None:
     """Their layers' output is several streams; no stream is chosen, or rows in place of one."""
     family = family_of(name)

@@ -8,9 +8,10 @@ import pytest
 
 from prereg_kernels import apply_pre
 from tests.attach.test_regularizer import traces
-from tests.models.places import UNMERGED
+from tests.models.places import UNMERGED, place_of
+from tests.releases import here
 from tests.zoo import sample
-from tests.zoo.refused import REFUSED
+from tests.zoo.refused import NAMES, REFUSED
 
 REASONS = {
     "blip": "reads images by cross-attention",
@@ -35,10 +36,10 @@ def model_of(name: str) -> Any:
 
 
 def test_every_refused_type_has_a_reason() -> None:
-    assert REASONS.keys() == {*UNMERGED, *REFUSED}
+    assert REASONS.keys() == {*UNMERGED, *NAMES}
 
 
-@pytest.mark.parametrize("name", REASONS)
+@pytest.mark.parametrize("name", here(*REASONS))
 def test_a_refused_type(name: str) -> None:
     model = model_of(name)
     before = traces(model)
@@ -52,4 +53,4 @@ def test_a_refused_type(name: str) -> None:
 @pytest.mark.parametrize("name", ("qwen2_5_omni", "qwen3_omni_moe"))
 def test_the_thinker_of_a_shell(name: str) -> None:
     pre = apply_pre(REFUSED[name]().thinker)
-    assert pre.family.language_model == "model"
+    assert pre.family.language_model == place_of(f"{name}_thinker").language_model

@@ -66,6 +66,7 @@ def gradients(
     loaded = model.load_state_dict(own, strict=False, assign=True)
     assert not loaded.unexpected_keys, loaded.unexpected_keys
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.tie_weights()  # as they were before
     accepted = inspect.signature(inner.forward).parameters
     by_layer: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     sums, counts = [], []

@@ -1,15 +1,19 @@
-"""PRe in LLaMA-Factory: its own command by `prereg llamafactory`, at its defaults, in float32."""
+"""PRe in LLaMA-Factory, as its page says: its own defaults, but for float32 and the sizes."""
 
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForImageTextToText
 
+from tests.docs.pages import ROOT, read_page
 from tests.packages.checkpoint import make_llava, write_messages
 from tests.packages.compared import (
     FLOAT32,
@@ -19,6 +23,7 @@ from tests.packages.compared import (
     check_resumed,
     difference,
     head_error,
+    merged_by_hand,
     step_errors,
     with_equal_answers,
 )
@@ -27,7 +32,10 @@ from tests.packages.run import Run, run
 
 pytestmark = pytest.mark.packages
 
-WEIGHT = 0.3
+PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "llamafactory.md").read_text())
+SETTINGS, COMMAND = PAGE.blocks
+COMMANDS = COMMAND.text.splitlines()  # in one process, and in several
+WEIGHT = 0.3  # by the command
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
 
@@ -78,20 +86,37 @@ class Place:
             "dataset_dir": str(self.folder / data), "output_dir": str(output),
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches,
             "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
-            "report_to": "none", "pre": {"head_learning_rate": 0.01},
+            "report_to": "none",
         }  # fmt: skip
         if resumed:
             whole = self.run(tuned, rows, micro_batches, data)
             own["resume_from_checkpoint"] = str(whole.output / "checkpoint-2")
-        variables = {}
+        variables = {"NPROC_PER_NODE": str(ranks)} if ranks > 1 else {}
         if ranks > 1:
-            variables = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(ranks)}
             own["ddp_backend"] = "gloo"
+        command = shlex.split(COMMANDS[ranks - 1], comments=True)
+        while "=" in command[0]:
+            name, _, value = command.pop(0).partition("=")
+            variables[name] = value
         place.mkdir()
-        (place / "sft.yaml").write_text(yaml.safe_dump(own | settings))
-        command = ["prereg_kernels", "llamafactory", "train", "sft.yaml", f"pre.weight={WEIGHT}"]
-        self.runs[named] = run("llamafactory", command, place, output, environment=variables)
+        (place / "sft.yaml").write_text(SETTINGS.text + yaml.safe_dump(own | settings))
+        self.runs[named] = start(command, place, output, variables)
         return self.runs[named]
+
+
+def start(
+    command: list[str], place: Path, output: Path, variables: Mapping[str, str], **how: Any
+) -> Run:
+    """A command of `prereg`, which the test environment has as a module."""
+    assert command[0] == "prereg"
+    return run(
+        "llamafactory",
+        ["prereg_kernels", *command[1:]],
+        place,
+        output,
+        environment=variables,
+        **how,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +161,15 @@ def test_text_alone(place: Place) -> None:
 
 def test_ranks(place: Place) -> None:
     done = place.run("full", 1, 2, "data", ranks=2)
-    found = step_errors(place.checkpoint, done, WEIGHT, ranks=2, is_mean_of_means=True)
+    weight = yaml.safe_load(SETTINGS.text)["pre"]["weight"]
+    found = step_errors(place.checkpoint, done, weight, ranks=2, is_mean_of_means=True)
     assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
 
 
 def test_bfloat16(place: Place) -> None:
     """As its examples train."""
-    two, one = (place.run("full", *sizes, bf16=True) for sizes in ((2, 2), (4, 1)))
+    two, one = (place.run("full", *sizes, bf16=True, use_cpu=True) for sizes in ((2, 2), (4, 1)))
     check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16, is_mean_of_means=True)
 
 
@@ -154,3 +180,41 @@ def test_preferences(place: Place, tuned: str) -> None:
     found = head_error(place.checkpoint, done, WEIGHT)
     assert found < FLOAT32, found
     check_files(done, STEPS)
+
+
+def test_a_merged_model(place: Place) -> None:
+    """It is the adapter's, and has nothing of PRe."""
+    done = place.run("lora")
+    merged = place.folder / "merged"
+    settings = {
+        "model_name_or_path": str(place.checkpoint), "adapter_name_or_path": str(done.output),
+        "template": "llava", "export_dir": str(merged), "infer_dtype": "float32",
+        "trust_remote_code": False,
+    }  # fmt: skip
+    (place.folder / "export.yaml").write_text(yaml.safe_dump(settings))
+    start(["prereg", "llamafactory", "export", "export.yaml"], place.folder, merged, {})
+    assert not (merged / "pre").exists()
+    expected = merged_by_hand(place.checkpoint, done)
+    model, told = AutoModelForImageTextToText.from_pretrained(merged, output_loading_info=True)
+    assert not any(told.values()), told
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight.double(), expected[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "flag, variable, message",
+    [
+        ("pre.wieght=1", "", "pre.wieght: not a setting of PRe; expected one of layers, weight"),
+        ("stage=pt", "", "stage: expected one of sft, dpo with PRe, got 'pt'"),
+        ("stage=sft", "USE_RAY", "USE_RAY: expected it off, as PRe is not in what it runs; got 1"),
+    ],
+)
+def test_an_error_is_a_line(
+    place: Place, tmp_path: Path, flag: str, variable: str, message: str
+) -> None:
+    (tmp_path / "sft.yaml").write_text("stage: sft")
+    command = ["prereg", "llamafactory", "train", "sft.yaml", flag]
+    variables = {variable: "1"} if variable else {}
+    done = start(command, tmp_path, tmp_path, variables, is_expected_to_fail=True)
+    last = done.text.strip().splitlines()[-1]
+    assert last.startswith(f"prereg: {message}"), done.text[-2000:]

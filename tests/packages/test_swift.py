@@ -1,34 +1,49 @@
-"""PRe in ms-swift: `swift sft` with the plugin that ships, at its defaults, in float32."""
+"""PRe in ms-swift, as its page says: its own defaults, but for float32 and the sizes."""
 
 from __future__ import annotations
 
-import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText
 
 from prereg_kernels.cli.launch import SWIFT_PLUGIN
+from tests.docs.pages import ROOT, read_page
 from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen, write_messages
 from tests.packages.compared import (
     FLOAT32,
     check_files,
     check_logs,
+    check_low_precision,
     check_resumed,
     difference,
+    head_error,
+    merged_by_hand,
+    of_step,
     step_errors,
 )
+from tests.packages.pairs import write_pairs
 from tests.packages.run import Run, run
 
 pytestmark = pytest.mark.packages
 
-WEIGHT = 0.3
+PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "ms-swift.md").read_text())
+COMMAND, FILE, *_ = PAGE.blocks
+WEIGHT = {"lora": 0.3, "full": 0.5}
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
 KINDS = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl"}
 
 
 class Place:
-    """Checkpoints, data, and the runs on them, each of which is started once."""
+    """Checkpoints, data, and the runs on them, each of which is started once.
+
+    Full tuning is started with the page's file, LoRA by its command.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,6 +51,7 @@ class Place:
             "llava": make_llava(folder / "llava"), "qwen": make_qwen(folder / "qwen"),
         }  # fmt: skip
         self.data = write_messages(folder / "data", is_split=False)
+        self.pairs = write_pairs(folder / "data", rejected="rejected_response")
         self.runs: dict[str, Run] = {}
 
     def run(
@@ -46,30 +62,38 @@ class Place:
         model: str = "llava",
         resumed: bool = False,
         ranks: int = 1,
-        *flags: str,
+        command: str = "sft",
+        **settings: str,
     ) -> Run:
-        named = f"{tuned}-{rows}x{micro_batches}-{model}-{resumed}-{ranks}{''.join(flags)}"
+        others = "".join(f"-{name}-{value}" for name, value in settings.items() if "/" not in value)
+        named = f"{command}-{tuned}-{rows}x{micro_batches}-{model}-{resumed}-{ranks}{others}"
         if named in self.runs:
             return self.runs[named]
         place = self.folder / named
         output = place / "out"
-        pre = {"pre": {"weight": WEIGHT, "head_learning_rate": 0.01}}
-        command = [
-            "swift", "sft", "--external_plugins", str(SWIFT_PLUGIN),
-            "--model_kwargs", json.dumps(pre),
-            "--model", str(self.checkpoints[model]), "--model_type", KINDS[model],
-            "--template", KINDS[model], "--tuner_type", tuned, "--torch_dtype", "float32",
-            "--dataset", str(self.data), "--output_dir", str(output), "--add_version", "false",
-            "--per_device_train_batch_size", str(rows), "--check_model", "false",
-            "--gradient_accumulation_steps", str(micro_batches), "--max_steps", "4",
-            "--save_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-3",
-            "--lora_dropout", "0", *flags,
-        ]  # fmt: skip
+        own: dict[str, Any] = {
+            "model": str(self.checkpoints[model]), "model_type": KINDS[model],
+            "template": KINDS[model], "tuner_type": tuned, "torch_dtype": "float32",
+            "dataset": str(self.data), "output_dir": str(output), "add_version": "false",
+            "per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches,
+            "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
+            "lora_dropout": 0, "check_model": "false", **settings,
+        }  # fmt: skip
         if resumed:
             whole = self.run(tuned, rows, micro_batches, model)
-            command += ["--resume_from_checkpoint", str(whole.output / "checkpoint-2")]
+            own["resume_from_checkpoint"] = str(whole.output / "checkpoint-2")
+        start = shlex.split(COMMAND.text.replace("$(prereg swift-plugin)", str(SWIFT_PLUGIN)))
+        assert start[:2] == ["swift", "sft"] and start[-1] == "..."
+        start = ["swift", command, *start[2:-1]]
+        if tuned == "full":
+            place.mkdir()
+            text = FILE.text.replace("PATH", str(SWIFT_PLUGIN))
+            (place / "sft.yaml").write_text(text + yaml.safe_dump(own))
+            start = ["swift", command, "sft.yaml"]
+        else:
+            start += [part for n, value in own.items() for part in (f"--{n}", str(value))]
         variables = {"NPROC_PER_NODE": str(ranks)} if ranks > 1 else {}
-        self.runs[named] = run("swift", command, place, output, environment=variables)
+        self.runs[named] = run("swift", start, place, output, environment=variables)
         return self.runs[named]
 
 
@@ -82,7 +106,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def test_a_step(place: Place, tuned: str) -> None:
     done = place.run(tuned)
     for number in (0, 3):
-        found = step_errors(place.checkpoints["llava"], done, WEIGHT, number=number)
+        found = step_errors(place.checkpoints["llava"], done, WEIGHT[tuned], number=number)
         assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
     check_logs(done, "checkpoint-4")
@@ -108,7 +132,7 @@ def test_a_template_that_takes_the_ids(place: Place, tuned: str) -> None:
     done = place.run(tuned, model="qwen")
     for number in (0, 3):
         found = step_errors(
-            place.checkpoints["qwen"], done, WEIGHT, number=number, image_token=QWEN_IMAGE
+            place.checkpoints["qwen"], done, WEIGHT[tuned], number=number, image_token=QWEN_IMAGE
         )
         assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
@@ -116,6 +140,53 @@ def test_a_template_that_takes_the_ids(place: Place, tuned: str) -> None:
 
 def test_ranks(place: Place) -> None:
     done = place.run("lora", 1, 2, ranks=2)
-    found = step_errors(place.checkpoints["llava"], done, WEIGHT, ranks=2)
+    found = step_errors(place.checkpoints["llava"], done, WEIGHT["lora"], ranks=2)
     assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
+
+
+def test_sequences_that_ranks_share(place: Place) -> None:
+    """Its own Ulysses: two ranks have a half of each sequence."""
+    done = place.run("lora", ranks=2, sequence_parallel_size="2")
+    step = of_step(done)
+    assert all(
+        torch.equal(x, done.step(0, 1)["gradients"][n]) for n, x in step["gradients"].items()
+    )
+    for number in (0, 3):
+        found = step_errors(place.checkpoints["llava"], done, WEIGHT["lora"], number=number)
+        assert max(found.values()) < FLOAT32, found
+    check_logs(done, "checkpoint-4")
+
+
+def test_preferences(place: Place) -> None:
+    """DPO: its loss is its own, and PRe's heads see the better and the worse answers' images."""
+    done = place.run("lora", command="rlhf", rlhf_type="dpo", dataset=str(place.pairs))
+    found = head_error(place.checkpoints["llava"], done, WEIGHT["lora"])
+    assert found < FLOAT32, found
+    check_files(done, STEPS)
+
+
+def test_bfloat16(place: Place) -> None:
+    """As a checkpoint of this dtype is trained."""
+    two, one = (
+        place.run("full", *sizes, torch_dtype="bfloat16", use_cpu="true")
+        for sizes in ((2, 2), (4, 1))
+    )
+    check_low_precision(place.checkpoints["llava"], two, one, WEIGHT["full"], torch.bfloat16)
+
+
+def test_a_merged_model(place: Place) -> None:
+    """It is the adapter's, and has nothing of PRe."""
+    done = place.run("lora")
+    merged = place.folder / "merged"
+    start = [
+        "swift", "export", "--adapters", str(done.output / "checkpoint-4"), "--merge_lora", "true",
+        "--output_dir", str(merged), "--torch_dtype", "float32",
+    ]  # fmt: skip
+    run("swift", start, place.folder, merged)
+    assert not (merged / "pre").exists()
+    expected = merged_by_hand(place.checkpoints["llava"], done)
+    model, told = AutoModelForImageTextToText.from_pretrained(merged, output_loading_info=True)
+    assert not any(told.values()), told
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight.double(), expected[name], atol=1e-6), name

@@ -59,7 +59,7 @@ def test_of_another_program(
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text(MINE[name])
     before = tree(out)
-    line = refused(capsys, "train", "--config", f"{tmp_path}/run.yaml", "--out", str(out), *fresh)
+    line = refused(capsys, "demo", "--config", f"{tmp_path}/run.yaml", "--out", str(out), *fresh)
     assert f"{out}: {name.split('/')[0]} there was not written by this command" in line
     assert tree(out) == before
 
@@ -98,8 +98,8 @@ def test_copies_of_checkpoints_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    (("train", "experiment.json"), ("train", "report.html"), ("sweep", "results.json"),
-     ("sweep", "tables.md"), ("train", "seed-0/images/1.png")),
+    (("demo", "experiment.json"), ("demo", "report.html"), ("sweep", "results.json"),
+     ("sweep", "tables.md"), ("demo", "seed-0/images/1.png")),
 )  # fmt: skip
 @pytest.mark.parametrize("fresh", ([], ["--fresh"]))
 def test_of_another_experiment(
@@ -107,7 +107,7 @@ def test_of_another_experiment(
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "sweep.yaml").write_text(f"preset: {tmp_path}/tiny.yaml\nweights: [1]\n")
-    preset = tmp_path / ("tiny.yaml" if command == "train" else "sweep.yaml")
+    preset = tmp_path / ("tiny.yaml" if command == "demo" else "sweep.yaml")
     out = tmp_path / "out"
     for there in (name, "seed-data/1.png"):
         (out / there).parent.mkdir(parents=True, exist_ok=True)

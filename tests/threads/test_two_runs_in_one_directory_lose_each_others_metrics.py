@@ -65,7 +65,7 @@ def test_ranks_of_torchrun(
     save_config(tiny_run(), tmp_path / "run.yaml")
     out = tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["prereg", "train", kind, str(tmp_path / "run.yaml"),
+    monkeypatch.setattr(sys, "argv", ["prereg", "demo", kind, str(tmp_path / "run.yaml"),
                                       "--out", str(out)])  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prereg_kernels import apply_pre
 from tests.tiny import tiny_llava
-from tests.trainers import low_precision_ranks, ranks
+from tests.trainers import low_precision_ranks, processes, ranks
 from tests.trainers.rows import WEIGHT, collate, make_rows, make_trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -137,4 +137,4 @@ def work(rank: int, port: int, out: Path) -> None:
         torch.save(
             trainer(rank, out / f"trainer {stage}", stage), out / f"trainer {stage} {rank}.pt"
         )
-    ranks.leave()
+    processes.leave()

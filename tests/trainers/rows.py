@@ -88,8 +88,8 @@ def make_trainer(
     }  # fmt: skip
     arguments = defaults | arguments
     if HERE < (5, 16):  # which has no such argument
-        in_order = arguments.pop("train_sampling_strategy") == "sequential"
-        cls = type(cls.__name__, (InOrder, cls), {}) if in_order else cls
+        arguments.pop("train_sampling_strategy")  # nor do all of these resume a random order
+        cls = type(cls.__name__, (InOrder, cls), {})
     return cls(
         model=model,
         args=TrainingArguments(**arguments),

@@ -23,6 +23,7 @@ RANKS = 4
 WEIGHT = 3.0
 IMAGES = (2, 1)
 WIDTHS = (16, 24, 20)
+HEAD = 17
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -99,6 +100,17 @@ def flops(group: Any, tokens: int) -> int:
     return sum(event.flops for event in seen.events() if event.flops and "mm" in event.name)
 
 
+def flops_of_heads(group: Any, **settings: Any) -> int:
+    """Of a step of a model: the products of matrices that are as wide as nothing but the head."""
+    model = tiny_llava()
+    pre = apply_pre(model, head_features=HEAD, **settings)
+    pre.tensor_parallel_group = group
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as seen:
+        model(**make_batch(IMAGES)).loss.backward()
+    products = (event for event in seen.events() if event.flops and "mm" in event.name)
+    return sum(x.flops for x in products if any(HEAD in shape for shape in x.input_shapes))
+
+
 def own_tokens(group: Any) -> Mapping[str, Tensor]:
     """The tap's gradients where each rank of a group has tokens of its own."""
     problem = make_problem((1, 8 * dist.get_world_size(group)), WIDTHS, dtype=torch.float64)
@@ -140,7 +152,9 @@ def work(rank: int, port: int, out: Path) -> None:
     torch.save(loaded(out / "model", rank), out / f"loaded {rank}.pt")
     counts = [flops(group, 40) for group in (None, *groups.values())]
     uneven = [flops(group, 5) for group in (None, *groups.values())]
-    torch.save((counts, uneven), out / f"flops {rank}.pt")
+    heads = [flops_of_heads(group) for group in groups.values()]
+    images = [flops_of_heads(group, level="global") for group in groups.values()]
+    torch.save((counts, uneven, heads, images), out / f"flops {rank}.pt")
     torch.save(own_tokens(groups[4]), out / f"own {rank}.pt")
     torch.save(sequence_region(groups[4]), out / f"region {rank}.pt")
     processes.leave()

@@ -283,3 +283,15 @@ def test_weights_are_read_by_the_models_own_config(tmp_path: Path) -> None:
     assert not result.missing_keys and not result.unexpected_keys
     ours, expected = model.state_dict(), saved.state_dict()
     assert all(torch.equal(ours[name], x) for name, x in expected.items())
+
+
+def test_a_rank_that_does_not_write_saves_no_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer Trainers call all ranks, for the sake of models that are sharded."""
+    trainer = trainer_on(tmp_path / "out", save_on_each_node=True)
+    monkeypatch.setattr(Trainer, "_save", lambda self, output_dir, state_dict: None)
+    for writes in (False, True):
+        monkeypatch.setattr(type(trainer.args), "should_save", property(lambda _, w=writes: w))
+        trainer._save(str(tmp_path / "saved"))
+        assert (tmp_path / "saved" / "pre").is_dir() == writes

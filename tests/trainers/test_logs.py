@@ -13,11 +13,14 @@ from transformers import TrainerCallback
 import prereg_kernels
 from prereg_kernels import apply_pre, remove_pre
 from tests.attached import eager_term
+from tests.releases import HERE
 from tests.tiny import IMAGE_TOKEN, tiny_llava
 from tests.trainers.rows import collate, make_rows, make_trainer
 
 PACKAGE = Path(prereg_kernels.__file__).parent
 STEPS = 2  # of the two windows that the rows make
+
+ROUNDED = 0 if HERE >= (5, 0) else 5e-5  # before, Trainer rounds its loss in the logs
 
 
 def train(out: Path, accepts_loss_kwargs: bool = True, **config: Any) -> tuple[Any, Any]:
@@ -53,7 +56,7 @@ def test_figures_of_a_window(tmp_path: Path, accepts_loss_kwargs: bool) -> None:
     (log,) = [log for log in trainer.state.log_history if "loss" in log]
     assert log["lm_loss"] == pytest.approx(lm, rel=1e-5)
     assert log["pre_loss"] == pytest.approx(term, rel=1e-5)
-    assert log["loss"] == pytest.approx(log["lm_loss"], rel=1e-6)
+    assert log["loss"] == pytest.approx(log["lm_loss"], rel=1e-6, abs=ROUNDED)
     assert not any("layer" in name for name in log)
 
 
@@ -63,7 +66,7 @@ def test_value_in_forward_is_in_the_loss_alone(tmp_path: Path) -> None:
     log = trainer.state.log_history[0]
     assert log["lm_loss"] == pytest.approx(lm, rel=1e-5)
     assert log["pre_loss"] == pytest.approx(term, rel=1e-5)
-    assert log["loss"] == pytest.approx(lm + 2 * sum(steps) / 2, rel=1e-5)
+    assert log["loss"] == pytest.approx(lm + 2 * sum(steps) / 2, rel=1e-5, abs=ROUNDED)
 
 
 def test_several_layers(tmp_path: Path) -> None:

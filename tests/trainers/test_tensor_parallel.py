@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
 from tests.attached import eager_term
 from tests.helpers import make_problem, relative_error
-from tests.tiny import PATCHES, gradients, make_batch, tiny_llava
+from tests.tiny import PATCHES, WIDTH, gradients, make_batch, tiny_llava
 from tests.trainers import tensor_ranks as ranks
 
 
@@ -86,12 +86,17 @@ def test_a_model_that_transformers_has_split(out: Path) -> None:
 
 
 def test_the_products_of_a_rank_fall_with_the_group(out: Path) -> None:
-    """80 tokens on 1, 2, 4 ranks; and 10, of which the last of four has one, and none has four."""
-    matrices = 16 * 24 + 24 * 20
-    for rank, (counts, uneven) in enumerate(read(out, "flops")):
+    """80 tokens on 1, 2, 4 ranks; and 10, of which the last of four has one.
+
+    And in a step of a model, of 12 tokens and of 3 images, on 2 and 4.
+    """
+    matrices, of_model = 16 * 24 + 24 * 20, 2 * WIDTH * ranks.HEAD
+    for rank, (counts, uneven, heads, images) in enumerate(read(out, "flops")):
         assert counts == [6 * matrices * tokens for tokens in (80, 40, 20)]
         last = 1 if rank == 3 else 3
         assert uneven == [6 * matrices * tokens for tokens in (10, 5, last)]
+        assert heads == [6 * of_model * tokens for tokens in (6, 3)]
+        assert images == [6 * of_model * (2 - rank % 2), 6 * of_model * (rank < 3)]
 
 
 def test_ranks_with_tokens_of_their_own(out: Path) -> None:

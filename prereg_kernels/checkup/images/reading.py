@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,8 @@ class SkipImage(Exception):  # noqa: N818 - not an error of the run: it goes on 
     """An image cannot be used; the message is the reason, in words that can be counted by."""
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image file of any mode, turned as its EXIF data say.
+def read_image(path: Path | IO[bytes]) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of an image file of any mode, open or not, turned as its EXIF data say.
 
     Transparent pixels are put on white; 16-bit greys keep their upper 8 bits.
 
@@ -59,7 +60,7 @@ def read_mask(path: Path) -> NDArray[np.int64]:
     return np.asarray(image).astype(np.int64)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path | IO[bytes]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # a warning between one and two times the limit, an error above: one limit here

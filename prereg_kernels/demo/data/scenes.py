@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from prereg_kernels.demo.checks import check_numbers
+from prereg_kernels._util.settings import check_numbers
 from prereg_kernels.demo.data.draws import Draws, stream_key
 from prereg_kernels.demo.data.glyphs import (
     SPLITS,

@@ -14,16 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prereg_kernels._util.directories import held
 from prereg_kernels._util.files import read_json, write_whole
-from prereg_kernels.demo.checks import check_numbers, require, require_count
-from prereg_kernels.demo.config import RunConfig, StageConfig, from_dict, to_dict
+from prereg_kernels._util.settings import check_numbers, require, require_count
+from prereg_kernels._util.settings_file import from_dict, to_dict
+from prereg_kernels.demo.checkpoints.checkpoint import is_checkpoint
+from prereg_kernels.demo.config import RunConfig, StageConfig
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, FAMILIES, check_families
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.experiment.results import claim, read_result, unit_names
 from prereg_kernels.demo.loop import RunResult, train
 from prereg_kernels.demo.measure import measure
-from prereg_kernels.demo.runs.directories import held
 from prereg_kernels.demo.runs.runs import RESULT_FILE
 
 VARIANTS = ("baseline", "pre", "other_scene")
@@ -229,7 +231,7 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> Iterato
         ValueError: what is there was made with other settings, or is somebody else's, or in use.
     """
     names = (*_NAMES, *unit_names(out))
-    with held(out, "experiment", names, _is_old_experiment):
+    with held(out, "experiment", names, _is_old_experiment, is_checkpoint):
         claim(out, "experiment", to_dict(config), free=("seeds",), fresh=fresh)
         yield
 

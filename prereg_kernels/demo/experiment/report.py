@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from prereg_kernels._util.files import write_whole
+from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels._version import __version__
 from prereg_kernels.checkup.intervals import Estimate
 from prereg_kernels.checkup.report.html import inlined, write_html
 from prereg_kernels.checkup.words import plus_minus, spread
-from prereg_kernels.demo.config import to_dict
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import TRANSFERS, ExperimentConfig, units
 from prereg_kernels.demo.experiment.plots import plot_all

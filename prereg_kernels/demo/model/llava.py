@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from prereg_kernels._util import private
-from prereg_kernels.demo.checks import check_numbers, require_count
+from prereg_kernels._util.settings import check_numbers, require_count
 from prereg_kernels.demo.data.packing import IMAGE, Batch
 from prereg_kernels.demo.data.scenes import SceneConfig
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from prereg_kernels._util import checked
 from prereg_kernels._util.files import printable, read_json, write_whole
-from prereg_kernels.demo.config import TowerConfig, to_dict
+from prereg_kernels._util.settings_file import to_dict
+from prereg_kernels.demo.config import TowerConfig
 from prereg_kernels.demo.data.packing import build_tokenizer, pixel_values
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, SceneBatch, SceneConfig, Scenes
 from prereg_kernels.demo.model.llava import ModelConfig, build_model

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import yaml
 
+from prereg_kernels._util.directories import LOCK, MARK, held, is_marked
+from prereg_kernels._util.settings_file import from_dict, load_config, read_yaml
 from prereg_kernels.demo.checkpoints.checkpoint import (
     CHECKPOINTS,
     checkpoints_in,
     clear_checkpoints,
     is_checkpoint,
 )
-from prereg_kernels.demo.config import RunConfig, from_dict, load_config, read_yaml, save_config
+from prereg_kernels.demo.config import RunConfig, save_config
 from prereg_kernels.demo.metrics import METRICS_FILE, TENSORBOARD
-from prereg_kernels.demo.runs.directories import LOCK, MARK, held, is_marked
 from prereg_kernels.demo.training_checkup import CHECKUPS_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -37,7 +38,7 @@ def held_run(directory: Path, config: RunConfig) -> Iterator[None]:
         only_settings = there == [CONFIG_FILE] and _settings(directory) == config
         return only_settings or _is_old_run(directory)
 
-    with held(directory, "run", _NAMES, is_ours):
+    with held(directory, "run", _NAMES, is_ours, is_checkpoint):
         yield
 
 

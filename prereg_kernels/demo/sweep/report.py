@@ -12,9 +12,9 @@ import torch
 
 from prereg_kernels._util.files import write_whole
 from prereg_kernels._util.machine import describe_machine
+from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels.checkup.measures.measure import SWEEP, Measure
 from prereg_kernels.checkup.words import plus_minus
-from prereg_kernels.demo.config import to_dict
 from prereg_kernels.demo.experiment.experiment import TRANSFERS
 from prereg_kernels.demo.experiment.summary import Effect, Result, at, holm, measures_in, unasked
 from prereg_kernels.demo.sweep.sweep import (

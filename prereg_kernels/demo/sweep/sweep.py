@@ -17,15 +17,18 @@ from typing import Any
 
 import torch
 
+from prereg_kernels._util.directories import held
 from prereg_kernels._util.files import read_json, write_whole
 from prereg_kernels._util.machine import describe_machine
+from prereg_kernels._util.settings import check_numbers
+from prereg_kernels._util.settings_file import from_dict, to_dict
 from prereg_kernels.demo.checkpoints.checkpoint import (
     CHECKPOINTS,
     CheckpointError,
     clear_checkpoints,
+    is_checkpoint,
 )
-from prereg_kernels.demo.checks import check_numbers
-from prereg_kernels.demo.config import ANCHORS, PReSettings, RunConfig, from_dict, to_dict
+from prereg_kernels.demo.config import ANCHORS, PReSettings, RunConfig
 from prereg_kernels.demo.data.questions import check_families
 from prereg_kernels.demo.experiment.experiment import (
     TRANSFERS,
@@ -35,7 +38,6 @@ from prereg_kernels.demo.experiment.experiment import (
     transfer_test,
 )
 from prereg_kernels.demo.experiment.results import check_settings, claim, read_result, unit_names
-from prereg_kernels.demo.runs.directories import held
 from prereg_kernels.demo.runs.runs import RESULT_FILE, remove_if_empty
 
 _NAMES = ("sweep.json", "results.json", "tables.md", "plots/")
@@ -218,7 +220,7 @@ def open_sweep(config: SweepConfig, out: Path, fresh: bool) -> Iterator[None]:
     Raises:
         ValueError: what is there was made with other settings, or is somebody else's, or in use.
     """
-    with held(out, "sweep", (*_NAMES, *unit_names(out)), _is_old_sweep):
+    with held(out, "sweep", (*_NAMES, *unit_names(out)), _is_old_sweep, is_checkpoint):
         claim(out, "sweep", _settings(config), free=("seeds", *AXES), fresh=fresh)
         yield
 

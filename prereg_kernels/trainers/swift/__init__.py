@@ -1,9 +1,8 @@
 """PRe in ms-swift (4.6): `swift sft --external_plugins $(prereg swift-plugin) ...`.
 
-Settings are read where its other settings of a model come from: `--model_kwargs '{"pre": {"weight":
-0.3}}'`, or `model_kwargs:` in its YAML file, which it puts into the environment, or the variable
-PRE. For what a file cannot say, such as an anchor function, write a plugin of your own that calls
-`register`.
+Settings are read where its other settings of a model come from: the key "pre" of its
+`model_kwargs`, which it puts into the environment, and so the variable PRE. For what a file cannot
+say, such as an anchor function, write a plugin of your own that calls `register`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from torch import Tensor
 
+from prereg_kernels.attach.handle import find_pre
+from prereg_kernels.attach.sequence_parallel import SequenceParallel
 from prereg_kernels.trainers.attaching import with_pre
 from prereg_kernels.trainers.attachment import AttachSettings, check_settings, read_settings
 
 if TYPE_CHECKING:
+    from transformers import Trainer as _Base
     from typing_extensions import Unpack
+else:
+    _Base = object
 
 VARIABLE = "PRE"
 TASKS = ("causal_lm", "dpo")
@@ -59,6 +64,34 @@ def __getattr__(name: str) -> Any:
             f"task_type or rlhf_type: expected one of {', '.join(TASKS)} with PRe, got {name}"
         )
     module, _, original = _originals[name].rpartition(".")
+    own = getattr(import_module(module), original)
     written = read_settings(yaml.safe_load(os.environ.get(VARIABLE, "")), VARIABLE)
     settings: Any = {**_settings, **written}
-    return with_pre(getattr(import_module(module), original), **settings)
+    return with_pre(type(own.__name__, (SequencesShared, own), {}), **settings)
+
+
+class SequencesShared(_Base):
+    """Of a trainer of ms-swift's: says how its ranks share sequences (`sequence_parallel_size`).
+
+    Raises (when made):
+        ValueError: they do so by ring attention.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.template.sequence_parallel_size == 1:
+            return
+        from swift.sequence_parallel import sequence_parallel as ranks
+
+        if ranks.rp_world_size > 1:
+            raise ValueError(
+                "sequence_parallel_size: expected a divisor of the model's key-value heads with "
+                f"PRe, as more of them use ring attention; got {ranks.world_size}, and "
+                f"{ranks.num_heads} heads"
+            )
+
+        def part_of(numbers: Tensor) -> Tensor:
+            part: Tensor = ranks.split(ranks.pad(numbers, padding_value=0), dim=1)
+            return part
+
+        find_pre(self.model).sequence_parallel = SequenceParallel(ranks.sp_group, shard=part_of)

@@ -173,6 +173,10 @@ def onevision_videos(rows: Rows) -> Inputs:
     return {"pixel_values_videos": noise(len(videos), videos[0][0], 3, 16, 16)}
 
 
+def mm_types(kinds: Tensor) -> Inputs:
+    return {"mm_token_type_ids": kinds} if HERE >= (5, 0) else {}
+
+
 def prefix_and_suffix(kinds: Tensor) -> Inputs:
     """PaliGemma's: 0 up to the last image of a row, 1 behind it."""
     images_to_come = kinds.flip(1).cumsum(dim=1).flip(1)
@@ -282,15 +286,15 @@ CASES = {
     ),
     "qwen2_vl": Case(
         hf.Qwen2VLForConditionalGeneration, qwen2_vl, qwen_images, UNEVEN_GRIDS,
-        qwen_videos, (4, 16, 24), types=lambda kinds: {"mm_token_type_ids": kinds},
+        qwen_videos, (4, 16, 24), types=mm_types,
     ),
     "qwen2_5_vl": Case(
         hf.Qwen2_5_VLForConditionalGeneration, qwen2_5_vl, qwen_images, UNEVEN_GRIDS,
-        qwen_videos, (4, 16, 24), types=lambda kinds: {"mm_token_type_ids": kinds},
+        qwen_videos, (4, 16, 24), types=mm_types,
     ),
     "qwen3_vl": Case(
         hf.Qwen3VLForConditionalGeneration, qwen3_vl, qwen_images, UNEVEN_GRIDS,
-        qwen_videos, (4, 16, 24), 2, lambda kinds: {"mm_token_type_ids": kinds},
+        qwen_videos, (4, 16, 24), 2, mm_types,
     ),
     "internvl": Case(
         hf.InternVLForConditionalGeneration, internvl, tiles_as_images,

@@ -17,10 +17,10 @@ def pack(model: Any, batch: Batch) -> Batch:
     positions = [torch.arange(int(keep[i].sum())) for i in rows]
     position_ids = torch.cat(positions)[None]
     if hasattr(model.model, "get_rope_index"):
-        ids, kinds = inputs["input_ids"], inputs["mm_token_type_ids"]
-        grids = {n: inputs[n] for n in ("image_grid_thw", "video_grid_thw") if n in inputs}
+        names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")  # the last from 5 on
+        told = {n: inputs[n] for n in names if n in inputs}
         whole, _ = model.model.get_rope_index(
-            ids, mm_token_type_ids=kinds, attention_mask=keep.long(), **grids
+            inputs["input_ids"], attention_mask=keep.long(), **told
         )
         multimodal = torch.cat([whole[:, i, keep[i]] for i in rows], dim=1)[:, None]
         position_ids = torch.cat((position_ids[None], multimodal))

@@ -18,7 +18,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from prereg_kernels._util.files import printable, read_json, write_whole
-from prereg_kernels.demo.checkpoints.checkpoint import is_checkpoint
 
 MARK = ".prereg"
 LOCK = ".prereg.lock"
@@ -26,21 +25,26 @@ LOCK = ".prereg.lock"
 
 @contextmanager
 def held(
-    directory: Path, kind: str, names: Sequence[str], is_ours: Callable[[Path], bool]
+    directory: Path,
+    kind: str,
+    names: Sequence[str],
+    is_ours: Callable[[Path], bool],
+    is_checkpoint: Callable[[Path], bool],
 ) -> Iterator[None]:
     """Hold `directory` for a command of this kind, made and marked where it is not yet.
 
     Args:
-        kind: "run", "experiment" or "sweep".
+        kind: "run", "experiment", "sweep" or "training".
         names: what the command writes there; a name that ends in "/" is a directory.
         is_ours: whether a directory that holds some of these names, but no mark, was written by
             version 0.1.0, which left none.
+        is_checkpoint: whether a directory is one that this command deletes when the next is there.
 
     Raises:
         ValueError: it is somebody else's, of another kind, in use, or no place to write to. Nothing
             was touched.
     """
-    check_place(directory)
+    check_place(directory, is_checkpoint)
     for name in names:
         path = directory / name
         if os.path.lexists(path) and path.is_dir() != name.endswith("/"):
@@ -83,7 +87,7 @@ def is_marked(directory: Path, kind: str) -> bool:
     return os.path.lexists(directory / MARK) and _mark(directory)["kind"] == kind
 
 
-def check_place(directory: Path) -> None:
+def check_place(directory: Path, is_checkpoint: Callable[[Path], bool]) -> None:
     """Raise ValueError where a command cannot write, or where what it writes would not last."""
     try:
         str(directory).encode()
@@ -99,17 +103,6 @@ def check_place(directory: Path) -> None:
                 f"{printable(directory)}: expected a place of its own, got one inside of the "
                 f"checkpoint {printable(path)}, which goes when the next one is written"
             )
-
-
-def check_one_process() -> None:
-    """Raise ValueError where torchrun, or what is like it, has started several of this process."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "0", "1"):
-        raise ValueError(
-            f"WORLD_SIZE: expected one process, got {count}: this loop does not divide a run over "
-            "ranks; start it without torchrun (prereg train --preset deals its runs out over GPUs "
-            "by itself), or train with PReTrainer, which does"
-        )
 
 
 def _mark(directory: Path) -> dict[str, object]:

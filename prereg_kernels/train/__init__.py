@@ -1,0 +1,1 @@
+"""`prereg train`: a multimodal LLM trained with PRe on data of your own."""

@@ -1,0 +1,148 @@
+"""A conversation as text by the model's own chat template, and which tokens of it are answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from prereg_kernels.train.sample import BadSampleError, Message
+
+IGNORED = -100
+"""The label of a token that no loss is computed of."""
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+
+
+def render(processor: Any, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    """The text, and where in it the answers are: by the template's generation marks, else by what
+    it writes before and after each answer.
+
+    An answer ends with what the template writes to end its turn, blanks aside. Where it writes no
+    end after the last one, as LLaVA-1.5's, the end-of-sequence token is put there.
+
+    Raises:
+        BadSampleError: the template refuses the conversation.
+        ValueError: the template has no marks, and an answer changes what stands before it.
+    """
+    try:
+        is_marked = _MARKS.search(template_of(processor)) is not None
+        text, spans = (_by_marks if is_marked else _by_prefixes)(processor, messages)
+    except jinja2.TemplateError as error:
+        raise BadSampleError(f"the chat template refuses it: {error}") from None
+    end = processor.tokenizer.eos_token
+    if end and spans and spans[-1][1] == len(text.rstrip()) and not _is_ended(processor, text):
+        text = text[: spans[-1][1]] + end
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans
+
+
+def template_of(processor: Any) -> str:
+    """The chat template.
+
+    Raises:
+        ValueError: there is none.
+    """
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template["default"]
+    if not template:
+        raise ValueError("model: expected a processor with a chat template, got one without")
+    return str(template)
+
+
+def _is_ended(processor: Any, text: str) -> bool:
+    """Whether the text ends with a special token."""
+    specials = [x for x in processor.tokenizer.all_special_tokens if x]
+    return text.rstrip().endswith(tuple(specials))
+
+
+def _by_marks(processor: Any, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    [text], [spans] = render_jinja_template(
+        [[dict(message) for message in messages]],
+        chat_template=template_of(processor),
+        return_assistant_tokens_mask=True,
+        **processor.tokenizer.special_tokens_map,
+    )
+    return text, [(start, end) for start, end in spans]
+
+
+def _by_prefixes(processor: Any, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def written(count: int, opened: bool) -> str:
+        chat = [dict(message) for message in messages[:count]]
+        text: str = processor.apply_chat_template(chat, add_generation_prompt=opened)
+        return text
+
+    whole, spans = written(len(messages), False), []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = written(number, True), written(number + 1, False)
+        if not (whole.startswith(after.rstrip()) and after.startswith(before)):
+            raise ValueError(
+                "model: expected a chat template with {% generation %} marks, or one by which an "
+                "answer leaves what stands before it unchanged"
+            )
+        spans.append((len(before), len(after.rstrip())))
+    return whole, spans
+
+
+def label(
+    processor: Any,
+    ids: Sequence[int],
+    text: str,
+    spans: Sequence[Span],
+    encode: Callable[[str], Sequence[int]],
+) -> list[int]:
+    """The labels of a processed sample: its own ids at the answers, `IGNORED` elsewhere.
+
+    The processor has put tokens of its own in the place of each image, so that places in the text
+    are not those in `ids`. Behind the last image they are, counted from the end.
+
+    Args:
+        encode: the processor's ids of the beginning of the text, images included.
+
+    Raises:
+        BadSampleError: tokens lie across the beginning of an answer.
+    """
+    labels = [IGNORED] * len(ids)
+    tokenizer = processor.tokenizer
+    common = 0
+    if tokenizer.is_fast:
+        plain = tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=adds_special(processor, text)
+        )
+        places, offsets = plain["input_ids"], plain["offset_mapping"]
+        most = min(len(places), len(ids))
+        while common < most and places[-1 - common] == ids[-1 - common]:
+            common += 1
+        shift = len(ids) - len(places)
+        for place in range(len(places) - common, len(places)):
+            start, end = offsets[place]
+            if start < end and any(first <= start < last for first, last in spans):
+                labels[place + shift] = ids[place + shift]
+        reached = offsets[len(places) - common][0] if common else len(text)
+    else:
+        reached = len(text)
+    for first, last in spans:
+        if first < reached:  # before an image, or without offsets
+            start, end = (len(_prefix(encode, text[:place], ids)) for place in (first, last))
+            labels[start:end] = ids[start:end]
+    return labels
+
+
+def adds_special(processor: Any, text: str) -> bool:
+    """Whether the tokenizer puts its own first token before a text that may have it already."""
+    first = processor.tokenizer.bos_token
+    return not (first and text.startswith(first))
+
+
+def _prefix(encode: Callable[[str], Sequence[int]], text: str, ids: Sequence[int]) -> Sequence[int]:
+    found = encode(text)
+    if list(found) != list(ids[: len(found)]):
+        raise BadSampleError("a token lies across the beginning or the end of an answer")
+    return found

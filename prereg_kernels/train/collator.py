@@ -1,0 +1,166 @@
+"""Samples to a batch, by the model's own processor; what cannot be used is left out and named."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
+from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render
+from prereg_kernels.train.sample import BadSampleError, Sample
+
+SEEN = "samples"
+"""A batch's entry beside the model's: (how many samples it was made of, [(where, reason)] of those
+that were left out)."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A sample that could not be read."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Chat:
+    where: str
+    text: str
+    spans: Sequence[Span]
+    images: Sequence[Image.Image]
+
+
+class Collator:
+    """A batch of samples.
+
+    Of an answer that reaches beyond `max_length` the rest is cut off. A sample whose images do, or
+    of which no label is left, is a bad one. Where none is left the batch is a token without a
+    label, so that no rank waits for this one.
+
+    Args:
+        processor: with a tokenizer and a chat template.
+        max_length: tokens of a sample.
+        visual_ids: the ids that stand for images.
+    """
+
+    def __init__(self, processor: Any, max_length: int, visual_ids: Collection[int]) -> None:
+        self.processor, self.max_length = processor, max_length
+        self._visual_ids = torch.tensor(sorted(visual_ids))
+
+    def __call__(self, samples: Sequence[Sample | Failed]) -> dict[str, Any]:
+        """{what the model takes, "labels": (count, length), SEEN: ...}."""
+        bad: list[tuple[str, str]] = []
+        chats: list[_Chat] = []
+        for sample in samples:
+            if isinstance(sample, Failed):
+                bad.append((sample.where, sample.reason))
+                continue
+            try:
+                chats.append(self._chat(sample))
+            except (BadSampleError, SkipImage) as reason:
+                bad.append((sample.where, str(reason)))
+        while chats:
+            try:
+                batch = self._process(chats)
+                reasons = self._label(batch, chats)
+            except Exception as error:  # of one of them, whatever a processor raises
+                reasons = self._alone(chats, error)
+            if not any(reasons):
+                return {**batch, SEEN: (len(samples), bad)}
+            bad += [(c.where, r) for c, r in zip(chats, reasons, strict=True) if r]
+            chats = [c for c, r in zip(chats, reasons, strict=True) if not r]
+        return {**self._nothing(), SEEN: (len(samples), bad)}
+
+    def _chat(self, sample: Sample) -> _Chat:
+        text, spans = render(self.processor, sample.messages)
+        images = [open_image(image, sample.root) for image in sample.images]
+        return _Chat(sample.where, text, spans, images)
+
+    def _process(self, chats: Sequence[_Chat]) -> dict[str, Tensor]:
+        images = [list(chat.images) for chat in chats]
+        batch = self.processor(
+            text=[chat.text for chat in chats],
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=adds_special(self.processor, chats[0].text),
+        )
+        return dict(batch)
+
+    def _label(self, batch: dict[str, Tensor], chats: Sequence[_Chat]) -> list[str]:
+        """Put the labels into the batch and cut it; why each sample cannot be used, or ""."""
+        ids, seen = batch["input_ids"], batch["attention_mask"].bool()
+        labels = torch.full_like(ids, IGNORED)
+        reasons = []
+        for row, chat in enumerate(chats):
+            own = ids[row][seen[row]]
+            try:
+                found = label(
+                    self.processor, own.tolist(), chat.text, chat.spans, partial(self._encode, chat)
+                )
+            except BadSampleError as error:
+                reasons.append(str(error))
+                continue
+            labels[row, : len(own)] = torch.tensor(found)
+            is_cut = torch.isin(own[self.max_length :], self._visual_ids).any()
+            if is_cut:
+                reasons.append(f"its images reach beyond {self.max_length} tokens, of {len(own)}")
+            elif (labels[row, 1 : self.max_length] == IGNORED).all():
+                reasons.append(f"no label is left within {self.max_length} tokens, of {len(own)}")
+            else:
+                reasons.append("")
+        batch["labels"] = labels
+        length = ids.shape[1]
+        for name, x in batch.items():
+            if x.shape[:2] == ids.shape and length > self.max_length:
+                batch[name] = x[:, : self.max_length]
+        return reasons
+
+    def _encode(self, chat: _Chat, text: str) -> list[int]:
+        """The ids of a beginning of the chat, with the images that it has places for."""
+        whole = self._process([_Chat(chat.where, text, (), chat.images)])
+        return [int(x) for x in whole["input_ids"][0]]
+
+    def _alone(self, chats: Sequence[_Chat], error: Exception) -> list[str]:
+        """Which of them the processor refuses.
+
+        Raises:
+            Exception: it refuses none by itself.
+        """
+        reasons = []
+        for chat in chats:
+            try:
+                self._process([chat])
+                reasons.append("")
+            except Exception as reason:
+                reasons.append(f"{type(reason).__name__}: {' '.join(str(reason).split())}")
+        if not any(reasons):
+            raise error
+        return reasons
+
+    def _nothing(self) -> dict[str, Tensor]:
+        batch = dict(self.processor(text=["."], return_tensors="pt"))
+        return {**batch, "labels": torch.full_like(batch["input_ids"], IGNORED)}
+
+
+def open_image(image: str | bytes | Image.Image, root: Path | None) -> Image.Image:
+    """An image in RGB. Raises BadSampleError where it cannot be read, or lies outside of `root`."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        if isinstance(image, bytes):
+            return Image.fromarray(read_image(io.BytesIO(image)))
+        assert root is not None
+        return Image.fromarray(read_image(inside(root, image)))
+    except SkipImage as reason:
+        name = "an image" if isinstance(image, bytes) else image
+        raise BadSampleError(f"{name}: {reason}") from None

@@ -1,0 +1,251 @@
+"""The settings of `prereg train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from prereg_kernels._util.files import printable
+from prereg_kernels._util.settings import check_numbers, require, require_count, shown
+from prereg_kernels._util.settings_file import from_dict, override, read_yaml
+
+PARTS = ("tower", "projector", "llm")
+"""What a stage trains."""
+INHERIT = "inherit"
+"""A stage's `pre`: that of the run."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A set of conversations.
+
+    Attributes:
+        path: a file, a folder, or, where there is neither, a data set's name on the hub.
+        format: how it is written: the name of a module of `prereg_kernels.train.sources`.
+        images: the folder that image paths start from; None: the file's own. Nothing outside of it
+            is read.
+        split: of a data set of several.
+        weight: how often an epoch has its samples: 2.0, twice each; 0.5, a half, drawn anew for
+            each epoch.
+    """
+
+    path: str
+    format: str = "messages"
+    images: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        require("weight", self.weight > 0, "a positive number", self.weight)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage of training, which has its own optimizer and schedule.
+
+    Attributes:
+        name: of its folder, and in the logs.
+        trainable: of "tower", "projector", "llm". With LoRA, the adapter trains in place of the
+            LLM.
+        data: numbers of the run's data sets; None: all.
+        pre: PRe's settings, None for none, or "inherit": those of the run.
+        trainer: fields of transformers' TrainingArguments, over those of the run. In a file they
+            stand in the stage itself.
+    """
+
+    name: str = "train"
+    trainable: tuple[str, ...] = ("projector", "llm")
+    data: tuple[int, ...] | None = None
+    pre: Mapping[str, Any] | str | None = INHERIT
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plain = bool(self.name) and not set(self.name) & set('/\\"') and self.name[0] != "."
+        require("name", plain, "a name of a folder", self.name)
+        known = bool(self.trainable) and set(self.trainable) <= set(PARTS)
+        require("trainable", known, f"some of {PARTS}", self.trainable)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: a directory, or a model's name on the hub.
+        out: the folder that everything goes to.
+        data: what it trains on.
+        pre: PRe's settings, as `PReConfig` has them; None: none, which is the baseline.
+        stages: one after the other.
+        lora: PEFT's LoraConfig; None: no adapter.
+        quantization: transformers' BitsAndBytesConfig, for QLoRA: of the LLM, in stages that train
+            it. None: none.
+        model_arguments: of `from_pretrained`, such as `attn_implementation` and `dtype`.
+        trainer: fields of transformers' TrainingArguments.
+        max_length: tokens of a sample, images included. A longer answer is cut.
+        max_bad: samples that cannot be used before the run ends: a share of those seen, at least
+            one, or, as an integer, a count.
+    """
+
+    model: str
+    out: str
+    data: tuple[DataConfig, ...]
+    pre: Mapping[str, Any] | None = field(default_factory=dict)
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    lora: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
+    model_arguments: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int = 2048
+    max_bad: int | float = 0.001
+
+    def __post_init__(self) -> None:
+        require_count("max_length", self.max_length, 2**20)
+        require("data", len(self.data) >= 1, "at least one data set", self.data)
+        require("stages", len(self.stages) >= 1, "at least one stage", self.stages)
+        names = [stage.name for stage in self.stages]
+        require("stages", len(set(names)) == len(names), "stages of different names", names)
+        require("out", bool(self.out), "a folder", self.out)
+        bad = self.max_bad
+        is_count = isinstance(bad, int) and not isinstance(bad, bool)
+        is_share = isinstance(bad, float) and 0 <= bad < 1
+        require("max_bad", (is_count and bad >= 0) or is_share, "a share below 1, or a count", bad)
+        if self.quantization is not None:
+            require("lora", self.lora is not None, "settings, beside quantization", self.lora)
+        for stage in self.stages:
+            for number in stage.data or ():
+                last = len(self.data) - 1
+                require("stages.data", 0 <= number <= last, f"numbers from 0 to {last}", number)
+
+    def data_of(self, stage: StageConfig) -> tuple[DataConfig, ...]:
+        """The data sets of a stage."""
+        return self.data if stage.data is None else tuple(self.data[i] for i in stage.data)
+
+    def pre_of(self, stage: StageConfig) -> Mapping[str, Any] | None:
+        """PRe's settings in a stage; None: none."""
+        if isinstance(stage.pre, str):
+            return self.pre
+        return stage.pre
+
+
+def load_config(path: str | Path, flags: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, with flags such as `--trainer.max_steps 10` over what it says.
+
+    Raises:
+        ValueError: not YAML, an unknown key, a wrong type or a value out of range, named by its
+            path; the message names the file.
+        OSError: the file cannot be read.
+    """
+    values = override(read_yaml(path) or {}, flags)
+    try:
+        return _from_values(values)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}") from None
+
+
+def _from_values(values: Any) -> TrainConfig:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config: expected a mapping, got {shown(values)}")
+    values = dict(values)
+    stages = values.get("stages")
+    if isinstance(stages, Sequence) and not isinstance(stages, str):
+        values["stages"] = [
+            _with_arguments(stage, f"stages[{i}]") if isinstance(stage, Mapping) else stage
+            for i, stage in enumerate(stages)
+        ]
+    config = from_dict(TrainConfig, values)
+    check_arguments(config.trainer, "trainer")
+    for i, stage in enumerate(config.stages):
+        check_arguments(stage.trainer, f"stages[{i}]")
+        check_pre(stage.pre if isinstance(stage.pre, Mapping) else None, f"stages[{i}].pre")
+        if isinstance(stage.pre, str):
+            require(f"stages[{i}].pre", stage.pre == INHERIT, "settings or null", stage.pre)
+    check_pre(config.pre, "pre")
+    return config
+
+
+def _with_arguments(stage: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """A stage whose fields of TrainingArguments are in "trainer"."""
+    own = {item.name for item in dataclasses.fields(StageConfig)}
+    arguments = {name: value for name, value in stage.items() if name not in own}
+    for name in arguments:
+        if name not in _argument_types():
+            raise ValueError(
+                f"{at}.{name}: unknown key; expected one of {sorted(own)} or a field of "
+                "transformers' TrainingArguments"
+            )
+    given = {name: value for name, value in stage.items() if name in own}
+    return {**given, "trainer": {**given.get("trainer", {}), **arguments}}
+
+
+def check_pre(settings: Mapping[str, Any] | None, at: str) -> None:
+    """Raise ValueError unless it is what `PReConfig` takes."""
+    from prereg_kernels.attach.config import PReConfig
+
+    if settings is None:
+        return
+    try:
+        PReConfig().replace(**{str(name): value for name, value in settings.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{at}: {error}") from None
+
+
+RESERVED = {
+    "output_dir": "out",
+    "remove_unused_columns": "nothing: batches are what the processor makes",
+    "train_sampling_strategy": "nothing: batches are grouped by length and modality",
+    "eval_strategy": "nothing: prereg evaluate does it",
+    "load_best_model_at_end": "nothing: prereg evaluate does it",
+    "resume_from_checkpoint": "nothing: a run goes on by itself, or starts anew with --fresh",
+}
+"""{field of TrainingArguments that the command sets: what to use in its place}"""
+
+
+def check_arguments(arguments: Mapping[str, Any], at: str) -> None:
+    """Raise ValueError unless these are fields of TrainingArguments, of their types."""
+    kinds = _argument_types()
+    for name, value in arguments.items():
+        if name in RESERVED:
+            raise ValueError(f"{at}.{name}: the command sets it; use {RESERVED[name]}")
+        if name not in kinds:
+            raise ValueError(f"{at}.{name}: unknown key; expected a field of TrainingArguments")
+        allowed = kinds[name]
+        if not allowed or (value is None and type(None) in allowed):
+            continue
+        is_number = isinstance(value, int) and not isinstance(value, bool) and float in allowed
+        if type(value) not in allowed and not is_number:
+            names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+            expected = " or ".join(names.get(kind, kind.__name__) for kind in sorted(
+                allowed - {type(None)}, key=lambda kind: kind.__name__
+            ))  # fmt: skip
+            raise ValueError(f"{at}.{name}: expected {expected}, got {shown(value)}")
+
+
+@cache
+def _argument_types() -> dict[str, frozenset[type]]:
+    """{field of TrainingArguments: the plain types that it takes; none where others may be}."""
+    from transformers import TrainingArguments
+
+    plain = (int, float, str, bool, type(None), list, dict)
+
+    def leaves(hint: Any) -> frozenset[type] | None:
+        origin = typing.get_origin(hint)
+        if origin in (typing.Union, types.UnionType):
+            parts = [leaves(part) for part in typing.get_args(hint)]
+            return None if None in parts else frozenset().union(*parts)  # type: ignore[arg-type]
+        if origin is Literal:
+            return frozenset(map(type, typing.get_args(hint)))
+        kind = origin or hint
+        if isinstance(kind, type) and issubclass(kind, str):  # enumerations are given as text
+            return frozenset({str})
+        return frozenset({kind}) if kind in plain else None
+
+    hints = typing.get_type_hints(TrainingArguments)
+    names = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
+    return {name: leaves(hints[name]) or frozenset() for name in names}

@@ -1,0 +1,174 @@
+"""`prereg evaluate`: how many questions of held-out data a model answers as they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from prereg_kernels._util.files import write_whole
+from prereg_kernels.train.chats import adds_special
+from prereg_kernels.train.collator import open_image
+from prereg_kernels.train.config import DataConfig
+from prereg_kernels.train.models import load_processor
+from prereg_kernels.train.order import Mixture
+from prereg_kernels.train.sample import BadSampleError, Sample
+from prereg_kernels.train.sources import open_source
+
+EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+_LETTER = re.compile(r"\b([A-Z])\b")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model answers.
+
+    Attributes:
+        questions: those that were asked: the last one of each sample.
+        exact_match: share of them, in [0, 1], that are answered with the reference, but for case,
+            blanks and a full stop.
+        choices: questions whose reference is a letter alone.
+        choice_accuracy: share of those whose answer's first letter of its own is the reference;
+            None where there are none.
+        commonest: exact match of always giving the commonest reference.
+        bad: samples that could not be used.
+    """
+
+    questions: int
+    exact_match: float
+    choices: int
+    choice_accuracy: float | None
+    commonest: float
+    bad: int
+
+
+def evaluate(
+    model: str | Path,
+    data: DataConfig,
+    out: Path,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Evaluation:
+    """Ask a model the last question of each sample, greedily, and write two files to `out`.
+
+    evaluation.json holds what this returns, predictions.jsonl a line a question.
+
+    Raises:
+        ValueError: no model, processor or data.
+        OSError: a file cannot be read or written.
+    """
+    processor = load_processor(model)
+    try:
+        network: Any = AutoModelForImageTextToText.from_pretrained(
+            model, dtype="auto" if dtype is None else dtype
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {' '.join(str(error).split())}") from None
+    network = network.to(device).eval()
+    mixture = Mixture([open_source(data)])
+    asked, bad = [], 0
+    for kind in (mixture.images > 0, mixture.images == 0):  # a batch has images, or none
+        numbers = kind.nonzero()[0].tolist()
+        for start in range(0, len(numbers), batch_size):
+            samples = [mixture[number] for number in numbers[start : start + batch_size]]
+            usable = [q for q in map(_question, samples) if q is not None]
+            bad += len(samples) - len(usable)
+            if usable:
+                answers = _ask(network, processor, usable, max_new_tokens)
+                asked += list(zip(usable, answers, strict=True))
+    if not asked:
+        raise ValueError(f"{data.path}: expected questions, got {bad} samples that cannot be used")
+    result = score([(question.reference, answer) for question, answer in asked], bad)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"where": q.sample.where, "reference": q.reference, "answer": answer})
+        for q, answer in asked
+    ]
+    write_whole(out / PREDICTIONS, "\n".join(lines) + "\n")
+    write_whole(out / EVALUATION, json.dumps(asdict(result), indent=1) + "\n")
+    return result
+
+
+@dataclass(frozen=True)
+class _Question:
+    sample: Sample
+    messages: Sequence[Any]
+    images: Sequence[Any]
+    reference: str
+
+
+def _question(sample: Any) -> _Question | None:
+    """The sample's last answer as a question; None where it cannot be used."""
+    if not isinstance(sample, Sample):
+        return None
+    messages = list(sample.messages)
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+    *before, last = messages
+    reference = "".join(part["text"] for part in last["content"] if part["type"] == "text")
+    try:
+        images = [open_image(image, sample.root) for image in sample.images]
+    except BadSampleError:
+        return None
+    shown = sum(part["type"] == "image" for m in before for part in m["content"])
+    return _Question(sample, before, images[:shown], reference)
+
+
+def _ask(
+    network: Any, processor: Any, questions: Sequence[_Question], max_new_tokens: int
+) -> list[str]:
+    texts = [
+        processor.apply_chat_template([dict(m) for m in q.messages], add_generation_prompt=True)
+        for q in questions
+    ]
+    images = [list(q.images) for q in questions]
+    batch = processor(
+        text=texts,
+        images=images if any(images) else None,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        add_special_tokens=adds_special(processor, texts[0]),
+    ).to(network.device, network.dtype)
+    with torch.inference_mode():
+        written = network.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    new = written[:, batch["input_ids"].shape[1] :]
+    decoded: list[str] = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in decoded]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+def score(pairs: Sequence[tuple[str, str]], bad: int) -> Evaluation:
+    """Of pairs of a reference and an answer, at least one."""
+    references = [_plain(reference) for reference, _ in pairs]
+    right = sum(_plain(reference) == _plain(answer) for reference, answer in pairs)
+    chosen = list(_choices(pairs))
+    return Evaluation(
+        questions=len(pairs),
+        exact_match=right / len(pairs),
+        choices=len(chosen),
+        choice_accuracy=sum(chosen) / len(chosen) if chosen else None,
+        commonest=Counter(references).most_common(1)[0][1] / len(pairs),
+        bad=bad,
+    )
+
+
+def _choices(pairs: Sequence[tuple[str, str]]) -> Iterator[bool]:
+    for given, answer in pairs:
+        reference = given.strip().removesuffix(".")
+        if re.fullmatch("[A-Z]", reference):
+            letter = _LETTER.search(answer)
+            yield letter is not None and letter[1] == reference

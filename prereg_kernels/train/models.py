@@ -1,0 +1,182 @@
+"""The model of a run: its parts, its adapter, and which of them train."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from prereg_kernels._util.files import printable
+from prereg_kernels.attach.resolver import find_family
+from prereg_kernels.train.config import PARTS, TrainConfig
+
+PROJECTORS = (
+    "multi_modal_projector", "projector", "mm_projector", "connector", "merger", "merger_list",
+    "deepstack_merger_list", "modality_projection", "aligner", "embed_vision", "resampler",
+    "vision_projector", "perceiver", "vision_embed_tokens", "text_hidden_fcs", "mlp1",
+)  # fmt: skip
+"""What the module between the vision encoder and the LLM is called."""
+
+
+def load_processor(path: str | Path) -> Any:
+    """The model's own processor.
+
+    Raises:
+        ValueError: there is none, or it cannot be made here.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"model: no processor: {' '.join(str(error).split())}") from None
+    if not hasattr(processor, "tokenizer"):
+        raise ValueError(
+            f"model: expected a processor of text and images in {printable(path)}, got a "
+            f"{type(processor).__name__}"
+        )
+    return processor
+
+
+def load_model(config: TrainConfig, path: str | Path, *, has_adapter: bool) -> nn.Module:
+    """The model; quantized where an adapter trains in place of the LLM.
+
+    Raises:
+        ValueError: there is none.
+    """
+    arguments: dict[str, Any] = {"dtype": "auto", **config.model_arguments}
+    if config.quantization is not None and has_adapter:
+        whole = {"llm_int8_skip_modules": _outside_decoder(model_on_meta(path))}
+        arguments["quantization_config"] = BitsAndBytesConfig(**{**whole, **config.quantization})
+    try:
+        model: nn.Module = AutoModelForImageTextToText.from_pretrained(path, **arguments)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"model: {' '.join(str(error).split())}") from None
+    return model
+
+
+def model_on_meta(path: str | Path) -> nn.Module:
+    """The model by its config alone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForImageTextToText.from_config(settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {' '.join(str(error).split())}") from None
+    return model
+
+
+def _outside_decoder(model: nn.Module) -> list[str]:
+    """The modules that stay whole when the LLM is quantized: their weights may have to train."""
+    decoder = find_family(model).language_model
+    return sorted(
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(f"{decoder}.")
+    )  # fmt: skip
+
+
+def parts_of(model: nn.Module) -> dict[str, list[str]]:
+    """{part: names of its parameters}, of "tower", "projector", "llm".
+
+    Raises:
+        ValueError: no model that PRe knows.
+    """
+    inner: Any = model
+    decoder = find_family(model).language_model
+    assert decoder is not None
+    words = {id(p) for m in _embeddings(inner) for p in m.parameters()}
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{decoder}.") or id(parameter) in words:
+            parts["llm"].append(name)
+        elif set(name.split(".")) & set(PROJECTORS):
+            parts["projector"].append(name)
+        else:
+            parts["tower"].append(name)
+    return parts
+
+
+def _embeddings(model: Any) -> Iterator[nn.Module]:
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            yield module
+
+
+def set_trainable(model: nn.Module, parts: Collection[str]) -> None:
+    """Let these parts train, and no others.
+
+    Raises:
+        ValueError: the model has no such part.
+    """
+    names = parts_of(model)
+    for part in parts:
+        if not names[part]:
+            raise ValueError(
+                f"trainable: expected parts that {type(model).__name__} has, "
+                f"{', '.join(part for part in PARTS if names[part])}; got {part}"
+            )
+    chosen = {name for part in parts for name in names[part]}
+    for name, parameter in model.named_parameters():
+        is_chosen = name in chosen
+        if is_chosen and not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ValueError(
+                "trainable: quantized weights cannot train; expected lora for the LLM, and no tower"
+            )
+        parameter.requires_grad_(is_chosen)
+
+
+def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[str]) -> nn.Module:
+    """The model in PEFT's, with LoRA on the LLM's linear layers; other parts train whole.
+
+    Raises:
+        ValueError: PEFT is not here, or does not take the settings.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(f"lora: {error}; it needs: pip install peft") from None
+    decoder = find_family(model).language_model
+    linear = [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(f"{decoder}.")
+    ]  # fmt: skip
+    whole = [part for part in parts if part != "llm"]
+    names = parts_of(model)
+    modules = {_module_of(name) for part in whole for name in names[part]}
+    settings = {"task_type": "CAUSAL_LM", "target_modules": linear, **lora}
+    if modules:
+        settings.setdefault("modules_to_save", sorted(modules))
+    try:
+        peft: nn.Module = get_peft_model(model, LoraConfig(**settings))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {' '.join(str(error).split())}") from None
+    return peft
+
+
+def _module_of(name: str) -> str:
+    """The projector, or the outermost part of the tower, that has this parameter."""
+    path = name.split(".")
+    for depth, step in enumerate(path):
+        if step in PROJECTORS:
+            return ".".join(path[: depth + 1])
+    return path[0] if path[0] != "model" else path[1]
+
+
+def visual_ids(model: nn.Module) -> frozenset[int]:
+    """The ids that stand for images and videos."""
+    return frozenset(find_family(model).visual_token_ids(model))
+
+
+def describe(model: nn.Module) -> dict[str, int]:
+    """{"parameters", "trainable"}: how many numbers."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {
+        "parameters": sum(count for count, _ in counts),
+        "trainable": sum(count for count, trains in counts if trains),
+    }

@@ -1,0 +1,106 @@
+"""What a run trains on, in which order: a pure function of the seed and the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler
+
+from prereg_kernels.train.collator import Failed
+from prereg_kernels.train.sample import BadSampleError, Sample
+from prereg_kernels.train.source import Source
+
+UNITS = 50
+"""Batches whose samples are sorted by length together, as LLaVA does: a longer list is more even,
+and less random."""
+
+
+class Mixture(Dataset[Any]):
+    """The samples of several sources, one after the other.
+
+    Attributes:
+        lengths: (count,) characters.
+        images: (count,) images.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self.lengths = np.concatenate([source.lengths for source in self.sources])
+        self.images = np.concatenate([source.images for source in self.sources])
+        self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> Sample | Failed:
+        which = int(np.searchsorted(self._starts, number, side="right")) - 1
+        source, inside = self.sources[which], int(number - self._starts[which])
+        try:
+            return source[inside]
+        except BadSampleError as error:
+            return Failed(source.where(inside), str(error))
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The first number of each source, and the one behind its last."""
+        return [(int(a), int(b)) for a, b in zip(self._starts, self._starts[1:], strict=False)]
+
+
+class GroupedSampler(Sampler[int]):
+    """The order of an epoch, by units of one batch on each rank.
+
+    All samples of a unit have images, or none has: the parts of the model that train are then the
+    same on all ranks. They are of similar length. The last unit of either kind is filled with the
+    first samples of its kind, as torch's DistributedSampler does.
+
+    Args:
+        mixture: the samples.
+        weights: of its sources: how often an epoch has them.
+        unit: samples of a micro-batch on all ranks together.
+        seed: of the order.
+    """
+
+    def __init__(self, mixture: Mixture, weights: Sequence[float], unit: int, seed: int) -> None:
+        self._mixture, self._weights = mixture, tuple(weights)
+        self._unit, self._seed, self._epoch = unit, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.order(0))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order(self._epoch).tolist())
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The numbers of an epoch's samples."""
+        random = np.random.default_rng([self._seed, epoch])
+        drawn = self._draw(random)
+        has_images = self._mixture.images[drawn] > 0
+        units = [
+            unit for kind in (drawn[has_images], drawn[~has_images]) if len(kind)
+            for unit in self._units(kind)
+        ]  # fmt: skip
+        return np.concatenate([units[i] for i in random.permutation(len(units))])
+
+    def _draw(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """An epoch's samples, shuffled; of the same number in each epoch and of each kind."""
+        parts = []
+        for (first, last), weight in zip(self._mixture.spans(), self._weights, strict=True):
+            has_images = self._mixture.images[first:last] > 0
+            for kind in (np.flatnonzero(has_images), np.flatnonzero(~has_images)):
+                whole, rest = divmod(round(weight * len(kind)), max(len(kind), 1))
+                parts += [kind + first] * whole
+                parts.append(random.permutation(kind)[:rest] + first)
+        return random.permutation(np.concatenate(parts))
+
+    def _units(self, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        numbers = np.resize(numbers, -(-len(numbers) // self._unit) * self._unit)
+        for start in range(0, len(numbers), self._unit * UNITS):
+            several = numbers[start : start + self._unit * UNITS]
+            by_length = several[np.argsort(self._mixture.lengths[several], kind="stable")]
+            yield from by_length.reshape(-1, self._unit)

@@ -1,0 +1,80 @@
+"""What a run writes down beside its model: figures, and the samples that it could not use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prereg_kernels._util.files import printable, write_whole
+
+METRICS = "metrics.jsonl"
+BAD_SAMPLES = "bad_samples.jsonl"
+PERIOD = 1000
+"""Samples between two looks at how many were bad."""
+
+
+class Metrics:
+    """metrics.jsonl: a line a log, with its stage and step.
+
+    Args:
+        stage, step: where the run goes on. Lines of later steps, as an interrupted run has left,
+            go.
+    """
+
+    def __init__(self, folder: Path, stage: str, step: int) -> None:
+        self._path, self._stage = folder / METRICS, stage
+        kept = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # cut short by a crash
+                    continue
+                if entry.get("stage") != stage or entry.get("step", 0) <= step:
+                    kept.append(line + "\n")
+        write_whole(self._path, "".join(kept))
+
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Append a line."""
+        line = json.dumps({"stage": self._stage, "step": step, **figures})
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class TooManyBadSamplesError(ValueError):
+    """More samples were bad than the settings allow."""
+
+
+class BadSamples:
+    """bad_samples.jsonl, and whether the run may go on.
+
+    Attributes:
+        seen: samples, on all ranks.
+        bad: those that were left out.
+    """
+
+    def __init__(self, folder: Path, most: float) -> None:
+        self._path, self._most = folder / BAD_SAMPLES, most
+        self.seen = self.bad = 0
+
+    def add(self, seen: int, bad: Sequence[tuple[str, str]], *, is_writing: bool) -> None:
+        """What all ranks have seen since the last time.
+
+        Raises:
+            TooManyBadSamplesError: more were bad than may be.
+        """
+        self.seen, self.bad = self.seen + seen, self.bad + len(bad)
+        if is_writing and bad:
+            with self._path.open("a", encoding="utf-8") as file:
+                for where, reason in bad:
+                    file.write(json.dumps({"where": where, "reason": reason}) + "\n")
+        is_count = isinstance(self._most, int)
+        allowed = self._most if is_count else max(1, int(self._most * self.seen))
+        if self.bad > allowed:
+            examples = "; ".join(f"{where}: {reason}" for where, reason in bad[:3])
+            raise TooManyBadSamplesError(
+                f"max_bad: {self.bad} of {self.seen} samples could not be used, and {allowed} may; "
+                f"{printable(self._path)} names them; {printable(examples)}"
+            )

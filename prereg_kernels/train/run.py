@@ -1,0 +1,221 @@
+"""A run: its stages, one after the other, from what an earlier start has left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from prereg_kernels._util.directories import held
+from prereg_kernels._util.files import printable, write_whole
+from prereg_kernels._util.machine import describe_machine
+from prereg_kernels._util.settings_file import read_yaml, to_dict
+from prereg_kernels.train.collator import Collator
+from prereg_kernels.train.config import StageConfig, TrainConfig
+from prereg_kernels.train.models import (
+    load_model,
+    load_processor,
+    set_trainable,
+    visual_ids,
+    with_adapter,
+)
+from prereg_kernels.train.order import GroupedSampler, Mixture
+from prereg_kernels.train.records import BAD_SAMPLES, METRICS, BadSamples, Metrics
+from prereg_kernels.train.source import Source
+from prereg_kernels.train.sources import open_source
+from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
+from prereg_kernels.trainers import with_pre
+
+STAGES = "stages"
+DONE = "done.json"
+SETTINGS = "config.yaml"
+ENVIRONMENT = "environment.json"
+_RECORDS = (SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, f"{STAGES}/", "tensorboard/")
+# Of the model: what somebody else's folder would have as well
+_NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: it was asked for
+    """The run was asked to stop, and has saved."""
+
+
+def train(config: TrainConfig, *, fresh: bool = False) -> Path:
+    """Train all stages; what is finished is not done again. Returns the model's folder.
+
+    Args:
+        fresh: begin anew, and delete what an earlier start has left.
+
+    Raises:
+        ValueError: settings, a model or data that are not as expected, or too many bad samples.
+        OSError: a file cannot be read or written.
+        Stopped: it was asked to by SIGTERM.
+    """
+    out, is_cpu = Path(config.out), bool(config.trainer.get("use_cpu"))
+    state = PartialState(cpu=is_cpu)
+    with _held(out, state):
+        if state.is_main_process:
+            _prepare(config, out, fresh)
+        state.wait_for_everyone()
+        sources = cache(open_source)
+        path: str | Path = config.model
+        for stage in config.stages:
+            folder = out / STAGES / stage.name
+            is_last = stage is config.stages[-1]
+            if not (folder / DONE).exists():
+                _train_stage(config, stage, path, folder, out if is_last else folder / "model",
+                             [sources(data) for data in config.data_of(stage)])  # fmt: skip
+            path = folder / "model"
+    return out
+
+
+def _train_stage(
+    config: TrainConfig,
+    stage: StageConfig,
+    path: str | Path,
+    folder: Path,
+    result: Path,
+    sources: list[Source],
+) -> None:
+    arguments = training_arguments(config, stage, folder)
+    set_seed(arguments.seed)
+    has_adapter = config.lora is not None and "llm" in stage.trainable
+    processor = load_processor(path)
+    model = load_model(config, path, has_adapter=has_adapter)
+    collator = Collator(processor, config.max_length, visual_ids(model))
+    if has_adapter:
+        assert config.lora is not None
+        model = with_adapter(model, config.lora, stage.trainable)
+    else:
+        set_trainable(model, stage.trainable)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    step = int(last.rsplit("-", 1)[1]) if last else 0
+    mixture = Mixture(sources)
+    pre = config.pre_of(stage)
+    kind: Any = RecipeTrainer if pre is None else with_pre(RecipeTrainer, **pre)
+    trainer = kind(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=mixture,
+        processing_class=processor,
+        order=GroupedSampler(
+            mixture,
+            [data.weight for data in config.data_of(stage)],
+            arguments.train_batch_size * arguments.world_size,
+            arguments.seed,
+        ),
+        metrics=Metrics(Path(config.out), stage.name, step) if arguments.should_log else None,
+        bad_samples=BadSamples(Path(config.out), config.max_bad),
+    )
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.stop.is_stopped:
+        raise Stopped(f"stopped at step {trainer.state.global_step} of {stage.name}")
+    names = _save(trainer, folder, result)
+    if arguments.should_save:
+        done = {"step": trainer.state.global_step, "files": names}
+        write_whole(folder / DONE, json.dumps(done) + "\n")
+    trainer.accelerator.wait_for_everyone()
+
+
+def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) -> TrainingArguments:
+    """transformers' own, of a stage.
+
+    Raises:
+        ValueError: it refuses them.
+    """
+    given = {**config.trainer, **stage.trainer}
+    defaults = {
+        "report_to": "tensorboard",
+        "logging_steps": 10,
+        "save_total_limit": 2,
+        # Batches of text alone leave the vision encoder and the projector out
+        "ddp_find_unused_parameters": not given.get("gradient_checkpointing", False),
+    }
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.out) / "tensorboard"))
+    try:
+        return TrainingArguments(
+            output_dir=str(folder), remove_unused_columns=False, **{**defaults, **given}
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def _save(trainer: Any, folder: Path, result: Path) -> list[str]:
+    """A plain model with its processor, and `pre/`: written beside, then moved to `result`.
+
+    An adapter is merged into it, but for one of quantized weights, which is saved by itself.
+    Returns the names in `result`.
+    """
+    beside = folder / WRITING
+    if trainer.args.should_save:
+        shutil.rmtree(beside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload") and not getattr(model, "is_quantized", False):
+        trainer.model = trainer.model_wrapped = model.merge_and_unload()
+    trainer.save_model(str(beside))
+    trainer.accelerator.wait_for_everyone()
+    names = sorted(path.name for path in beside.iterdir()) if trainer.args.should_save else []
+    if names:
+        flush(beside)
+        result.mkdir(exist_ok=True)
+    for name in names:
+        if (result / name).is_dir():
+            shutil.rmtree(result / name)
+        os.replace(beside / name, result / name)
+    return names
+
+
+@contextmanager
+def _held(out: Path, state: PartialState) -> Iterator[None]:
+    """One command at a time; the first rank holds the folder for all."""
+    if not state.is_main_process:
+        yield
+        return
+    with held(out, "training", _NAMES, lambda _: False, _is_checkpoint):
+        yield
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "trainer_state.json").is_file()
+
+
+def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
+    """Write the settings and the environment, or see that they are those of an earlier start."""
+    settings = out / SETTINGS
+    written = to_dict(config)
+    if fresh:
+        done = [json.loads(path.read_text()) for path in (out / STAGES).glob(f"*/{DONE}")]
+        for name in (*_RECORDS, *(name for stage in done for name in stage["files"])):
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif settings.exists() and (difference := _difference(read_yaml(settings), written)):
+        raise ValueError(
+            f"{printable(out)}: holds a run of other settings: {difference}; expected the same, "
+            "another --out, or --fresh to begin anew"
+        )
+    write_whole(settings, yaml.safe_dump(written, sort_keys=False))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = describe_machine(device, None)
+    write_whole(out / ENVIRONMENT, json.dumps(facts, indent=1) + "\n")
+
+
+def _difference(before: Any, after: Any, at: str = "") -> str:
+    """The first setting that differs, or ""."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in {**before, **after}:
+            if found := _difference(before.get(name), after.get(name), f"{at}.{name}".lstrip(".")):
+                return found
+        return ""
+    return "" if before == after else f"{at}: expected {before!r}, got {after!r}"

@@ -1,0 +1,193 @@
+"""RecipeTrainer: transformers' Trainer with this package's order, checkpoints and records."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from prereg_kernels.attach.handle import get_pre
+from prereg_kernels.train.collator import SEEN
+from prereg_kernels.train.order import GroupedSampler
+from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
+from prereg_kernels.trainers.checkpoints import load_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WRITING = ".writing"
+"""Below a stage's folder: where a checkpoint is until it is whole."""
+
+
+class RecipeTrainer(Trainer):
+    """Trainer for a stage of `prereg train`; with PRe, `with_pre(RecipeTrainer)`.
+
+    A checkpoint is written beside, then renamed: it is there whole or not at all, and the one
+    before it stays until then.
+
+    Args:
+        order: the samples' numbers, epoch by epoch.
+        metrics: where the figures go; None on ranks that write none.
+        bad_samples: counts what could not be used.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        order: GroupedSampler,
+        metrics: Metrics | None,
+        bad_samples: BadSamples,
+        **kwargs: Any,
+    ) -> None:
+        self._order, self._metrics, self._bad_samples = order, metrics, bad_samples
+        self._seen, self._bad = 0, list[tuple[str, str]]()
+        self._is_writing = False
+        super().__init__(*args, **kwargs)
+        self.stop = StopOnSignal(self)
+        self.add_callback(_CountBad(self))
+        self.add_callback(self.stop)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> GroupedSampler:
+        return self._order
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As Trainer's; what the collator says of its samples is taken out of the batches."""
+
+        def plain() -> Iterator[Any]:
+            for batch in epoch_iterator:
+                seen, bad = batch.pop(SEEN)
+                self._seen += seen
+                self._bad += bad
+                yield batch
+
+        return super().get_batch_samples(plain(), num_batches, device)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; where no LLM trains, a batch of text alone can be gone back through too."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if loss.requires_grad or not (model.training and torch.is_grad_enabled()):
+            return result
+        # On all ranks at once (GroupedSampler), so that none waits for gradients of another
+        loss = loss + torch.zeros_like(loss, requires_grad=True)
+        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+    def judge_bad_samples(self) -> None:
+        """Add up what all ranks have seen since the last time."""
+        [seen] = self.accelerator.reduce(
+            torch.tensor([self._seen], device=self.args.device), reduction="sum"
+        ).tolist()
+        bad = gather_object(self._bad)
+        self._seen, self._bad = 0, []
+        self._bad_samples.add(seen, bad, is_writing=self.args.should_save)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, into metrics.jsonl too."""
+        if self._metrics is not None:
+            logs = dict(logs)
+            if "loss" in logs:
+                logs.setdefault("lm_loss", logs["loss"])
+            self._metrics.write(self.state.global_step, logs)
+        super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        is_elsewhere = (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(inner, "peft_config")
+        )
+        if get_pre(inner) is None and not is_elsewhere:
+            load_weights(inner, resume_from_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, WRITING) if self._is_writing else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder / WRITING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_writing = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            flush(folder / WRITING / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(folder / WRITING / name, folder / name)
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+def flush(folder: Path) -> None:
+    """Put a folder's files on the disk. An error here is one of a disk that is full, or gone."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _CountBad(TrainerCallback):
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        samples = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        if state.global_step % max(1, PERIOD // samples) == 0:
+            self._trainer.judge_bad_samples()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.judge_bad_samples()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, as schedulers send before they kill: at the next log, save and stop on all ranks.
+
+    Attributes:
+        is_stopped: whether it was so.
+    """
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self._trainer, self._is_asked, self.is_stopped = trainer, False, False
+        self._before: Any = None
+
+    def _ask(self, *_: Any) -> None:
+        self._is_asked = True
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Listen."""
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """At each log the ranks wait for each other anyway."""
+        if state.global_step % max(1, int(state.logging_steps)):
+            return
+        asked = torch.tensor([float(self._is_asked)], device=args.device)
+        if self._trainer.accelerator.reduce(asked, reduction="sum").item():
+            self.is_stopped = True
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """As it was."""
+        signal.signal(signal.SIGTERM, self._before)

@@ -1,0 +1,1 @@
+"""Tests of prereg_kernels.train."""

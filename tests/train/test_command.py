@@ -1,0 +1,127 @@
+"""The command: one process against the definition, two against one, errors in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.packages.definition import errors, gradients
+from tests.packages.run import INSIDE, ROOT, Run
+from tests.train.places import make_place, metrics, settings, write
+
+PREREG = (sys.executable, "-m", "prereg_kernels")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+def start(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    paths = f"{INSIDE}:{ROOT}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_a_step_s_gradients_are_the_definition_s(place: Path, tmp_path: Path) -> None:
+    """Of two micro-batches, of several layers; the last stage of two."""
+    out = tmp_path / "out"
+    path = write(tmp_path / "c.yaml", settings(
+        place, out, pre={"layers": [2, 3], "weight": 0.7}, stages__1__trainer={},
+        stages__1__max_steps=2, stages__1__gradient_accumulation_steps=2,
+        stages__1__trainable=["tower", "projector", "llm"],
+    ))  # fmt: skip
+    done = start(*PREREG, "train", str(path), cwd=tmp_path, RECORDED=str(tmp_path / "recorded"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"model: {out}" in done.stdout
+    run = Run(tmp_path / "recorded", out, done.stdout)
+    for number in range(2):
+        step = run.step(number)
+        assert len(step["batches"]) == 2
+        expected = gradients(out / "stages/align/model", run, step, 0.7)
+        assert max(errors(step["gradients"], expected).values()) < 1e-5
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    return (
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={ranks}", "-m", "prereg_kernels",
+    )  # fmt: skip
+
+
+def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
+    """The same losses and weights; a checkpoint of two ranks is gone on with by one."""
+    changes: dict[str, Any] = {"stages__1__max_steps": 6, "trainer__save_steps": 3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    path = write(tmp_path / "one.yaml", settings(place, one, **changes))
+    done = start(*PREREG, "train", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    half = {**changes, "trainer__per_device_train_batch_size": 2}
+    path = write(tmp_path / "two.yaml", settings(place, two, **half))
+    done = start(*torchrun(2), "train", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for stage in ("align", "tune"):
+        for a, b in zip(metrics(one, stage), metrics(two, stage), strict=True):
+            for name in a.keys() & {"lm_loss", "pre_loss", "grad_norm"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+    close(one / "model.safetensors", two / "model.safetensors")
+    close(one / "pre/pre_heads.safetensors", two / "pre/pre_heads.safetensors")
+
+
+def close(a: Path, b: Path) -> None:
+    ours, theirs = load_file(a), load_file(b)
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "CONFIG.yaml: expected a file of settings, got none"),
+        (("--preset", "scenes"), "the digits are another command: prereg demo --preset scenes"),
+        (("absent.yaml",), "absent.yaml"),
+        (("c.yaml", "--trainer.bf17", "true"), "c.yaml: trainer.bf17: unknown key"),
+        (("c.yaml", "--data.0.path", "absent.json"), "absent.json: expected a file or a folder"),
+        (("c.yaml", "--model", "absent"), "model: "),
+    ],
+)
+def test_an_error_is_a_line(
+    place: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    write(tmp_path / "c.yaml", settings(place, tmp_path / "out"))
+    done = start(*PREREG, "train", *arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    [line] = [x for x in done.stderr.splitlines() if x.startswith("prereg: ")]
+    assert message in line
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_dry_run(place: Path, tmp_path: Path) -> None:
+    """What would be trained, and what is missing; nothing is written."""
+    records = json.loads((place / "data.json").read_text())
+    records[0]["image"] = ["absent.png"]
+    records[3]["conversations"] = []
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    path = write(tmp_path / "c.yaml", settings(place, tmp_path / "out", data__0__path=str(data)))
+    done = start(*PREREG, "train", str(path), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    total = sum(x.numel() for x in load_file(place / "model/model.safetensors").values())
+    assert f"{total:,} parameters (tower " in done.stdout
+    assert "24 samples, 24 images, 6 samples of text alone" in done.stdout
+    assert f"  1 images are missing:\n    {place}/images/absent.png" in done.stdout
+    assert f"  1 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
+    assert "stage align: 2 steps of 4 samples" in done.stdout
+    assert "stage tune: 6 steps of 4 samples" in done.stdout
+    assert not (tmp_path / "out").exists()

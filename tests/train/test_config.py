@@ -1,0 +1,113 @@
+"""The settings of `prereg train`: a wrong one is one line that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prereg_kernels.train.config import DataConfig, StageConfig, load_config
+
+WHOLE: dict[str, Any] = {
+    "model": "a/model",
+    "out": "runs/a",
+    "data": [{"path": "mix.json", "images": "images", "format": "llava"}, {"path": "org/set"}],
+    "pre": {"layers": 16, "weight": 0.5},
+    "stages": [
+        {"name": "align", "trainable": ["projector"], "learning_rate": 1e-3, "data": [0],
+         "pre": None},
+        {"name": "tune", "learning_rate": 2e-5, "num_train_epochs": 1, "pre": {"weight": 1}},
+        {"name": "more", "max_steps": 7},
+    ],
+    "lora": None,
+    "trainer": {"per_device_train_batch_size": 16, "bf16": True, "max_steps": 5},
+    "max_bad": 3,
+}  # fmt: skip
+
+
+def write(path: Path, values: Any) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", WHOLE))
+    assert config.data[0] == DataConfig("mix.json", "llava", "images")
+    assert config.data[1] == DataConfig("org/set")
+    align, tune, more = config.stages
+    assert align == StageConfig("align", ("projector",), (0,), None, {"learning_rate": 1e-3})
+    assert tune.trainable == ("projector", "llm")
+    assert [config.pre_of(stage) for stage in config.stages] == [
+        None, {"weight": 1}, {"layers": 16, "weight": 0.5},
+    ]  # fmt: skip
+    assert more.trainer == {"max_steps": 7}
+    assert config.data_of(align) == config.data[:1] and config.data_of(tune) == config.data
+    assert config.max_bad == 3 and isinstance(config.max_bad, int)
+
+
+def test_flags_win(tmp_path: Path) -> None:
+    flags = [
+        "--trainer.max_steps", "9", "--stages.1.learning_rate", "1.0e-4", "--pre.weight", "0.25",
+        "--data.0.path", "other.json", "--max_bad", "0.5", "--stages.0.pre", "null",
+        "--trainer.report_to", "none", "--model", "b",
+    ]  # fmt: skip
+    config = load_config(write(tmp_path / "c.yaml", WHOLE), flags)
+    assert config.trainer == {**WHOLE["trainer"], "max_steps": 9, "report_to": "none"}
+    assert config.stages[1].trainer["learning_rate"] == 1e-4
+    assert config.pre == {"layers": 16, "weight": 0.25}
+    assert config.data[0].path == "other.json" and config.model == "b" and config.max_bad == 0.5
+
+
+def test_the_baseline_and_defaults(tmp_path: Path) -> None:
+    least = {"model": "m", "out": "o", "data": [{"path": "x"}]}
+    config = load_config(write(tmp_path / "c.yaml", least))
+    assert config.pre == {} and config.pre_of(config.stages[0]) == {}
+    config = load_config(tmp_path / "c.yaml", ["--pre", "null"])
+    assert config.pre_of(config.stages[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--modle", "x"], "modle: unknown key"),
+        (["--data.0.pth", "x"], r"data\[0\]\.pth: unknown key"),
+        (["--data.0.weight", "0"], r"data\[0\]\.weight: expected a positive number"),
+        (["--data", "x"], "data: expected a list"),
+        (["--data", "[]"], "data: expected at least one data set"),
+        (["--trainer.bf17", "true"], "trainer.bf17: unknown key"),
+        (["--trainer.bf16", "7"], "trainer.bf16: expected true or false, got 7"),
+        (["--trainer.max_steps", "many"], "trainer.max_steps: expected an integer, got 'many'"),
+        (["--trainer.learning_rate", "fast"], "trainer.learning_rate: expected a number, got"),
+        (["--trainer.output_dir", "x"], "trainer.output_dir: the command sets it; use out"),
+        (["--stages.1.lr", "1"], r"stages\[1\]\.lr: unknown key; expected one of .*Training"),
+        (["--stages.1.warmup_steps", "a"], r"stages\[1\]\.warmup_steps: expected"),
+        (["--stages.1.trainable", "[head]"], r"stages\[1\]\.trainable: expected some of"),
+        (["--stages.1.name", "a/b"], r"stages\[1\]\.name: expected a name of a folder"),
+        (["--stages.1.name", "align"], "stages: expected stages of different names"),
+        (["--stages.0.data", "[2]"], "stages.data: expected numbers from 0 to 1"),
+        (["--stages.1.pre.wait", "1"], r"stages\[1\]\.pre: .*wait"),
+        (["--stages.1.pre", "yes please"], r"stages\[1\]\.pre: expected settings or null"),
+        (["--pre.weight", "-1"], "pre: weight: expected a non-negative"),
+        (["--pre.layer", "3"], "pre: .*layer"),
+        (["--max_bad", "1.5"], "max_bad: expected a share below 1, or a count"),
+        (["--max_bad", "-1"], "max_bad: expected a share below 1, or a count"),
+        (["--max_length", "0"], "max_length: expected at least 1"),
+        (["--stages.9.name", "x"], r"--stages\.9\.name: expected a number from 0 to 2, got 9"),
+        (["--model.x", "1"], r"--model\.x: there is no x in 'a/model'"),
+        (["--model"], "--model: expected a value after it"),
+        (["model", "x"], "model: expected a flag such as --section.field VALUE"),
+        (["--model", "[x"], "--model: .*expected"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(write(tmp_path / "c.yaml", WHOLE), flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [None, [], 3])
+def test_a_file_of_something_else(tmp_path: Path, values: Any) -> None:
+    with pytest.raises(ValueError, match=r"c\.yaml: "):
+        load_config(write(tmp_path / "c.yaml", values))

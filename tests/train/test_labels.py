@@ -1,0 +1,127 @@
+"""Labels: the answers, by hand, of twenty conversations under each kind of template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from prereg_kernels.train.assemble import VICUNA, assemble
+from prereg_kernels.train.chats import IGNORED
+from prereg_kernels.train.collator import SEEN, Collator
+from prereg_kernels.train.sample import Sample, check_messages
+from tests.packages.checkpoint import make_llava
+from tests.train.models import make_clip, make_llama, make_qwen
+
+ANSWERS = ("Red.", "No, it is blue", "ä tree\nand a dog", " ", "<b>7</b>", "Yes")
+QUESTIONS = ("What?", "Is it\nred?", "assistant: no?", "and ASSISTANT: this", "7")
+
+
+def conversation(number: int) -> tuple[list[dict[str, Any]], list[str], int]:
+    """(messages, answers, images): of one to four turns, images in the first or in several."""
+    turns, images = 1 + number % 4, (1, 0, 2, 1, 3)[number % 5]
+    messages: list[dict[str, Any]] = []
+    if number % 7 == 0:
+        messages.append({"role": "system", "content": "Be kind."})
+    answers = []
+    for turn in range(turns):
+        here = images if turn == 0 else 0
+        if number % 5 == 4:  # one a turn, so that an answer stands before an image
+            here = 1 if turn < images else 0
+        question = QUESTIONS[(number + turn) % len(QUESTIONS)]
+        answer = ANSWERS[(number * 3 + turn) % len(ANSWERS)]
+        parts = [{"type": "image"}] * here + [{"type": "text", "text": question}]
+        messages += [
+            {"role": "user", "content": parts}, {"role": "assistant", "content": answer},
+        ]  # fmt: skip
+        answers.append(answer)
+    count = sum(p["type"] == "image" for m in messages if m["role"] == "user" for p in m["content"])
+    return messages, answers, count
+
+
+CHATS = [conversation(number) for number in range(20)]
+# Before each answer, and what its labels end with, as the templates' texts say.
+FORMS = {
+    "vicuna": (" ASSISTANT:", " {}</s>"),
+    "chatml": ("<|im_start|>assistant\n", "{}<|im_end|>"),
+    "plain": ("assistant: ", "{}</s>"),
+}
+
+
+@pytest.fixture(scope="module")
+def processors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    place = tmp_path_factory.mktemp("models")
+    clip = make_clip(place / "clip")
+    assemble(str(clip), str(make_llama(place / "llama")), place / "vicuna")
+    assemble(str(clip), str(make_qwen(place / "qwen")), place / "chatml")
+    make_llava(place / "plain")
+    found = {name: AutoProcessor.from_pretrained(place / name) for name in FORMS}
+    assert "generation" in VICUNA
+    assert [name for name, p in found.items() if "generation %}" in p.chat_template] == ["vicuna"]
+    return found
+
+
+def by_hand(processor: Any, name: str, messages: Sequence[Any], answers: Sequence[str],
+            image: str) -> tuple[list[int], list[int]]:  # fmt: skip
+    """(ids, labels): the text cut by hand at each answer, a token a byte."""
+    before, form = FORMS[name]
+    chat = [dict(m) for m in check_messages(messages, sum_images(messages))]
+    text = processor.apply_chat_template(chat)
+    ids: list[int] = []
+    labels: list[int] = []
+
+    def add(piece: str, is_answer: bool) -> None:
+        tokens = processor.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids.extend(tokens)
+        labels.extend(tokens if is_answer else [IGNORED] * len(tokens))
+
+    for answer in answers:
+        written = form.format(answer)
+        # The last of them that this answer follows: a question may hold the words as well
+        place = text.index(before + written) + len(before)
+        add(text[:place].replace("<image>", image), False)
+        add(written, True)
+        text = text[place + len(written) :]
+    add(text.replace("<image>", image), False)
+    return ids, labels
+
+
+def sum_images(messages: Sequence[Any]) -> int:
+    parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
+    return sum(part["type"] == "image" for part in parts)
+
+
+@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("name", FORMS)
+def test_labels(processors: Mapping[str, Any], name: str, number: int) -> None:
+    processor = processors[name]
+    messages, answers, images = CHATS[number]
+    collate = Collator(processor, 1000, {processor.image_token_id})
+    pictures = [Image.new("RGB", (16, 16), "red")] * images
+    batch = collate([Sample("here", check_messages(messages, images), pictures)])
+    assert batch[SEEN] == (1, [])
+    ids, labels = by_hand(processor, name, messages, answers, "<image>" * 4)
+    assert batch["input_ids"][0].tolist() == ids
+    assert batch["labels"][0].tolist() == labels
+
+
+def test_a_batch_is_its_samples(processors: Mapping[str, Any]) -> None:
+    """Padded on the right; no label at the padding."""
+    processor = processors["chatml"]
+    collate = Collator(processor, 1000, {processor.image_token_id})
+    samples = [
+        Sample(str(n), check_messages(CHATS[n][0], CHATS[n][2]),
+               [Image.new("RGB", (16, 16))] * CHATS[n][2])
+        for n in range(20) if CHATS[n][2]
+    ]  # fmt: skip
+    whole = collate(samples)
+    for row, sample in enumerate(samples):
+        alone = collate([sample])
+        length = alone["input_ids"].shape[1]
+        assert whole["input_ids"][row, :length].equal(alone["input_ids"][0])
+        assert whole["labels"][row, :length].equal(alone["labels"][0])
+        assert (whole["labels"][row, length:] == IGNORED).all()
+        assert not whole["attention_mask"][row, length:].any()

@@ -1,0 +1,94 @@
+"""The order: a pure function of seed and epoch, in units of one kind and of like lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prereg_kernels.train.collator import Failed
+from prereg_kernels.train.order import GroupedSampler, Mixture
+from prereg_kernels.train.sample import BadSampleError, Sample
+
+
+class Numbers:
+    """Samples that name themselves; every third has no image."""
+
+    def __init__(self, name: str, count: int, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.name = name
+        self.lengths = random.integers(1, 500, count)
+        self.images = np.where(np.arange(count) % 3 == 2, 0, random.integers(1, 4, count))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def where(self, number: int) -> str:
+        return f"{self.name}:{number}"
+
+    def __getitem__(self, number: int) -> Sample:
+        if number == 5:
+            raise BadSampleError("a five")
+        return Sample(self.where(number), ())
+
+
+def sampler(unit: int = 4, weights: Any = (1.0, 1.0), seed: int = 0) -> GroupedSampler:
+    mixture = Mixture([Numbers("a", 61), Numbers("b", 100, 1)])
+    return GroupedSampler(mixture, weights, unit, seed)
+
+
+def test_samples_of_several_sources() -> None:
+    mixture = Mixture([Numbers("a", 61), Numbers("b", 100, 1)])
+    assert len(mixture) == 161
+    where = [x.where for x in (mixture[i] for i in range(161))]
+    assert where == [f"a:{i}" for i in range(61)] + [f"b:{i}" for i in range(100)]
+    assert mixture[5] == Failed("a:5", "a five") and mixture[66] == Failed("b:5", "a five")
+
+
+def test_every_sample_once() -> None:
+    """But for those that fill the last unit of either kind."""
+    order = sampler().order(0)
+    images = sampler()._mixture.images
+    counts = Counter(order.tolist())
+    assert set(counts) == set(range(161))
+    for kind in (images > 0, images == 0):
+        extra = sum(counts[i] - 1 for i in np.flatnonzero(kind))
+        assert extra == -int(kind.sum()) % 4
+
+
+def test_units_are_of_one_kind_and_of_like_lengths() -> None:
+    order, mixture = sampler().order(3), sampler()._mixture
+    units = order.reshape(-1, 4)
+    kinds = mixture.images[units] > 0
+    assert (kinds.all(axis=1) | ~kinds.any(axis=1)).all()
+    spread = np.ptp(mixture.lengths[units], axis=1).mean()
+    shuffled = np.random.default_rng(0).permutation(order).reshape(-1, 4)
+    assert spread < np.ptp(mixture.lengths[shuffled], axis=1).mean() / 5
+    firsts = mixture.lengths[units[:, 0]]
+    assert (np.diff(firsts) < 0).mean() > 0.3  # units themselves are not sorted
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
+    first = sampler()
+    assert list(first) == first.order(0).tolist()
+    first.set_epoch(2)
+    assert list(first) == sampler().order(2).tolist()
+    assert sampler().order(0).tolist() != sampler().order(1).tolist()
+    assert sampler().order(0).tolist() != sampler(seed=1).order(0).tolist()
+    assert {len(sampler().order(epoch)) for epoch in range(5)} == {len(sampler())}
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0, 2.5])
+def test_weights(weight: float) -> None:
+    """Of each source so many, each kind in its own share; fractions drawn anew each epoch."""
+    epochs = [Counter(sampler(1, (weight, 1.0)).order(epoch).tolist()) for epoch in range(2)]
+    images = sampler()._mixture.images
+    for counts in epochs:
+        for kind in (images[:61] > 0, images[:61] == 0):
+            drawn = sum(counts[i] for i in np.flatnonzero(kind))
+            assert drawn == round(weight * int(kind.sum()))
+        assert all(counts[i] in (int(weight), int(weight) + 1) for i in range(61))
+        assert all(counts[i] == 1 for i in range(61, 161))
+    assert (epochs[0] == epochs[1]) == (weight == 1.0)

@@ -1,0 +1,249 @@
+"""Runs of `prereg train`, in this process, on a tiny LLaVA."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from prereg_kernels.train import trainer as trainer_module
+from prereg_kernels.train.config import load_config
+from prereg_kernels.train.run import Stopped, train
+from prereg_kernels.train.trainer import RecipeTrainer
+from tests.train.places import make_place, metrics, settings, write
+
+PROJECTOR = "multi_modal_projector."
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+def run(place: Path, out: Path, *, fresh: bool = False, **changes: Any) -> Path:
+    path = write(out.parent / f"{out.name}.yaml", settings(place, out, **changes))
+    return train(load_config(path), fresh=fresh)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def heads(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "pre" / "pre_heads.safetensors")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not before[name].equal(after[name])}
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of the settings as they are, never interrupted."""
+    return run(place, tmp_path_factory.mktemp("whole") / "out")
+
+
+def test_what_a_run_leaves(place: Path, whole: Path) -> None:
+    """A plain model with its processor, the heads beside it, figures, settings, versions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, notes = AutoModelForImageTextToText.from_pretrained(whole, output_loading_info=True)
+    assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    AutoProcessor.from_pretrained(whole)
+    assert sorted(path.name for path in (whole / "stages" / "tune").glob("checkpoint-*")) == [
+        "checkpoint-6", "checkpoint-7",
+    ]  # fmt: skip
+    assert not list(whole.rglob(".writing/*"))
+    assert heads(whole) and not (whole / "stages/align/model/pre").exists()
+    assert json.loads((whole / "environment.json").read_text())["torch"] == torch.__version__
+    align, tune = metrics(whole, "align"), metrics(whole, "tune")
+    assert [line["step"] for line in align] == [1, 2]
+    assert [line["step"] for line in tune] == list(range(1, 8))
+    assert all({"lm_loss", "pre_loss", "grad_norm"} <= line.keys() for line in tune)
+    assert all("lm_loss" in line and "pre_loss" not in line for line in align)
+    assert tune[-1]["lm_loss"] < align[0]["lm_loss"] - 0.5
+
+
+def test_a_stage_trains_its_parts(place: Path, whole: Path) -> None:
+    start, middle = weights(place / "model"), weights(whole / "stages/align/model")
+    assert {name for name in changed(start, middle)} == {n for n in start if PROJECTOR in n}
+    moved = changed(middle, weights(whole))
+    assert not any("vision" in name for name in moved)
+    assert {n for n in start if "vision" not in n} == moved
+
+
+def test_the_baseline_differs_in_nothing_but_pre(place: Path, tmp_path: Path) -> None:
+    """Bitwise: without PRe, and with a PRe of weight 0."""
+    without = run(place, tmp_path / "without", pre=None)
+    nothing = run(place, tmp_path / "nothing", pre={"weight": 0.0})
+    assert same(weights(without), weights(nothing))
+    assert not (without / "pre").exists()
+    assert not same(weights(without), weights(run(place, tmp_path / "some")))
+
+
+class Crash(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and args.output_dir.endswith("tune"):
+            raise KeyboardInterrupt
+
+
+def with_callback(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    make = RecipeTrainer.__init__
+
+    def also(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.add_callback(callback)
+
+    monkeypatch.setattr(RecipeTrainer, "__init__", also)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_stopped_and_resumed_is_unbroken(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Before the first checkpoint of a stage, and in the middle of an epoch."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with_callback(patch, Crash(step))
+        run(place, tmp_path / "out")
+    read = list[int]()
+    monkeypatch.setattr("prereg_kernels.train.order.Mixture.__getitem__", counting(read))
+    out = run(place, tmp_path / "out")
+    assert same(weights(out), weights(whole)) and same(heads(out), heads(whole))
+    timeless = [{**line, "epoch": 0} for line in metrics(out, "tune")]
+    assert timeless == [{**line, "epoch": 0} for line in metrics(whole, "tune")]
+    steps_left = 7 - (step // 2) * 2
+    assert len(read) == steps_left * 4  # samples of finished steps are not read again
+
+
+def counting(read: list[int]) -> Any:
+    from prereg_kernels.train.order import Mixture
+
+    get = Mixture.__getitem__
+
+    def count(self: Any, number: int) -> Any:
+        read.append(number)
+        return get(self, number)
+
+    return count
+
+
+def test_baseline_resumes_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(place, tmp_path / "whole", pre=None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with_callback(patch, Crash(5))
+        run(place, tmp_path / "out", pre=None)
+    assert same(weights(run(place, tmp_path / "out", pre=None)), weights(expected))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whatever file it is full: nothing of the new checkpoint is taken for one."""
+    flush = trainer_module.flush
+
+    def fail(folder: Path) -> None:
+        if folder.name == "checkpoint-4" and "tune" in folder.parts:
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        flush(folder)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(trainer_module, "flush", fail)
+        run(place, tmp_path / "out")
+    stage = tmp_path / "out/stages/tune"
+    assert [path.name for path in stage.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert same(weights(run(place, tmp_path / "out")), weights(whole))
+
+
+def test_sigterm_saves_and_stops(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminate(Crash):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == self.step and args.output_dir.endswith("tune"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped at step 4 of tune"):
+        with_callback(patch, Terminate(3))
+        run(place, tmp_path / "out")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "out/stages/tune/checkpoint-4").is_dir()
+    assert same(weights(run(place, tmp_path / "out")), weights(whole))
+
+
+def test_finished_runs_stay(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started again, a finished run trains nothing; with other settings it is refused."""
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    run(place, whole)
+    with pytest.raises(ValueError, match=r"other settings: pre\.weight: expected 0\.5, got 0\.25"):
+        run(place, whole, pre={"weight": 0.25})
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+
+
+def test_fresh_begins_anew(place: Path, tmp_path: Path) -> None:
+    short = {"stages__1__max_steps": 1, "stages__0__max_steps": 1}
+    run(place, tmp_path / "out", **short)
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    out = run(place, tmp_path / "out", fresh=True, pre=None, **short)
+    assert len(metrics(out, "tune")) == 1 and "pre_loss" not in metrics(out, "tune")[0]
+    assert not (out / "pre").exists()
+    assert (out / "mine.txt").read_text() == "x"
+
+
+def test_bad_samples_are_counted_named_and_capped(place: Path, tmp_path: Path) -> None:
+    records = json.loads((place / "data.json").read_text())
+    records[3]["conversations"] = []
+    records[4]["image"] = ["absent.png"]
+    records[8]["image"] = ["../model/config.json"]
+    bad = tmp_path / "bad.json"
+    bad.write_text("[" + ",\n".join(map(json.dumps, records)) + "]")
+    changes: dict[str, Any] = {"data__0__path": str(bad), "stages__0__max_steps": 1}
+    out = run(place, tmp_path / "out", max_bad=4, **changes)
+    lines = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    found = {(line["where"], line["reason"]) for line in lines}
+    assert found >= {
+        (f"{bad}:4[3]", "conversations: expected a list of turns"),
+        (f"{bad}:5[4]", "absent.png: no such file"),
+        (f"{bad}:9[8]", "../model/config.json: a name or a link that leads out of the directory"),
+    }
+    with pytest.raises(
+        ValueError, match=r"max_bad: \d of \d+ samples could not be used, and 1 may"
+    ):
+        run(place, tmp_path / "strict", **changes)
+
+
+@pytest.mark.parametrize("quantization", [None, {"load_in_4bit": True}])
+def test_lora(place: Path, tmp_path: Path, quantization: Any) -> None:
+    """Merged at the end, where the weights are whole; else the adapter, beside `pre/`."""
+    out = run(
+        place, tmp_path / "out", lora={"r": 4}, quantization=quantization,
+        stages__0__max_steps=1, stages__1__max_steps=3,
+    )  # fmt: skip
+    assert heads(out)
+    if quantization is not None:
+        assert (out / "adapter_model.safetensors").is_file()
+        return
+    moved = changed(weights(out / "stages/align/model"), weights(out))
+    others = {n for n in moved if "language_model.model.layers" not in n and PROJECTOR not in n}
+    assert moved and not others
+    assert any(PROJECTOR in n for n in moved)
+    assert not (out / "adapter_config.json").exists()
