@@ -23,6 +23,8 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         _launch(sys.argv[1], sys.argv[2:])
         return
+    if sys.argv[1:2] == ["train"] and "--preset" in sys.argv:  # as in version 0.1
+        parser.error("--preset: the digits are another command: prereg demo --preset scenes")
     arguments, flags = parser.parse_known_args()
     if flags and arguments.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
@@ -67,8 +69,6 @@ def main() -> None:
 
 
 def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
-    if getattr(arguments, "preset", None) is not None:
-        _fail(f"--preset: the digits are another command: prereg demo --preset {arguments.preset}")
     try:
         from prereg_kernels.cli.train import STOPPED, run
     except ModuleNotFoundError as error:
@@ -255,13 +255,13 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train a multimodal LLM with PRe on your data",
         description="Train the stages of a YAML file. Run again after an interruption: it goes on "
-        "from the last checkpoint. Over several processes: torchrun --nproc-per-node 8 -m "
-        "prereg_kernels train CONFIG.yaml, or accelerate launch -m.",
+        "from the last checkpoint. torchrun and accelerate start it on several processes, as the "
+        "module prereg_kernels.",
         epilog="Every setting of the file is a flag as well, by its path: --trainer.max_steps 10, "
         "--stages.1.learning_rate 1.0e-5, --pre.weight 0.3. The flag wins.",
         allow_abbrev=False,
     )
-    train.add_argument("config", type=Path, nargs="?", help="a YAML file")
+    train.add_argument("config", type=Path, help="a YAML file")
     train.add_argument("--out", type=_named, help="where everything goes; default: the file's")
     train.add_argument("--fresh", action="store_true", help="begin anew, not from what is there")
     train.add_argument(
@@ -269,7 +269,6 @@ def _add_train(commands: Any) -> None:
         action="store_true",
         help="train nothing: say what would be trained on what, and which files are missing",
     )
-    train.add_argument("--preset", help=argparse.SUPPRESS)
     assemble = commands.add_parser(
         "assemble",
         help="a LLaVA of a vision encoder and an LLM, for a first stage of training",

@@ -33,8 +33,6 @@ def run(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
     if arguments.command == "evaluate":
         _evaluate(arguments)
         return
-    if arguments.config is None:
-        raise ValueError("CONFIG.yaml: expected a file of settings, got none")
     if arguments.out is not None:
         flags = [*flags, "--out", str(arguments.out)]
     config = load_config(arguments.config, flags)

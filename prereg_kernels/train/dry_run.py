@@ -1,4 +1,4 @@
-"""`prereg train --dry-run`: what a run would train, on what, without training."""
+"""The dry run of `prereg train`: what a run would train, on what, without training."""
 
 from __future__ import annotations
 

@@ -91,7 +91,11 @@ def docstrings(path: Path) -> str:
 @cache
 def pages() -> tuple[Page, ...]:
     """All of them."""
-    markdown = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    markdown = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
     folders = (ROOT / name for name in ("prereg_kernels", "examples", "benchmarks"))
     python = sorted(path for folder in folders for path in folder.rglob("*.py"))
     texts = {path: path.read_text() for path in markdown}

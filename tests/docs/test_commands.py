@@ -20,6 +20,7 @@ from tests.docs.places import PLACES
 NOT_RUN = {
     "takes minutes or hours": (
         "make demo",
+        "prereg demo",
         "prereg demo --preset scenes",
         "prereg demo --preset scenes --seeds 5",
         "prereg demo --preset scenes --weight 0.5 --out runs/weight-0.5",
@@ -77,6 +78,13 @@ NOT_RUN = {
     "tests/train/test_command.py::test_two_ranks_are_one starts it on two ranks": (
         "torchrun --nproc-per-node 8 -m prereg_kernels train recipe.yaml",
         "accelerate launch -m prereg_kernels train recipe.yaml",
+    ),
+    "stands for the file on the page of training, whose commands run": (
+        "prereg train CONFIG.yaml",
+        "prereg train CONFIG.yaml --data.0.format captions --dry-run",
+    ),
+    "tests/trainers/test_accelerate_configs.py starts each of the files": (
+        "accelerate launch --config_file FILE pre_trainer.py",
     ),
     "installs packages": (
         "pip install torch",

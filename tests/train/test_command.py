@@ -88,7 +88,7 @@ def close(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "CONFIG.yaml: expected a file of settings, got none"),
+        ((), "the following arguments are required: config"),
         (("--preset", "scenes"), "the digits are another command: prereg demo --preset scenes"),
         (("absent.yaml",), "absent.yaml"),
         (("c.yaml", "--trainer.bf17", "true"), "c.yaml: trainer.bf17: unknown key"),
