@@ -20,6 +20,7 @@ from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
 from prereg_kernels._util.settings_file import load_config
 from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.config import RunConfig
+from prereg_kernels.train.config import load_config as load_recipe
 from tests.attached import both, compare, eager_term
 from tests.docs.commands import chdir, run
 from tests.docs.pages import Block, is_snippet, pages
@@ -284,6 +285,9 @@ def test_settings(name: str, number: int, block: Block, tmp_path: Path) -> None:
     path.write_text(block.text)
     if block.why_not():
         assert load_sweep(str(path)).experiment.seeds == yaml.safe_load(block.text)["seeds"]
+        return
+    if name == "docs/training.md":  # its commands are run in tests/docs/test_commands.py
+        assert load_recipe(path).model == yaml.safe_load(block.text)["model"]
         return
     assert len(load_config(path, RunConfig).stages) == len(yaml.safe_load(block.text)["stages"])
     path.write_text(in_few_steps(block.text))
