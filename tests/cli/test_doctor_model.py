@@ -130,7 +130,7 @@ def test_json_says_the_same(whole: Path, run: Run) -> None:
 
 def test_a_processor_that_needs_torchvision(bare: Path) -> None:
     """That of Qwen2.5-VL has one for videos, and the tests' environment is without torchvision."""
-    save_tokenizer(bare)
+    save_tokenizer(bare, "{% for m in messages %}<image> hello{% endfor %}")
     settings = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}
     settings |= {"processor_class": "Qwen2_5_VLProcessor"}
     (bare / "preprocessor_config.json").write_text(json.dumps(settings))

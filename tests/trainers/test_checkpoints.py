@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from prereg_kernels import apply_pre
 from prereg_kernels._util import distributed
-from prereg_kernels.trainers.checkpoints import _load_weights
+from prereg_kernels.trainers.checkpoints import load_weights
 from tests.attach.families.test_family import PeftModel
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
@@ -279,7 +279,7 @@ def test_weights_are_read_by_the_models_own_config(tmp_path: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     content["_attn_implementation"] = content["attn_implementation"] = "somebody/kernel"
     file.write_text(json.dumps(content), encoding="utf-8")
-    result = _load_weights(model, str(tmp_path))
+    result = load_weights(model, str(tmp_path))
     assert not result.missing_keys and not result.unexpected_keys
     ours, expected = model.state_dict(), saved.state_dict()
     assert all(torch.equal(ours[name], x) for name, x in expected.items())
