@@ -21,6 +21,7 @@ METHODS = (
     private.MODULE_METHODS
     | private.FSDP_ATTRIBUTES
     | private.TRAINER_METHODS
+    | private.RECIPE_METHODS
     | private.NEMO_METHODS
 )
 CLASSES = (torch.nn.Module, transformers.Trainer, transformers.PreTrainedModel)

@@ -193,12 +193,11 @@ TRAINER_METHODS = frozenset(
         "_load_from_checkpoint",
         "_load_best_model",
         "_issue_warnings_after_load",
-        "_save_checkpoint",
-        "_get_output_dir",
-        "_get_train_sampler",
     }
 )
 """Of transformers.Trainer: what it calls to write and read checkpoints."""
+RECIPE_METHODS = frozenset({"_save_checkpoint", "_get_output_dir", "_get_train_sampler"})
+"""Of it, too: where a checkpoint goes, and the order of the samples; `prereg train` has its own."""
 
 # NeMo AutoModel: see tests/packages/test_nemo.py.
 
