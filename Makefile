@@ -49,11 +49,9 @@ train-example: $(READY)  ## assemble, train and evaluate a tiny LLaVA on photogr
 	$(BIN)/python examples/read_back.py $(EXAMPLE)
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
-# what has a backend of its own or none, or is compared with processes that choose theirs themselves.
-ANY_BACKEND := ops/backends triton_aot gpu zoo train checkup cli docs types util benchmarks/common \
-    benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py \
-    trainers/test_ranks.py trainers/test_low_precision.py trainers/test_sequence_parallel.py \
-    trainers/test_tensor_parallel.py trainers/test_shared_sequences.py
+# what has a backend of its own or none, or does no more than call the model that has PRe.
+ANY_BACKEND := ops/backends triton_aot gpu zoo train trainers integrations checkup cli docs types \
+    util benchmarks/common benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py
 OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
