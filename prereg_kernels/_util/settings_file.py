@@ -21,8 +21,21 @@ from prereg_kernels._util.settings import shown
 
 T = TypeVar("T")
 
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _LARGEST_FILE, _MOST_VALUES = 2**20, 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, but for 1e-3: a number in YAML 1.2, and text to PyYAML."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse(text: str) -> Any:
+    """The plain values of YAML. Raises yaml.YAMLError where it is none."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -90,10 +103,7 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
             raise ValueError(f"{at}: expected a finite number, got {shown(value)}") from None
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     if type(value) is not hint:
-        way_out = ""
-        if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-            way_out = "; YAML takes it for text: write it with a point, as 1.0e-3"
-        raise ValueError(f"{at}: expected {names[hint]}, got {shown(value)}{way_out}")
+        raise ValueError(f"{at}: expected {names[hint]}, got {shown(value)}")
     return value
 
 
@@ -135,7 +145,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         if len(content) > _LARGEST_FILE:
             raise ValueError(f"expected at most {_LARGEST_FILE} bytes")
-        values = yaml.safe_load(content.decode())
+        values = parse(content.decode())
         _check_size(values)
     except RecursionError:
         raise ValueError(f"{printable(path)}: not valid YAML: it is nested too deeply") from None
@@ -158,25 +168,44 @@ def _check_size(values: Any) -> None:
             raise ValueError(f"expected at most {_MOST_VALUES} values, aliases followed")
 
 
+def take_flags(arguments: Sequence[str], prefix: str = "") -> tuple[list[str], dict[str, Any]]:
+    """(the other arguments, {path: value}) of the flags that begin with `--` and the prefix:
+    --pre.weight 0.3, or with a = between. A value is read as YAML is.
+
+    Raises:
+        ValueError: a flag without a value, or a value that is no YAML.
+    """
+    others: list[str] = []
+    found: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith(f"--{prefix}") or flag == "--":
+            others.append(argument)
+            continue
+        text = value if equals else next(rest, None)
+        if text is None:
+            raise ValueError(f"{flag}: expected a value after it")
+        try:
+            found[flag.removeprefix(f"--{prefix}")] = parse(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{flag}: {' '.join(str(error).split())}") from None
+    return others, found
+
+
 def override(values: Any, flags: Sequence[str]) -> Any:
     """Plain values with those that flags name: `--trainer.max_steps 9`, `--data.0.path x.json`.
 
-    A value is read as YAML is. A list counts from 0. What is not there yet is added.
+    A list counts from 0. What is not there yet is added.
 
     Raises:
-        ValueError: a flag without a value, or one that leads into a value that holds no others.
+        ValueError: no flag, one without a value, or one that leads into a value without others.
     """
-    for place in range(0, len(flags), 2):
-        name, given = flags[place], flags[place + 1 : place + 2]
-        if not name.startswith("--") or not name[2:]:
-            raise ValueError(f"{printable(name)}: expected a flag such as --section.field VALUE")
-        if not given:
-            raise ValueError(f"{name}: expected a value after it")
-        try:
-            value = yaml.safe_load(given[0])
-        except yaml.YAMLError as error:
-            raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
-        values = _put(values, name[2:].split("."), value, name)
+    others, found = take_flags(flags)
+    if others:
+        raise ValueError(f"{printable(others[0])}: expected a flag such as --section.field VALUE")
+    for path, value in found.items():
+        values = _put(values, path.split("."), value, f"--{path}")
     return values
 
 

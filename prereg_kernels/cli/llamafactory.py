@@ -17,7 +17,7 @@ from llamafactory import cli, launcher
 from llamafactory.hparams import read_args
 from llamafactory.train import tuner
 
-from prereg_kernels.cli.launch import take_flags
+from prereg_kernels._util.settings_file import take_flags
 from prereg_kernels.trainers.attaching import with_pre
 from prereg_kernels.trainers.attachment import AttachSettings, read_settings
 
@@ -67,7 +67,7 @@ def _read(arguments: Sequence[str]) -> tuple[Any, str, AttachSettings]:
         written = own.pop("pre", None)
         named: Mapping[str, Any] = own
     else:
-        own, written = take_flags(own)
+        own, written = take_flags(own, "pre.")
         named = {flag.removeprefix("--"): value for flag, value in pairwise(own)}
     stage = named.get("stage", "sft")
     if stage not in TRAINERS:

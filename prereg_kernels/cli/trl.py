@@ -10,7 +10,6 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import trl
@@ -19,7 +18,7 @@ from trl.cli import accelerate_launcher
 from trl.cli.main import main
 from trl.scripts.utils import TrlParser
 
-from prereg_kernels.cli.launch import take_flags
+from prereg_kernels._util.settings_file import read_yaml, take_flags
 from prereg_kernels.trainers.attaching import with_pre
 from prereg_kernels.trainers.attachment import AttachSettings, read_settings
 
@@ -37,7 +36,7 @@ def prepare(arguments: Sequence[str]) -> Callable[[], Any]:
     """
     command = arguments[0] if arguments else "--help"
     if command in TRAINERS:
-        own, flags = take_flags(arguments)
+        own, flags = take_flags(arguments, "pre.")
         _read(arguments)  # so that what is wrong is said once, before there are ranks
         arguments = own
         TrlParser.set_defaults_with_config = _without_pre(TrlParser.set_defaults_with_config)
@@ -52,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     settings = _read(rest)
     setattr(trl, TRAINERS[name], with_pre(getattr(trl, TRAINERS[name]), **settings))
-    own, _ = take_flags(rest)
+    own, _ = take_flags(rest, "pre.")
     sys.argv = [f"trl {name}", *own]
     runpy.run_module(f"trl.scripts.{name}", run_name="__main__")
 
@@ -63,15 +62,12 @@ def _read(arguments: Sequence[str]) -> AttachSettings:
     Raises:
         ValueError: one of them is unknown or wrong.
     """
-    import yaml
-
-    own, flags = take_flags(arguments)
+    own, flags = take_flags(arguments, "pre.")
     written: Any = None
-    if "--config" in own[:-1]:
-        path = Path(own[own.index("--config") + 1])
+    if "--config" in own[:-1]:  # the one form that TRL takes
         try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            read = read_yaml(own[own.index("--config") + 1])
+        except (OSError, ValueError) as error:
             raise ValueError(f"--config: {error}") from None
         written = read.get("pre") if isinstance(read, dict) else None
     settings = read_settings(written)

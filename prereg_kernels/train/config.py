@@ -14,6 +14,7 @@ from typing import Any, Literal
 from prereg_kernels._util.files import printable
 from prereg_kernels._util.settings import check_numbers, require, require_count, shown
 from prereg_kernels._util.settings_file import from_dict, override, read_yaml
+from prereg_kernels.trainers.attachment import read_settings
 
 PARTS = ("tower", "projector", "llm")
 """What a stage trains."""
@@ -163,10 +164,9 @@ def _from_values(values: Any) -> TrainConfig:
     check_arguments(config.trainer, "trainer")
     for i, stage in enumerate(config.stages):
         check_arguments(stage.trainer, f"stages[{i}]")
-        check_pre(stage.pre if isinstance(stage.pre, Mapping) else None, f"stages[{i}].pre")
-        if isinstance(stage.pre, str):
-            require(f"stages[{i}].pre", stage.pre == INHERIT, "settings or null", stage.pre)
-    check_pre(config.pre, "pre")
+        if stage.pre != INHERIT:
+            read_settings(stage.pre, f"stages[{i}].pre")
+    read_settings(config.pre, "pre")
     return config
 
 
@@ -182,18 +182,6 @@ def _with_arguments(stage: Mapping[str, Any], at: str) -> dict[str, Any]:
             )
     given = {name: value for name, value in stage.items() if name in own}
     return {**given, "trainer": {**given.get("trainer", {}), **arguments}}
-
-
-def check_pre(settings: Mapping[str, Any] | None, at: str) -> None:
-    """Raise ValueError unless it is what `PReConfig` takes."""
-    from prereg_kernels.attach.config import PReConfig
-
-    if settings is None:
-        return
-    try:
-        PReConfig().replace(**{str(name): value for name, value in settings.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{at}: {error}") from None
 
 
 RESERVED = {

@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
+from prereg_kernels._util.settings_file import take_flags
 from prereg_kernels.cli import main
-from prereg_kernels.cli.launch import SWIFT_PLUGIN, take_flags
+from prereg_kernels.cli.launch import SWIFT_PLUGIN
 from prereg_kernels.trainers import PReTrainerMixin, swift
 
 
 def test_flags_of_pre() -> None:
     own = ["--stage", "sft", "--pre.weight", "0.3", "--pretrain", "x", "--pre.layers=[1, 2]"]
-    others, settings = take_flags(own)
+    others, settings = take_flags(own, "pre.")
     assert others == ["--stage", "sft", "--pretrain", "x"]
     assert settings == {"weight": 0.3, "layers": [1, 2]}
-    with pytest.raises(ValueError, match=r"--pre\.weight: expected a value, got none"):
-        take_flags(["--pre.weight"])
+    with pytest.raises(ValueError, match=r"--pre\.weight: expected a value after it"):
+        take_flags(["--pre.weight"], "pre.")
 
 
 def test_a_trainer_that_is_not_there(

@@ -12,9 +12,9 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from torch import Tensor
 
+from prereg_kernels._util.settings_file import parse
 from prereg_kernels.attach.handle import find_pre
 from prereg_kernels.attach.sequence_parallel import SequenceParallel
 from prereg_kernels.trainers.attaching import with_pre
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
         )
     module, _, original = _originals[name].rpartition(".")
     own = getattr(import_module(module), original)
-    written = read_settings(yaml.safe_load(os.environ.get(VARIABLE, "")), VARIABLE)
+    written = read_settings(parse(os.environ.get(VARIABLE, "")), VARIABLE)
     settings: Any = {**_settings, **written}
     return with_pre(type(own.__name__, (SequencesShared, own), {}), **settings)
 
