@@ -188,12 +188,7 @@ MODULE_METHODS = frozenset({"_apply", "_load_from_state_dict"})
 FSDP_ATTRIBUTES = frozenset({"_is_fsdp_managed_module"})
 """What FSDP sets on each module that it takes charge of."""
 TRAINER_METHODS = frozenset(
-    {
-        "_save",
-        "_load_from_checkpoint",
-        "_load_best_model",
-        "_issue_warnings_after_load",
-    }
+    {"_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"}
 )
 """Of transformers.Trainer: what it calls to write and read checkpoints."""
 RECIPE_METHODS = frozenset({"_save_checkpoint", "_get_output_dir", "_get_train_sampler"})

@@ -60,11 +60,14 @@ class GroupedSampler(Sampler[int]):
         weights: of its sources: how often an epoch has them.
         unit: samples of a micro-batch on all ranks together.
         seed: of the order.
+
+    Attributes:
+        unit: as given.
     """
 
     def __init__(self, mixture: Mixture, weights: Sequence[float], unit: int, seed: int) -> None:
         self._mixture, self._weights = mixture, tuple(weights)
-        self._unit, self._seed, self._epoch = unit, seed, 0
+        self.unit, self._seed, self._epoch = unit, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch comes next."""
@@ -87,6 +90,13 @@ class GroupedSampler(Sampler[int]):
         ]  # fmt: skip
         return np.concatenate([units[i] for i in random.permutation(len(units))])
 
+    def repeated(self) -> dict[str, int]:
+        """{kind: samples of it in an epoch}, where these are fewer than a unit."""
+        has_images = self._mixture.images[self._draw(np.random.default_rng(0))] > 0
+        count = int(has_images.sum())
+        kinds = {"with images": count, "of text alone": len(has_images) - count}
+        return {kind: count for kind, count in kinds.items() if 0 < count < self.unit}
+
     def _draw(self, random: np.random.Generator) -> NDArray[np.int64]:
         """An epoch's samples, shuffled; of the same number in each epoch and of each kind."""
         parts = []
@@ -99,8 +109,8 @@ class GroupedSampler(Sampler[int]):
         return random.permutation(np.concatenate(parts))
 
     def _units(self, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        numbers = np.resize(numbers, -(-len(numbers) // self._unit) * self._unit)
-        for start in range(0, len(numbers), self._unit * UNITS):
-            several = numbers[start : start + self._unit * UNITS]
+        numbers = np.resize(numbers, -(-len(numbers) // self.unit) * self.unit)
+        for start in range(0, len(numbers), self.unit * UNITS):
+            several = numbers[start : start + self.unit * UNITS]
             by_length = several[np.argsort(self._mixture.lengths[several], kind="stable")]
-            yield from by_length.reshape(-1, self._unit)
+            yield from by_length.reshape(-1, self.unit)

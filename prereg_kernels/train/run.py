@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prereg_kernels._util.directories import held
@@ -89,6 +92,10 @@ def _train_stage(
 ) -> None:
     arguments = training_arguments(config, stage, folder)
     set_seed(arguments.seed)
+    is_first = arguments.process_index == 0
+    # Trainer's own writer would go to a folder by the time of the start
+    report_to = arguments.report_to
+    arguments.report_to = [name for name in report_to if name != "tensorboard"]
     has_adapter = config.lora is not None and "llm" in stage.trainable
     processor = load_processor(path)
     model = load_model(config, path, has_adapter=has_adapter)
@@ -101,24 +108,36 @@ def _train_stage(
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     step = int(last.rsplit("-", 1)[1]) if last else 0
     mixture = Mixture(sources)
+    order = GroupedSampler(
+        mixture,
+        [data.weight for data in config.data_of(stage)],
+        arguments.train_batch_size * arguments.world_size,
+        arguments.seed,
+    )
+    if is_first:
+        for kind, count in order.repeated().items():
+            warnings.warn(
+                f"data: stage {stage.name} has {count} samples {kind}, fewer than a micro-batch on "
+                f"all ranks takes; an epoch repeats them up to {order.unit}",
+                stacklevel=2,
+            )
     pre = config.pre_of(stage)
-    kind: Any = RecipeTrainer if pre is None else with_pre(RecipeTrainer, **pre)
-    trainer = kind(
+    trainer_class: Any = RecipeTrainer if pre is None else with_pre(RecipeTrainer, **pre)
+    trainer = trainer_class(
         model,
         arguments,
         data_collator=collator,
         train_dataset=mixture,
         processing_class=processor,
-        order=GroupedSampler(
-            mixture,
-            [data.weight for data in config.data_of(stage)],
-            arguments.train_batch_size * arguments.world_size,
-            arguments.seed,
-        ),
-        metrics=Metrics(Path(config.out), stage.name, step) if arguments.should_log else None,
+        order=order,
+        metrics=Metrics(Path(config.out), stage.name, step) if is_first else None,
         bad_samples=BadSamples(Path(config.out), config.max_bad),
     )
-    trainer.train(resume_from_checkpoint=last)
+    if is_first and "tensorboard" in report_to:
+        board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
+        trainer.add_callback(TensorBoardCallback(board))
+    with trainer.stop.listening():
+        trainer.train(resume_from_checkpoint=last)
     if trainer.stop.is_stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {stage.name}")
     names = _save(trainer, folder, result)
@@ -142,7 +161,6 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
         # Batches of text alone leave the vision encoder and the projector out
         "ddp_find_unused_parameters": not given.get("gradient_checkpointing", False),
     }
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.out) / "tensorboard"))
     try:
         return TrainingArguments(
             output_dir=str(folder), remove_unused_columns=False, **{**defaults, **given}

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,14 +169,18 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self._trainer, self._is_asked, self.is_stopped = trainer, False, False
-        self._before: Any = None
 
     def _ask(self, *_: Any) -> None:
         self._is_asked = True
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Listen."""
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile SIGTERM asks, and ends nothing."""
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -187,7 +192,3 @@ class StopOnSignal(TrainerCallback):
         if self._trainer.accelerator.reduce(asked, reduction="sum").item():
             self.is_stopped = True
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """As it was."""
-        signal.signal(signal.SIGTERM, self._before)

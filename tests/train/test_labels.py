@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from transformers import AutoProcessor
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from prereg_kernels.train.assemble import VICUNA, assemble
 from prereg_kernels.train.chats import IGNORED
 from prereg_kernels.train.collator import SEEN, Collator
 from prereg_kernels.train.sample import Sample, check_messages
-from tests.packages.checkpoint import make_llava
+from tests.packages.checkpoint import SPECIAL, make_llava
 from tests.train.models import make_clip, make_llama, make_qwen
 
 ANSWERS = ("Red.", "No, it is blue", "ä tree\nand a dog", " ", "<b>7</b>", "Yes")
@@ -125,3 +128,33 @@ def test_a_batch_is_its_samples(processors: Mapping[str, Any]) -> None:
         assert whole["labels"][row, :length].equal(alone["labels"][0])
         assert (whole["labels"][row, length:] == IGNORED).all()
         assert not whole["attention_mask"][row, length:].any()
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_tokens_that_begin_with_a_blank(tmp_path: Path, number: int) -> None:
+    """As Llama's: a blank is a part of the word after it, and a first one is put before a text."""
+    make_llava(tmp_path)
+    processor: Any = AutoProcessor.from_pretrained(tmp_path)
+    texts = [text for row in (*QUESTIONS, *ANSWERS) for text in (row, f"user: {row} assistant: ")]
+    words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    words.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    words.train_from_iterator(texts, trainer)
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    messages, answers, images = CHATS[number]
+    collate = Collator(processor, 1000, {processor.image_token_id})
+    pictures = [Image.new("RGB", (16, 16))] * images
+    batch = collate([Sample("here", check_messages(messages, images), pictures)])
+    assert batch[SEEN] == (1, [])
+    labels = batch["labels"][0]
+    begins = (labels[1:] != IGNORED) & (labels[:-1] == IGNORED)
+    parts = torch.tensor_split(labels, (begins.nonzero().flatten() + 1).tolist())[1:]
+    found = [processor.tokenizer.decode(part[part != IGNORED]) for part in parts]
+    assert [x.strip() for x in found] == [f"{answer}</s>".strip() for answer in answers]

@@ -58,6 +58,12 @@ def test_every_sample_once() -> None:
         assert extra == -int(kind.sum()) % 4
 
 
+def test_a_kind_that_fills_no_unit_is_told_of() -> None:
+    assert sampler(4).repeated() == {}
+    assert sampler(60).repeated() == {"of text alone": 53}
+    assert sampler(200).repeated() == {"with images": 108, "of text alone": 53}
+
+
 def test_units_are_of_one_kind_and_of_like_lengths() -> None:
     order, mixture = sampler().order(3), sampler()._mixture
     units = order.reshape(-1, 4)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
@@ -230,6 +231,28 @@ def test_bad_samples_are_counted_named_and_capped(place: Path, tmp_path: Path) -
         ValueError, match=r"max_bad: \d of \d+ samples could not be used, and 1 may"
     ):
         run(place, tmp_path / "strict", **changes)
+
+
+def test_workers_and_tensorboard(place: Path, whole: Path, tmp_path: Path) -> None:
+    """Batches that worker processes make are the same; each stage has curves of its own."""
+    out = run(
+        place, tmp_path / "out", trainer__dataloader_num_workers=2,
+        trainer__report_to="tensorboard",
+    )  # fmt: skip
+    assert same(weights(out), weights(whole)) and same(heads(out), heads(whole))
+    for stage in ("align", "tune"):
+        events = EventAccumulator(str(out / "tensorboard" / stage)).Reload()
+        curve = {x.step: x.value for x in events.Scalars("train/lm_loss")}
+        assert curve == pytest.approx({x["step"]: x["lm_loss"] for x in metrics(out, stage)})
+    assert not list(out.glob("stages/*/runs"))
+
+
+def test_few_samples_of_a_kind_are_told_of(place: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="stage align has 6 samples of text alone, fewer than"):
+        run(
+            place, tmp_path / "out", stages__0__max_steps=1, stages__1__max_steps=1,
+            trainer__per_device_train_batch_size=8,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("quantization", [None, {"load_in_4bit": True}])
