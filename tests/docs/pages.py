@@ -94,7 +94,7 @@ def pages() -> tuple[Page, ...]:
     markdown = [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
     ]
     folders = (ROOT / name for name in ("prereg_kernels", "examples", "benchmarks"))
     python = sorted(path for folder in folders for path in folder.rglob("*.py"))

@@ -74,6 +74,11 @@ NOT_RUN = {
         "prereg trl sft",
         "prereg trl grpo",
         "prereg trl sft --config x.yaml",
+        "prereg trl sft --config sft.yaml --pre.weight 0.3",
+        "prereg trl dpo --config dpo.yaml --num_processes 8",
+        "prereg trl",
+        "prereg llamafactory train sft.yaml pre.weight=0.3",
+        "prereg llamafactory train sft.yaml",
     ),
     "tests/train/test_command.py::test_two_ranks_are_one starts it on two ranks": (
         "torchrun --nproc-per-node 8 -m prereg_kernels train recipe.yaml",

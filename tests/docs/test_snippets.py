@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import prereg_kernels
-from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
+from prereg_kernels import apply_pre, eager_pre_loss, find_pre, remove_pre
 from prereg_kernels._util.settings_file import load_config
 from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.config import RunConfig
 from prereg_kernels.train.config import load_config as load_recipe
+from prereg_kernels.trainers.attachment import read_settings
 from tests.attached import both, compare, eager_term
 from tests.docs.commands import chdir, run
-from tests.docs.pages import Block, is_snippet, pages
+from tests.docs.pages import ROOT, Block, is_snippet, pages
 from tests.docs.places import in_few_steps
 from tests.helpers import relative_error
 from tests.models.original_cases import CASES as ORIGINALS
@@ -57,14 +59,22 @@ def test_what_is_not_run_is_listed_here() -> None:
     }
     parts = {name for name, why in found.items() if why == "a part of a file"}
     assert all(name.startswith("CONTRIBUTING.md, ") for name in parts)
-    assert {name: why for name, why in found.items() if name not in parts} == NOT_RUN
+    others = {name for name in found if name.startswith("docs/trainers/")} - parts
+    for name in others:  # what stands in for a trainer, or has it, is another test
+        assert re.match(r"(needs|a part of a file)\b.*; tests/[\w/]+\.py ", found[name]), name
+        [path] = re.findall(r"tests/[\w/]+\.py", found[name])
+        assert (ROOT / path).is_file(), name
+    assert {n: why for n, why in found.items() if n not in parts | others} == NOT_RUN
 
 
 def test_every_fenced_block_is_of_a_known_language() -> None:
     """Those of docstrings have none, and may be formulas."""
     for page in pages():
         if page.name.endswith(".md"):
-            assert {b.language for b in page.blocks} <= {"sh", "python", "yaml"}, page.name
+            assert {b.language for b in page.blocks} <= {"sh", "python", "yaml", "json"}, page.name
+            for block in page.blocks:
+                if block.language == "json":
+                    json.loads(block.text)
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _, _ in blocks("python")))
@@ -76,6 +86,13 @@ def test_snippets(name: str, tmp_path: Path) -> None:
             place = tmp_path / str(number)
             place.mkdir()
             CASES.get((name, number), trains_the_heads)(block.text, namespace, place)
+
+
+def attaches(text: str, namespace: Namespace, place: Path) -> None:
+    """tests/packages/test_liger.py trains with it."""
+    namespace["model"] = load_tiny(place)
+    exec(text, namespace)
+    assert namespace["pre"] is find_pre(namespace["model"])
 
 
 def load_tiny(place: Path) -> LlavaForConditionalGeneration:
@@ -241,6 +258,7 @@ CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("docs/anchors.md", 1): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
     ("docs/parallelism.md", 0): shares_sequences,
+    ("docs/trainers/liger.md", 0): attaches,
     ("prereg_kernels/ops/tap.py", 0): taps,
     **{
         ("docs/other_models.md", number): attaches_to_an_original(title)
@@ -283,6 +301,10 @@ def test_settings(name: str, number: int, block: Block, tmp_path: Path) -> None:
     """They are read as they are; a run's train, in a few steps."""
     path = tmp_path / "run.yaml"
     path.write_text(block.text)
+    if name.startswith("docs/trainers/"):  # tests/packages trains with them
+        written = yaml.safe_load(block.text)
+        assert read_settings(written.get("pre") or written["model_kwargs"]["pre"])
+        return
     if block.why_not():
         assert load_sweep(str(path)).experiment.seeds == yaml.safe_load(block.text)["seeds"]
         return
