@@ -123,6 +123,7 @@ def run(command: Command, directory: Path) -> str:
     Python runs in this process, as importing everything takes seconds. Of ranks there are two, on
     the CPU, at a free port.
     """
+    assert command[0] != "pip", "a test that installs changes what the others run on"
     if command[0] in ("prereg", "python", "python3"):
         output = io.StringIO()
         with redirect_stdout(output), chdir(directory):
