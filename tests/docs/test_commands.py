@@ -41,6 +41,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.fp8_accuracy",
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
+        "python -m benchmarks.studies.many_samples",
         "make fuzz",
         "make train-example",
     ),
