@@ -121,6 +121,8 @@ def _train_stage(
                 f"all ranks takes; an epoch repeats them up to {order.unit}",
                 stacklevel=2,
             )
+    bad_samples = BadSamples(Path(config.out), config.max_bad, stage.name)
+    bad_samples.go_on(step, last, is_writing=is_first)
     pre = config.pre_of(stage)
     trainer_class: Any = RecipeTrainer if pre is None else with_pre(RecipeTrainer, **pre)
     trainer = trainer_class(
@@ -131,7 +133,7 @@ def _train_stage(
         processing_class=processor,
         order=order,
         metrics=Metrics(Path(config.out), stage.name, step) if is_first else None,
-        bad_samples=BadSamples(Path(config.out), config.max_bad),
+        bad_samples=bad_samples,
     )
     if is_first and "tensorboard" in report_to:
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)

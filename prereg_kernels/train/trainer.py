@@ -91,7 +91,7 @@ class RecipeTrainer(Trainer):
         ).tolist()
         bad = gather_object(self._bad)
         self._seen, self._bad = 0, []
-        self._bad_samples.add(seen, bad, is_writing=self.args.should_save)
+        self._bad_samples.add(self.state.global_step, seen, bad, is_writing=self.args.should_save)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, into metrics.jsonl too."""
@@ -118,6 +118,7 @@ class RecipeTrainer(Trainer):
         return os.path.join(folder, WRITING) if self._is_writing else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.judge_bad_samples()  # so that what is saved counts all that the steps have seen
         folder = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -130,6 +131,7 @@ class RecipeTrainer(Trainer):
             self._is_writing = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._bad_samples.save(folder / WRITING / name)
             flush(folder / WRITING / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(folder / WRITING / name, folder / name)
