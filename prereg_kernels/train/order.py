@@ -41,7 +41,7 @@ class Mixture(Dataset[Any]):
         try:
             return source[inside]
         except BadSampleError as error:
-            return Failed(source.where(inside), str(error))
+            return Failed(source.where(inside), str(error), bool(self.images[number]))
 
     def spans(self) -> list[tuple[int, int]]:
         """The first number of each source, and the one behind its last."""
@@ -114,3 +114,17 @@ class GroupedSampler(Sampler[int]):
             several = numbers[start : start + self.unit * UNITS]
             by_length = several[np.argsort(self._mixture.lengths[several], kind="stable")]
             yield from by_length.reshape(-1, self.unit)
+
+
+def grouped(
+    lengths: NDArray[np.int64], images: NDArray[np.int64], random: np.random.Generator, size: int
+) -> list[list[int]]:
+    """The numbers of each batch, of `size` at most: with images in all of its samples, or in none,
+    of similar length, and, of a kind, as even as they can be."""
+    drawn = random.permutation(len(lengths))
+    batches = []
+    for kind in (drawn[images[drawn] > 0], drawn[images[drawn] == 0]):
+        if len(kind):
+            by_length = kind[np.argsort(lengths[kind], kind="stable")]
+            batches += np.array_split(by_length, -(-len(kind) // size))
+    return [batches[i].tolist() for i in random.permutation(len(batches))]
