@@ -16,6 +16,7 @@ from torch import Tensor
 from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
 from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render
 from prereg_kernels.train.sample import BadSampleError, Message, Sample
+from prereg_kernels.train.waiting import within
 
 SEEN = "samples"
 """A batch's entry beside the model's: (how many samples it was made of, [(where, reason)] of those
@@ -36,6 +37,8 @@ class Failed:
     has_images: bool = False
 
 
+_LARGEST = 1 << 30  # bytes of an image file
+_THINNEST = 200  # a side over the other
 _BLANK = (64, 64)
 _PICTURE: Sequence[Message] = (
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]},
@@ -199,12 +202,31 @@ class Collator:
 def open_image(image: str | bytes | Image.Image, root: Path | None) -> Image.Image:
     """An image in RGB. Raises BadSampleError where it cannot be read, or lies outside of `root`."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _with_sides(image.convert("RGB"), "an image")
+    name = "an image" if isinstance(image, bytes) else image
     try:
-        if isinstance(image, bytes):
-            return Image.fromarray(read_image(io.BytesIO(image)))
-        assert root is not None
-        return Image.fromarray(read_image(inside(root, image)))
-    except SkipImage as reason:
-        name = "an image" if isinstance(image, bytes) else image
+        if isinstance(image, str):
+            assert root is not None
+            image = within(partial(_read, root, image))
+        return _with_sides(Image.fromarray(read_image(io.BytesIO(image))), name)
+    except (SkipImage, TimeoutError) as reason:
         raise BadSampleError(f"{name}: {reason}") from None
+
+
+def _read(root: Path, name: str) -> bytes:
+    path = inside(root, name)
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise SkipImage(f"a file of more than {_LARGEST:,} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise SkipImage("no such file") from None
+    except OSError as error:
+        raise SkipImage(f"cannot be read: {error.strerror}") from None
+
+
+def _with_sides(image: Image.Image, name: str) -> Image.Image:
+    """As Qwen2-VL's processor has it; CLIP's makes the shorter side 336 pixels, whatever it is."""
+    if max(image.size) > _THINNEST * min(image.size):
+        raise BadSampleError(f"{name}: a side of more than {_THINNEST} times the other")
+    return image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from prereg_kernels.train.collator import Failed
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.source import Source
+from prereg_kernels.train.waiting import within
 
 UNITS = 50
 """Batches whose samples are sorted by length together, as LLaVA does: a longer list is more even,
@@ -39,8 +41,8 @@ class Mixture(Dataset[Any]):
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         source, inside = self.sources[which], int(number - self._starts[which])
         try:
-            return source[inside]
-        except BadSampleError as error:
+            return within(partial(source.__getitem__, inside))
+        except (BadSampleError, TimeoutError) as error:
             return Failed(source.where(inside), str(error), bool(self.images[number]))
 
     def spans(self) -> list[tuple[int, int]]:

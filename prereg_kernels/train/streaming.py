@@ -24,10 +24,11 @@ from datasets.distributed import split_dataset_by_node
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from prereg_kernels._util.files import write_whole
+from prereg_kernels._util.files import printable, write_whole
 from prereg_kernels.train.collator import Failed
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.source import Stream
+from prereg_kernels.train.waiting import within
 
 BLOCK = 1000
 """Rows that are shuffled together, as many as the buffer of `datasets` has; they are in memory."""
@@ -147,7 +148,10 @@ class StreamBatches(IterableDataset[Any]):
         """A block, (stream, place, row): by the streams' weights, until an epoch of one ends."""
         for _ in range(BLOCK):
             which = int(np.argmin((taken + 1) / self._weights))
-            found = readers[which].next()
+            try:
+                found = within(readers[which].next)
+            except TimeoutError as error:
+                raise TimeoutError(f"data: {printable(self._names[which])}: {error}") from None
             if found is None:
                 return
             taken[which] += 1

@@ -4,6 +4,7 @@ split over ranks and workers."""
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -184,6 +185,16 @@ def test_a_stream_of_nothing(tmp_path: Path) -> None:
     write(tmp_path / "a", (0, 0))
     with pytest.raises(ValueError, match="a stream has no samples for rank 0 of 1"):
         next(iter(loader(tmp_path / "a")))
+
+
+def test_a_stalled_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows behind it cannot be read either: the run ends, and says why."""
+    monkeypatch.setattr("prereg_kernels.train.waiting.READ_SECONDS", 0.2)
+    batches = loader(folder / "a")
+    (folder / "a" / "0.jsonl").unlink()
+    os.mkfifo(folder / "a" / "0.jsonl")  # nobody writes to it
+    with pytest.raises(TimeoutError, match=r"data: a: no answer within 0\.2 s"):
+        until(iter(batches), sum(SIZES))
 
 
 def test_a_list_cannot_stream(tmp_path: Path) -> None:
