@@ -1,9 +1,9 @@
 """What befalls a rank: FAULTS is a list of "RANK WHAT WHERE", such as "1 kill step-3".
 
 Where, with the step's number: before a step; in a checkpoint before the model, before a rank's
-random state, before and after its files are put on the disk, after it has its name. Each happens
-once, in the stage "tune", also where the ranks are started again: MARKERS has a file of each, and
-of each start of rank 0 one, which says what it found of checkpoints. READ-RANK there has the
+random state, before and after its files are put on the disk, after it has its name. All in the
+stage "tune": the first in the first start, the second in the second. MARKERS has a file of each,
+and of each start of rank 0 one, which says what it found of checkpoints. READ-RANK there has the
 samples that were read, a line a number.
 """
 
@@ -40,10 +40,13 @@ ACTS: dict[str, Callable[[], None]] = {
 
 def reach(where: str) -> None:
     """A place; what is to happen there does."""
-    for name in os.environ["FAULTS"].split(", "):
+    markers = Path(os.environ["MARKERS"])
+    starts = len(list(markers.glob("START-*")))
+    for number, name in enumerate(os.environ["FAULTS"].split(", "), 1):
         rank, what, at = name.split()
-        marker = Path(os.environ["MARKERS"]) / name
-        if (rank, at) == (os.environ.get("RANK", "0"), where) and not marker.exists():
+        marker = markers / name
+        is_here = (rank, at) == (os.environ.get("RANK", "0"), where)
+        if number == starts and is_here and not marker.exists():
             marker.touch()
             ACTS[what]()
 
