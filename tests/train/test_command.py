@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests.packages.definition import errors, gradients
-from tests.packages.run import INSIDE, ROOT, Run
-from tests.train.places import make_place, metrics, settings, write
-
-PREREG = (sys.executable, "-m", "prereg_kernels")
+from tests.packages.run import Run
+from tests.train.launching import PREREG, start, torchrun
+from tests.train.places import close, make_place, metrics, settings, write
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("place"))
-
-
-def start(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    paths = f"{INSIDE}:{ROOT}"
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
-    )
 
 
 def test_a_step_s_gradients_are_the_definition_s(place: Path, tmp_path: Path) -> None:
@@ -50,13 +37,6 @@ def test_a_step_s_gradients_are_the_definition_s(place: Path, tmp_path: Path) ->
         assert len(step["batches"]) == 2
         expected = gradients(out / "stages/align/model", run, step, 0.7)
         assert max(errors(step["gradients"], expected).values()) < 1e-5
-
-
-def torchrun(ranks: int) -> tuple[str, ...]:
-    return (
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={ranks}", "-m", "prereg_kernels",
-    )  # fmt: skip
 
 
 def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
@@ -101,13 +81,6 @@ def test_two_ranks_read_a_stream(place: Path, tmp_path: Path) -> None:
         for rank in range(2):
             [*_, last] = sorted((out / "stages" / stage).glob("checkpoint-*"))
             assert json.loads((last / f"stream_{rank}.json").read_text())["ranks"] == 2
-
-
-def close(a: Path, b: Path) -> None:
-    ours, theirs = load_file(a), load_file(b)
-    assert ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize(
