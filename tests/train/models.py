@@ -21,6 +21,12 @@ from transformers import (
 from tests.packages.checkpoint import make_tokenizer
 
 SIDE, PATCH = 16, 8
+LLAMA3 = (
+    "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
     "message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -64,6 +70,30 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         bos_token_id=1, eos_token_id=2, pad_token_id=3,
     )  # fmt: skip
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def make_llama3(folder: Path) -> Path:
+    """A Llama 3 with its template and special tokens."""
+    special = (
+        "<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>",
+        "<|end_header_id|>",
+    )  # fmt: skip
+    tokenizer = make_tokenizer(special)
+    tokenizer.bos_token, tokenizer.eos_token = "<|begin_of_text|>", "<|eot_id|>"
+    tokenizer.pad_token, tokenizer.chat_template = "<|end_of_text|>", LLAMA3
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=512,
+        initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 256,
+        },
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
