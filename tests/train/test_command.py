@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.cli.run import Command
 from tests.packages.definition import errors, gradients
 from tests.packages.run import Run
 from tests.train.launching import PREREG, start, torchrun
@@ -95,17 +96,23 @@ def test_two_ranks_read_a_stream(place: Path, tmp_path: Path) -> None:
     ],
 )
 def test_an_error_is_a_line(
-    place: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    place: Path,
+    tmp_path: Path,
+    prereg_here: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     write(tmp_path / "c.yaml", settings(place, tmp_path / "out"))
-    done = start(*PREREG, "train", *arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    done = prereg_here("train", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     [line] = [x for x in done.stderr.splitlines() if x.startswith("prereg: ")]
     assert message in line
     assert not (tmp_path / "out" / "stages").exists()
 
 
-def test_dry_run(place: Path, tmp_path: Path) -> None:
+def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     """What would be trained, and what is missing; nothing is written."""
     records = json.loads((place / "data.json").read_text())
     records[0]["image"] = ["absent.png"]
@@ -113,7 +120,7 @@ def test_dry_run(place: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
     path = write(tmp_path / "c.yaml", settings(place, tmp_path / "out", data__0__path=str(data)))
-    done = start(*PREREG, "train", str(path), "--dry-run", cwd=tmp_path)
+    done = prereg_here("train", str(path), "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     total = sum(x.numel() for x in load_file(place / "model/model.safetensors").values())
     assert f"{total:,} parameters (tower " in done.stdout
