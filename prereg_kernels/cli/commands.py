@@ -78,8 +78,8 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
         run(arguments, flags)
     except (KeyboardInterrupt, *STOPPED) as stop:
         _fail(str(stop) or "stopped; run again to go on from the last checkpoint", 130)
-    except (ValueError, TypeError, OSError) as error:
-        _fail(str(error))
+    except (ValueError, TypeError, OSError, ImportError) as error:  # of what a setting asks for
+        _fail(" ".join(str(error).split()) if isinstance(error, ImportError) else str(error))
 
 
 def _launch(name: str, arguments: Sequence[str]) -> None:
