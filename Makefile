@@ -23,7 +23,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -123,6 +123,14 @@ test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (10 mi
 
 test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
 	$(BIN)/python -m pytest -m packages tests/packages/test_liger.py
+
+test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ranks
+	DS_ACCELERATOR=cpu PYTHONPATH=$(PACKAGES)/deepspeed:. $(BIN)/python -m pytest -m packages \
+	    tests/train/test_deepspeed.py tests/trainers/test_deepspeed.py \
+	    tests/trainers/test_accelerate_configs.py
+
+test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks
+	$(BIN)/python -m pytest -m ranks tests/train
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if reason := registry.unavailable(backend, "cpu"):
         raise pytest.UsageError(f"--backend {backend}: {reason}")
     registry.FASTEST_FIRST = (backend, "torch")
+
+
+@pytest.fixture(autouse=True)
+def new_gradient_state() -> Iterator[None]:
+    """Accelerate keeps it for the process: a loop that stopped between two micro-batches leaves its
+    "no step now" to every loop after it, whose optimizers then do nothing."""
+    yield
+    if (states := sys.modules.get("accelerate.state")) is not None:
+        states.GradientState._reset_state()
+        states.GradientState()  # for what still lives: all share one dict
 
 
 @pytest.fixture(params=("native", "emulated"))

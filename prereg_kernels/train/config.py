@@ -33,7 +33,8 @@ class DataConfig:
             is read.
         split: of a data set of several.
         weight: how often an epoch has its samples: 2.0, twice each; 0.5, a half, drawn anew for
-            each epoch.
+            each epoch. Of streams: their shares of the samples.
+        streaming: read it as it comes, without an index; see `prereg_kernels.train.streaming`.
     """
 
     path: str
@@ -41,6 +42,7 @@ class DataConfig:
     images: str | None = None
     split: str = "train"
     weight: float = 1.0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -123,10 +125,24 @@ class TrainConfig:
             for number in stage.data or ():
                 last = len(self.data) - 1
                 require("stages.data", 0 <= number <= last, f"numbers from 0 to {last}", number)
+            streaming = {data.streaming for data in self.data_of(stage)}
+            require(
+                "data.streaming", len(streaming) == 1,
+                f"the same for all data of stage {stage.name}", sorted(streaming),
+            )  # fmt: skip
+            steps = {**self.trainer, **stage.trainer}.get("max_steps", -1)
+            require(
+                "max_steps", not self.is_streaming(stage) or (isinstance(steps, int) and steps > 0),
+                f"a number of steps for stage {stage.name}, as a stream has no length", steps,
+            )  # fmt: skip
 
     def data_of(self, stage: StageConfig) -> tuple[DataConfig, ...]:
         """The data sets of a stage."""
         return self.data if stage.data is None else tuple(self.data[i] for i in stage.data)
+
+    def is_streaming(self, stage: StageConfig) -> bool:
+        """Whether its data are streams: all of them are, or none."""
+        return self.data_of(stage)[0].streaming
 
     def pre_of(self, stage: StageConfig) -> Mapping[str, Any] | None:
         """PRe's settings in a stage; None: none."""
