@@ -298,6 +298,9 @@ def _add_train(commands: Any) -> None:
     evaluate.add_argument("--out", type=_named, help="where it writes; default: the model's")
     evaluate.add_argument("--batch", type=int, default=8, help="questions at once; default 8")
     evaluate.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
+    evaluate.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the weights' own"
+    )
 
 
 def _add_sweep(commands: Any) -> None:

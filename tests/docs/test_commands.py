@@ -116,16 +116,16 @@ NOT_RUN = {
         "torchrun --nproc-per-node 8 -m prereg_kernels train configs/clip-vicuna-7b-frozen.yaml",
         "torchrun --nproc-per-node 8 -m prereg_kernels train "
         "configs/clip-vicuna-7b-frozen.yaml --pre null --out runs/clip-vicuna-7b-frozen-baseline",
-        f"prereg evaluate runs/clip-vicuna-7b-frozen --tasks {TABLE}",
-        f"prereg evaluate runs/clip-vicuna-7b-frozen-baseline --tasks {TABLE}",
+        f"prereg evaluate runs/clip-vicuna-7b-frozen --tasks {TABLE} --dtype bfloat16",
+        f"prereg evaluate runs/clip-vicuna-7b-frozen-baseline --tasks {TABLE} --dtype bfloat16",
         "prereg train configs/siglip2-qwen2.5-7b-frozen.yaml --dry-run",
         "torchrun --nproc-per-node 8 -m prereg_kernels train "
         "configs/siglip2-qwen2.5-7b-frozen.yaml",
         "torchrun --nproc-per-node 8 -m prereg_kernels train "
         "configs/siglip2-qwen2.5-7b-frozen.yaml --pre null "
         "--out runs/siglip2-qwen2.5-7b-frozen-baseline",
-        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen --tasks {TABLE}",
-        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen-baseline --tasks {TABLE}",
+        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen --tasks {TABLE} --dtype bfloat16",
+        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen-baseline --tasks {TABLE} --dtype bfloat16",
     ),
     "tests/packages/test_lmms_eval.py::test_answers_are_those_of_one_question_at_a_time runs it, "
     "on a task of local files": (f"prereg evaluate runs/mine --tasks {TABLE}",),
