@@ -23,7 +23,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -130,6 +130,9 @@ test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ra
 
 test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks
 	$(BIN)/python -m pytest -m ranks tests/train
+
+test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)
+	$(BIN)/python -m pytest -m packages tests/packages/test_lmms_eval.py
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)

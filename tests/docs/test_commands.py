@@ -16,6 +16,7 @@ from tests.docs.commands import BEGINNING, Command, check, help_of, is_name, rea
 from tests.docs.pages import ROOT, Block, Page, page_of, pages
 from tests.docs.places import PLACES
 
+TABLE = "gqa,mmmu_val,ai2d,mmstar,textvqa_val,ocrbench,realworldqa,mmvp"
 # Why a command is not run. Before a fenced block the page says the same: see tests/docs/pages.py.
 NOT_RUN = {
     "takes minutes or hours": (
@@ -86,6 +87,7 @@ NOT_RUN = {
         "prereg llamafactory",
         "make test-nemo",
         "make test-liger",
+        "make test-lmms-eval",
         "prereg trl sft",
         "prereg trl grpo",
         "prereg trl sft --config x.yaml",
@@ -109,6 +111,32 @@ NOT_RUN = {
     "tests/trainers/test_accelerate_configs.py starts each of the files": (
         "accelerate launch --config_file FILE pre_trainer.py",
     ),
+    "needs GPUs, and models and data of the real size": (
+        "prereg assemble --vision openai/clip-vit-large-patch14-336 --llm "
+        "lmsys/vicuna-7b-v1.5 --out runs/assembled/clip-vicuna-7b",
+        "prereg assemble --vision google/siglip2-so400m-patch14-384 --llm "
+        "Qwen/Qwen2.5-7B-Instruct --out runs/assembled/siglip2-qwen2.5-7b",
+        "prereg train configs/clip-vicuna-7b-frozen.yaml --dry-run",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train configs/clip-vicuna-7b-frozen.yaml",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train "
+        "configs/clip-vicuna-7b-frozen.yaml --pre null --out runs/clip-vicuna-7b-frozen-baseline",
+        f"prereg evaluate runs/clip-vicuna-7b-frozen --tasks {TABLE} --dtype bfloat16",
+        f"prereg evaluate runs/clip-vicuna-7b-frozen-baseline --tasks {TABLE} --dtype bfloat16",
+        "prereg train configs/siglip2-qwen2.5-7b-frozen.yaml --dry-run",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train "
+        "configs/siglip2-qwen2.5-7b-frozen.yaml",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train "
+        "configs/siglip2-qwen2.5-7b-frozen.yaml --pre null "
+        "--out runs/siglip2-qwen2.5-7b-frozen-baseline",
+        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen --tasks {TABLE} --dtype bfloat16",
+        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen-baseline --tasks {TABLE} --dtype bfloat16",
+    ),
+    "tests/packages/test_lmms_eval.py::test_answers_are_those_of_one_question_at_a_time runs it, "
+    "on a task of local files": (f"prereg evaluate runs/mine --tasks {TABLE}",),
+    "stands for the one on the page of the checkup, whose commands run": (
+        "prereg checkup runs/baseline --compare runs/mine --names baseline PRe --images photos "
+        "--out checkup",
+    ),
     "installs packages": (
         "pip install torch",
         "pip install .",
@@ -121,6 +149,7 @@ NOT_RUN = {
         "pip wheel .",
         "pip install 'prereg-kernels[checkup]'",
         "pip install torchvision",
+        "pip install lmms-eval",
         "pip install prereg-kernels",
         "pip install --no-deps prereg-kernels",
     ),
