@@ -186,9 +186,7 @@ def _without_heads(pre: PRe) -> Iterator[None]:
 
 def main() -> None:
     """For `automodel config.yaml` on several GPUs, which starts a recipe's file: it trains."""
-    from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
-
-    recipe = PReFinetuneRecipeForVLM(parse_args_and_load_config())
+    recipe = PReFinetuneRecipeForVLM(finetune.parse_args_and_load_config())
     recipe.setup()
     recipe.run_train_validation_loop()
 
