@@ -99,7 +99,8 @@ $(PEFT)/%/.ready: constraints.txt | $(READY)
 # By --no-deps: the file names all that differs from the environment, and what that lacks.
 $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	rm -rf $(@D)
-	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
+	# --upgrade: rouge has a package named bin, in whose place the programs go.
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(@D) -r $<
 	# What is compiled in these looks for CUDA as it is imported, and is not needed here.
 	rm -rf $(@D)/torchaudio/lib
 	! test -d $(@D)/torchvision || : > $(@D)/torchvision/_meta_registrations.py

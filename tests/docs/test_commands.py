@@ -96,6 +96,7 @@ NOT_RUN = {
         "prereg trl",
         "prereg llamafactory train sft.yaml pre.weight=0.3",
         "prereg llamafactory train sft.yaml",
+        "torchrun --nproc-per-node 8 -m nemo_automodel.cli.app config.yaml",
     ),
     "tests/train/test_command.py::test_two_ranks_are_one starts it on two ranks": (
         "torchrun --nproc-per-node 8 -m prereg_kernels train recipe.yaml",
