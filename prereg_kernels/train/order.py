@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from prereg_kernels.train.collator import Failed
-from prereg_kernels.train.sample import BadSampleError, Sample
+from prereg_kernels.train.sample import BadSampleError
 from prereg_kernels.train.source import Source
 from prereg_kernels.train.waiting import within
 
@@ -37,7 +37,10 @@ class Mixture(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: int) -> Sample | Failed:
+    def __getitem__(self, number: int | tuple[int, ...]) -> Any:
+        """A sample, or Failed where it cannot be read; of several numbers, a list."""
+        if isinstance(number, tuple):
+            return [self[each] for each in number]
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         source, inside = self.sources[which], int(number - self._starts[which])
         try:
@@ -50,7 +53,7 @@ class Mixture(Dataset[Any]):
         return [(int(a), int(b)) for a, b in zip(self._starts, self._starts[1:], strict=False)]
 
 
-class GroupedSampler(Sampler[int]):
+class GroupedSampler(Sampler[Any]):
     """The order of an epoch, by units of one batch on each rank.
 
     All samples of a unit have images, or none has: the parts of the model that train are then the
@@ -78,7 +81,7 @@ class GroupedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.order(0))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.order(self._epoch).tolist())
 
     def order(self, epoch: int) -> NDArray[np.int64]:

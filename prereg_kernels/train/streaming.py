@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,13 @@ class StreamBatches(IterableDataset[Any]):
             if (where := stream.row_where(row)) is None:
                 where = f"{self._names[which]}: {place}, of rank {self.rank}, worker {worker}"
             yield stream, where, row
+
+
+def first_samples(stream: Stream) -> Iterator[tuple[Sample, int, int]]:
+    """The first that can be used, with their characters and images."""
+    for row in islice(stream.rows, 64):
+        with suppress(BadSampleError):
+            yield stream.row_sample(row), *stream.row_shape(row)
 
 
 def _sample(
