@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
-from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render
+from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render, tokenize
 from prereg_kernels.train.rows import pack
 from prereg_kernels.train.sample import BadSampleError, Message, Sample
 from prereg_kernels.train.waiting import within
@@ -98,12 +98,12 @@ class Collator:
             samples += [item] if isinstance(item, (Sample, Failed)) else item
         bad: list[tuple[str, str]] = []
         chats: list[_Chat] = []
-        for sample in samples:
+        for sample, contents in read_images(samples):
             if isinstance(sample, Failed):
                 bad.append((sample.where, sample.reason))
                 continue
             try:
-                chats.append(self._chat(sample))
+                chats.append(self._chat(sample, contents))
             except (BadSampleError, SkipImage) as reason:
                 bad.append((sample.where, str(reason)))
         batch = self._batch(chats, bad)
@@ -140,7 +140,7 @@ class Collator:
     def count(self, sample: Sample) -> tuple[int, int] | None:
         """(tokens of images, other tokens) of a sample; None: it cannot be used."""
         try:
-            chats = [self._chat(sample)]
+            chats = [self._chat(sample, {})]
             ids = self._process(chats)["input_ids"]
         except Exception:  # it will be named where it is trained on
             return None
@@ -164,9 +164,12 @@ class Collator:
         pad = self.processor.tokenizer.pad_token_id
         return apart, pack(batch, batch["input_ids"].numel(), pad, is_flat=True)
 
-    def _chat(self, sample: Sample) -> _Chat:
+    def _chat(self, sample: Sample, contents: Mapping[str, bytes]) -> _Chat:
         text, spans = render(self.processor, sample.messages)
-        images = [open_image(image, sample.root) for image in sample.images]
+        images = [
+            open_image(x, sample.root, contents.get(x) if isinstance(x, str) else None)
+            for x in sample.images
+        ]
         return _Chat(sample.where, text, spans, images)
 
     def _process(self, chats: Sequence[_Chat]) -> dict[str, Tensor]:
@@ -186,12 +189,12 @@ class Collator:
         ids, seen = batch["input_ids"], batch["attention_mask"].bool()
         labels = torch.full_like(ids, IGNORED)
         reasons = []
-        for row, chat in enumerate(chats):
+        texts = tokenize(self.processor, [chat.text for chat in chats])
+        for row, (chat, plain) in enumerate(zip(chats, texts, strict=True)):
             own = ids[row][seen[row]]
+            encode = partial(self._encode, chat)
             try:
-                found = label(
-                    self.processor, own.tolist(), chat.text, chat.spans, partial(self._encode, chat)
-                )
+                found = label(own.tolist(), chat.text, chat.spans, plain, encode)
             except BadSampleError as error:
                 reasons.append(str(error))
                 continue
@@ -248,21 +251,54 @@ class Collator:
         return result
 
 
-def open_image(image: str | bytes | Image.Image, root: Path | None) -> Image.Image:
-    """An image in RGB. Raises BadSampleError where it cannot be read, or lies outside of `root`."""
+def read_images(
+    samples: Sequence[Sample | Failed],
+) -> Iterator[tuple[Sample | Failed, dict[str, bytes]]]:
+    """Each sample with the content of its image files, {path: content}."""
+    paths = [
+        (number, image, partial(_read, sample.root, image))
+        for number, sample in enumerate(samples) if isinstance(sample, Sample)
+        for image in sample.images if isinstance(image, str)
+    ]  # fmt: skip
+    contents: list[dict[str, bytes]] = [{} for _ in samples]
+    failed: dict[int, Failed] = {}
+    results = within([read for *_, read in paths])
+    for (number, path, _), content in zip(paths, results, strict=True):
+        if isinstance(content, bytes):
+            contents[number][path] = content
+        elif isinstance(content, (SkipImage, TimeoutError)):
+            where = samples[number].where
+            failed.setdefault(number, Failed(where, f"{path}: {content}", has_images=True))
+        else:
+            raise content
+    for number, sample in enumerate(samples):
+        yield failed.get(number, sample), contents[number]
+
+
+def open_image(
+    image: str | bytes | Image.Image, root: Path | None, content: bytes | None = None
+) -> Image.Image:
+    """An image in RGB.
+
+    Args:
+        content: of the file, where it has been read.
+
+    Raises:
+        BadSampleError: it cannot be read, or lies outside of `root`.
+    """
     if isinstance(image, Image.Image):
         return _with_sides(image.convert("RGB"), "an image")
     name = "an image" if isinstance(image, bytes) else image
     try:
-        if isinstance(image, str):
-            assert root is not None
-            image = within(partial(_read, root, image))
-        return _with_sides(Image.fromarray(read_image(io.BytesIO(image))), name)
-    except (SkipImage, TimeoutError) as reason:
+        if content is None:
+            content = image if isinstance(image, bytes) else _read(root, image)
+        return _with_sides(Image.fromarray(read_image(io.BytesIO(content))), name)
+    except SkipImage as reason:
         raise BadSampleError(f"{name}: {reason}") from None
 
 
-def _read(root: Path, name: str) -> bytes:
+def _read(root: Path | None, name: str) -> bytes:
+    assert root is not None
     path = inside(root, name)
     try:
         if path.stat().st_size > _LARGEST:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from prereg_kernels.train.collator import Failed
-from prereg_kernels.train.sample import BadSampleError
+from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.source import Source
 from prereg_kernels.train.waiting import within
 
@@ -37,16 +37,32 @@ class Mixture(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: int | tuple[int, ...]) -> Any:
-        """A sample, or Failed where it cannot be read; of several numbers, a list."""
-        if isinstance(number, tuple):
-            return [self[each] for each in number]
+    def __getitem__(self, number: int) -> Sample | Failed:
+        [sample] = self.__getitems__([number])
+        return sample
+
+    def __getitems__(self, items: Sequence[Any]) -> list[Any]:
+        """A sample for each number, or Failed where it cannot be read; a list for each tuple."""
+        rows = [item if isinstance(item, tuple) else (item,) for item in items]
+        places = [self._place(number) for row in rows for number in row]
+        found = iter(within([partial(source.__getitem__, inside) for source, inside in places]))
+        samples = (self._sample(number, next(found)) for row in rows for number in row)
+        return [
+            [next(samples) for _ in row] if isinstance(item, tuple) else next(samples)
+            for item, row in zip(items, rows, strict=True)
+        ]
+
+    def _place(self, number: int) -> tuple[Source, int]:
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
-        source, inside = self.sources[which], int(number - self._starts[which])
-        try:
-            return within(partial(source.__getitem__, inside))
-        except (BadSampleError, TimeoutError) as error:
-            return Failed(source.where(inside), str(error), bool(self.images[number]))
+        return self.sources[which], int(number - self._starts[which])
+
+    def _sample(self, number: int, found: Sample | Exception) -> Sample | Failed:
+        if isinstance(found, Sample):
+            return found
+        if not isinstance(found, (BadSampleError, TimeoutError)):
+            raise found
+        source, inside = self._place(number)
+        return Failed(source.where(inside), str(found), bool(self.images[number]))
 
     def spans(self) -> list[tuple[int, int]]:
         """The first number of each source, and the one behind its last."""
