@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -68,7 +69,7 @@ def write_samples(folder: Path, samples: int) -> DataConfig:
 
 
 def memory() -> int:
-    """Bytes that this process and its workers hold, shared pages counted in part."""
+    """Bytes that this process and its workers hold; pages that they share count once."""
     process = psutil.Process()
     several = [process, *process.children(recursive=True)]
     return sum(each.memory_full_info().pss for each in several)
@@ -91,10 +92,10 @@ def measure(folder: Path, samples: int) -> dict[str, Any]:
 
     reading = iter(batches(0))
     batch = next(reading)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(ALONE // BATCH):
         next(reading)
-    alone = ALONE / (time.perf_counter() - start)
+    alone = ALONE / (time.process_time() - start)
 
     held: list[int] = []
     seen, start = 0, time.perf_counter()
@@ -110,11 +111,11 @@ def measure(folder: Path, samples: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters())
     seconds = []
     for _ in range(STEPS):
-        start = time.perf_counter()
+        start = time.process_time()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return {
         "samples": seen,
         "tokens": batch["input_ids"].shape[1],
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if not options.table:
         with tempfile.TemporaryDirectory() as folder:
             measured = measure(Path(folder), options.samples)
