@@ -163,16 +163,40 @@ class TrainConfig:
 def load_config(path: str | Path, flags: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, with flags such as `--trainer.max_steps 10` over what it says.
 
+    Its `base`, where it has one, is the path of another from its own folder: what the file says is
+    over what that one says.
+
     Raises:
         ValueError: not YAML, an unknown key, a wrong type or a value out of range, named by its
             path; the message names the file.
         OSError: the file cannot be read.
     """
-    values = override(read_yaml(path) or {}, flags)
+    values = override(_read(Path(path), ()), flags)
     try:
         return _from_values(values)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from None
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> Any:
+    """A file over its base. `readers` are those whose base it is."""
+    values = read_yaml(path) or {}
+    if not (isinstance(values, Mapping) and "base" in values):
+        return values
+    base, own = values["base"], {name: x for name, x in values.items() if name != "base"}
+    chain = (*readers, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
+        raise ValueError(f"{printable(path)}: base: expected another file, got {shown(base)}")
+    return _over(_read(path.parent / base, chain), own)
+
+
+def _over(base: Any, own: Any) -> Any:
+    """Mappings key by key, and so the items of lists of as many; else `own`."""
+    if isinstance(base, Mapping) and isinstance(own, Mapping):
+        return {**base, **{name: _over(base.get(name), x) for name, x in own.items()}}
+    if isinstance(base, list) and isinstance(own, list) and len(base) == len(own):
+        return [_over(a, b) for a, b in zip(base, own, strict=True)]
+    return own
 
 
 def _from_values(values: Any) -> TrainConfig:

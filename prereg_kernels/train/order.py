@@ -16,7 +16,7 @@ from prereg_kernels.train.source import Source
 from prereg_kernels.train.waiting import within
 
 UNITS = 50
-"""Batches whose samples are sorted by length together, as LLaVA does: a longer list is more even,
+"""Steps whose samples are sorted by length together, as LLaVA does: a longer list is more even,
 and less random."""
 
 
@@ -70,7 +70,7 @@ class Mixture(Dataset[Any]):
 
 
 class GroupedSampler(Sampler[Any]):
-    """The order of an epoch, by units of one batch on each rank.
+    """The order of an epoch, by units of what a step takes.
 
     All samples of a unit have images, or none has: the parts of the model that train are then the
     same on all ranks. They are of similar length. The last unit of either kind is filled with the
@@ -79,7 +79,8 @@ class GroupedSampler(Sampler[Any]):
     Args:
         mixture: the samples.
         weights: of its sources: how often an epoch has them.
-        unit: samples of a micro-batch on all ranks together.
+        unit: samples of a step, on all ranks and in all micro-batches: so the order does not depend
+            on how these share them.
         seed: of the order.
 
     Attributes:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -26,6 +27,8 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
+from prereg_kernels.train.engines import prepare, save_whole
+from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.models import (
     load_model,
     load_processor,
@@ -112,6 +115,7 @@ def _train_stage(
         prepare_packing(model, collator, config.packing_length)
     if has_adapter:
         assert config.lora is not None
+        set_seed(arguments.seed)  # under ZeRO-3, loading has drawn other numbers
         model = with_adapter(model, config.lora, stage.trainable)
     else:
         set_trainable(model, stage.trainable)
@@ -128,7 +132,7 @@ def _train_stage(
             stream.load(Path(last))
     else:
         mixture = Mixture(sources)
-        unit = arguments.train_batch_size * arguments.world_size
+        unit = samples_of_step(arguments)
         if config.packing_length is None:
             order = GroupedSampler(mixture, weights, unit, arguments.seed)
         else:
@@ -140,8 +144,8 @@ def _train_stage(
     if is_first and order is not None:
         for kind, count in order.repeated().items():
             warnings.warn(
-                f"data: stage {stage.name} has {count} samples {kind}, fewer than a micro-batch on "
-                f"all ranks takes; an epoch repeats them up to {order.unit}",
+                f"data: stage {stage.name} has {count} samples {kind}, fewer than a step takes; "
+                f"an epoch repeats them up to {order.unit}",
                 stacklevel=2,
             )
     bad_samples = BadSamples(Path(config.out), config.max_bad, stage.name)
@@ -162,11 +166,15 @@ def _train_stage(
     if is_first and "tensorboard" in report_to:
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
         trainer.add_callback(TensorBoardCallback(board))
+    prepare(trainer)
+    if last is not None:
+        check_checkpoint(Path(last), trainer)
     with trainer.stop.listening():
         trainer.train(resume_from_checkpoint=last)
     if trainer.stop.is_stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {stage.name}")
-    names = _save(trainer, folder, result)
+    plain = partial(load_model, config, path, has_adapter=False)
+    names = _save(trainer, folder, result, plain)
     if arguments.should_save:
         done = {"step": trainer.state.global_step, "files": names}
         write_whole(folder / DONE, json.dumps(done) + "\n")
@@ -231,21 +239,13 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
 
 
-def _save(trainer: Any, folder: Path, result: Path) -> list[str]:
-    """A plain model with its processor, and `pre/`: written beside, then moved to `result`.
-
-    An adapter is merged into it, but for one of quantized weights, which is saved by itself.
-    Returns the names in `result`.
-    """
+def _save(trainer: Any, folder: Path, result: Path, load: Callable[[], nn.Module]) -> list[str]:
+    """The stage's model: written beside, then moved to `result`. Returns the names there."""
     beside = folder / WRITING
     if trainer.args.should_save:
         shutil.rmtree(beside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload") and not getattr(model, "is_quantized", False):
-        trainer.model = trainer.model_wrapped = model.merge_and_unload()
-    trainer.save_model(str(beside))
-    trainer.accelerator.wait_for_everyone()
+    save_whole(trainer, beside, load)
     names = sorted(path.name for path in beside.iterdir()) if trainer.args.should_save else []
     if names:
         flush(beside)
@@ -280,7 +280,9 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
         for name in (*_RECORDS, *(name for stage in done for name in stage["files"])):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif settings.exists() and (difference := _difference(read_yaml(settings), written)):
+    elif settings.exists() and (
+        difference := _difference(without_batch(read_yaml(settings)), without_batch(written))
+    ):
         raise ValueError(
             f"{printable(out)}: holds a run of other settings: {difference}; expected the same, "
             "another --out, or --fresh to begin anew"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.train.collator import SEEN
+from prereg_kernels.train.global_batch import BATCH, describe_batch
 from prereg_kernels.train.order import GroupedSampler
 from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
 from prereg_kernels.train.streaming import StreamLoader
@@ -151,6 +153,8 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._bad_samples.save(folder / WRITING / name)
+            batch = json.dumps(describe_batch(self))
+            (folder / WRITING / name / BATCH).write_text(batch + "\n")
             flush(folder / WRITING / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(folder / WRITING / name, folder / name)
