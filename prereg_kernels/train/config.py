@@ -92,6 +92,8 @@ class TrainConfig:
         model_arguments: of `from_pretrained`, such as `attn_implementation` and `dtype`.
         trainer: fields of transformers' TrainingArguments.
         max_length: tokens of a sample, images included. A longer answer is cut.
+        packing_length: tokens of a row, which holds as many whole samples as fit; None: a row has
+            one. `per_device_train_batch_size` then counts rows.
         max_bad: samples that cannot be used before the run ends: a share of those seen, at least
             one, or, as an integer, a count.
     """
@@ -106,10 +108,17 @@ class TrainConfig:
     model_arguments: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
+    packing_length: int | None = None
     max_bad: int | float = 0.001
 
     def __post_init__(self) -> None:
         require_count("max_length", self.max_length, 2**20)
+        if self.packing_length is not None:
+            require_count("packing_length", self.packing_length, 2**20)
+            require(
+                "packing_length", self.packing_length >= self.max_length,
+                f"at least max_length, {self.max_length}", self.packing_length,
+            )  # fmt: skip
         require("data", len(self.data) >= 1, "at least one data set", self.data)
         require("stages", len(self.stages) >= 1, "at least one stage", self.stages)
         names = [stage.name for stage in self.stages]

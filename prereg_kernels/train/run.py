@@ -37,10 +37,17 @@ from prereg_kernels.train.models import (
     with_adapter,
 )
 from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
+from prereg_kernels.train.packing import (
+    PackedSampler,
+    estimate,
+    packed,
+    prepare_packing,
+    probes,
+)
 from prereg_kernels.train.records import BAD_SAMPLES, METRICS, BadSamples, Metrics
 from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
-from prereg_kernels.train.streaming import StreamBatches, StreamLoader
+from prereg_kernels.train.streaming import Group, StreamBatches, StreamLoader, first_samples
 from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
 from prereg_kernels.trainers import with_pre
 
@@ -104,6 +111,8 @@ def _train_stage(
     processor = load_processor(path)
     model = load_model(config, path, has_adapter=has_adapter)
     collator = Collator(processor, config.max_length, visual_ids(model))
+    if config.packing_length is not None:
+        prepare_packing(model, collator, config.packing_length)
     if has_adapter:
         assert config.lora is not None
         set_seed(arguments.seed)  # under ZeRO-3, loading has drawn other numbers
@@ -118,12 +127,20 @@ def _train_stage(
     mixture: Mixture | None = None
     if config.is_streaming(stage):
         names = [data.path for data in config.data_of(stage)]
-        stream = _stream(arguments, sources, names, weights, collator)
+        stream = _stream(arguments, sources, names, weights, collator, config.packing_length)
         if last is not None:
             stream.load(Path(last))
     else:
         mixture = Mixture(sources)
-        order = GroupedSampler(mixture, weights, samples_of_step(arguments), arguments.seed)
+        unit = samples_of_step(arguments)
+        if config.packing_length is None:
+            order = GroupedSampler(mixture, weights, unit, arguments.seed)
+        else:
+            by = estimate(collator, list(probes(mixture)))
+            tokens = by.tokens(mixture.lengths, mixture.images)
+            order = PackedSampler(
+                mixture, weights, unit, arguments.seed, tokens, config.packing_length
+            )
     if is_first and order is not None:
         for kind, count in order.repeated().items():
             warnings.warn(
@@ -170,10 +187,16 @@ def _stream(
     names: Sequence[str],
     weights: Sequence[float],
     collator: Collator,
+    packing_length: int | None,
 ) -> StreamLoader:
     # What is skipped of a stream is behind the place that its checkpoint names
     arguments.ignore_data_skip = True
     collator.hides_image = arguments.world_size > 1
+    group: Group = partial(grouped, size=arguments.train_batch_size)
+    if packing_length is not None:
+        by = estimate(collator, [x for stream in streams for x in first_samples(stream)])
+        size = arguments.train_batch_size
+        group = partial(packed, size=size, by=by, length=packing_length)
     batches = StreamBatches(
         streams,
         names,
@@ -181,7 +204,7 @@ def _stream(
         seed=arguments.seed,
         rank=arguments.process_index,
         ranks=arguments.world_size,
-        group=partial(grouped, size=arguments.train_batch_size),
+        group=group,
         collate=collator,
     )
     return StreamLoader(

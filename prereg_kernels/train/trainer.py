@@ -96,6 +96,13 @@ class RecipeTrainer(Trainer):
         loss = loss + torch.zeros_like(loss, requires_grad=True)
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
+    def is_time_to_judge(self, samples: int) -> bool:
+        """Whether all ranks have seen enough since the last time, at so many a step or, with
+        packing, at what there were so far."""
+        counts = self._bad_samples
+        rate = counts.seen / counts.step if counts.step else samples
+        return (self.state.global_step - counts.step) * max(rate, 1) >= PERIOD
+
     def judge_bad_samples(self) -> None:
         """Add up what all ranks have seen since the last time."""
         [seen] = self.accelerator.reduce(
@@ -171,7 +178,7 @@ class _CountBad(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         samples = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        if state.global_step % max(1, PERIOD // samples) == 0:
+        if self._trainer.is_time_to_judge(samples):
             self._trainer.judge_bad_samples()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:

@@ -43,6 +43,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "python -m benchmarks.studies.many_samples",
+        "python -m benchmarks.studies.input_pipeline",
         "make fuzz",
         "make train-example",
     ),

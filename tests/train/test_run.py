@@ -126,7 +126,7 @@ def test_stopped_and_resumed_is_unbroken(
         with_callback(patch, Crash(step))
         run(place, tmp_path / "out")
     read = list[int]()
-    monkeypatch.setattr("prereg_kernels.train.order.Mixture.__getitem__", counting(read))
+    monkeypatch.setattr("prereg_kernels.train.order.Mixture.__getitems__", counting(read))
     out = run(place, tmp_path / "out")
     assert same(weights(out), weights(whole)) and same(heads(out), heads(whole))
     timeless = [{**line, "epoch": 0} for line in metrics(out, "tune")]
@@ -138,11 +138,11 @@ def test_stopped_and_resumed_is_unbroken(
 def counting(read: list[int]) -> Any:
     from prereg_kernels.train.order import Mixture
 
-    get = Mixture.__getitem__
+    get = Mixture.__getitems__
 
-    def count(self: Any, number: int) -> Any:
-        read.append(number)
-        return get(self, number)
+    def count(self: Any, numbers: list[int]) -> Any:
+        read.extend(numbers)
+        return get(self, numbers)
 
     return count
 
