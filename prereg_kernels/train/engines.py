@@ -24,6 +24,20 @@ def is_sharded(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
+def check_launcher() -> None:
+    """Raise ValueError where ranks that torchrun starts again would wait for those before.
+
+    It keeps one store for all its starts, in which they find the addresses of the first (torch
+    2.13).
+    """
+    has_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if has_restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "--max-restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's "
+            "environment, without which ranks that start again wait for those before"
+        )
+
+
 def prepare(trainer: Any) -> None:
     """Before training: what Accelerate does not do by itself.
 
