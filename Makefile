@@ -39,13 +39,17 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
 	$(BIN)/prereg demo
 
+# A LLaVA from a CLIP and a Llama, then a Qwen2.5-VL. Held out are other photographs.
 EXAMPLE := runs/photographs
-train-example: $(READY)  ## assemble, train and evaluate a tiny LLaVA on photographs (4 minutes)
+ASK = $(BIN)/prereg evaluate $(1) --data $(EXAMPLE)/held_out.json --images $(EXAMPLE)/images
+train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on photographs (4 minutes)
 	rm -rf $(EXAMPLE)
 	$(BIN)/python examples/photographs.py $(EXAMPLE)
 	$(BIN)/prereg assemble --vision $(EXAMPLE)/clip --llm $(EXAMPLE)/llama --out $(EXAMPLE)/llava
 	$(BIN)/prereg train examples/photographs.yaml
-	$(BIN)/prereg evaluate $(EXAMPLE)/pre --data $(EXAMPLE)/held_out.json --images $(EXAMPLE)/images
+	$(call ASK,$(EXAMPLE)/pre)
+	$(BIN)/prereg train examples/photographs.yaml --model $(EXAMPLE)/qwen --out $(EXAMPLE)/qwen_pre
+	$(call ASK,$(EXAMPLE)/qwen_pre)
 	$(BIN)/python examples/read_back.py $(EXAMPLE)
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for

@@ -6,10 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
 from prereg_kernels.ops.dtypes import DTYPES
@@ -17,16 +18,15 @@ from prereg_kernels.ops.losses import Loss, LossName
 from prereg_kernels.ops.names import NormalizationName
 from prereg_kernels.ops.spec import check_name, check_spec
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 AnchorName = Literal["pre_llm", "pre_projector"]
 LevelName = Literal["patch", "global"]
 GradientName = Literal["auto", "loss", "tap"]
+ScheduleName = Literal["constant", "linear", "cosine"]
 ANCHORS: tuple[AnchorName, ...] = get_args(AnchorName)
 LEVELS: tuple[LevelName, ...] = get_args(LevelName)
 GRADIENTS: tuple[GradientName, ...] = get_args(GradientName)
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 # What a head is: under another of these its parameters have other shapes or mean something else.
 HEAD_SETTINGS = ("layers", "share_head", "head_features", "depth", "activation")
 
@@ -41,7 +41,7 @@ class PReConfig:
         layers: which hidden states to regularise, an int or several, counted as the paper does:
             16 is the output of the 16th decoder layer. None: the middle one.
         weight: lambda in `L = L_LM + lambda * L_PRe`, at least 0. Several layers share it: L_PRe
-            is their mean.
+            is their mean. With 0 L_PRe is not computed: see `PRe.weight`.
         anchor: "pre_llm", the visual features as they enter the LLM; "pre_projector", as they
             leave the vision encoder, for families with a visual token for each of the encoder's
             rows; or a function that gets the keyword arguments of the model's forward and returns
@@ -78,6 +78,17 @@ class PReConfig:
         head_learning_rate, head_weight_decay: of the heads, at least 0; biases have no decay of
             their own. None: the model's. PReTrainer's optimizer has them, and so have the groups
             of `pre.parameter_groups`; another optimizer does not know of them.
+        weight_schedule: how the weight goes down to 0 by the end of the run, as learning rates do:
+            "constant", not at all; "linear"; "cosine". PReTrainer follows this and the next three;
+            PReCallback all but `gradient_ratio`; another loop sets `pre.weight` to
+            `config.weight_at(step, steps)`.
+        weight_warmup_steps: in how many steps the weight first rises from 0; below 1: a share of
+            the run's steps.
+        gradient_ratio: the norm of weight * L_PRe's gradient at the layer's states as a share of
+            that of L_LM's there. The weight is led towards it, from `weight` on, by what is
+            measured every `watch_steps`; the schedule multiplies it. None: `weight` stays.
+        watch_steps: every so many steps, and in the first, the logs get the norms of both
+            gradients and their cosine, as `PRe.metrics` says. None: never.
 
     Example:
         >>> config = PReConfig(layers=(8, 16), loss="smooth_l1", normalize="l2")
@@ -109,14 +120,16 @@ class PReConfig:
     head_dtype: torch.dtype | str | None = None
     head_learning_rate: float | None = None
     head_weight_decay: float | None = None
+    weight_schedule: ScheduleName = "constant"
+    weight_warmup_steps: float = 0
+    gradient_ratio: float | None = None
+    watch_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "head_learning_rate", "head_weight_decay"):
+        for name in ("weight", "weight_warmup_steps", "head_learning_rate", "head_weight_decay"):
             value = getattr(self, name)
-            if value is None and name != "weight":
-                continue
-            if not _is_number(value) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a non-negative finite number, got {value!r}")
+            if value is not None or name.startswith("weight"):
+                check_rate(name, value)
         if not isinstance(self.share_head, bool):
             raise TypeError(f"share_head: expected True or False, got {self.share_head!r}")
         spec = check_spec(self.activation, self.loss, self.normalize, 1.0, torch.float32)
@@ -126,6 +139,7 @@ class PReConfig:
             ("depth", 0, False),
             ("seed", 0, False),
             ("head_features", 1, True),
+            ("watch_steps", 1, True),
             ("anchor_features", 1, True),
         ):
             value = getattr(self, name)
@@ -147,6 +161,8 @@ class PReConfig:
         object.__setattr__(self, "head_dtype", _dtype(self.head_dtype))
         check_name("level", self.level, LEVELS)
         check_name("gradient", self.gradient, GRADIENTS)
+        check_name("weight_schedule", self.weight_schedule, SCHEDULES)
+        self._check_watching()
         if not _is_number(self.token_fraction) or not 0 < self.token_fraction <= 1:
             raise ValueError(
                 f"token_fraction: expected a number in (0, 1], got {self.token_fraction!r}"
@@ -156,6 +172,46 @@ class PReConfig:
                 "token_fraction: expected 1 with level='global', where the rows are means over "
                 f"whole images, got {self.token_fraction!r}"
             )
+
+    def _check_watching(self) -> None:
+        if self.watch_steps is not None and self.level == "global":
+            raise ValueError(
+                "watch_steps: expected None with level='global', whose gradient is that of means; "
+                f"got {self.watch_steps}"
+            )
+        if self.gradient_ratio is None:
+            return
+        if not _is_number(self.gradient_ratio) or not 0 < self.gradient_ratio < math.inf:
+            raise ValueError(
+                f"gradient_ratio: expected a positive finite number, got {self.gradient_ratio!r}"
+            )
+        if self.watch_steps is None or not self.weight:
+            raise ValueError(
+                "gradient_ratio: needs watch_steps, by which the gradients are measured, and a "
+                f"positive weight to begin with; got {self.watch_steps} and {self.weight}"
+            )
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """The weight by its schedule, in the step after so many of all steps of a run.
+
+        These are the schedules of transformers' `get_linear_schedule_with_warmup` and so on.
+
+        Example:
+            >>> config = PReConfig(weight=0.5, weight_schedule="cosine", weight_warmup_steps=10)
+            >>> [round(config.weight_at(step, 90), 3) for step in (0, 5, 10, 50, 90)]
+            [0.0, 0.25, 0.5, 0.25, 0.0]
+        """
+        warmup = self.weight_warmup_steps
+        if warmup < 1:
+            warmup = math.ceil(warmup * steps)
+        if step < warmup:
+            return self.weight * step / warmup
+        if self.weight_schedule == "constant":
+            return self.weight
+        progress = min((step - warmup) / max(1, steps - warmup), 1.0)
+        if self.weight_schedule == "linear":
+            return self.weight * (1 - progress)
+        return self.weight * 0.5 * (1 + math.cos(math.pi * progress))
 
     def replace(self, **overrides: Unpack[Settings]) -> PReConfig:
         """A copy with some fields changed.
@@ -281,6 +337,10 @@ class Settings(TypedDict, total=False):
     head_dtype: torch.dtype | str | None
     head_learning_rate: float | None
     head_weight_decay: float | None
+    weight_schedule: ScheduleName
+    weight_warmup_steps: float
+    gradient_ratio: float | None
+    watch_steps: int | None
 
 
 def _anchor_name(anchor: Any) -> Any:
@@ -302,6 +362,12 @@ def _dtype(value: Any) -> torch.dtype | None:
 
 def _dtype_name(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raise ValueError unless this is a number that may multiply something."""
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a non-negative finite number, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:

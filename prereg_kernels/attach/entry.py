@@ -115,6 +115,8 @@ class Entry:
         state, source, images = self._state, self._state.config.anchor, current.images
         tokens, width = current.index.numel(), state.anchor_features
         count = None if images is None else images.count
+        if current.is_idle:
+            return embeddings.new_zeros(0, width)
         if source == "pre_llm":
             if images is None:
                 return embeddings

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prereg_kernels._util import distributed
 from prereg_kernels.attach import parameter_groups as groups
 from prereg_kernels.attach import saving
-from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.config import PReConfig, check_rate
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.figures import figures_of
 from prereg_kernels.attach.first_steps import run
@@ -105,6 +105,52 @@ class PRe:
     def config(self) -> PReConfig:
         """The settings."""
         return self._state.config
+
+    @property
+    def weight(self) -> float | Tensor:
+        """lambda of the next training calls: a number or 0-dim Tensor, at least 0.
+
+        At first it is that of the settings. A training loop with a schedule sets it every step, as
+        PReTrainer does. For a weight of 0, a number, L_PRe is not computed, and the heads get
+        gradients of 0 (with level="global" and in graphs of torch.compile it is computed).
+
+        Example:
+            >>> pre = apply_pre(model, weight=0.5, weight_schedule="linear")
+            >>> pre.weight = pre.config.weight_at(step=30, steps=40)
+            >>> pre.weight
+            0.125
+        """
+        return self._state.weight
+
+    @weight.setter
+    def weight(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            if value.dim() or value.requires_grad:
+                raise ValueError(
+                    "weight: expected a number or a 0-dim Tensor without gradient, got shape "
+                    f"{tuple(value.shape)}, requires_grad={value.requires_grad}"
+                )
+        else:
+            check_rate("weight", value)
+        self._state.weight = value
+
+    @property
+    def watches_gradients(self) -> bool:
+        """True: `metrics` has what L_LM and L_PRe do to the layers' states, of the next passes.
+
+        It costs two thirds of the tap's work once more, and no sync. Set it for one pass in many.
+        Not with level="global"; in graphs of torch.compile there are no such figures.
+        """
+        return self._state.watches_gradients
+
+    @watches_gradients.setter
+    def watches_gradients(self, value: bool) -> None:
+        if value and self.config.level == "global":
+            raise ValueError(
+                "watches_gradients: expected False with level='global', whose gradient is that of "
+                "means; got True"
+            )
+        self._state.watches_gradients = bool(value)
 
     @property
     def denominator(self) -> float | Tensor | None:
@@ -229,6 +275,14 @@ class PRe:
             level="global". Under torch.distributed
             these are reduced over all ranks, so call it on every rank; ranks that share a batch
             count once. Empty before the first call.
+
+            With `watches_gradients`, after backward, of the objective's gradient with respect to
+            the layer's states at the visual tokens: "lm_hidden_grad_norm", the norm of what comes
+            from L_LM (below the last of several layers: from L_LM and from L_PRe of those above
+            it), "pre_hidden_grad_norm", of what weight * L_PRe adds at this layer, and
+            "hidden_grad_cosine" between both: below 0, PRe pulls against L_LM. Several layers have
+            "hidden_grad_cosine/layer_16" each, and so on. The norms have the scale of the loss that
+            is differentiated, averaged over data-parallel ranks.
 
         Example:
             >>> pre = apply_pre(model)

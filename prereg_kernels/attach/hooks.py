@@ -28,6 +28,7 @@ from prereg_kernels.attach.taps import Taps
 from prereg_kernels.attach.terms import add_to_loss, carry_in, carry_of, label_share, record_of
 from prereg_kernels.attach.visual import hide
 from prereg_kernels.attach.watch import Watch
+from prereg_kernels.ops.probe import TapProbe
 from prereg_kernels.ops.shares import share_of
 
 
@@ -180,11 +181,23 @@ class Hooks:
         if training:
             if config.token_fraction < 1:
                 current.chosen = self._choose(current.own_index)
+            self._weigh(current)
             current.carry = carry_of(state, current)
             state.passes += not again
         if not compiled and ((training and not again) or state.is_checking):
             self._entry.first_steps.begin(current)
         return current
+
+    def _weigh(self, current: Pass) -> None:
+        """Nothing is computed for a weight of 0; else what is watched gets a probe."""
+        state = self._state
+        if state.config.level != "patch" or torch.compiler.is_compiling():
+            return
+        if not isinstance(state.weight, Tensor) and not state.weight:
+            current.is_idle = True
+            current.chosen, current.denominator = current.own_index[:0], None
+        elif state.watches_gradients and not current.again:
+            current.probes = {layer: TapProbe() for layer in state.heads}
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
         """The same in each pass: a graph's backward can write into the graph's inputs alone."""
@@ -254,7 +267,10 @@ class Hooks:
         if current.carry is not None and state.config.gradient == "tap":
             return output
         values = [value.to(record.tokens.device) for value in current.losses.values()]
-        term = torch.stack(values).mean() * state.config.weight * label_share(current)
+        weight = state.weight
+        if isinstance(weight, Tensor):
+            weight = weight.to(record.tokens.device)
+        term = torch.stack(values).mean() * weight * label_share(current)
         self._watch.term(term, current)
         if state.collected is not None:
             if not current.again:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from prereg_kernels._util.private import version_of
 from prereg_kernels.attach.image_spans import Images
 from prereg_kernels.attach.sequence_parallel import Part
+from prereg_kernels.ops.probe import TapProbe
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Pass:
     by_id: Tensor | None = None  # bool, where they are, hidden or not; None: all in `index`
     part: Part | None = None  # of the sequence, which this rank has; None: all of it
     chosen: Tensor | None = None  # (K,) of its own, by which L_PRe is estimated; None: all
+    is_idle: bool = False  # the weight is 0: L_PRe is computed of nothing
+    probes: dict[int, TapProbe] = field(default_factory=dict)  # per layer, where they are watched
     images: Images | None = None  # with level="global"
     image_rows: slice | None = None  # of them those of this rank; None: all
     encoded: list[Tensor] = field(default_factory=list)  # what entered the projector
@@ -105,11 +108,25 @@ class Record(NamedTuple):
     labels: Tensor  # and how many there are; 0: the model computed none
     values: dict[int, Tensor]  # written by backward
     reached: set[str]  # of "layer" and "term", what backward has come to
+    probes: dict[int, TapProbe]  # of the layers, where they were watched
+    fraction: float  # of the visual tokens, those that L_PRe was computed of
+    is_idle: bool  # none, as its weight was 0
 
     def sums(self) -> list[Tensor]:
         """0-dim, for each layer: the sum of the loss over the rows."""
         divisor = self.rows if self.denominator is None else self.denominator
         return [value.to(self.rows) * divisor for value in self.values.values()]
+
+    def gradient_sums(self) -> Tensor | None:
+        """(layers, 3): the sums of `TapProbe`, as estimated of all tokens; None: not watched."""
+        if not self.probes:
+            return None
+        nothing = self.tokens.new_zeros(3)
+        found = [nothing if p.sums is None else p.sums.to(nothing) for p in self.probes.values()]
+        sums = torch.stack(found)
+        sums[:, 0] /= self.fraction
+        sums[:, 1] *= self.fraction  # each of the drawn ones stands for 1 / fraction
+        return sums
 
     def is_complete(self) -> bool:
         """Whether the values are there: in training, since backward has written them."""

@@ -32,7 +32,8 @@ class State:
     Attributes:
         model, config, family: as `apply_pre` has resolved them. origin, how: as `Resolution`.
         anchor_features: A.
-        heads, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
+        heads, weight, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
+        watches_gradients: as `PRe` says.
         sequence_parallel: as `PRe` says.
         given_group: `PRe.tensor_parallel_group`, where it was set.
         next_mask: as `PRe.next_visual_mask`, and what became of those before.
@@ -56,6 +57,8 @@ class State:
         self.model, self.config, self.family = model, config, family
         self.origin, self.how = resolution.origin, resolution.how
         self.anchor_features = anchor_width(config, family, model)
+        self.weight: float | Tensor = config.weight
+        self.watches_gradients = False
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
         self.loss_scale: float | Tensor = 1.0

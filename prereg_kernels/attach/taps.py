@@ -161,7 +161,7 @@ class Taps:
         def tap(hidden: Tensor, gradient: Any) -> Tensor:
             tapped: Tensor = state.module_of(layer)(
                 hidden, anchor, tap=True, value_out=value, carry=gradient, carry_always=True,
-                **options, **state.groups_of_heads(),
+                probe=current.probes.get(layer), **options, **state.groups_of_heads(),
             )[0]  # fmt: skip
             return tapped
 
@@ -216,6 +216,7 @@ class Taps:
             value_out=value,
             carry=current.carry,
             carry_always=current.carry is not None and config.gradient == "tap",
+            probe=None if torch.compiler.is_compiling() else current.probes.get(layer),
             **options,
             **self._state.groups_of_heads(),
         )

@@ -43,7 +43,7 @@ def carry_of(state: State, current: Pass) -> float | Tensor | None:
             "of the step; expected both, or pre.denominator, or a trainer with "
             "prereg_kernels.trainers.PReTrainerMixin"
         )
-    return state.loss_scale * (state.config.weight / len(state.heads)) * label_share(current)
+    return state.loss_scale * (state.weight / len(state.heads)) * label_share(current)
 
 
 def record_of(current: Pass, output: Any) -> Record:
@@ -54,6 +54,11 @@ def record_of(current: Pass, output: Any) -> Record:
         mine = current.image_rows
         count = current.images.count if mine is None else mine.stop - mine.start
         rows = torch.full_like(tokens, count)
+    if current.is_idle:
+        rows = torch.zeros_like(tokens)
+    fraction = 1.0
+    if current.chosen is not None and current.own_index.numel() and not current.is_idle:
+        fraction = current.chosen.numel() / current.own_index.numel()
     lm_loss = None
     if labels is not None:
         lm_loss = _loss_of(output)
@@ -74,6 +79,9 @@ def record_of(current: Pass, output: Any) -> Record:
         labels,
         current.values,
         current.reached,
+        current.probes,
+        fraction,
+        current.is_idle,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from prereg_kernels.ops.backends.registry import BackendName
 from prereg_kernels.ops.losses import Loss, LossName
 from prereg_kernels.ops.names import LayoutName, NormalizationName, ReductionName
+from prereg_kernels.ops.probe import TapProbe
 
 
 class _Options(TypedDict, total=False):
@@ -43,3 +44,4 @@ class TapOptions(_Options, total=False):
     carry_always: bool
     group: Any
     same_hidden: bool
+    probe: TapProbe | None

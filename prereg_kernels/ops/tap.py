@@ -8,6 +8,7 @@ scratch lives where the activations of all later layers are already freed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.losses import Loss, LossName
 from prereg_kernels.ops.names import LayoutName, NormalizationName
+from prereg_kernels.ops.probe import TapProbe
 from prereg_kernels.ops.shares import Share, has_several, sum_over
 from prereg_kernels.ops.spec import Spec, check_name, check_spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
@@ -52,6 +54,7 @@ def pre_tap(
     carry_always: bool = False,
     group: Any = None,
     same_hidden: bool = True,
+    probe: TapProbe | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pass `hidden` on unchanged, and return a scalar whose gradient is that of the PRe loss.
 
@@ -91,7 +94,7 @@ def pre_tap(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `fused_pre_loss`. RuntimeError in
             backward, too: if a tensor that it reads was changed in place since. RuntimeError: a
-            `group` under torch.compile, torch.export or torch.func.
+            `group` or `probe` under torch.compile, torch.export or torch.func.
 
     Example:
         >>> hidden, anchor = torch.ones(3, 2, requires_grad=True), torch.zeros(3, 2)
@@ -113,6 +116,7 @@ def pre_tap(
     spec = check_spec(activation, loss, normalize, eps, matmul_dtype(hidden), chunk_rows, backend)
     _check_value_out(value_out, hidden)
     group = _checked_group(group)
+    _check_probe(probe)
     if forgets_functions():
         value = fused_pre_loss(
             hidden, anchor, weights, biases, visual_mask=visual_mask, visual_index=visual_index,
@@ -137,7 +141,7 @@ def pre_tap(
         coefficient,
         value_out,
         carry,
-        _Settings(spec, inputs.bias_layers, compute_value, carry_always, group, share),
+        _Settings(spec, inputs.bias_layers, compute_value, carry_always, group, share, probe),
         *inputs.parameters,
     )
     return tapped if hidden is given else tapped.transpose(0, 1), value
@@ -152,6 +156,7 @@ class _Settings(NamedTuple):
     carry_always: bool
     group: Any
     share: Share | None
+    probe: TapProbe | None
 
 
 def _checked_group(group: Any) -> Any:
@@ -168,6 +173,17 @@ def _checked_group(group: Any) -> Any:
             "group of several ranks; compile the layers that have no tap, each by layer.compile()"
         )
     return group
+
+
+def _check_probe(probe: Any) -> None:
+    if probe is None:
+        return
+    if not isinstance(probe, TapProbe):
+        raise TypeError(f"probe: expected a TapProbe, got {type(probe).__name__}")
+    if torch.compiler.is_compiling() or forgets_functions():
+        raise RuntimeError(
+            "probe: expected None under torch.compile, torch.export and torch.func, got a TapProbe"
+        )
 
 
 def _check_value_out(value_out: Any, hidden: Tensor) -> None:
@@ -201,7 +217,7 @@ class _Tap(torch.autograd.Function):
         settings: _Settings,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        spec, bias_layers, compute_value, carry_always, group, share = settings
+        spec, bias_layers, compute_value, carry_always, group, share, ctx.probe = settings
         ctx.spec, ctx.bias_layers, ctx.group, ctx.share = spec, bias_layers, group, share
         constants = anchor, select, coefficient
         ctx.in_graph = torch.compiler.is_compiling()
@@ -256,28 +272,59 @@ class _Tap(torch.autograd.Function):
         if isinstance(factor, Tensor):
             factor = factor.to(coefficient.device)
         with torch.no_grad():
-            if share is None:
-                _, losses, *gradients = call_gradients(
-                    hidden, anchor, inputs, ctx.spec, coefficient * factor, needs, grad_hidden
-                )
-            else:
-                rows, targets = share.rows(hidden)
-                _, losses, *gradients = call_gradients(
-                    rows, targets, inputs._replace(select=None), ctx.spec, coefficient * factor,
-                    needs,
-                )  # fmt: skip
-            value = [] if ctx.value_out is None else [(losses * coefficient).sum()]
-            if ctx.group is not None:
-                sums = [x for x, need in zip(gradients, needs, strict=True) if need][need_hidden:]
-                sum_over(ctx.group, sums if share is None else [*value, *sums])
-            if share is not None and need_hidden:
-                gradients[0] = share.add_rows(gradients[0], grad_hidden, hidden)
-            if value:
-                store_value(ctx.value_out, *value)
+            own = None  # of a share, what its rows get
+            with nullcontext() if ctx.probe is None else ctx.probe.timing(hidden.device):
+                if share is None:
+                    _, losses, *gradients = call_gradients(
+                        hidden, anchor, inputs, ctx.spec, coefficient * factor, needs, grad_hidden
+                    )
+                else:
+                    rows, targets = share.rows(hidden)
+                    _, losses, *gradients = call_gradients(
+                        rows, targets, inputs._replace(select=None), ctx.spec,
+                        coefficient * factor, needs,
+                    )  # fmt: skip
+                    own = gradients[0]
+                value = [] if ctx.value_out is None else [(losses * coefficient).sum()]
+                if ctx.group is not None:
+                    sums = [x for x, need in zip(gradients, needs, strict=True) if need]
+                    sums = sums[need_hidden:]
+                    sum_over(ctx.group, sums if share is None else [*value, *sums])
+                if share is not None and need_hidden:
+                    gradients[0] = share.add_rows(gradients[0], grad_hidden, hidden)
+                if value:
+                    store_value(ctx.value_out, *value)
+            if ctx.probe is not None and need_hidden:
+                if own is None:
+                    own = _own_rows(hidden, anchor, inputs, ctx.spec, coefficient * factor)
+                arriving = None if grad_hidden is None else _rows_of(grad_hidden, inputs)
+                ctx.probe.see(arriving, own)
+                if share is not None:
+                    sum_over(ctx.group, [ctx.probe.sums])
         upstream = [x for x in (grad_hidden, grad_value) if x is not None]
         once = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
         dh, *rest = (x if need else None for x, need in zip(once, needs, strict=True))
         return (dh, *[None] * constants, *rest)
+
+
+def _rows_of(x: Tensor, inputs: Inputs) -> Tensor:
+    """(N, C): the rows of (..., C) that the tap reads."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if inputs.select is None else rows[inputs.select]
+
+
+def _own_rows(
+    hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec, coefficient: Tensor
+) -> Tensor:
+    """(N, D): what the tap adds to the gradient of each visual token, alone."""
+    rows = _rows_of(hidden, inputs)
+    is_whole = anchor.shape[:-1] == hidden.shape[:-1]  # else a row for each visual token
+    targets = _rows_of(anchor, inputs) if is_whole else anchor
+    if is_mask(inputs.select):
+        coefficient = coefficient[inputs.select]
+    needs = [True, *[False] * len(inputs.parameters)]
+    alone = inputs._replace(select=None, slots=len(rows))
+    return call_gradients(rows, targets, alone, spec, coefficient, needs)[2]
 
 
 def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
-from prereg_kernels.train.engines import check_launcher, prepare, save_whole
+from prereg_kernels.train.engines import check_launcher, device_of_cpus, prepare, save_whole
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.models import (
     load_model,
@@ -36,10 +36,11 @@ from prereg_kernels.train.models import (
     visual_ids,
     with_adapter,
 )
-from prereg_kernels.train.order import GroupedSampler, Mixture
+from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
 from prereg_kernels.train.records import BAD_SAMPLES, METRICS, BadSamples, Metrics
-from prereg_kernels.train.source import Source
+from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
+from prereg_kernels.train.streaming import StreamBatches, StreamLoader
 from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
 from prereg_kernels.trainers import with_pre
 
@@ -69,8 +70,7 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     """
     check_launcher()
     out, is_cpu = Path(config.out), bool(config.trainer.get("use_cpu"))
-    state = PartialState(cpu=is_cpu)
-    with _held(out, state):
+    with device_of_cpus(is_cpu), _held(out, state := PartialState(cpu=is_cpu)):
         if state.is_main_process:
             _prepare(config, out, fresh)
         state.wait_for_everyone()
@@ -92,7 +92,7 @@ def _train_stage(
     path: str | Path,
     folder: Path,
     result: Path,
-    sources: list[Source],
+    sources: list[Any],
 ) -> None:
     arguments = training_arguments(config, stage, folder)
     set_seed(arguments.seed)
@@ -112,31 +112,39 @@ def _train_stage(
         set_trainable(model, stage.trainable)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     step = int(last.rsplit("-", 1)[1]) if last else 0
-    mixture = Mixture(sources)
-    order = GroupedSampler(
-        mixture,
-        [data.weight for data in config.data_of(stage)],
-        samples_of_step(arguments),
-        arguments.seed,
-    )
-    if is_first:
+    weights = [data.weight for data in config.data_of(stage)]
+    stream: StreamLoader | None = None
+    order: GroupedSampler | None = None
+    mixture: Mixture | None = None
+    if config.is_streaming(stage):
+        names = [data.path for data in config.data_of(stage)]
+        stream = _stream(arguments, sources, names, weights, collator)
+        if last is not None:
+            stream.load(Path(last))
+    else:
+        mixture = Mixture(sources)
+        order = GroupedSampler(mixture, weights, samples_of_step(arguments), arguments.seed)
+    if is_first and order is not None:
         for kind, count in order.repeated().items():
             warnings.warn(
                 f"data: stage {stage.name} has {count} samples {kind}, fewer than a step takes; "
                 f"an epoch repeats them up to {order.unit}",
                 stacklevel=2,
             )
+    bad_samples = BadSamples(Path(config.out), config.max_bad, stage.name)
+    bad_samples.go_on(step, last, is_writing=is_first)
     pre = config.pre_of(stage)
     trainer_class: Any = RecipeTrainer if pre is None else with_pre(RecipeTrainer, **pre)
     trainer = trainer_class(
         model,
         arguments,
         data_collator=collator,
-        train_dataset=mixture,
+        train_dataset=mixture if stream is None else stream.dataset,
         processing_class=processor,
         order=order,
+        stream=stream,
         metrics=Metrics(Path(config.out), stage.name, step) if is_first else None,
-        bad_samples=BadSamples(Path(config.out), config.max_bad),
+        bad_samples=bad_samples,
     )
     if is_first and "tensorboard" in report_to:
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
@@ -154,6 +162,36 @@ def _train_stage(
         done = {"step": trainer.state.global_step, "files": names}
         write_whole(folder / DONE, json.dumps(done) + "\n")
     trainer.accelerator.wait_for_everyone()
+
+
+def _stream(
+    arguments: TrainingArguments,
+    streams: Sequence[Stream],
+    names: Sequence[str],
+    weights: Sequence[float],
+    collator: Collator,
+) -> StreamLoader:
+    # What is skipped of a stream is behind the place that its checkpoint names
+    arguments.ignore_data_skip = True
+    collator.hides_image = arguments.world_size > 1
+    batches = StreamBatches(
+        streams,
+        names,
+        weights,
+        seed=arguments.seed,
+        rank=arguments.process_index,
+        ranks=arguments.world_size,
+        group=partial(grouped, size=arguments.train_batch_size),
+        collate=collator,
+    )
+    return StreamLoader(
+        batches,
+        arguments.max_steps * arguments.gradient_accumulation_steps,
+        arguments.dataloader_num_workers,
+        pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
+        prefetch_factor=arguments.dataloader_prefetch_factor,
+        multiprocessing_context=arguments.dataloader_multiprocessing_context,
+    )
 
 
 def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) -> TrainingArguments:

@@ -24,6 +24,7 @@ from prereg_kernels.train.global_batch import BATCH, describe_batch
 from prereg_kernels.train.lost_ranks import ended_without_progress
 from prereg_kernels.train.order import GroupedSampler
 from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
+from prereg_kernels.train.streaming import StreamLoader
 from prereg_kernels.trainers.checkpoints import load_weights
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class RecipeTrainer(Trainer):
     before it stays until then.
 
     Args:
-        order: the samples' numbers, epoch by epoch.
+        order: the samples' numbers, epoch by epoch; None: of a stream.
+        stream: its batches; None: of data that have an order.
         metrics: where the figures go; None on ranks that write none.
         bad_samples: counts what could not be used.
     """
@@ -48,12 +50,14 @@ class RecipeTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        order: GroupedSampler,
+        order: GroupedSampler | None,
+        stream: StreamLoader | None = None,
         metrics: Metrics | None,
         bad_samples: BadSamples,
         **kwargs: Any,
     ) -> None:
-        self._order, self._metrics, self._bad_samples = order, metrics, bad_samples
+        self._order, self._stream = order, stream
+        self._metrics, self._bad_samples = metrics, bad_samples
         self._seen, self._bad = 0, list[tuple[str, str]]()
         self.is_writing = False
         super().__init__(*args, **kwargs)
@@ -61,8 +65,14 @@ class RecipeTrainer(Trainer):
         self.add_callback(_CountBad(self))
         self.add_callback(self.stop)
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> GroupedSampler:
+    def _get_train_sampler(
+        self, train_dataset: Dataset[Any] | None = None
+    ) -> GroupedSampler | None:
         return self._order
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's; a stream's own."""
+        return super().get_train_dataloader() if self._stream is None else self._stream
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -95,7 +105,7 @@ class RecipeTrainer(Trainer):
         ).tolist()
         bad = gather_object(self._bad)
         self._seen, self._bad = 0, []
-        self._bad_samples.add(seen, bad, is_writing=self.args.should_save)
+        self._bad_samples.add(self.state.global_step, seen, bad, is_writing=self.args.should_save)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, into metrics.jsonl too."""
@@ -122,6 +132,7 @@ class RecipeTrainer(Trainer):
         return os.path.join(folder, WRITING) if self.is_writing else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.judge_bad_samples()  # so that what is saved counts all that the steps have seen
         folder = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -132,8 +143,11 @@ class RecipeTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.is_writing = False
+        if self._stream is not None:
+            self._stream.save(folder / WRITING / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._bad_samples.save(folder / WRITING / name)
             batch = json.dumps(describe_batch(self))
             (folder / WRITING / name / BATCH).write_text(batch + "\n")
             flush(folder / WRITING / name)

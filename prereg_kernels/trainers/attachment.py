@@ -22,7 +22,10 @@ class AttachSettings(Settings, total=False):
     from_pretrained: str | Path | None
 
 
-_NUMBERS = ("weight", "token_fraction", "head_learning_rate", "head_weight_decay")
+_NUMBERS = (
+    "weight", "weight_warmup_steps", "gradient_ratio", "token_fraction", "head_learning_rate",
+    "head_weight_decay",
+)  # fmt: skip
 _NOT_WRITTEN = ("config", "family")  # objects of Python
 
 

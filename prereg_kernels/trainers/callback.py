@@ -6,22 +6,19 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+from typing_extensions import Unpack
 
 from prereg_kernels.attach.handle import PRe, get_pre, state_of
 from prereg_kernels.attach.parameter_groups import has_own
 from prereg_kernels.attach.storage import PRE_DIR
-from prereg_kernels.trainers.attachment import attach, check_settings, thaw
+from prereg_kernels.trainers.attachment import AttachSettings, attach, check_settings, thaw
 from prereg_kernels.trainers.optimizers import check_optimizer, set_heads_apart
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from prereg_kernels.trainers.attachment import AttachSettings
+from prereg_kernels.trainers.weights import begin_step, is_scheduled
 
 logger = logging.get_logger(__name__)
 STATE = "trainer_state.json"  # of a checkpoint
@@ -35,9 +32,9 @@ class PReCallback(TrainerCallback):
     - L_PRe. As with a plain Trainer, each micro-batch's mean is weighted by its share of the
       labels. That is exact where it is also its share of the visual tokens; it is logged, once.
     - Losses that are computed outside of the model, as TRL's are, need `gradient="tap"`.
-    - Logs. "pre_loss" and "lm_loss" are those of the last micro-batch. They are in `log_history`
-      and reach the callbacks after this one. Trainer's own reports, such as to TensorBoard, come
-      before it.
+    - Logs. "pre_loss", "lm_loss" and, where `watch_steps` has watched the step, the norms of both
+      gradients are those of the last micro-batch. They are in `log_history` and reach the callbacks
+      after this one. Trainer's own reports, such as to TensorBoard, come before it.
     - Resuming. The heads come back from `pre/` in the checkpoint, which has to be in the output
       directory, or in `TrainingArguments(resume_from_checkpoint=...)`; else it is an error. Of most
       multimodal models Trainer (5.17) restores no weight, and says so in a warning.
@@ -102,6 +99,11 @@ class PReCallback(TrainerCallback):
             return
         if not _is_partitioned(args):
             check_optimizer(optimizer, model)
+        if pre.config.gradient_ratio is not None:
+            raise ValueError(
+                "gradient_ratio: PReCallback does not see the gradients of all of a step; use "
+                f"with_pre(TrainerClass); expected None, got {pre.config.gradient_ratio}"
+            )
         if has_own(pre.config):
             set_heads_apart(optimizer, state_of(pre), is_given=True)
         if args.gradient_accumulation_steps > 1 or args.world_size > 1:
@@ -113,6 +115,14 @@ class PReCallback(TrainerCallback):
         if state.global_step and not _is_partitioned(args):
             pre.load(_checkpoint_of(args, state) / PRE_DIR)
 
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Set the weight, and whether the step is watched."""
+        if self.is_alone:
+            assert self.pre is not None
+            begin_step(self.pre, state)
+
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
@@ -122,7 +132,9 @@ class PReCallback(TrainerCallback):
             return
         assert self.pre is not None
         metrics = self.pre.metrics().items()
-        figures = {n: x for n, x in metrics if n == "lm_loss" or n.startswith("pre_loss")}
+        figures = {n: x for n, x in metrics if n not in ("visual_tokens", "images")}
+        if is_scheduled(self.pre.config):
+            figures["pre_weight"] = float(self.pre.weight)
         written = state.log_history[-1]  # before the callbacks run
         if written == {**logs, "step": state.global_step}:
             written.update(figures)

@@ -17,6 +17,7 @@ from prereg_kernels.attach.handle import PRe, find_pre, state_of
 from prereg_kernels.attach.saving import heads_of
 from prereg_kernels.attach.state import HEADS
 from prereg_kernels.attach.storage import PRE_DIR
+from prereg_kernels.trainers.weights import LossWeight
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -34,6 +35,7 @@ class Checkpoints(_Base):
     """
 
     _read_from: str | None = None  # the checkpoint that is being read
+    _loss_weight: LossWeight
 
     @property
     def pre(self) -> PRe:
@@ -55,6 +57,10 @@ class Checkpoints(_Base):
         is_sharded = any(map(distributed.is_sharded, state_of(self.pre).parameters().values()))
         if not written and heads != {} and (self.args.should_save or is_sharded):
             self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR, heads)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._loss_weight.write(self.state)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

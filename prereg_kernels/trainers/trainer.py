@@ -33,6 +33,7 @@ from prereg_kernels.trainers.callback import PReCallback
 from prereg_kernels.trainers.checkpoints import Checkpoints
 from prereg_kernels.trainers.optimizers import HeadNorm, Optimizers, check_optimizer
 from prereg_kernels.trainers.parallelism import Parallelism
+from prereg_kernels.trainers.weights import LossWeight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,7 +61,11 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
       since the last log, all ranks, and, for the latter, averaged over these; several
       layers have "pre_loss/layer_16" each, too. By default "loss" is "lm_loss"; with
       `value_in_forward` it holds the weighted term. "pre_grad_norm" is the heads' part of
-      "grad_norm", before clipping, too. With `value_in_eval` the metrics of `evaluate`
+      "grad_norm", before clipping, too. With `watch_steps` there are the gradients at the layers'
+      states, as `PRe.metrics` names them, of the step's whole objective and over all ranks, and
+      "pre_seconds", the time of PRe's part of that step's backward passes. "pre_weight" is there
+      where it changes: by `weight_schedule`, `weight_warmup_steps` and `gradient_ratio`.
+      With `value_in_eval` the metrics of `evaluate`
       and `predict` have "eval_pre_loss" and so on, over all visual tokens (or images) evaluated.
     - The heads have `head_learning_rate` and `head_weight_decay`, where the settings give them, in
       the optimizer that the trainer makes; one that is given has to have them.
@@ -109,7 +114,9 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         self._evaluated: Tensor | None = None
         self._is_optimizer_checked = False
         self._head_norm = HeadNorm(self)
+        self._loss_weight = LossWeight(self)
         self.add_callback(self._head_norm)
+        self.add_callback(self._loss_weight)
 
     def _find_model(self) -> None:
         """The trainer below has made, loaded or wrapped it: see that it has PRe."""
@@ -131,6 +138,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
             return super().train(*args, **kwargs)
         finally:
             self.pre.denominator = None  # of a step of this run; of no use to what comes after
+            self._loss_weight.end()
             self._counts = []
 
     # The step: its denominator, its loss, its figures.
@@ -240,6 +248,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         lm_loss, records = self._lm_loss, self._records
         if lm_loss is None or not all(record.is_complete() for record in records):
             raise RuntimeError("PRe: the backward pass has not reached the term")
+        self._loss_weight.add(records)
         totals = torch.stack([_totals(record) for record in records]).sum(dim=0)
         items = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
         share = 1 / self._micro_batches
@@ -273,7 +282,9 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
                     f"passes saw {totals[0]:.0f}, got 0; override it, or let it return None"
                 )
             logs["lm_loss"] = lm_loss / steps if steps else math.nan
-            logs |= self._figures_of(totals)
+            logs |= self._loss_weight.take()
+            if totals[0] or self.pre.weight != 0:
+                logs |= self._figures_of(totals)
             if not math.isnan(norm):
                 logs["pre_grad_norm"] = norm
             self._window = None

@@ -21,6 +21,8 @@ PUBLIC = (
     "loss add_to_loss "
     # a GradScaler's loop, a loss of several passes and a log have no other way
     "loss_scale collecting config family parameter_groups "
+    # a loop that has a schedule for the weight, and looks at the gradients now and then
+    "weight watches_gradients "
     # process groups, which no model knows of
     "sequence_parallel tensor_parallel_group"
 )

@@ -58,6 +58,31 @@ def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
     close(one / "pre/pre_heads.safetensors", two / "pre/pre_heads.safetensors")
 
 
+def test_two_ranks_read_a_stream(place: Path, tmp_path: Path) -> None:
+    """Of uneven shards, one of them of text alone: none waits for the other, and all rows come."""
+    records = json.loads((place / "data.json").read_text())
+    text = [record for record in records if not record["image"]]
+    (tmp_path / "shards").mkdir()
+    for name, several in (("a", text), ("b", [r for r in records if r["image"]])):
+        lines = "\n".join(map(json.dumps, several))
+        (tmp_path / "shards" / f"{name}.jsonl").write_text(lines + "\n{bad\n")
+    out = tmp_path / "out"
+    path = write(tmp_path / "c.yaml", settings(
+        place, out, data__0__path=str(tmp_path / "shards"), data__0__streaming=True,
+        stages__1__max_steps=8, trainer__per_device_train_batch_size=2, max_bad=20,
+    ))  # fmt: skip
+    done = start(*torchrun(2), "train", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(metrics(out, "tune")) == 8
+    lines = (out / "bad_samples.jsonl").read_text().splitlines()
+    names = {Path(json.loads(line)["where"]).name for line in lines}
+    assert names == {"a.jsonl:7", "b.jsonl:19"}
+    for stage in ("align", "tune"):
+        for rank in range(2):
+            [*_, last] = sorted((out / "stages" / stage).glob("checkpoint-*"))
+            assert json.loads((last / f"stream_{rank}.json").read_text())["ranks"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
