@@ -27,7 +27,7 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
-from prereg_kernels.train.engines import prepare, save_whole
+from prereg_kernels.train.engines import check_launcher, device_of_cpus, prepare, save_whole
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.models import (
     load_model,
@@ -75,9 +75,9 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         OSError: a file cannot be read or written.
         Stopped: it was asked to by SIGTERM.
     """
+    check_launcher()
     out, is_cpu = Path(config.out), bool(config.trainer.get("use_cpu"))
-    state = PartialState(cpu=is_cpu)
-    with _held(out, state):
+    with device_of_cpus(is_cpu), _held(out, state := PartialState(cpu=is_cpu)):
         if state.is_main_process:
             _prepare(config, out, fresh)
         state.wait_for_everyone()

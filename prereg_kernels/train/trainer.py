@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.train.collator import SEEN
 from prereg_kernels.train.global_batch import BATCH, describe_batch
+from prereg_kernels.train.lost_ranks import ended_without_progress
 from prereg_kernels.train.order import GroupedSampler
 from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
 from prereg_kernels.train.streaming import StreamLoader
@@ -57,7 +59,7 @@ class RecipeTrainer(Trainer):
         self._order, self._stream = order, stream
         self._metrics, self._bad_samples = metrics, bad_samples
         self._seen, self._bad = 0, list[tuple[str, str]]()
-        self._is_writing = False
+        self.is_writing = False
         super().__init__(*args, **kwargs)
         self.stop = StopOnSignal(self)
         self.add_callback(_CountBad(self))
@@ -134,7 +136,7 @@ class RecipeTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, WRITING) if self._is_writing else folder
+        return os.path.join(folder, WRITING) if self.is_writing else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.judge_bad_samples()  # so that what is saved counts all that the steps have seen
@@ -143,11 +145,11 @@ class RecipeTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder / WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._is_writing = True
+        self.is_writing = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._is_writing = False
+            self.is_writing = False
         if self._stream is not None:
             self._stream.save(folder / WRITING / name)
         self.accelerator.wait_for_everyone()
@@ -194,6 +196,14 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self._trainer, self._is_asked, self.is_stopped = trainer, False, False
+        self._micro_batch = 0.0  # when the last one was done
+
+    def _last_progress(self) -> float:
+        return time.monotonic() if self._trainer.is_writing else self._micro_batch
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        """A micro-batch is done."""
+        self._micro_batch = time.monotonic()
 
     def _ask(self, *_: Any) -> None:
         self._is_asked = True
@@ -203,7 +213,8 @@ class StopOnSignal(TrainerCallback):
         """Meanwhile SIGTERM asks, and ends nothing."""
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
-            yield
+            with ended_without_progress(self._last_progress):
+                yield
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -211,6 +222,7 @@ class StopOnSignal(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """At each log the ranks wait for each other anyway."""
+        self._micro_batch = time.monotonic()
         if state.global_step % max(1, int(state.logging_steps)):
             return
         asked = torch.tensor([float(self._is_asked)], device=args.device)
