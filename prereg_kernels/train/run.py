@@ -26,25 +26,39 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
+from prereg_kernels.train.facts import CountingCollator
+from prereg_kernels.train.held_out import CheckupCallback, HeldOut
 from prereg_kernels.train.models import (
     load_model,
     load_processor,
+    plain,
     set_trainable,
     visual_ids,
     with_adapter,
 )
 from prereg_kernels.train.order import GroupedSampler, Mixture
-from prereg_kernels.train.records import BAD_SAMPLES, METRICS, BadSamples, Metrics
+from prereg_kernels.train.records import (
+    BAD_SAMPLES,
+    METRICS,
+    NON_FINITE_STEPS,
+    BadSamples,
+    Metrics,
+)
 from prereg_kernels.train.source import Source
 from prereg_kernels.train.sources import open_source
 from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
+from prereg_kernels.train.wandb_runs import check_wandb, finish_wandb
 from prereg_kernels.trainers import with_pre
 
+WATCH_STEPS = 50
+"""`watch_steps` where PRe's settings do not say."""
 STAGES = "stages"
 DONE = "done.json"
 SETTINGS = "config.yaml"
 ENVIRONMENT = "environment.json"
-_RECORDS = (SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, f"{STAGES}/", "tensorboard/")
+_RECORDS = (
+    SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/", "tensorboard/",
+)  # fmt: skip
 # Of the model: what somebody else's folder would have as well
 _NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")
 
@@ -122,22 +136,32 @@ def _train_stage(
                 stacklevel=2,
             )
     pre = config.pre_of(stage)
-    trainer_class: Any = RecipeTrainer if pre is None else with_pre(RecipeTrainer, **pre)
+    trainer_class: Any = RecipeTrainer
+    if pre is not None:
+        watched = {} if pre.get("level") == "global" else {"watch_steps": WATCH_STEPS}
+        trainer_class = with_pre(RecipeTrainer, **{**watched, **pre})
+    records = Path(config.out)
     trainer = trainer_class(
         model,
         arguments,
-        data_collator=collator,
+        data_collator=CountingCollator(collator, visual_ids(plain(model))),
         train_dataset=mixture,
         processing_class=processor,
         order=order,
-        metrics=Metrics(Path(config.out), stage.name, step) if is_first else None,
-        bad_samples=BadSamples(Path(config.out), config.max_bad),
+        metrics=Metrics(records, stage.name, step) if is_first else None,
+        bad_samples=BadSamples(records, config.max_bad),
+        non_finite=config.non_finite,
+        non_finite_steps=Metrics(records, stage.name, step, NON_FINITE_STEPS) if is_first else None,
     )
+    if config.checkup is not None:
+        held_out = HeldOut(config.checkup, plain(trainer.model), processor)
+        trainer.add_callback(CheckupCallback(trainer, held_out, config.checkup.steps))
     if is_first and "tensorboard" in report_to:
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
         trainer.add_callback(TensorBoardCallback(board))
     with trainer.stop.listening():
         trainer.train(resume_from_checkpoint=last)
+    finish_wandb(report_to)
     if trainer.stop.is_stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {stage.name}")
     names = _save(trainer, folder, result)
@@ -156,17 +180,22 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
     given = {**config.trainer, **stage.trainer}
     defaults = {
         "report_to": "tensorboard",
+        "run_name": f"{Path(config.out).name}-{stage.name}",
         "logging_steps": 10,
+        # It hides them, and waits for the device in each micro-batch to do so: see non_finite
+        "logging_nan_inf_filter": False,
         "save_total_limit": 2,
         # Batches of text alone leave the vision encoder and the projector out
         "ddp_find_unused_parameters": not given.get("gradient_checkpointing", False),
     }
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder), remove_unused_columns=False, **{**defaults, **given}
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
+    check_wandb(arguments.report_to, Path(config.out))
+    return arguments
 
 
 def _save(trainer: Any, folder: Path, result: Path) -> list[str]:
