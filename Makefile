@@ -23,7 +23,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -39,13 +39,17 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
 	$(BIN)/prereg demo
 
+# A LLaVA from a CLIP and a Llama, then a Qwen2.5-VL. Held out are other photographs.
 EXAMPLE := runs/photographs
-train-example: $(READY)  ## assemble, train and evaluate a tiny LLaVA on photographs (4 minutes)
+ASK = $(BIN)/prereg evaluate $(1) --data $(EXAMPLE)/held_out.json --images $(EXAMPLE)/images
+train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on photographs (4 minutes)
 	rm -rf $(EXAMPLE)
 	$(BIN)/python examples/photographs.py $(EXAMPLE)
 	$(BIN)/prereg assemble --vision $(EXAMPLE)/clip --llm $(EXAMPLE)/llama --out $(EXAMPLE)/llava
 	$(BIN)/prereg train examples/photographs.yaml
-	$(BIN)/prereg evaluate $(EXAMPLE)/pre --data $(EXAMPLE)/held_out.json --images $(EXAMPLE)/images
+	$(call ASK,$(EXAMPLE)/pre)
+	$(BIN)/prereg train examples/photographs.yaml --model $(EXAMPLE)/qwen --out $(EXAMPLE)/qwen_pre
+	$(call ASK,$(EXAMPLE)/qwen_pre)
 	$(BIN)/python examples/read_back.py $(EXAMPLE)
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
@@ -119,6 +123,14 @@ test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (10 mi
 
 test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
 	$(BIN)/python -m pytest -m packages tests/packages/test_liger.py
+
+test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ranks
+	DS_ACCELERATOR=cpu PYTHONPATH=$(PACKAGES)/deepspeed:. $(BIN)/python -m pytest -m packages \
+	    tests/train/test_deepspeed.py tests/trainers/test_deepspeed.py \
+	    tests/trainers/test_accelerate_configs.py
+
+test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks
+	$(BIN)/python -m pytest -m ranks tests/train
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)

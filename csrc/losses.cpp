@@ -140,9 +140,15 @@ PREREG_ROW C row_loss(
   }
   const C slope = loss == Loss::cosine ? C(1) : loss == Loss::mse ? 2 * mean_of : mean_of;
   const Lanes<C> factor(coefficient * slope * of.z.inverse), shift(a), shrink(b);
+  const bool is_projected = loss == Loss::cosine || spec.normalize != Normalize::none;
   for_lanes<C>(columns, [&](int64_t i, auto part) {
     const Lanes<C> p = of.z.apply(z + i, part), q = of.t.apply(t + i, part);
-    const Lanes<C> d = ((derivative<loss>(p, q) - shift) - p * shrink) * factor;
+    Lanes<C> d = derivative<loss>(p, q);
+    if (is_projected) {  // else p * 0 would be NaN where p is not finite
+      d.a = (d.a - shift.a) - p.a * shrink.a;
+      d.b = (d.b - shift.b) - p.b * shrink.b;
+    }
+    d = d * factor;
     store<C>(dz + i, d, part);
     if (sums != nullptr) {
       store<C>(sums + i, load<C>(sums + i, part) + d, part);

@@ -1,15 +1,16 @@
-"""What `make train-example` trains on: a tiny CLIP, a tiny Llama, and questions about photographs.
+"""What `make train-example` trains on: a tiny CLIP, Llama and Qwen2.5-VL, and photographs.
 
 The first argument is the folder to write. The photographs are those that scikit-image, scikit-learn
-and matplotlib install. Training and held-out crops are of different photographs. In place of all
-this, take models of the hub and your own images, in the same files.
+and matplotlib install. Training and held-out crops are of different photographs. The questions are
+about their brightness. In place of all this, take models of the hub and your own images, in the
+same files.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +28,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
 )
 
 SIDE, SEEN = 96, 32  # of a crop, and of what the vision encoder gets of it, in pixels
@@ -109,32 +113,85 @@ def write_clip(folder: Path) -> None:
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
 
 
-def write_llama(folder: Path, text: str) -> None:
-    """A decoder with random weights, and a byte-level BPE tokenizer of the text."""
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+def make_tokenizer(text: str, special: Sequence[str], **roles: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the text. `roles` say what special tokens are for."""
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=512, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([text], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="<pad>",
-    ).save_pretrained(folder)  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+def write_llama(folder: Path, text: str) -> None:
+    """A decoder with random weights, and its tokenizer."""
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    roles = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), special, strict=True))
+    tokenizer = make_tokenizer(text, special, **roles)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512,
+        vocab_size=len(tokenizer), max_position_embeddings=512,
         initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+QWEN_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+QWEN_CHAT = (  # Qwen2.5-VL's, but for videos
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_qwen(folder: Path, text: str) -> None:
+    """A whole model with random weights, its tokenizer and its image processor, as on the hub."""
+    tokenizer = make_tokenizer(
+        text, QWEN_SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = QWEN_CHAT
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessor(
+        patch_size=4, merge_size=2, min_pixels=SEEN**2, max_pixels=SEEN**2
+    ).save_pretrained(folder)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL}
+    torch.manual_seed(2)
+    vision = {
+        "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 4,
+        "out_hidden_size": 96, "fullatt_block_indexes": [2], "window_size": 16,
+    }  # fmt: skip
+    decoder = {
+        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
+        "initializer_range": 0.1, "max_position_embeddings": 512,
+        "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        "bos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4]},
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        vision_config=vision, text_config=decoder, image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     write_data(place)
     write_clip(place / "clip")
-    write_llama(place / "llama", (place / "train.json").read_text())
+    questions_and_answers = (place / "train.json").read_text()
+    write_llama(place / "llama", questions_and_answers)
+    write_qwen(place / "qwen", questions_and_answers)

@@ -6,19 +6,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
 from prereg_kernels.ops.dtypes import DTYPES
 from prereg_kernels.ops.losses import Loss, LossName
 from prereg_kernels.ops.names import NormalizationName
 from prereg_kernels.ops.spec import check_name, check_spec
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Anchor = Callable[[Mapping[str, Any]], Tensor]
 AnchorName = Literal["pre_llm", "pre_projector"]

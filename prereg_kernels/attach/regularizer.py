@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from prereg_kernels._util import fsdp
 from prereg_kernels._util.supported import check_transformers, is_before
@@ -19,9 +20,6 @@ from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.attach.saving import fill, save_pretrained
 from prereg_kernels.attach.state import State
 from prereg_kernels.attach.storage import load_heads
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def apply_pre(

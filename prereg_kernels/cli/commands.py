@@ -284,10 +284,15 @@ def _add_train(commands: Any) -> None:
         "evaluate",
         help="how many questions of held-out data a model answers",
         description="Ask a model the last question of each sample of held-out data. Writes "
-        "evaluation.json and predictions.jsonl.",
+        "evaluation.json and predictions.jsonl. Or, with --tasks, lmms-eval's questions; writes "
+        "tasks.json.",
     )
     evaluate.add_argument("model", type=Path, help="a model directory, such as a run's")
-    evaluate.add_argument("--data", required=True, help="a file, a folder or a hub's data set")
+    source = evaluate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="a file, a folder or a hub's data set")
+    source.add_argument("--tasks", help="of lmms-eval, which is installed: gqa,mmvp")
+    evaluate.add_argument("--task-files", type=Path, help="a folder of lmms-eval's task files")
+    evaluate.add_argument("--limit", type=int, help="questions of each task; default: all")
     evaluate.add_argument("--format", default="llava", help="llava (the default), messages, ...")
     evaluate.add_argument("--images", help="the folder that image paths start from")
     evaluate.add_argument("--out", type=_named, help="where it writes; default: the model's")

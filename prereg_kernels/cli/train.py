@@ -9,6 +9,7 @@ import torch
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.train.assemble import assemble
+from prereg_kernels.train.benchmarks import evaluate_tasks
 from prereg_kernels.train.config import DataConfig, load_config
 from prereg_kernels.train.dry_run import describe_run
 from prereg_kernels.train.evaluate import evaluate
@@ -44,13 +45,28 @@ def run(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    out = arguments.out or arguments.model
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.tasks is not None:
+        results = evaluate_tasks(
+            arguments.model,
+            arguments.tasks.split(","),
+            out,
+            task_files=arguments.task_files,
+            limit=arguments.limit,
+            batch_size=arguments.batch,
+            device=device,
+        )
+        for task, figures in results.items():
+            print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in figures.items()))
+        return
     data = DataConfig(str(arguments.data), arguments.format, arguments.images)
     found = evaluate(
         arguments.model,
         data,
-        arguments.out or arguments.model,
+        out,
         batch_size=arguments.batch,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
     )
     print(
         f"{found.questions} questions: {found.exact_match:.1%} right "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -22,16 +23,28 @@ class ChunkBudget:
     multiple: int  # of the matmul's tile, so that only the last chunk has a ragged edge
 
 
-# 790 TFLOP/s of bf16 and 4.3 TB/s (an H200): 4,900 rows for 5%
-GPU = ChunkBudget(256 * 2**20, 4864, 128)
+MIB = 2**20
+
+
+def gpu_budget(total_memory: int) -> ChunkBudget:
+    """Of a GPU with so many bytes in all. What is free changes, and the plan would with it.
+
+    A hundredth of them, within bounds. The lower one is above LLaVA's 32 images: one chunk needs no
+    sums of weight gradients in float32. On small GPUs it is a 32nd of their memory.
+    """
+    scratch = min(max(total_memory // 100, 640 * MIB), 1024 * MIB, total_memory // 32)
+    # 790 TFLOP/s of bf16 and 4.3 TB/s (an H200): 4,900 rows for 5%
+    return ChunkBudget(scratch, 4864, 128)
+
+
 # 75 GFLOP/s of float32 a core and 10 GB/s: 200 rows for 5%; the matmul itself wants 512, and the
 # passes over a chunk want it in the last-level cache. Measured: docs/performance.md
-CPU = ChunkBudget(32 * 2**20, 512, 16)
+CPU = ChunkBudget(32 * MIB, 512, 16)
 # 1.5 TFLOP/s of bfloat16 on two cores with tile registers
-TILES = ChunkBudget(16 * 2**20, 2048, 16)
+TILES = ChunkBudget(16 * MIB, 2048, 16)
 # Where a product of low precision has no float32 result, one chunk is rounded once, as in eager
 # PyTorch, but the weight gradients of several have to be computed in float32
-NARROW = ChunkBudget(1024 * 2**20, 4864, 128)
+NARROW = ChunkBudget(1024 * MIB, 4864, 128)
 
 
 def chunk_budget(device: torch.device, dtype: torch.dtype, wide: bool) -> ChunkBudget:
@@ -43,8 +56,14 @@ def chunk_budget(device: torch.device, dtype: torch.dtype, wide: bool) -> ChunkB
     if dtype.itemsize == 2 and not wide:
         return NARROW
     if device.type != "cpu":
-        return GPU
+        return gpu_budget(_total_memory(device))
     return TILES if dtype.itemsize == 2 else CPU
+
+
+@cache
+def _total_memory(device: torch.device) -> int:
+    """Bytes, asked for once."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def choose_chunk_rows(

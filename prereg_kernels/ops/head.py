@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from prereg_kernels._util import distributed, fsdp
 from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.options import LossOptions, TapOptions
 from prereg_kernels.ops.tap import pre_tap
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class PReHead(nn.Module):

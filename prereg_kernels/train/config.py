@@ -35,7 +35,8 @@ class DataConfig:
             is read.
         split: of a data set of several.
         weight: how often an epoch has its samples: 2.0, twice each; 0.5, a half, drawn anew for
-            each epoch.
+            each epoch. Of streams: their shares of the samples.
+        streaming: read it as it comes, without an index; see `prereg_kernels.train.streaming`.
     """
 
     path: str
@@ -43,6 +44,7 @@ class DataConfig:
     images: str | None = None
     split: str = "train"
     weight: float = 1.0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -161,10 +163,24 @@ class TrainConfig:
             for number in stage.data or ():
                 last = len(self.data) - 1
                 require("stages.data", 0 <= number <= last, f"numbers from 0 to {last}", number)
+            streaming = {data.streaming for data in self.data_of(stage)}
+            require(
+                "data.streaming", len(streaming) == 1,
+                f"the same for all data of stage {stage.name}", sorted(streaming),
+            )  # fmt: skip
+            steps = {**self.trainer, **stage.trainer}.get("max_steps", -1)
+            require(
+                "max_steps", not self.is_streaming(stage) or (isinstance(steps, int) and steps > 0),
+                f"a number of steps for stage {stage.name}, as a stream has no length", steps,
+            )  # fmt: skip
 
     def data_of(self, stage: StageConfig) -> tuple[DataConfig, ...]:
         """The data sets of a stage."""
         return self.data if stage.data is None else tuple(self.data[i] for i in stage.data)
+
+    def is_streaming(self, stage: StageConfig) -> bool:
+        """Whether its data are streams: all of them are, or none."""
+        return self.data_of(stage)[0].streaming
 
     def pre_of(self, stage: StageConfig) -> Mapping[str, Any] | None:
         """PRe's settings in a stage; None: none."""
@@ -176,16 +192,40 @@ class TrainConfig:
 def load_config(path: str | Path, flags: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, with flags such as `--trainer.max_steps 10` over what it says.
 
+    Its `base`, where it has one, is the path of another from its own folder: what the file says is
+    over what that one says.
+
     Raises:
         ValueError: not YAML, an unknown key, a wrong type or a value out of range, named by its
             path; the message names the file.
         OSError: the file cannot be read.
     """
-    values = override(read_yaml(path) or {}, flags)
+    values = override(_read(Path(path), ()), flags)
     try:
         return _from_values(values)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from None
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> Any:
+    """A file over its base. `readers` are those whose base it is."""
+    values = read_yaml(path) or {}
+    if not (isinstance(values, Mapping) and "base" in values):
+        return values
+    base, own = values["base"], {name: x for name, x in values.items() if name != "base"}
+    chain = (*readers, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
+        raise ValueError(f"{printable(path)}: base: expected another file, got {shown(base)}")
+    return _over(_read(path.parent / base, chain), own)
+
+
+def _over(base: Any, own: Any) -> Any:
+    """Mappings key by key, and so the items of lists of as many; else `own`."""
+    if isinstance(base, Mapping) and isinstance(own, Mapping):
+        return {**base, **{name: _over(base.get(name), x) for name, x in own.items()}}
+    if isinstance(base, list) and isinstance(own, list) and len(base) == len(own):
+        return [_over(a, b) for a, b in zip(base, own, strict=True)]
+    return own
 
 
 def _from_values(values: Any) -> TrainConfig:

@@ -40,6 +40,9 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def _of_data(number: int, data: DataConfig, source: Source) -> Iterator[str]:
+    if data.streaming:
+        yield f"data {number}: {printable(data.path)}: a stream, of which nothing is read here"
+        return
     images, text = int(source.images.sum()), int((source.images == 0).sum())
     yield (
         f"data {number}: {printable(data.path)}: {len(source):,} samples, {images:,} images, "
@@ -69,12 +72,12 @@ def _of_stage(
     sizes: dict[str, int],
 ) -> str:
     arguments = training_arguments(config, stage, Path(config.out))
-    samples = sum(round(data.weight * len(sources[data])) for data in config.data_of(stage))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * ranks
-    steps = math.ceil(samples / batch * arguments.num_train_epochs)
-    if arguments.max_steps > 0:
-        steps = arguments.max_steps
+    steps = arguments.max_steps
+    if steps <= 0:
+        samples = sum(round(data.weight * len(sources[data])) for data in config.data_of(stage))
+        steps = math.ceil(samples / batch * arguments.num_train_epochs)
     pre = config.pre_of(stage)
     weights = "an adapter and " if config.lora is not None and "llm" in stage.trainable else ""
     trained = sum(sizes[part] for part in stage.trainable if not (weights and part == "llm"))

@@ -23,6 +23,8 @@ from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.sources import open_source
 
 EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+Chat = tuple[Sequence[Any], Sequence[Any]]
+"""(messages up to a question, their images)"""
 _LETTER = re.compile(r"\b([A-Z])\b")
 
 
@@ -67,14 +69,7 @@ def evaluate(
         ValueError: no model, processor or data.
         OSError: a file cannot be read or written.
     """
-    processor = load_processor(model)
-    try:
-        network: Any = AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto" if dtype is None else dtype
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: {' '.join(str(error).split())}") from None
-    network = network.to(device).eval()
+    respondent = Respondent(model, device, dtype)
     mixture = Mixture([open_source(data)])
     asked, bad = [], 0
     for kind in (mixture.images > 0, mixture.images == 0):  # a batch has images, or none
@@ -84,7 +79,10 @@ def evaluate(
             usable = [q for q in map(_question, samples) if q is not None]
             bad += len(samples) - len(usable)
             if usable:
-                answers = _ask(network, processor, usable, max_new_tokens)
+                answers = respondent.answer(
+                    [(question.messages, question.images) for question in usable],
+                    max_new_tokens=max_new_tokens,
+                )
                 asked += list(zip(usable, answers, strict=True))
     if not asked:
         raise ValueError(f"{data.path}: expected questions, got {bad} samples that cannot be used")
@@ -97,6 +95,59 @@ def evaluate(
     write_whole(out / PREDICTIONS, "\n".join(lines) + "\n")
     write_whole(out / EVALUATION, json.dumps(asdict(result), indent=1) + "\n")
     return result
+
+
+class Respondent:
+    """A model that answers, by its own processor and chat template.
+
+    Args:
+        model: a directory, or a name on the hub.
+        dtype: None: as it is stored.
+
+    Raises:
+        ValueError: no model, or no processor.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._processor = load_processor(model)
+        try:
+            network: Any = AutoModelForImageTextToText.from_pretrained(
+                model, dtype="auto" if dtype is None else dtype
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model: {' '.join(str(error).split())}") from None
+        self._network = network.to(device).eval()
+
+    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[str]:
+        """An answer to each chat, greedily: all of them have images, or none has.
+
+        Args:
+            generation: further arguments of `generate`.
+        """
+        processor = self._processor
+        texts = [
+            processor.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True)
+            for messages, _ in chats
+        ]
+        images = [list(pictures) for _, pictures in chats]
+        batch = processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=adds_special(processor, texts[0]),
+        ).to(self._network.device, self._network.dtype)
+        with torch.inference_mode():
+            written = self._network.generate(**batch, **{"do_sample": False, **generation})
+        new = written[:, batch["input_ids"].shape[1] :]
+        decoded: list[str] = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
 
 
 @dataclass(frozen=True)
@@ -122,29 +173,6 @@ def _question(sample: Any) -> _Question | None:
         return None
     shown = sum(part["type"] == "image" for m in before for part in m["content"])
     return _Question(sample, before, images[:shown], reference)
-
-
-def _ask(
-    network: Any, processor: Any, questions: Sequence[_Question], max_new_tokens: int
-) -> list[str]:
-    texts = [
-        processor.apply_chat_template([dict(m) for m in q.messages], add_generation_prompt=True)
-        for q in questions
-    ]
-    images = [list(q.images) for q in questions]
-    batch = processor(
-        text=texts,
-        images=images if any(images) else None,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        add_special_tokens=adds_special(processor, texts[0]),
-    ).to(network.device, network.dtype)
-    with torch.inference_mode():
-        written = network.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    new = written[:, batch["input_ids"].shape[1] :]
-    decoded: list[str] = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in decoded]
 
 
 def _plain(text: str) -> str:

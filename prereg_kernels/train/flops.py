@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prereg_kernels.train.config import PARTS
-from prereg_kernels.train.models import parts_of, plain
+from prereg_kernels.train.models import parts_of, without_adapter
 
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
@@ -43,7 +43,7 @@ class StepFlops:
 
     def __init__(self, model: Any) -> None:
         self._per_token: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-        model = plain(model)
+        model = without_adapter(model)
         self._patch = _patch(model)
         config = model.config.get_text_config()
         counts = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -23,13 +23,13 @@ PROJECTORS = (
 
 
 def load_processor(path: str | Path) -> Any:
-    """The model's own processor.
+    """The model's own processor. Where torchvision is missing, one that takes videos takes none.
 
     Raises:
         ValueError: there is none, or it cannot be made here.
     """
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = _load_processor(path)
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(f"model: no processor: {' '.join(str(error).split())}") from None
     if not hasattr(processor, "tokenizer"):
@@ -38,6 +38,17 @@ def load_processor(path: str | Path) -> Any:
             f"{type(processor).__name__}"
         )
     return processor
+
+
+def _load_processor(path: str | Path) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+    from prereg_kernels.train.videoless import load_without_videos
+
+    return load_without_videos(path)
 
 
 def load_model(config: TrainConfig, path: str | Path, *, has_adapter: bool) -> nn.Module:
@@ -173,7 +184,7 @@ def visual_ids(model: nn.Module) -> frozenset[int]:
     return frozenset(find_family(model).visual_token_ids(model))
 
 
-def plain(model: Any) -> Any:
+def without_adapter(model: Any) -> Any:
     """The model itself, where this is PEFT's around it."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 

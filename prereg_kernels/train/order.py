@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch.utils.data import Dataset, Sampler
 from prereg_kernels.train.collator import Failed
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.source import Source
+from prereg_kernels.train.waiting import within
 
 UNITS = 50
-"""Batches whose samples are sorted by length together, as LLaVA does: a longer list is more even,
+"""Steps whose samples are sorted by length together, as LLaVA does: a longer list is more even,
 and less random."""
 
 
@@ -39,9 +41,9 @@ class Mixture(Dataset[Any]):
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         source, inside = self.sources[which], int(number - self._starts[which])
         try:
-            return source[inside]
-        except BadSampleError as error:
-            return Failed(source.where(inside), str(error))
+            return within(partial(source.__getitem__, inside))
+        except (BadSampleError, TimeoutError) as error:
+            return Failed(source.where(inside), str(error), bool(self.images[number]))
 
     def spans(self) -> list[tuple[int, int]]:
         """The first number of each source, and the one behind its last."""
@@ -49,7 +51,7 @@ class Mixture(Dataset[Any]):
 
 
 class GroupedSampler(Sampler[int]):
-    """The order of an epoch, by units of one batch on each rank.
+    """The order of an epoch, by units of what a step takes.
 
     All samples of a unit have images, or none has: the parts of the model that train are then the
     same on all ranks. They are of similar length. The last unit of either kind is filled with the
@@ -58,7 +60,8 @@ class GroupedSampler(Sampler[int]):
     Args:
         mixture: the samples.
         weights: of its sources: how often an epoch has them.
-        unit: samples of a micro-batch on all ranks together.
+        unit: samples of a step, on all ranks and in all micro-batches: so the order does not depend
+            on how these share them.
         seed: of the order.
 
     Attributes:
@@ -114,3 +117,17 @@ class GroupedSampler(Sampler[int]):
             several = numbers[start : start + self.unit * UNITS]
             by_length = several[np.argsort(self._mixture.lengths[several], kind="stable")]
             yield from by_length.reshape(-1, self.unit)
+
+
+def grouped(
+    lengths: NDArray[np.int64], images: NDArray[np.int64], random: np.random.Generator, size: int
+) -> list[list[int]]:
+    """The numbers of each batch, of `size` at most: with images in all of its samples, or in none,
+    of similar length, and, of a kind, as even as they can be."""
+    drawn = random.permutation(len(lengths))
+    batches = []
+    for kind in (drawn[images[drawn] > 0], drawn[images[drawn] == 0]):
+        if len(kind):
+            by_length = kind[np.argsort(lengths[kind], kind="stable")]
+            batches += np.array_split(by_length, -(-len(kind) // size))
+    return [batches[i].tolist() for i in random.permutation(len(batches))]

@@ -12,6 +12,7 @@ from prereg_kernels._util.files import printable, write_whole
 METRICS = "metrics.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
 NON_FINITE_STEPS = "non_finite.jsonl"
+COUNTS = "bad_samples.json"  # in a checkpoint
 PERIOD = 1000
 """Samples between two looks at how many were bad."""
 
@@ -27,22 +28,27 @@ class Metrics:
 
     def __init__(self, folder: Path, stage: str, step: int, name: str = METRICS) -> None:
         self._path, self._stage = folder / name, stage
-        kept = []
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # cut short by a crash
-                    continue
-                if entry.get("stage") != stage or entry.get("step", 0) <= step:
-                    kept.append(line + "\n")
-        write_whole(self._path, "".join(kept))
+        _cut(self._path, stage, step)
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Append a line."""
         line = json.dumps({"stage": self._stage, "step": step, **figures})
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _cut(path: Path, stage: str, step: int) -> None:
+    """Leave out what a stage wrote after a step, and what a crash has cut short."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry.get("stage") != stage or entry.get("step", 0) <= step:
+                kept.append(line + "\n")
+    write_whole(path, "".join(kept))
 
 
 class TooManyBadSamplesError(ValueError):
@@ -53,15 +59,30 @@ class BadSamples:
     """bad_samples.jsonl, and whether the run may go on.
 
     Attributes:
-        seen: samples, on all ranks.
+        seen: samples of the stage, on all ranks.
         bad: those that were left out.
     """
 
-    def __init__(self, folder: Path, most: float) -> None:
-        self._path, self._most = folder / BAD_SAMPLES, most
+    def __init__(self, folder: Path, most: float, stage: str) -> None:
+        self._path, self._most, self._stage = folder / BAD_SAMPLES, most, stage
         self.seen = self.bad = 0
 
-    def add(self, seen: int, bad: Sequence[tuple[str, str]], *, is_writing: bool) -> None:
+    def go_on(self, step: int, checkpoint: str | Path | None, *, is_writing: bool) -> None:
+        """As the run was at this step, of which a checkpoint was saved; None: at its start."""
+        if is_writing and self._path.exists():
+            _cut(self._path, self._stage, step)
+        counted = Path(checkpoint) / COUNTS if checkpoint is not None else None
+        if counted is not None and counted.exists():
+            counts = json.loads(counted.read_text())
+            self.seen, self.bad = counts["seen"], counts["bad"]
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the counts into a checkpoint."""
+        write_whole(checkpoint / COUNTS, json.dumps({"seen": self.seen, "bad": self.bad}) + "\n")
+
+    def add(
+        self, step: int, seen: int, bad: Sequence[tuple[str, str]], *, is_writing: bool
+    ) -> None:
         """What all ranks have seen since the last time.
 
         Raises:
@@ -71,7 +92,8 @@ class BadSamples:
         if is_writing and bad:
             with self._path.open("a", encoding="utf-8") as file:
                 for where, reason in bad:
-                    file.write(json.dumps({"where": where, "reason": reason}) + "\n")
+                    line = {"stage": self._stage, "step": step, "where": where, "reason": reason}
+                    file.write(json.dumps(line) + "\n")
         is_count = isinstance(self._most, int)
         allowed = self._most if is_count else max(1, int(self._most * self.seen))
         if self.bad > allowed:

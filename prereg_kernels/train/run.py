@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -26,17 +27,19 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
+from prereg_kernels.train.engines import prepare, save_whole
 from prereg_kernels.train.facts import CountingCollator
+from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.held_out import CheckupCallback, HeldOut
 from prereg_kernels.train.models import (
     load_model,
     load_processor,
-    plain,
     set_trainable,
     visual_ids,
     with_adapter,
+    without_adapter,
 )
-from prereg_kernels.train.order import GroupedSampler, Mixture
+from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
 from prereg_kernels.train.records import (
     BAD_SAMPLES,
     METRICS,
@@ -44,8 +47,9 @@ from prereg_kernels.train.records import (
     BadSamples,
     Metrics,
 )
-from prereg_kernels.train.source import Source
+from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
+from prereg_kernels.train.streaming import StreamBatches, StreamLoader
 from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
 from prereg_kernels.train.wandb_runs import check_wandb, finish_wandb
 from prereg_kernels.trainers import with_pre
@@ -102,7 +106,7 @@ def _train_stage(
     path: str | Path,
     folder: Path,
     result: Path,
-    sources: list[Source],
+    sources: list[Any],
 ) -> None:
     arguments = training_arguments(config, stage, folder)
     set_seed(arguments.seed)
@@ -113,28 +117,39 @@ def _train_stage(
     has_adapter = config.lora is not None and "llm" in stage.trainable
     processor = load_processor(path)
     model = load_model(config, path, has_adapter=has_adapter)
-    collator = Collator(processor, config.max_length, visual_ids(model))
+    ids = visual_ids(model)
+    collator = Collator(processor, config.max_length, ids)
+    collator.hides_image = config.is_streaming(stage) and arguments.world_size > 1
+    collate = CountingCollator(collator, ids)
     if has_adapter:
         assert config.lora is not None
+        set_seed(arguments.seed)  # under ZeRO-3, loading has drawn other numbers
         model = with_adapter(model, config.lora, stage.trainable)
     else:
         set_trainable(model, stage.trainable)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     step = int(last.rsplit("-", 1)[1]) if last else 0
-    mixture = Mixture(sources)
-    order = GroupedSampler(
-        mixture,
-        [data.weight for data in config.data_of(stage)],
-        arguments.train_batch_size * arguments.world_size,
-        arguments.seed,
-    )
-    if is_first:
+    weights = [data.weight for data in config.data_of(stage)]
+    stream: StreamLoader | None = None
+    order: GroupedSampler | None = None
+    mixture: Mixture | None = None
+    if config.is_streaming(stage):
+        names = [data.path for data in config.data_of(stage)]
+        stream = _stream(arguments, sources, names, weights, collate)
+        if last is not None:
+            stream.load(Path(last))
+    else:
+        mixture = Mixture(sources)
+        order = GroupedSampler(mixture, weights, samples_of_step(arguments), arguments.seed)
+    if is_first and order is not None:
         for kind, count in order.repeated().items():
             warnings.warn(
-                f"data: stage {stage.name} has {count} samples {kind}, fewer than a micro-batch on "
-                f"all ranks takes; an epoch repeats them up to {order.unit}",
+                f"data: stage {stage.name} has {count} samples {kind}, fewer than a step takes; "
+                f"an epoch repeats them up to {order.unit}",
                 stacklevel=2,
             )
+    bad_samples = BadSamples(Path(config.out), config.max_bad, stage.name)
+    bad_samples.go_on(step, last, is_writing=is_first)
     pre = config.pre_of(stage)
     trainer_class: Any = RecipeTrainer
     if pre is not None:
@@ -144,31 +159,65 @@ def _train_stage(
     trainer = trainer_class(
         model,
         arguments,
-        data_collator=CountingCollator(collator, visual_ids(plain(model))),
-        train_dataset=mixture,
+        data_collator=collate,
+        train_dataset=mixture if stream is None else stream.dataset,
         processing_class=processor,
         order=order,
+        stream=stream,
         metrics=Metrics(records, stage.name, step) if is_first else None,
-        bad_samples=BadSamples(records, config.max_bad),
+        bad_samples=bad_samples,
         non_finite=config.non_finite,
         non_finite_steps=Metrics(records, stage.name, step, NON_FINITE_STEPS) if is_first else None,
     )
     if config.checkup is not None:
-        held_out = HeldOut(config.checkup, plain(trainer.model), processor)
+        held_out = HeldOut(config.checkup, without_adapter(trainer.model), processor)
         trainer.add_callback(CheckupCallback(trainer, held_out, config.checkup.steps))
     if is_first and "tensorboard" in report_to:
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
         trainer.add_callback(TensorBoardCallback(board))
+    prepare(trainer)
+    if last is not None:
+        check_checkpoint(Path(last), trainer)
     with trainer.stop.listening():
         trainer.train(resume_from_checkpoint=last)
     finish_wandb(report_to)
     if trainer.stop.is_stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {stage.name}")
-    names = _save(trainer, folder, result)
+    plain = partial(load_model, config, path, has_adapter=False)
+    names = _save(trainer, folder, result, plain)
     if arguments.should_save:
         done = {"step": trainer.state.global_step, "files": names}
         write_whole(folder / DONE, json.dumps(done) + "\n")
     trainer.accelerator.wait_for_everyone()
+
+
+def _stream(
+    arguments: TrainingArguments,
+    streams: Sequence[Stream],
+    names: Sequence[str],
+    weights: Sequence[float],
+    collate: CountingCollator,
+) -> StreamLoader:
+    # What is skipped of a stream is behind the place that its checkpoint names
+    arguments.ignore_data_skip = True
+    batches = StreamBatches(
+        streams,
+        names,
+        weights,
+        seed=arguments.seed,
+        rank=arguments.process_index,
+        ranks=arguments.world_size,
+        group=partial(grouped, size=arguments.train_batch_size),
+        collate=collate,
+    )
+    return StreamLoader(
+        batches,
+        arguments.max_steps * arguments.gradient_accumulation_steps,
+        arguments.dataloader_num_workers,
+        pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
+        prefetch_factor=arguments.dataloader_prefetch_factor,
+        multiprocessing_context=arguments.dataloader_multiprocessing_context,
+    )
 
 
 def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) -> TrainingArguments:
@@ -198,21 +247,13 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
     return arguments
 
 
-def _save(trainer: Any, folder: Path, result: Path) -> list[str]:
-    """A plain model with its processor, and `pre/`: written beside, then moved to `result`.
-
-    An adapter is merged into it, but for one of quantized weights, which is saved by itself.
-    Returns the names in `result`.
-    """
+def _save(trainer: Any, folder: Path, result: Path, load: Callable[[], nn.Module]) -> list[str]:
+    """The stage's model: written beside, then moved to `result`. Returns the names there."""
     beside = folder / WRITING
     if trainer.args.should_save:
         shutil.rmtree(beside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload") and not getattr(model, "is_quantized", False):
-        trainer.model = trainer.model_wrapped = model.merge_and_unload()
-    trainer.save_model(str(beside))
-    trainer.accelerator.wait_for_everyone()
+    save_whole(trainer, beside, load)
     names = sorted(path.name for path in beside.iterdir()) if trainer.args.should_save else []
     if names:
         flush(beside)
@@ -247,7 +288,9 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
         for name in (*_RECORDS, *(name for stage in done for name in stage["files"])):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif settings.exists() and (difference := _difference(read_yaml(settings), written)):
+    elif settings.exists() and (
+        difference := _difference(without_batch(read_yaml(settings)), without_batch(written))
+    ):
         raise ValueError(
             f"{printable(out)}: holds a run of other settings: {difference}; expected the same, "
             "another --out, or --fresh to begin anew"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -41,17 +41,37 @@ class Source(Protocol):
         """Where it stands: the file and line, or the data set and row."""
 
 
+class Stream(Protocol):
+    """Samples one after the other.
+
+    Attributes:
+        rows: a `datasets.IterableDataset`, whose shards are given to ranks and workers.
+    """
+
+    rows: Any
+
+    def row_shape(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """(characters of text, images) of a row: estimates. Batches are grouped by them."""
+
+    def row_sample(self, row: Mapping[str, Any]) -> Sample:
+        """The sample of a row. Raises BadSampleError where it cannot be used."""
+
+    def row_where(self, row: Mapping[str, Any]) -> str | None:
+        """Where it stands; None: it does not say."""
+
+
 class JsonSource(ABC):
     """The records of a JSON file (a list) or of JSONL files (a record a line).
 
     Of each record its place in the file is kept, so that 665,000 of them take 20 MB, and a worker
-    process opens the file for itself.
+    process opens the file for itself. With `streaming` it is a Stream of JSONL files, and keeps
+    nothing.
 
     Args:
         data: its path is a file, or a folder of .json and .jsonl files.
 
     Raises:
-        ValueError: no such file, or a JSON file that holds no list.
+        ValueError: no such file, a JSON file that holds no list, or one that is to stream.
         OSError: it cannot be read.
     """
 
@@ -61,6 +81,13 @@ class JsonSource(ABC):
         self.root = Path(data.images) if data.images is not None else self._files[0].parent
         if not self.root.is_dir():
             raise ValueError(f"images: expected a folder, got {printable(self.root)}")
+        self.rows: Any = None
+        if data.streaming:
+            self.rows = _stream(self._files)
+        else:
+            self._index(path)
+
+    def _index(self, path: Path) -> None:
         places: list[tuple[int, int, int, int]] = []
         lengths, images = [], []
         self._firsts = []  # of each file: the number of its first sample
@@ -86,13 +113,7 @@ class JsonSource(ABC):
         with self._files[file].open("rb") as opened:
             opened.seek(start)
             content = opened.read(size)
-        try:
-            record = json.loads(content)
-        except (ValueError, RecursionError):
-            raise BadSampleError("not valid JSON") from None
-        if not isinstance(record, dict):
-            raise BadSampleError(f"expected an object, got a {type(record).__name__}")
-        return self.sample(record, self.where(number))
+        return self.sample(parse_record(content), self.where(number))
 
     def where(self, number: int) -> str:
         """The file and line of a sample; in a list, its number there too."""
@@ -103,6 +124,22 @@ class JsonSource(ABC):
             return place
         return f"{place}[{number - self._firsts[file]}]"
 
+    def row_shape(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """(characters of text, images) of a line."""
+        try:
+            return self.shape(parse_record(row["content"]))
+        except BadSampleError:
+            return 0, 0
+
+    def row_sample(self, row: Mapping[str, Any]) -> Sample:
+        """The sample of a line. Raises BadSampleError where it cannot be used."""
+        return self.sample(parse_record(row["content"]), row["where"])
+
+    def row_where(self, row: Mapping[str, Any]) -> str | None:
+        """The file and line."""
+        where: str = row["where"]
+        return where
+
     @abstractmethod
     def shape(self, record: dict[str, Any]) -> tuple[int, int]:
         """(characters of text, images) of a record, which may be of any form."""
@@ -110,6 +147,38 @@ class JsonSource(ABC):
     @abstractmethod
     def sample(self, record: dict[str, Any], where: str) -> Sample:
         """The sample of a record. Raises BadSampleError where it is none."""
+
+
+def parse_record(content: bytes) -> dict[str, Any]:
+    """An object of JSON. Raises BadSampleError where it is none."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        raise BadSampleError("not valid JSON") from None
+    if not isinstance(record, dict):
+        raise BadSampleError(f"expected an object, got a {type(record).__name__}")
+    return record
+
+
+def _stream(files: Sequence[Path]) -> Any:
+    # By this generator, not by the library's reader of JSON: that names neither file nor line, and
+    # ends at the first line that is not like those before it.
+    from datasets import IterableDataset
+
+    for path in files:
+        if path.suffix != ".jsonl":
+            raise ValueError(f"streaming: expected .jsonl files, got {printable(path)}")
+    return IterableDataset.from_generator(
+        _stream_lines, gen_kwargs={"files": list(map(str, files))}
+    )
+
+
+def _stream_lines(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for path in files:
+        with open(path, "rb") as file:
+            for line, content in enumerate(file, 1):
+                if content.strip():
+                    yield {"where": f"{printable(path)}:{line}", "content": content}
 
 
 def _files(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,9 +20,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.train.collator import SEEN
 from prereg_kernels.train.facts import FACTS, Facts
+from prereg_kernels.train.global_batch import BATCH, describe_batch
 from prereg_kernels.train.non_finite import NonFinite
 from prereg_kernels.train.order import GroupedSampler
 from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
+from prereg_kernels.train.streaming import StreamLoader
 from prereg_kernels.train.throughput import Throughput
 from prereg_kernels.trainers.checkpoints import load_weights
 
@@ -39,7 +42,8 @@ class RecipeTrainer(Trainer):
     before it stays until then.
 
     Args:
-        order: the samples' numbers, epoch by epoch.
+        order: the samples' numbers, epoch by epoch; None: of a stream.
+        stream: its batches; None: of data that have an order.
         metrics: where the figures go; None on ranks that write none.
         bad_samples: counts what could not be used.
         non_finite: "stop" or "skip", at a loss or gradient that is NaN or infinite.
@@ -51,14 +55,16 @@ class RecipeTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        order: GroupedSampler,
+        order: GroupedSampler | None,
+        stream: StreamLoader | None = None,
         metrics: Metrics | None,
         bad_samples: BadSamples,
         non_finite: str = "stop",
         non_finite_steps: Metrics | None = None,
         **kwargs: Any,
     ) -> None:
-        self._order, self._metrics, self._bad_samples = order, metrics, bad_samples
+        self._order, self._stream = order, stream
+        self._metrics, self._bad_samples = metrics, bad_samples
         self._seen, self._bad = 0, list[tuple[str, str]]()
         self._is_writing = False
         self._facts: list[Facts] = []  # of the micro-batches to come
@@ -70,8 +76,14 @@ class RecipeTrainer(Trainer):
         self.add_callback(_CountBad(self))
         self.add_callback(self.stop)
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> GroupedSampler:
+    def _get_train_sampler(
+        self, train_dataset: Dataset[Any] | None = None
+    ) -> GroupedSampler | None:
         return self._order
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's; a stream's own."""
+        return super().get_train_dataloader() if self._stream is None else self._stream
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -123,7 +135,7 @@ class RecipeTrainer(Trainer):
         ).tolist()
         bad = gather_object(self._bad)
         self._seen, self._bad = 0, []
-        self._bad_samples.add(seen, bad, is_writing=self.args.should_save)
+        self._bad_samples.add(self.state.global_step, seen, bad, is_writing=self.args.should_save)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, into metrics.jsonl too."""
@@ -160,6 +172,7 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._non_finite.judge()
+        self.judge_bad_samples()  # so that what is saved counts all that the steps have seen
         with self.paused():
             self._write_checkpoint(model, trial)
 
@@ -174,8 +187,13 @@ class RecipeTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._is_writing = False
+        if self._stream is not None:
+            self._stream.save(folder / WRITING / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._bad_samples.save(folder / WRITING / name)
+            batch = json.dumps(describe_batch(self))
+            (folder / WRITING / name / BATCH).write_text(batch + "\n")
             flush(folder / WRITING / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(folder / WRITING / name, folder / name)

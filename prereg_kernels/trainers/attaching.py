@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 from transformers import Trainer
+from typing_extensions import Unpack
 
 from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.attach.regularizer import remove_pre
 from prereg_kernels.trainers.attachment import AttachSettings, attach, check_settings, thaw
 from prereg_kernels.trainers.trainer import PReTrainerMixin
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 T = TypeVar("T", bound=Trainer)
 

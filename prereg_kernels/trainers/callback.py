@@ -6,23 +6,19 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+from typing_extensions import Unpack
 
 from prereg_kernels.attach.handle import PRe, get_pre, state_of
 from prereg_kernels.attach.parameter_groups import has_own
 from prereg_kernels.attach.storage import PRE_DIR
-from prereg_kernels.trainers.attachment import attach, check_settings, thaw
+from prereg_kernels.trainers.attachment import AttachSettings, attach, check_settings, thaw
 from prereg_kernels.trainers.optimizers import check_optimizer, set_heads_apart
 from prereg_kernels.trainers.weights import begin_step, is_scheduled
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from prereg_kernels.trainers.attachment import AttachSettings
 
 logger = logging.get_logger(__name__)
 STATE = "trainer_state.json"  # of a checkpoint

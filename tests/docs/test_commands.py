@@ -63,7 +63,21 @@ NOT_RUN = {
         "python -m benchmarks.studies.curves --out FILE",
         "python -m benchmarks.step.gpu --out FILE",
     ),
-    "runs these tests": ("make test", "make test-models", "make test-transformers"),
+    "runs these tests": (
+        "make test",
+        "make test-models",
+        "make test-transformers",
+        "make test-ranks",
+        "make test-deepspeed",
+    ),
+    "needs several machines": (
+        "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+        "-m prereg_kernels train recipe.yaml",
+    ),
+    "tests/train/test_fsdp.py::test_accelerate_s_file starts it": (
+        "accelerate launch --config_file examples/accelerate/fsdp2.yaml -m prereg_kernels train "
+        "recipe.yaml",
+    ),
     "runs a trainer that lies beside the environment": (
         "make test-llamafactory",
         "make test-swift",
@@ -83,7 +97,6 @@ NOT_RUN = {
     ),
     "tests/train/test_command.py::test_two_ranks_are_one starts it on two ranks": (
         "torchrun --nproc-per-node 8 -m prereg_kernels train recipe.yaml",
-        "accelerate launch -m prereg_kernels train recipe.yaml",
     ),
     "stands for the file on the page of training, whose commands run": (
         "prereg train CONFIG.yaml",

@@ -26,7 +26,7 @@ from tests.docs.pages import ROOT, Page, is_snippet, page_of, pages
 from tests.tiny import tiny_llava
 from tests.trainers.test_examples import NEEDS
 
-TOP = ("benchmarks", "csrc", "docs", "examples", "prereg_kernels", "tests")
+TOP = ("benchmarks", "configs", "csrc", "docs", "examples", "prereg_kernels", "tests")
 PUBLIC = {name: getattr(prereg_kernels, name) for name in prereg_kernels.__all__}
 PUBLIC["Family"] = Family
 TAKE_SETTINGS = ("apply_pre", "with_pre", "PReCallback")

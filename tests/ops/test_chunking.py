@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prereg_kernels.ops import dtypes
+from prereg_kernels.ops import chunking, dtypes
 from prereg_kernels.ops.chunking import (
     CPU,
-    GPU,
     NARROW,
     TILES,
     ChunkBudget,
     choose_chunk_rows,
     chunk_budget,
+    gpu_budget,
     scratch_columns,
 )
 from prereg_kernels.ops.dtypes import operand_dtype
 
+GIB = 2**30
+H100, H200 = gpu_budget(79 * GIB), gpu_budget(140 * GIB)
+SMALL_GPU = gpu_budget(8 * GIB)
 WIDTHS = st.integers(1, 2**15)
-BUDGETS = st.sampled_from((CPU, NARROW, TILES, GPU))
+BUDGETS = st.sampled_from((CPU, NARROW, TILES, H100, H200, SMALL_GPU))
 
 
 @given(st.integers(0, 2**33), WIDTHS, st.lists(st.tuples(WIDTHS, WIDTHS), max_size=3), BUDGETS)
@@ -58,10 +64,14 @@ def test_scratch_columns() -> None:
 @pytest.mark.parametrize(
     ("count", "width", "itemsize", "budget", "chunks"),
     (
-        (18432, 4096, 2, GPU, 3),
-        (18432, 3584, 2, GPU, 2),
-        (262144, 4096, 2, GPU, 32),
-        (4096, 4096, 2, GPU, 1),
+        (18432, 4096, 2, H100, 1),  # LLaVA's 32 images of 576 tokens
+        (18432, 4096, 4, H100, 2),
+        (18432, 4096, 4, H200, 2),
+        (18432, 4096, 2, SMALL_GPU, 3),
+        (18432, 4096, 2, gpu_budget(39 * GIB), 1),
+        (9216, 4096, 2, gpu_budget(24 * GIB), 1),
+        (262144, 4096, 2, H100, 11),
+        (262144, 4096, 2, H200, 8),
         (2048, 512, 4, CPU, 1),
         (65536, 512, 4, CPU, 16),
         (8192, 2048, 4, CPU, 8),
@@ -78,18 +88,35 @@ def test_known_shapes(
     assert -(-count // rows) == chunks
 
 
-def test_budget_of_a_device() -> None:
+@pytest.mark.parametrize(
+    ("memory", "mib"), ((8 * GIB, 256), (24 * GIB, 640), (79 * GIB, 808.96), (140 * GIB, 1024))
+)
+def test_scratch_of_a_gpu(memory: int, mib: float) -> None:
+    assert gpu_budget(memory).scratch_bytes == pytest.approx(mib * 2**20, abs=1)
+
+
+def test_budget_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    asked = []
+
+    def properties(device: torch.device) -> Any:
+        asked.append(device)
+        return SimpleNamespace(total_memory=79 * GIB)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    chunking._total_memory.cache_clear()
     for device, dtype, wide, budget in (
         (cpu, torch.float32, False, CPU),
         (cpu, torch.float32, True, CPU),
         (cpu, torch.bfloat16, False, NARROW),
         (cpu, torch.bfloat16, True, TILES),
-        (gpu, torch.bfloat16, True, GPU),
+        (gpu, torch.bfloat16, True, H100),
         (gpu, torch.bfloat16, False, NARROW),
-        (gpu, torch.float32, False, GPU),
+        (gpu, torch.float32, False, H100),
     ):
-        assert chunk_budget(device, dtype, wide) is budget
+        assert chunk_budget(device, dtype, wide) == budget
+    assert asked == [gpu], "once, whatever is free"
+    chunking._total_memory.cache_clear()
 
 
 @pytest.mark.parametrize("native", (False, True))

@@ -18,38 +18,56 @@ from transformers import (
 )
 
 from prereg_kernels.train.assemble import IMAGE, assemble
-from tests.train.models import make_clip, make_llama, make_qwen, make_siglip
+from tests.train.models import (
+    make_clip,
+    make_llama,
+    make_llama3,
+    make_qwen,
+    make_siglip,
+    make_siglip2,
+    make_vicuna,
+    make_whole_clip,
+)
 
-TOWERS = {"clip": (make_clip, CLIPVisionModel), "siglip": (make_siglip, SiglipVisionModel)}
-DECODERS = {"llama": make_llama, "qwen": make_qwen}
+TOWERS = {
+    "clip": (make_clip, CLIPVisionModel),
+    "whole clip": (make_whole_clip, CLIPVisionModel),
+    "siglip": (make_siglip, SiglipVisionModel),
+    "siglip2": (make_siglip2, SiglipVisionModel),
+}
+DECODERS = {"vicuna": make_vicuna, "llama3": make_llama3, "qwen2.5": make_qwen}
+PAIRS = [  # each vision encoder with two LLMs or more
+    ("clip", "vicuna"), ("clip", "llama3"), ("clip", "qwen2.5"), ("whole clip", "vicuna"),
+    ("whole clip", "llama3"), ("siglip", "llama3"), ("siglip", "qwen2.5"), ("siglip2", "vicuna"),
+    ("siglip2", "qwen2.5"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(("tower", "decoder"), PAIRS)
 def test_the_parts_are_what_they_were(tmp_path: Path, tower: str, decoder: str) -> None:
     make, kind = TOWERS[tower]
     vision, llm = make(tmp_path / "vision"), DECODERS[decoder](tmp_path / "llm")
     assemble(str(vision), str(llm), tmp_path / "out")
     model, notes = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "out", output_loading_info=True
+        tmp_path / "out", output_loading_info=True, dtype="auto"
     )
     assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     own = model.model.vision_tower.state_dict()
-    expected = kind.from_pretrained(vision).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(llm, dtype="auto")
+    assert model.dtype == before.dtype
+    expected = kind.from_pretrained(vision).to(before.dtype).state_dict()
     assert own.keys() == expected.keys()
     assert all(torch.equal(own[name], x) for name, x in expected.items())
-    before = AutoModelForCausalLM.from_pretrained(llm)
     rows = before.get_input_embeddings().num_embeddings
     for name, x in before.model.state_dict().items():
         after = model.model.language_model.state_dict()[name]
         assert torch.equal(after[:rows] if name == "embed_tokens.weight" else after, x), name
     assert torch.equal(model.lm_head.weight[:rows], before.lm_head.weight)
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
-    assert is_tied == (decoder == "qwen")
+    assert is_tied == (decoder == "qwen2.5")
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(("tower", "decoder"), PAIRS)
 def test_it_sees(tmp_path: Path, tower: str, decoder: str) -> None:
     """A token for each patch, and other logits for another picture."""
     assemble(
@@ -57,7 +75,7 @@ def test_it_sees(tmp_path: Path, tower: str, decoder: str) -> None:
         tmp_path / "out",
     )  # fmt: skip
     processor: Any = AutoProcessor.from_pretrained(tmp_path / "out")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi?"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert text.count(f"{IMAGE}\nHi?") == 1
@@ -66,7 +84,7 @@ def test_it_sees(tmp_path: Path, tower: str, decoder: str) -> None:
         batch = processor(text=text, images=Image.new("RGB", (20, 16), colour), return_tensors="pt")
         assert (batch["input_ids"] == model.config.image_token_id).sum() == 4
         with torch.no_grad():
-            logits.append(model(**batch).logits)
+            logits.append(model.eval()(**batch).logits)
     assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 

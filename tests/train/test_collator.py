@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from prereg_kernels import apply_pre
+from prereg_kernels.train import collator as collator_module
 from prereg_kernels.train.chats import IGNORED
 from prereg_kernels.train.collator import SEEN, Collator, Failed
 from prereg_kernels.train.sample import Sample, check_messages
 from tests.packages.checkpoint import make_llava
+from tests.zoo import CASES
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.png").write_bytes(b"")
     (folder / "link.png").symlink_to(outside / "secret.png")
     (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    with (folder / "large.png").open("wb") as file:
+        file.truncate((1 << 30) + 1)  # of nothing: it takes no place on the disk
+    (folder / "thin.png").write_bytes(encoded(Image.new("RGB", (1, 201))))
+    (folder / "bomb.png").write_bytes(bomb(60_000, 60_000))
     return folder
+
+
+def encoded(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says that it has so many pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x))
+        for name, x in parts
+    )
 
 
 def sample(root: Path, *images: Any, answer: str = "yes", where: str = "here") -> Sample:
@@ -62,6 +93,12 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
         ("../secret.png", "../secret.png: a name or a link that leads out of the directory"),
         ("link.png", "link.png: a name or a link that leads out of the directory"),
         ("folder.png", "folder.png: no file, but a directory or a device"),
+        ("/etc/hostname", "/etc/hostname: a name or a link that leads out of the directory"),
+        ("pipe.png", "pipe.png: no file, but a directory or a device"),
+        ("device.png", "device.png: a name or a link that leads out of the directory"),
+        ("large.png", "large.png: a file of more than 1,073,741,824 bytes"),
+        ("thin.png", "thin.png: a side of more than 200 times the other"),
+        ("bomb.png", f"bomb.png: more than {Image.MAX_IMAGE_PIXELS:,} pixels"),
         ("a\0b.png", "a\0b.png: a name that no file can have, or links in a circle"),
     ],
 )
@@ -74,10 +111,34 @@ def test_a_bad_image(processor: Any, root: Path, name: str, reason: str) -> None
     assert equal(batch, collate(good))
 
 
-def test_a_huge_image(processor: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    batch = collator(processor)([sample(root, "good.png")])
-    assert batch[SEEN] == (1, [("here", "good.png: more than 200 pixels")])
+@pytest.mark.parametrize("content", [b"", b"no image", bomb(60_000, 60_000)])
+def test_bad_bytes(processor: Any, root: Path, content: bytes) -> None:
+    """As of a Parquet file or a shard."""
+    batch = collator(processor)([sample(root, content), sample(root, "good.png")])
+    [(_, reason)] = batch[SEEN][1]
+    is_bomb = content.startswith(b"\x89PNG")
+    expected = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    assert reason == f"an image: {expected if is_bomb else 'damaged, or not an image'}"
+
+
+def test_a_stalled_read(processor: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that does not answer is a bad sample after a while; the others are read.
+
+    The pipe, which nobody writes to, stands for one on a file system whose server is gone.
+    """
+    monkeypatch.setattr("prereg_kernels.train.waiting.READ_SECONDS", 0.2)
+    find = collator_module.inside
+
+    def open_it(folder: Path, name: str) -> Path:
+        return folder / name if name == "pipe.png" else find(folder, name)
+
+    monkeypatch.setattr(collator_module, "inside", open_it)
+    collate, good = collator(processor), sample(root, "good.png")
+    start = time.monotonic()
+    batch = collate([sample(root, "pipe.png", where="d.json:7"), good])
+    assert time.monotonic() - start < 5
+    assert batch[SEEN] == (2, [("d.json:7", "pipe.png: no answer within 0.2 s")])
+    assert equal(batch, collate([good]))
 
 
 def test_what_a_processor_refuses(
@@ -95,7 +156,7 @@ def test_what_a_processor_refuses(
     good = sample(root, "good.png")
     expected = collate([good])
     monkeypatch.setattr(type(processor), "__call__", strict)
-    thin = sample(root, Image.new("RGB", (300, 1)), where="thin")
+    thin = sample(root, Image.new("RGB", (150, 1)), where="thin")
     batch = collate([thin, good])
     assert batch[SEEN] == (
         2, [("thin", "ValueError: absolute aspect ratio must be smaller than 100")]
@@ -118,15 +179,69 @@ def test_a_processor_that_refuses_none_alone_is_an_error(
         collator(processor)([sample(root, "good.png"), sample(root, "good.png")])
 
 
-def test_none_is_left(processor: Any, root: Path) -> None:
-    """A token without a label, so that other ranks do not wait."""
-    batch = collator(processor)([Failed("d.json:3", "not valid JSON"), sample(root, "text.png")])
+@pytest.mark.parametrize("has_images", [False, True])
+def test_none_is_left(processor: Any, root: Path, has_images: bool) -> None:
+    """A token without a label, so that other ranks do not wait; with an image where they have."""
+    failed = [Failed("d.json:3", "not valid JSON", has_images), Failed("d.json:4", "no answer")]
+    batch = collator(processor)(failed)
     assert batch["input_ids"].numel() and (batch["labels"] == IGNORED).all()
     assert batch["labels"].shape == batch["input_ids"].shape
-    assert "pixel_values" not in batch
-    assert batch[SEEN] == (
-        2, [("d.json:3", "not valid JSON"), ("here", "text.png: damaged, or not an image")]
-    )  # fmt: skip
+    assert ("pixel_values" in batch) == has_images
+    shown = (batch["input_ids"] == processor.image_token_id) & batch["attention_mask"].bool()
+    assert not shown.any()
+    assert batch[SEEN] == (2, [("d.json:3", "not valid JSON"), ("d.json:4", "no answer")])
+    batch = collator(processor)([sample(root, "text.png")])
+    assert "pixel_values" in batch
+    assert batch[SEEN] == (1, [("here", "text.png: damaged, or not an image")])
+
+
+def test_a_hidden_image(tmp_path: Path) -> None:
+    """Losses, and gradients of the LLM and of the heads, are those without it; the vision encoder
+    and the projector get zeros."""
+    folder = make_llava(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).train()
+    token = model.config.image_token_id
+    pre = apply_pre(model)
+    samples = [sample(tmp_path, answer="red"), sample(tmp_path, answer="a longer one")]
+    plain = Collator(processor, 500, {token})
+    hiding = Collator(processor, 500, {token})
+    hiding.hides_image = True
+    found = []
+    for collate in (plain, hiding):
+        batch = collate(samples)
+        batch.pop(SEEN)
+        assert int(pre.count(batch)) == 0
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), named))
+    (loss, expected), (hidden_loss, grads) = found
+    torch.testing.assert_close(hidden_loss, loss, rtol=1e-6, atol=1e-6)
+    more = grads.keys() - expected.keys()
+    assert any("vis" in name for name in more)
+    assert all(not grads[name].any() for name in more)
+    for name, x in expected.items():
+        torch.testing.assert_close(grads[name], x, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", "qwen3_vl", "llava_next", "internvl", "smolvlm", "gemma3", "paligemma"]
+)
+def test_models_see_no_hidden_image(name: str) -> None:
+    """Tokens of images behind the text, which the attention mask hides, leave the loss as it is."""
+    case = CASES[name]()
+    text, pictures = (case.batches[scene].inputs for scene in ("text only", "images"))
+    ids, behind = text["input_ids"], pictures["input_ids"]
+    both = dict(pictures)
+    for key, x in pictures.items():
+        if isinstance(x, torch.Tensor) and x.shape == behind.shape:
+            both[key] = torch.cat([text.get(key, torch.zeros_like(ids)), x], dim=1)
+    both["labels"][:, ids.shape[1] :] = IGNORED
+    both["attention_mask"] = torch.cat([torch.ones_like(ids), torch.zeros_like(behind)], dim=1)
+    expected = case.model(**text).loss
+    torch.testing.assert_close(case.model(**both).loss, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_length(processor: Any, root: Path) -> None:

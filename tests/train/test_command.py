@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests.packages.definition import errors, gradients
-from tests.packages.run import INSIDE, ROOT, Run
-from tests.train.places import make_place, metrics, settings, write
+from tests.packages.run import Run
+from tests.train.launching import PREREG, start, torchrun
+from tests.train.places import close, make_place, metrics, settings, write
 
 HIDDEN = ("lm_hidden_grad_norm", "pre_hidden_grad_norm", "hidden_grad_cosine")
-PREREG = (sys.executable, "-m", "prereg_kernels")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("place"))
-
-
-def start(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    paths = f"{INSIDE}:{ROOT}"
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
-    )
 
 
 def test_a_step_s_gradients_are_the_definition_s(place: Path, tmp_path: Path) -> None:
@@ -51,13 +39,6 @@ def test_a_step_s_gradients_are_the_definition_s(place: Path, tmp_path: Path) ->
         assert len(step["batches"]) == 2
         expected = gradients(out / "stages/align/model", run, step, 0.7)
         assert max(errors(step["gradients"], expected).values()) < 1e-5
-
-
-def torchrun(ranks: int) -> tuple[str, ...]:
-    return (
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={ranks}", "-m", "prereg_kernels",
-    )  # fmt: skip
 
 
 def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
@@ -81,11 +62,29 @@ def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
     close(one / "pre/pre_heads.safetensors", two / "pre/pre_heads.safetensors")
 
 
-def close(a: Path, b: Path) -> None:
-    ours, theirs = load_file(a), load_file(b)
-    assert ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=2e-5, msg=name)
+def test_two_ranks_read_a_stream(place: Path, tmp_path: Path) -> None:
+    """Of uneven shards, one of them of text alone: none waits for the other, and all rows come."""
+    records = json.loads((place / "data.json").read_text())
+    text = [record for record in records if not record["image"]]
+    (tmp_path / "shards").mkdir()
+    for name, several in (("a", text), ("b", [r for r in records if r["image"]])):
+        lines = "\n".join(map(json.dumps, several))
+        (tmp_path / "shards" / f"{name}.jsonl").write_text(lines + "\n{bad\n")
+    out = tmp_path / "out"
+    path = write(tmp_path / "c.yaml", settings(
+        place, out, data__0__path=str(tmp_path / "shards"), data__0__streaming=True,
+        stages__1__max_steps=8, trainer__per_device_train_batch_size=2, max_bad=20,
+    ))  # fmt: skip
+    done = start(*torchrun(2), "train", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(metrics(out, "tune")) == 8
+    lines = (out / "bad_samples.jsonl").read_text().splitlines()
+    names = {Path(json.loads(line)["where"]).name for line in lines}
+    assert names == {"a.jsonl:7", "b.jsonl:19"}
+    for stage in ("align", "tune"):
+        for rank in range(2):
+            [*_, last] = sorted((out / "stages" / stage).glob("checkpoint-*"))
+            assert json.loads((last / f"stream_{rank}.json").read_text())["ranks"] == 2
 
 
 @pytest.mark.parametrize(

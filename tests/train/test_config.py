@@ -111,3 +111,32 @@ def test_a_wrong_setting_is_named(tmp_path: Path, flags: list[str], message: str
 def test_a_file_of_something_else(tmp_path: Path, values: Any) -> None:
     with pytest.raises(ValueError, match=r"c\.yaml: "):
         load_config(write(tmp_path / "c.yaml", values))
+
+
+def test_a_base(tmp_path: Path) -> None:
+    """A file is over its base: key by key, and so in lists of as many mappings."""
+    write(tmp_path / "base.yaml", WHOLE)
+    own = {"base": "base.yaml", "out": "b", "pre": {"layers": 14}, "trainer": {"bf16": False},
+           "stages": [{}, {"trainable": ["llm"], "pre": None}, {"name": "last"}]}  # fmt: skip
+    config = load_config(write(tmp_path / "own.yaml", own), ["--trainer.max_steps", "1"])
+    assert config.pre == {"layers": 14, "weight": 0.5} and config.out == "b"
+    assert config.trainer == {**WHOLE["trainer"], "bf16": False, "max_steps": 1}
+    assert config.model == WHOLE["model"] and config.data[1] == DataConfig("org/set")
+    align, tune, last = config.stages
+    assert align == load_config(tmp_path / "base.yaml").stages[0]
+    assert tune == StageConfig(
+        "tune", ("llm",), None, None, {"learning_rate": 2e-5, "num_train_epochs": 1}
+    )
+    assert (last.name, last.trainer) == ("last", {"max_steps": 7})
+    write(tmp_path / "further.yaml", {"base": "own.yaml", "pre": None, "stages": [{"name": "a"}]})
+    config = load_config(tmp_path / "further.yaml")
+    assert config.pre is None and [stage.name for stage in config.stages] == ["a"]
+
+
+@pytest.mark.parametrize("base", [3, ["a.yaml"], "c.yaml", "d.yaml", None])
+def test_a_base_that_is_none(tmp_path: Path, base: Any) -> None:
+    """Or in a circle."""
+    write(tmp_path / "c.yaml", {**WHOLE, "base": base})
+    write(tmp_path / "d.yaml", {"base": "c.yaml"})
+    with pytest.raises(ValueError, match=r"[cd]\.yaml: base: expected another file, got"):
+        load_config(tmp_path / "c.yaml")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from prereg_kernels.train.assemble import VICUNA, assemble
 from prereg_kernels.train.chats import IGNORED
 from prereg_kernels.train.collator import SEEN, Collator
+from prereg_kernels.train.models import load_processor
 from prereg_kernels.train.sample import Sample, check_messages
+from tests.packages import checkpoint
 from tests.packages.checkpoint import SPECIAL, make_llava
-from tests.train.models import make_clip, make_llama, make_qwen
+from tests.train.models import make_clip, make_llama, make_llama3, make_qwen
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ANSWERS = ("Red.", "No, it is blue", "ä tree\nand a dog", " ", "<b>7</b>", "Yes")
 QUESTIONS = ("What?", "Is it\nred?", "assistant: no?", "and ASSISTANT: this", "7")
 
@@ -51,7 +56,12 @@ FORMS = {
     "vicuna": (" ASSISTANT:", " {}</s>"),
     "chatml": ("<|im_start|>assistant\n", "{}<|im_end|>"),
     "plain": ("assistant: ", "{}</s>"),
+    "llama3": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "{}<|eot_id|>"),
+    "qwen2.5-vl": ("<|im_start|>assistant\n", "{}<|im_end|>"),
 }
+QWEN_CHAT = re.search(  # the example's, with all models that it trains
+    r"QWEN_CHAT = (\(.*?\n\))\n", (EXAMPLES / "photographs.py").read_text(), re.S
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +71,20 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     assemble(str(clip), str(make_llama(place / "llama")), place / "vicuna")
     assemble(str(clip), str(make_qwen(place / "qwen")), place / "chatml")
     make_llava(place / "plain")
-    found = {name: AutoProcessor.from_pretrained(place / name) for name in FORMS}
+    assemble(str(clip), str(make_llama3(place / "llama3_alone")), place / "llama3")
+    checkpoint.make_qwen(place / "qwen2.5-vl")
+    found = {name: load_processor(place / name) for name in FORMS}
+    assert QWEN_CHAT is not None
+    found["qwen2.5-vl"].chat_template = ast.literal_eval(QWEN_CHAT[1])
     assert "generation" in VICUNA
     assert [name for name, p in found.items() if "generation %}" in p.chat_template] == ["vicuna"]
     return found
 
 
-def by_hand(processor: Any, name: str, messages: Sequence[Any], answers: Sequence[str],
-            image: str) -> tuple[list[int], list[int]]:  # fmt: skip
-    """(ids, labels): the text cut by hand at each answer, a token a byte."""
+def by_hand(
+    processor: Any, name: str, messages: Sequence[Any], answers: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """(ids, labels): the text cut by hand at each answer, a token a byte; four of each image."""
     before, form = FORMS[name]
     chat = [dict(m) for m in check_messages(messages, sum_images(messages))]
     text = processor.apply_chat_template(chat)
@@ -82,13 +97,13 @@ def by_hand(processor: Any, name: str, messages: Sequence[Any], answers: Sequenc
         labels.extend(tokens if is_answer else [IGNORED] * len(tokens))
 
     for answer in answers:
-        written = form.format(answer)
+        written = form.format(answer.strip() if name == "llama3" else answer)
         # The last of them that this answer follows: a question may hold the words as well
         place = text.index(before + written) + len(before)
-        add(text[:place].replace("<image>", image), False)
+        add(text[:place].replace(processor.image_token, 4 * processor.image_token), False)
         add(written, True)
         text = text[place + len(written) :]
-    add(text.replace("<image>", image), False)
+    add(text.replace(processor.image_token, 4 * processor.image_token), False)
     return ids, labels
 
 
@@ -106,7 +121,7 @@ def test_labels(processors: Mapping[str, Any], name: str, number: int) -> None:
     pictures = [Image.new("RGB", (16, 16), "red")] * images
     batch = collate([Sample("here", check_messages(messages, images), pictures)])
     assert batch[SEEN] == (1, [])
-    ids, labels = by_hand(processor, name, messages, answers, "<image>" * 4)
+    ids, labels = by_hand(processor, name, messages, answers)
     assert batch["input_ids"][0].tolist() == ids
     assert batch["labels"][0].tolist() == labels
 

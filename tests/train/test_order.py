@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,21 @@ def test_samples_of_several_sources() -> None:
     where = [x.where for x in (mixture[i] for i in range(161))]
     assert where == [f"a:{i}" for i in range(61)] + [f"b:{i}" for i in range(100)]
     assert mixture[5] == Failed("a:5", "a five") and mixture[66] == Failed("b:5", "a five")
+
+
+def test_a_stalled_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that is not read in time is a bad sample with its place."""
+    monkeypatch.setattr("prereg_kernels.train.waiting.READ_SECONDS", 0.2)
+    pipe = tmp_path / "pipe"  # nobody writes to it
+    os.mkfifo(pipe)
+
+    class Stalled(Numbers):
+        def __getitem__(self, number: int) -> Sample:
+            return super().__getitem__(number) if number else Sample(pipe.read_text(), ())
+
+    mixture = Mixture([Stalled("a", 61)])
+    assert mixture[0] == Failed("a:0", "no answer within 0.2 s", True)
+    assert mixture[1] == Sample("a:1", ())
 
 
 def test_every_sample_once() -> None:

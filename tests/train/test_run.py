@@ -241,6 +241,39 @@ def test_bad_samples_are_counted_named_and_capped(place: Path, tmp_path: Path) -
         run(place, tmp_path / "strict", **changes)
 
 
+@pytest.mark.parametrize("step", [1, 5])
+def test_bad_samples_after_a_resume(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Those that the interrupted run has counted count, and none of them twice."""
+    records = json.loads((place / "data.json").read_text())
+    for number in range(0, 24, 3):
+        records[number]["conversations"] = []
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(records))
+    changes: dict[str, Any] = {
+        "data__0__path": str(bad), "stages__0__max_steps": 1, "stages__1__num_train_epochs": 2,
+    }  # fmt: skip
+    whole = run(place, tmp_path / "whole", max_bad=30, **changes)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with_callback(patch, Crash(step))
+        run(place, tmp_path / "out", max_bad=30, **changes)
+    out = run(place, tmp_path / "out", max_bad=30, **changes)
+    lines = (out / "bad_samples.jsonl").read_text().splitlines()
+    assert lines == (whole / "bad_samples.jsonl").read_text().splitlines()
+    of_tune = [line for line in map(json.loads, lines) if line["stage"] == "tune"]
+    checkpoint = out / "stages/tune/checkpoint-14"
+    counts = json.loads((checkpoint / "bad_samples.json").read_text())
+    assert counts == {"seen": 14 * 4, "bad": len(of_tune)}
+    # One more than may be is found after the checkpoint: by what came before it, or not at all
+    most = len(of_tune) - 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with_callback(patch, Crash(step))
+        run(place, tmp_path / "strict", max_bad=most, **changes)
+    with pytest.raises(ValueError, match=f"max_bad: {most + 1} of .* and {most} may"):
+        run(place, tmp_path / "strict", max_bad=most, **changes)
+
+
 def test_workers_and_tensorboard(place: Path, whole: Path, tmp_path: Path) -> None:
     """Batches that worker processes make are the same; each stage has curves of its own."""
     out = run(

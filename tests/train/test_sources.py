@@ -125,7 +125,8 @@ def test_a_data_set_with_images(
     for number, (messages, several) in enumerate(zip(MESSAGES, colours, strict=True)):
         sample = source[number]
         assert list(sample.messages) == messages
-        assert [image.getpixel((0, 0)) for image in sample.images] == several  # type: ignore[union-attr]
+        opened = [open_image(image, sample.root) for image in sample.images]
+        assert [image.getpixel((0, 0)) for image in opened] == several
     assert source.where(1) == f"{tmp_path / 'saved'}[1]"
 
 

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from prereg_kernels import apply_pre
 from tests.tiny import tiny_llava
-from tests.trainers import deepspeed_ranks, ranks
+from tests.trainers import deepspeed_ranks, on_cpus, ranks
 from tests.trainers.rows import WEIGHT, collate
 
 
 def main(out: Path, case: str) -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        on_cpus.install()
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(kwargs_handlers=[unused])
     told = str(accelerator.distributed_type)

@@ -15,7 +15,7 @@ from tests.tiny import PATCHES, tiny_llava
 from tests.trainers import deepspeed_ranks, low_precision_ranks, ranks
 from tests.trainers.rows import WEIGHT, eager_gradients, make_rows, make_trainer
 
-pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.packages
 each_stage = pytest.mark.parametrize("stage", deepspeed_ranks.STAGES)
 
 

@@ -14,6 +14,7 @@ BULK_PTX = re.compile(r"\bcp\.async\.bulk\.tensor\S*|\bcp\.async\.cg\S* [^;]*\],
 TENSOR_CORES_PTX = re.compile(r"\b(?:tcgen05\.mma|wgmma\.mma_async|mma\.sync)\b")
 LOAD_GCN = re.compile(r"\b(?:global|buffer|flat)_load_\w+")
 WIDE_GCN = re.compile(r"dwordx[24]")  # 64 lanes of 8 bytes, as 32 of 16
+SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);")
 TENSOR_CORES_GCN = re.compile(r"\bv_mfma_[a-z0-9]+")
 
 
@@ -52,6 +53,8 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
         file.flush()
         command = (cuobjdump, "--dump-resource-usage", file.name)
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        listing = (cuobjdump, "--dump-sass", file.name)
+        sass = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
     loads = LOAD_PTX.findall(ptx)
@@ -62,7 +65,18 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
         "wide_loads": wide + len(BULK_PTX.findall(ptx)),
         "narrow_loads": len(loads) - wide,
         "tensor_cores": sorted(set(TENSOR_CORES_PTX.findall(ptx))),
+        "instructions": instructions(sass),
     }
+
+
+def instructions(sass: str) -> int:
+    """Of the longest loop, or where there is none, from the start to the first exit."""
+    listed = [(int(address, 16), text) for address, text in SASS.findall(sass)]
+    jumps = [(re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text), at) for at, text in listed]
+    loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
+    if loops:
+        return max(sum(first <= at <= last for at, _ in listed) for first, last in loops)
+    return next(i for i, (_, text) in enumerate(listed) if text.startswith("EXIT"))
 
 
 def _amd(gcn: str) -> dict[str, Any]:

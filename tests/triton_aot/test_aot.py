@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.triton_aot.compile import TARGETS
-from tests.triton_aot.inspection import narrow_strides
+from tests.triton_aot.inspection import instructions, narrow_strides
 
 REPOSITORY = Path(__file__).parents[2]
 TRITONS = Path(os.environ.get("PREREG_TRITON", REPOSITORY / ".triton"))
@@ -31,6 +31,12 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 # With hundreds of kernels a few have a value or two on the stack: ptxas prefers that to fewer
 # programs on a multiprocessor
 STACK = 8 if EVERYTHING else 0
+ELEMENTS = 16  # of a thread, in the kernels of activations
+# Of SASS, an element; {case: {target: at most}}. Beyond, an H200 waits for them and not for memory.
+INSTRUCTIONS = {
+    "forward gelu 4096 torch.bfloat16": {"sm_80": 22.5, "sm_90": 22.5, "sm_100": 22.5},
+    "backward gelu 3584 torch.bfloat16": {"sm_80": 26.4, "sm_90": 25.7, "sm_100": 25.7},
+}
 # Loads of an index, of a coefficient and of a bias may be narrow
 NARROW = 8
 
@@ -55,6 +61,24 @@ def test_narrow_strides() -> None:
         "%3 = arith.muli %row32, %stride_dz : i32",
         "%4 = tt.splat %stride_dz : i32 -> tensor<4xi32>",
     ]
+
+
+def test_instructions() -> None:
+    straight = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   FADD R2, R2, R3 ;
+        /*0020*/                   EXIT ;
+        /*0030*/                   BRA 0x30 ;"""
+    assert instructions(straight) == 2
+    loops = """
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/                   FADD R2, R2, R3 ;
+        /*0020*/              @P0 BRA `(.L_x_1) 0x10 ;
+        /*0030*/                   FMUL R4, R4, R5 ;
+        /*0040*/                   STG.E [R2.64], R4 ;
+        /*0050*/              @!P1 BRA 0x30 ;
+        /*0060*/                   EXIT ;"""
+    assert instructions(loops) == 3
 
 
 def compile_with(version: str, module: str, target: str) -> list[dict[str, Any]]:
@@ -82,6 +106,10 @@ def problems_of(kernel: dict[str, Any], target: str) -> list[str]:
         found.append(f"{kernel['narrow_loads']} loads of less than 16 bytes")
     if kernel["expects"]["tensor_cores"] and not kernel["tensor_cores"]:
         found.append("no tensor cores")
+    most = INSTRUCTIONS.get(kernel["case"], {}).get(target)
+    each = kernel.get("instructions", 0) / ELEMENTS
+    if most is not None and "partials" not in kernel["kernel"] and not 0 < each <= most:
+        found.append(f"{each:.1f} instructions an element, more than {most}")
     if target == "gfx942" and kernel["num_warps"] > 16:
         found.append(f"{kernel['num_warps']} warps of 64 threads")
     name = f"{kernel['case']}: {kernel['kernel']} ({kernel['registers']} registers)"

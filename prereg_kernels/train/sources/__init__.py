@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.train.config import DataConfig
-from prereg_kernels.train.source import Source
 
 FORMATS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 """The formats' names."""
 
 
-def open_source(data: DataConfig) -> Source:
-    """The samples of a data set.
+def open_source(data: DataConfig) -> Any:
+    """The samples of a data set; with `data.streaming` it is a Stream.
 
     Raises:
-        ValueError: an unknown format, or a file that is not of it.
+        ValueError: an unknown format, a file that is not of it, or one that cannot be a stream.
         OSError: a file cannot be read.
     """
     if data.format not in FORMATS:
@@ -25,5 +25,7 @@ def open_source(data: DataConfig) -> Source:
             f"format: expected one of {', '.join(FORMATS)}; got {printable(data.format)}"
         )
     module = importlib.import_module(f"{__name__}.{data.format}")
-    source: Source = module.open_source(data)
+    source = module.open_source(data)
+    if data.streaming and getattr(source, "rows", None) is None:
+        raise ValueError(f"streaming: format {data.format} cannot; expected false")
     return source

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prereg_kernels.train.config import DataConfig
+from prereg_kernels.train.hub import Columns, DatasetSource, images_of, is_json
 from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
 from prereg_kernels.train.source import JsonSource
 
@@ -22,13 +24,11 @@ class LlavaSource(JsonSource):
 
     def shape(self, record: dict[str, Any]) -> tuple[int, int]:
         """(characters of text, images)."""
-        turns = record.get("conversations")
-        values = [x.get("value") for x in turns if isinstance(x, dict)] if turns else []
-        return sum(len(x) for x in values if isinstance(x, str)), len(_images(record))
+        return _shape(record.get("conversations"))[0], len(images_of(record))
 
     def sample(self, record: dict[str, Any], where: str) -> Sample:
         """The sample of a record."""
-        messages, images = messages_of(record), _images(record)
+        messages, images = messages_of(record), images_of(record)
         if any(not isinstance(image, str) for image in images):
             raise BadSampleError("image: expected a path or a list of paths")
         return Sample(where, check_messages(messages, len(images)), images, self.root)
@@ -40,13 +40,6 @@ def messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(turns, list) or not turns:
         raise BadSampleError("conversations: expected a list of turns")
     return [_message(turn, number) for number, turn in enumerate(turns)]
-
-
-def _images(record: dict[str, Any]) -> list[Any]:
-    image = record.get("image")
-    if image is None or image == "":
-        return []
-    return image if isinstance(image, list) else [image]
 
 
 def _message(turn: Any, number: int) -> dict[str, Any]:
@@ -75,6 +68,21 @@ def parts(text: str) -> list[dict[str, str]]:
     return found
 
 
-def open_source(data: DataConfig) -> LlavaSource:
-    """The samples of a data set."""
-    return LlavaSource(data)
+def _shape(turns: Any) -> tuple[int, int]:
+    if not isinstance(turns, list):
+        return 0, 0
+    spoken = [(x.get("from"), x["value"]) for x in turns if isinstance(x, dict) and "value" in x]
+    texts = [(who, text) for who, text in spoken if isinstance(text, str)]
+    asked = [text for who, text in texts if who == "human"]
+    return sum(len(text) for _, text in texts), sum(text.count(PLACEHOLDER) for text in asked)
+
+
+COLUMNS = Columns("conversations", messages_of, _shape)
+
+
+def open_source(data: DataConfig) -> Any:
+    """The samples of JSON files, or of a data set with columns as their records have."""
+    path = Path(data.path)
+    is_here = path.exists() and path.suffix != ".parquet"
+    has_rows = not is_here or any(path.rglob("*.parquet")) or any(path.glob("dataset_*.json"))
+    return DatasetSource(data, COLUMNS) if has_rows and not is_json(path) else LlavaSource(data)

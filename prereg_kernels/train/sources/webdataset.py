@@ -5,8 +5,9 @@ x.json is a record of LLaVA's format or of TRL's messages. Image paths in it are
 
 from __future__ import annotations
 
-import json
 import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from prereg_kernels._util.files import printable
 from prereg_kernels.checkup.images.reading import IMAGE_SUFFIXES
 from prereg_kernels.train.config import DataConfig
 from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
+from prereg_kernels.train.source import parse_record
 from prereg_kernels.train.sources.llava import messages_of
 
 _Place = tuple[int, int]  # a file's first byte in its shard, and its bytes
@@ -24,7 +26,8 @@ _Place = tuple[int, int]  # a file's first byte in its shard, and its bytes
 class WebDatasetSource:
     """The samples of shards, which are not compressed: a .tar file, or a folder of them.
 
-    Memory holds the places of their files in the shards.
+    Memory holds the places of their files in the shards. With `streaming` it is a Stream, and reads
+    each shard from its beginning to its end.
 
     Raises:
         ValueError: there are none, one is no tar file, or a sample has no JSON.
@@ -35,14 +38,24 @@ class WebDatasetSource:
         self._shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
         if not self._shards:
             raise ValueError(f"{printable(path)}: expected .tar files, got none")
+        self.rows: Any = None
+        if data.streaming:
+            from datasets import IterableDataset
+
+            # The library's own reader wants as many images in each sample
+            names = {"shards": [str(shard) for shard in self._shards]}
+            self.rows = IterableDataset.from_generator(_stream, gen_kwargs=names)
+        else:
+            self._index()
+
+    def _index(self) -> None:
         self._samples: list[tuple[int, str, _Place, tuple[_Place, ...]]] = []
         lengths, images = [], []
         for shard, file in enumerate(self._shards):
             for key, parts in _members(file).items():
                 if "json" not in parts:
                     raise ValueError(f"{printable(file)}: {printable(key)}: expected a .json file")
-                pictures = sorted(part for part in parts if f".{part}".endswith(IMAGE_SUFFIXES))
-                places = tuple(parts[name] for name in pictures)
+                places = tuple(parts[name] for name in _pictures(parts))
                 self._samples.append((shard, key, parts["json"], places))
                 lengths.append(parts["json"][1])
                 images.append(len(places))
@@ -67,20 +80,73 @@ class WebDatasetSource:
                 return file.read(place[1])
 
             content, images = read(place), [read(each) for each in places]
+        return _sample(self.where(number), content, images)
+
+    def row_shape(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """(bytes of JSON, images)."""
+        return len(row["content"] or b""), len(row["images"])
+
+    def row_sample(self, row: Mapping[str, Any]) -> Sample:
+        """A sample. Raises BadSampleError where it cannot be used."""
+        if row["content"] is None:
+            raise BadSampleError(row["reason"])
+        return _sample(row["where"], row["content"], row["images"])
+
+    def row_where(self, row: Mapping[str, Any]) -> str | None:
+        """The shard and the key of a sample."""
+        where: str = row["where"]
+        return where
+
+
+def _sample(where: str, content: bytes, images: Sequence[bytes]) -> Sample:
+    record = parse_record(content)
+    messages: Any = record.get("messages")
+    if messages is None:
+        messages = messages_of(record)
+    return Sample(where, check_messages(messages, len(images)), images)
+
+
+def _pictures(parts: Iterable[str]) -> list[str]:
+    """Of the extensions of a sample, those of its images, in their order."""
+    return sorted(part for part in parts if f".{part}".endswith(IMAGE_SUFFIXES))
+
+
+def _stream(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        name = printable(shard)
         try:
-            record = json.loads(content)
-        except (ValueError, RecursionError):
-            raise BadSampleError("not valid JSON") from None
-        if not isinstance(record, dict):
-            raise BadSampleError(f"expected an object, got a {type(record).__name__}")
-        messages: Any = record.get("messages")
-        if messages is None:
-            messages = messages_of(record)
-        return Sample(self.where(number), check_messages(messages, len(images)), images)
+            with tarfile.open(shard, "r:") as tar:
+                for key, group in groupby(_named(tar), key=lambda each: each[0]):
+                    parts = {extension: _content(tar, member) for _, extension, member in group}
+                    yield {
+                        "where": f"{name}: {printable(key)}",
+                        "content": parts.get("json"),
+                        "images": [parts[part] for part in _pictures(parts)],
+                        "reason": "expected a .json file",
+                    }
+        except (tarfile.TarError, EOFError) as error:  # the shards behind it are read
+            reason = f"the rest of the shard cannot be read: {error}"
+            yield {"where": name, "content": None, "images": [], "reason": reason}
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # `_named` gives files alone
+    return file.read()
+
+
+def _named(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, extension, member) of each file: its extension begins at the first dot of its last
+    part."""
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        key, _, extension = name.partition(".")
+        if member.isreg() and key:
+            yield (f"{folder}/{key}" if folder else key), extension.lower(), member
 
 
 def _members(path: Path) -> dict[str, dict[str, _Place]]:
-    """{key: {extension: its place}}: a name's extension begins at the first dot of its last part.
+    """{key: {extension: its place}}.
 
     Raises:
         ValueError: it is no tar file, or compressed.
@@ -88,14 +154,9 @@ def _members(path: Path) -> dict[str, dict[str, _Place]]:
     samples: dict[str, dict[str, _Place]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, _, extension = name.partition(".")
-                if member.isfile() and key:
-                    place = (member.offset_data, member.size)
-                    samples.setdefault(f"{folder}/{key}" if folder else key, {})[
-                        extension.lower()
-                    ] = place
+            for key, extension, member in _named(tar):
+                place = (member.offset_data, member.size)
+                samples.setdefault(key, {})[extension] = place
     except tarfile.TarError as error:
         raise ValueError(f"{printable(path)}: expected an uncompressed .tar: {error}") from None
     return samples

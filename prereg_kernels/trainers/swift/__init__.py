@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from prereg_kernels._util.settings_file import parse
 from prereg_kernels.attach.handle import find_pre
@@ -22,7 +23,6 @@ from prereg_kernels.trainers.attachment import AttachSettings, check_settings, r
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
-    from typing_extensions import Unpack
 else:
     _Base = object
 

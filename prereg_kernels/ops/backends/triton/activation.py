@@ -3,7 +3,12 @@
     gelu: u Phi(u)      gelu_tanh: u sigmoid(2 v), v = sqrt(2 / pi) (u + 0.044715 u^3)
     silu: u sigmoid(u)  relu: max(u, 0)
 
-(1 + tanh(v)) / 2 = sigmoid(2 v).
+(1 + tanh(v)) / 2 = sigmoid(2 v). Phi of the normal distribution, of density phi, is
+
+    Phi(-|u|) = exp(-u^2 / 2) P(t) t, t = 1 / (1 + 0.35 |u|)
+
+with the P of seven terms that comes closest, relatively, up to |u| = 6: to 2.4e-7. It takes half
+the instructions of erf, shares its exponential with the density, and holds where 1 + erf cancels.
 """
 
 import triton
@@ -11,15 +16,47 @@ import triton.language as tl
 from torch import Tensor
 
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.launch import launch, stat_dtype
+from prereg_kernels.ops.backends.triton.launch import HAS_PTX, launch, stat_dtype
 from prereg_kernels.ops.backends.triton.sums import add_partials
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for 1 <= x, float32: one instruction on NVIDIA's GPUs, right to its last place."""
+    if HAS_PTX:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = 1 / x
+    return inverse
+
+
+@triton.jit
+def normal(u):
+    """Phi(u), and exp(-u^2 / 2), which is phi(u) sqrt(2 pi)."""
+    bell = tl.exp2(u * u * -0.7213475204444817)
+    if u.dtype == tl.float64:
+        phi = 0.5 * (1 + tl.erf(u * 0.7071067811865476))
+    else:
+        t = reciprocal(tl.fma(tl.abs(u), 0.35, 1.0))
+        p = tl.fma(t, 0.04731156655608712, -0.1950164730289079)
+        p = tl.fma(p, t, 0.22778401333546547)
+        p = tl.fma(p, t, -0.0045252688433332555)
+        p = tl.fma(p, t, 0.1489392868923387)
+        p = tl.fma(p, t, 0.1356268234753017)
+        p = tl.fma(p, t, 0.13988017255235302)
+        below = p * t * bell
+        phi = tl.where(u < 0, below, 1 - below)
+    return phi, bell
 
 
 @triton.jit
 def activated(u, ACTIVATION: tl.constexpr):
     """act(u). A NaN stays one."""
     if ACTIVATION == "gelu":
-        g = u * (0.5 * (1 + tl.erf(u * 0.7071067811865476)))
+        phi, _ = normal(u)
+        g = u * phi
     elif ACTIVATION == "gelu_tanh":
         g = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
     elif ACTIVATION == "silu":
@@ -33,8 +70,8 @@ def activated(u, ACTIVATION: tl.constexpr):
 def activation_gradient(dg, u, ACTIVATION: tl.constexpr):
     """dg act'(u); act' of relu is 0 at 0, as in PyTorch."""
     if ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
-        du = dg * (0.5 * (1 + tl.erf(u * 0.7071067811865476)) + u * density)
+        phi, bell = normal(u)
+        du = dg * tl.fma(u * 0.3989422804014327, bell, phi)
     elif ACTIVATION == "gelu_tanh":
         s = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
         du = dg * (s + u * s * (1 - s) * (1.5957691216057308 * (1 + 0.134145 * u * u)))

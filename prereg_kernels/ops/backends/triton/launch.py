@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any

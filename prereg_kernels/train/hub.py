@@ -1,0 +1,142 @@
+"""Data sets of the library `datasets`: saved on the disk, as Parquet files, or on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prereg_kernels._util.files import printable
+from prereg_kernels.train.config import DataConfig
+from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
+
+_JSON = (".json", ".jsonl")
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a format's conversations are in a row.
+
+    Attributes:
+        name: of their column.
+        messages: of a row. Raises BadSampleError where there are none.
+        shape: (characters of text, images) of what is in the column, whatever it is.
+    """
+
+    name: str
+    messages: Callable[[Mapping[str, Any]], Any]
+    shape: Callable[[Any], tuple[int, int]]
+
+
+def is_json(path: Path) -> bool:
+    """Whether it is JSON or JSONL files, and no data set of the library's."""
+    if path.suffix in _JSON:
+        return True
+    if not path.is_dir() or _is_saved(path):
+        return False
+    has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
+    return any(path.glob("*.json*")) and not has_parquet
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).exists() for name in _SAVED)
+
+
+class DatasetSource:
+    """Rows of a data set, whose images are taken as they are stored: the collator opens them. With
+    `streaming` it is a Stream.
+
+    Raises:
+        ValueError: it has no such column, or cannot be read.
+    """
+
+    def __init__(self, data: DataConfig, columns: Columns) -> None:
+        import datasets
+
+        path = Path(data.path)
+        self._name, self._columns = printable(data.path), columns
+        cache = Path(datasets.config.HF_CACHE_HOME)
+        self._root = Path(data.images) if data.images else path if path.is_dir() else cache
+        try:
+            dataset = _load(data)
+        except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"{self._name}: {' '.join(str(error).split())}") from None
+        names = dataset.column_names
+        if names is not None and columns.name not in names:
+            raise ValueError(
+                f"{self._name}: expected a column {columns.name}, got {', '.join(names)}"
+            )
+        self.rows: Any = None
+        if data.streaming:
+            self.rows = dataset.decode(False)
+            return
+        self._table = dataset.with_format("arrow")
+        shapes = [columns.shape(row[columns.name]) for row in dataset.select_columns(columns.name)]
+        self.lengths = np.array([length for length, _ in shapes], dtype=np.int64)
+        self.images = np.array([images for _, images in shapes], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def where(self, number: int) -> str:
+        """The data set and row of a sample."""
+        return f"{self._name}[{number}]"
+
+    def __getitem__(self, number: int) -> Sample:
+        """A sample. Raises BadSampleError where it cannot be used."""
+        [row] = self._table[[number]].to_pylist()
+        return self._sample(row, self.where(number))
+
+    def row_shape(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """(characters of text, images)."""
+        return self._columns.shape(row.get(self._columns.name))
+
+    def row_sample(self, row: Mapping[str, Any]) -> Sample:
+        """A sample. Raises BadSampleError where it cannot be used."""
+        return self._sample(row, self.row_where(row) or self._name)
+
+    def row_where(self, row: Mapping[str, Any]) -> str | None:
+        """The data set and the row's id, if it has one."""
+        return f"{self._name}: id {printable(str(row['id']))}" if row.get("id") else None
+
+    def _sample(self, row: Mapping[str, Any], where: str) -> Sample:
+        images = [_stored(image) for image in images_of(row)]
+        messages = check_messages(self._columns.messages(row), len(images))
+        return Sample(where, messages, images, self._root)
+
+
+def _load(data: DataConfig) -> Any:
+    import datasets
+
+    path = Path(data.path)
+    if _is_saved(path):
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            saved = saved[data.split]
+        return saved.to_iterable_dataset() if data.streaming else saved
+    options: dict[str, Any] = {"split": data.split, "streaming": data.streaming}
+    if path.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files={data.split: data.path}, **options)
+    return datasets.load_dataset(data.path, **options)
+
+
+def images_of(record: Mapping[str, Any]) -> list[Any]:
+    """What stands under "images", or "image"."""
+    images = record.get("images", record.get("image"))
+    if images is None or images == "":
+        return []
+    return images if isinstance(images, list) else [images]
+
+
+def _stored(image: Any) -> Any:
+    """An image as the library stores it: {"bytes", "path"}."""
+    if isinstance(image, Mapping):
+        content = image.get("bytes")
+        image = content if content is not None else image.get("path")
+    if not isinstance(image, (str, bytes)):
+        raise BadSampleError("images: expected images, or paths of them")
+    return image

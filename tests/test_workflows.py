@@ -1,0 +1,63 @@
+"""The workflow files start what the Makefile has, and leave nothing of it out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.M))
+
+
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
+
+
+def triggers(workflow: dict[Any, Any]) -> dict[str, Any]:
+    return workflow[True]  # YAML 1.1 takes `on` for that
+
+
+def commands(job: dict[str, Any]) -> list[str]:
+    """What a job runs, once for each value of its matrix."""
+    matrix = job.get("strategy", {}).get("matrix", {"": [""]})
+    [(name, values)] = matrix.items()
+    lines = [step["run"] for step in job["steps"] if "run" in step]
+    return [line.replace(f"${{{{ matrix.{name} }}}}", str(x)) for x in values for line in lines]
+
+
+@pytest.mark.parametrize("name", ("ci.yml", "weekly.yml"))
+def test_each_job_starts_from_a_checkout(name: str) -> None:
+    for job in read(name)["jobs"].values():
+        used = [step["uses"] for step in job["steps"] if "uses" in step]
+        assert [each.partition("@")[0] for each in used] == [
+            "actions/checkout", "actions/setup-python",
+        ]  # fmt: skip
+        assert job["timeout-minutes"] > 0
+        for command in commands(job):
+            program, target, *_ = command.split()
+            assert "${{" not in command
+            assert target in TARGETS if program == "make" else (ROOT / target).exists(), command
+
+
+def test_each_change_runs_all_that_it_has_to_pass() -> None:
+    workflow = read("ci.yml")
+    assert triggers(workflow).keys() == {"push", "pull_request"}
+    assert commands(workflow["jobs"]["ci"]) == ["bash .ci/run"]
+
+
+def test_each_week_runs_every_trainer_and_release() -> None:
+    workflow = read("weekly.yml")
+    [schedule] = triggers(workflow)["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", schedule["cron"])
+    assert "workflow_dispatch" in triggers(workflow)
+    trainers = {path.stem for path in (ROOT / "tests" / "packages").glob("*.txt")}
+    assert commands(workflow["jobs"]["trainer"]) == [f"make test-{x}" for x in sorted(trainers)]
+    [releases] = re.findall(r"^TRANSFORMERS := (.*)$", MAKEFILE, re.M)
+    assert commands(workflow["jobs"]["transformers"]) == [
+        f"make test-transformers TRANSFORMERS={x}" for x in releases.split()
+    ]
