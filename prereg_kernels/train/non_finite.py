@@ -89,7 +89,8 @@ class NonFinite(TrainerCallback):
         if isinstance(norm, Tensor):
             bad_norm = ~whole(norm).isfinite()
         else:
-            bad_norm = torch.tensor(norm is not None and not math.isfinite(norm))
+            is_bad = norm is not None and not math.isfinite(norm)
+            bad_norm = losses.new_full((), is_bad)  # filled there: a copy would wait
         flags = torch.stack([losses.any(), bad_norm.to(losses.device)]).float()
         where = [names for names, _ in self._micro_batches]
         self._micro_batches = []
