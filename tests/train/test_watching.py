@@ -6,10 +6,10 @@ import json
 import math
 import random
 import sys
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,11 @@ from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.loading import load
 from prereg_kernels.train import held_out
 from prereg_kernels.train.config import load_config
+from prereg_kernels.train.facts import Facts
 from prereg_kernels.train.flops import PEAKS, StepFlops, peak_flops, peak_of
 from prereg_kernels.train.models import set_trainable
 from prereg_kernels.train.run import train
-from prereg_kernels.train.throughput import TIMED
+from prereg_kernels.train.throughput import TIMED, Throughput
 from prereg_kernels.train.trainer import RecipeTrainer
 from tests.train.places import make_place, metrics, settings, write
 from tests.train.test_run import Crash, run, same, weights, with_callback
@@ -48,9 +49,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_speed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens, visual tokens and images of each step; no time of what is not training; no MFU."""
+    """Tokens, visual tokens and images of each step, and no MFU."""
     seen: list[tuple[int, int, int]] = []
-    step, write_checkpoint = RecipeTrainer.training_step, RecipeTrainer._write_checkpoint
+    step = RecipeTrainer.training_step
 
     def count(self: Any, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
         ids, pixels = inputs["input_ids"], inputs.get("pixel_values")
@@ -58,12 +59,7 @@ def test_speed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         seen.append((*shown, 0 if pixels is None else len(pixels)))
         return step(self, model, inputs, *rest, **options)
 
-    def slow(self: Any, *args: Any) -> None:
-        time.sleep(3)
-        write_checkpoint(self, *args)
-
     monkeypatch.setattr(RecipeTrainer, "training_step", count)
-    monkeypatch.setattr(RecipeTrainer, "_write_checkpoint", slow)
     out = run(place, tmp_path / "out", **ONE_STAGE)
     lines = metrics(out, "align") + metrics(out, "tune")
     assert len(seen) == len(lines) == 5
@@ -72,7 +68,6 @@ def test_speed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found = [line[name] / line["steps_per_second"] for name in names]
         assert found == pytest.approx(counts, rel=1e-4)
         assert "mfu" not in line
-    assert lines[3]["steps_per_second"] > 1 / 2.9  # the step before it was saved
     assert 0.01 < lines[0]["peak_memory_gib"] < 100
     watched = lines[1]  # the first step of the stage with PRe
     assert watched["pre_share"] == pytest.approx(
@@ -80,6 +75,30 @@ def test_speed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert 0 < watched["pre_share"] < 1
     assert {"lm_hidden_grad_norm", "pre_hidden_grad_norm"} < watched.keys()
+
+
+def test_what_is_no_part_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two logs, 2 s and 3 s of steps, and 8 s of saving between them."""
+    clock = iter([10.0, 12.0, 20.0, 23.0, 30.0, 31.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    speed = Throughput(make_model(), False)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, gather=lambda x: x,
+        reduce=lambda x, reduction: x,
+    )  # fmt: skip
+    facts = Facts(("a",), tokens=50, visual_tokens=20, labels=5, images=2, pixels=1536)
+    speed.begin(7)
+    speed.add(facts)
+    with speed.paused():
+        pass
+    speed.begin(8)
+    speed.add(facts)
+    figures = speed.take(9, accelerator, 0.5)
+    assert figures["tokens_per_second"] == 100 / 5 and figures["images_per_second"] == 4 / 5
+    assert figures["steps_per_second"] == 2 / 5 and figures["pre_share"] == 0.5 / 2.5
+    speed.begin(9)
+    speed.add(facts)
+    assert speed.take(10, accelerator, None)["visual_tokens_per_second"] == 20
 
 
 def make_model() -> Any:
@@ -239,12 +258,12 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """A stand-in, which keeps its runs."""
     runs: list[dict[str, Any]] = []
     module: Any = types.ModuleType("wandb")
-    module.__spec__ = types.SimpleNamespace(loader=None)
+    module.__spec__ = SimpleNamespace(loader=None)
     module.run = None
 
     def init(**options: Any) -> None:
         runs.append({"name": options.get("name"), "logged": []})
-        module.run = types.SimpleNamespace(_label=lambda **_: None, summary={})
+        module.run = SimpleNamespace(_label=lambda **_: None, summary={})
 
     def finish() -> None:
         module.run = None
