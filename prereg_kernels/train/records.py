@@ -11,6 +11,7 @@ from prereg_kernels._util.files import printable, write_whole
 
 METRICS = "metrics.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
+NON_FINITE_STEPS = "non_finite.jsonl"
 COUNTS = "bad_samples.json"  # in a checkpoint
 PERIOD = 1000
 """Samples between two looks at how many were bad."""
@@ -22,10 +23,11 @@ class Metrics:
     Args:
         stage, step: where the run goes on. Lines of later steps, as an interrupted run has left,
             go.
+        name: of another such file.
     """
 
-    def __init__(self, folder: Path, stage: str, step: int) -> None:
-        self._path, self._stage = folder / METRICS, stage
+    def __init__(self, folder: Path, stage: str, step: int, name: str = METRICS) -> None:
+        self._path, self._stage = folder / name, stage
         _cut(self._path, stage, step)
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:

@@ -44,6 +44,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.head_dtype",
         "python -m benchmarks.studies.many_samples",
         "python -m benchmarks.studies.input_pipeline",
+        "python -m benchmarks.studies.watched_gradients",
         "make fuzz",
         "make train-example",
     ),

@@ -15,6 +15,8 @@ from tests.packages.run import Run
 from tests.train.launching import PREREG, start, torchrun
 from tests.train.places import close, make_place, metrics, settings, write
 
+HIDDEN = ("lm_hidden_grad_norm", "pre_hidden_grad_norm", "hidden_grad_cosine")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,8 +55,10 @@ def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     for stage in ("align", "tune"):
         for a, b in zip(metrics(one, stage), metrics(two, stage), strict=True):
-            for name in a.keys() & {"lm_loss", "pre_loss", "grad_norm"}:
+            assert a.keys() == b.keys()
+            for name in a.keys() & {"lm_loss", "pre_loss", "grad_norm", *HIDDEN}:
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+    assert {*HIDDEN} <= metrics(one, "tune")[0].keys()
     close(one / "model.safetensors", two / "model.safetensors")
     close(one / "pre/pre_heads.safetensors", two / "pre/pre_heads.safetensors")
 
