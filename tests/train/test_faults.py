@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from pyarrow import parquet
 
 from prereg_kernels.train.collator import open_image
 from prereg_kernels.train.config import DataConfig
@@ -36,6 +37,8 @@ def test_a_shard_that_is_cut(tmp_path: Path) -> None:
     assert [where.split(": ")[1] for where in good if "a.tar" in where] == ["0", "1"]
     assert sum("b.tar" in where for where in good) == 4
     [(where, reason)] = bad
+    with pytest.raises(ValueError, match=r"a\.tar: expected an uncompressed \.tar: unexpected end"):
+        open_source(DataConfig(str(tmp_path), "webdataset"))
     assert where == f"{tmp_path}/a.tar" and "the rest of the shard cannot be read" in reason
 
 
@@ -57,7 +60,7 @@ def test_images_of_a_hostile_data_set(
         {"bytes": bomb(60_000, 60_000), "path": "x.png"},
         {"bytes": b"no image", "path": None},
         {"bytes": None, "path": "good.png"},
-        {"bytes": png((4, 5, 6)), "path": str(tmp_path / "secret.png")},
+        {"bytes": png((4, 5, 6)), "path": "../other.png"},
     ]
     features = datasets.Features(
         messages=[{"role": datasets.Value("string"),
@@ -66,7 +69,9 @@ def test_images_of_a_hostile_data_set(
         images=[datasets.Image()],
     )  # fmt: skip
     rows = [{"messages": MESSAGES[0], "images": [image]} for image in images]
-    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+    # By itself `datasets` would open the files to embed them
+    table = datasets.Dataset.from_list(rows, features=features).data.table
+    parquet.write_table(table, folder / "train.parquet")
     source = open_source(DataConfig(str(folder), streaming=is_stream))
     if is_stream:
         samples = [source.row_sample(row) for row in source.rows]

@@ -143,6 +143,9 @@ def _named(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         key, _, extension = name.partition(".")
         if member.isreg() and key:
             yield (f"{folder}/{key}" if folder else key), extension.lower(), member
+    # tarfile takes half a header for the end
+    if Path(str(tar.name)).stat().st_size % tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("unexpected end of data")
 
 
 def _members(path: Path) -> dict[str, dict[str, _Place]]:
