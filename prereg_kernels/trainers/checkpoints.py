@@ -31,7 +31,7 @@ class Checkpoints(_Base):
     """What makes a Trainer save the heads in `pre/` and read them there; part of PReTrainerMixin.
 
     Under FSDP with sharded checkpoints, and under DeepSpeed, the heads are part of what these save
-    and load.
+    and load; but for FSDP's of a PeftModel, beside which they are in `pre/`.
     """
 
     _read_from: str | None = None  # the checkpoint that is being read
@@ -82,7 +82,22 @@ class Checkpoints(_Base):
             logger.warning(f"Could not locate the heads of the best model at {path}/{PRE_DIR}")
 
     def _heads_are_in_the_state(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return is_elsewhere and not self._heads_are_apart()
+
+    def _heads_are_apart(self) -> bool:
+        """FSDP's sharded checkpoints of a PeftModel hold the adapter alone (Accelerate 1.15)."""
+        if not self.is_fsdp_enabled:
+            return False
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        return hasattr(inner, "peft_config") and "SHARDED" in kind
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with the heads where nothing else writes them."""
+        super().save_model(output_dir, *args, **kwargs)
+        if self._heads_are_apart():  # on all ranks, which have a part of them each
+            self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR)
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
