@@ -122,6 +122,8 @@ class TrainConfig:
         model_arguments: of `from_pretrained`, such as `attn_implementation` and `dtype`.
         trainer: fields of transformers' TrainingArguments.
         max_length: tokens of a sample, images included. A longer answer is cut.
+        packing_length: tokens of a row, which holds as many whole samples as fit; None: a row has
+            one. `per_device_train_batch_size` then counts rows.
         max_bad: samples that cannot be used before the run ends: a share of those seen, at least
             one, or, as an integer, a count.
         non_finite: "stop", which names the batch of a loss or gradient that is NaN or infinite, or
@@ -139,12 +141,19 @@ class TrainConfig:
     model_arguments: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
+    packing_length: int | None = None
     max_bad: int | float = 0.001
     non_finite: str = "stop"
     checkup: CheckupConfig | None = None
 
     def __post_init__(self) -> None:
         require_count("max_length", self.max_length, 2**20)
+        if self.packing_length is not None:
+            require_count("packing_length", self.packing_length, 2**20)
+            require(
+                "packing_length", self.packing_length >= self.max_length,
+                f"at least max_length, {self.max_length}", self.packing_length,
+            )  # fmt: skip
         require("data", len(self.data) >= 1, "at least one data set", self.data)
         require("stages", len(self.stages) >= 1, "at least one stage", self.stages)
         names = [stage.name for stage in self.stages]

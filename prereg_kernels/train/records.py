@@ -61,11 +61,12 @@ class BadSamples:
     Attributes:
         seen: samples of the stage, on all ranks.
         bad: those that were left out.
+        step: up to which they are counted.
     """
 
     def __init__(self, folder: Path, most: float, stage: str) -> None:
         self._path, self._most, self._stage = folder / BAD_SAMPLES, most, stage
-        self.seen = self.bad = 0
+        self.seen = self.bad = self.step = 0
 
     def go_on(self, step: int, checkpoint: str | Path | None, *, is_writing: bool) -> None:
         """As the run was at this step, of which a checkpoint was saved; None: at its start."""
@@ -74,7 +75,7 @@ class BadSamples:
         counted = Path(checkpoint) / COUNTS if checkpoint is not None else None
         if counted is not None and counted.exists():
             counts = json.loads(counted.read_text())
-            self.seen, self.bad = counts["seen"], counts["bad"]
+            self.seen, self.bad, self.step = counts["seen"], counts["bad"], step
 
     def save(self, checkpoint: Path) -> None:
         """Write the counts into a checkpoint."""
@@ -88,7 +89,7 @@ class BadSamples:
         Raises:
             TooManyBadSamplesError: more were bad than may be.
         """
-        self.seen, self.bad = self.seen + seen, self.bad + len(bad)
+        self.seen, self.bad, self.step = self.seen + seen, self.bad + len(bad), step
         if is_writing and bad:
             with self._path.open("a", encoding="utf-8") as file:
                 for where, reason in bad:

@@ -27,7 +27,7 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
-from prereg_kernels.train.engines import prepare, save_whole
+from prereg_kernels.train.engines import check_launcher, device_of_cpus, prepare, save_whole
 from prereg_kernels.train.facts import CountingCollator
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.held_out import CheckupCallback, HeldOut
@@ -40,6 +40,13 @@ from prereg_kernels.train.models import (
     without_adapter,
 )
 from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
+from prereg_kernels.train.packing import (
+    PackedSampler,
+    estimate,
+    packed,
+    prepare_packing,
+    probes,
+)
 from prereg_kernels.train.records import (
     BAD_SAMPLES,
     METRICS,
@@ -49,7 +56,7 @@ from prereg_kernels.train.records import (
 )
 from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
-from prereg_kernels.train.streaming import StreamBatches, StreamLoader
+from prereg_kernels.train.streaming import Group, StreamBatches, StreamLoader, first_samples
 from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
 from prereg_kernels.train.wandb_runs import check_wandb, finish_wandb
 from prereg_kernels.trainers import with_pre
@@ -82,9 +89,9 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         OSError: a file cannot be read or written.
         Stopped: it was asked to by SIGTERM.
     """
+    check_launcher()
     out, is_cpu = Path(config.out), bool(config.trainer.get("use_cpu"))
-    state = PartialState(cpu=is_cpu)
-    with _held(out, state):
+    with device_of_cpus(is_cpu), _held(out, state := PartialState(cpu=is_cpu)):
         if state.is_main_process:
             _prepare(config, out, fresh)
         state.wait_for_everyone()
@@ -120,6 +127,8 @@ def _train_stage(
     ids = visual_ids(model)
     collator = Collator(processor, config.max_length, ids)
     collator.hides_image = config.is_streaming(stage) and arguments.world_size > 1
+    if config.packing_length is not None:
+        prepare_packing(model, collator, config.packing_length)
     collate = CountingCollator(collator, ids)
     if has_adapter:
         assert config.lora is not None
@@ -135,12 +144,22 @@ def _train_stage(
     mixture: Mixture | None = None
     if config.is_streaming(stage):
         names = [data.path for data in config.data_of(stage)]
-        stream = _stream(arguments, sources, names, weights, collate)
+        stream = _stream(
+            arguments, sources, names, weights, collator, collate, config.packing_length
+        )
         if last is not None:
             stream.load(Path(last))
     else:
         mixture = Mixture(sources)
-        order = GroupedSampler(mixture, weights, samples_of_step(arguments), arguments.seed)
+        unit = samples_of_step(arguments)
+        if config.packing_length is None:
+            order = GroupedSampler(mixture, weights, unit, arguments.seed)
+        else:
+            by = estimate(collator, list(probes(mixture)))
+            tokens = by.tokens(mixture.lengths, mixture.images)
+            order = PackedSampler(
+                mixture, weights, unit, arguments.seed, tokens, config.packing_length
+            )
     if is_first and order is not None:
         for kind, count in order.repeated().items():
             warnings.warn(
@@ -196,10 +215,17 @@ def _stream(
     streams: Sequence[Stream],
     names: Sequence[str],
     weights: Sequence[float],
+    collator: Collator,
     collate: CountingCollator,
+    packing_length: int | None,
 ) -> StreamLoader:
     # What is skipped of a stream is behind the place that its checkpoint names
     arguments.ignore_data_skip = True
+    group: Group = partial(grouped, size=arguments.train_batch_size)
+    if packing_length is not None:
+        by = estimate(collator, [x for stream in streams for x in first_samples(stream)])
+        size = arguments.train_batch_size
+        group = partial(packed, size=size, by=by, length=packing_length)
     batches = StreamBatches(
         streams,
         names,
@@ -207,7 +233,7 @@ def _stream(
         seed=arguments.seed,
         rank=arguments.process_index,
         ranks=arguments.world_size,
-        group=partial(grouped, size=arguments.train_batch_size),
+        group=group,
         collate=collate,
     )
     return StreamLoader(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.train.collator import SEEN
 from prereg_kernels.train.facts import FACTS, Facts
 from prereg_kernels.train.global_batch import BATCH, describe_batch
+from prereg_kernels.train.lost_ranks import ended_without_progress
 from prereg_kernels.train.non_finite import NonFinite
 from prereg_kernels.train.order import GroupedSampler
 from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
@@ -66,7 +68,7 @@ class RecipeTrainer(Trainer):
         self._order, self._stream = order, stream
         self._metrics, self._bad_samples = metrics, bad_samples
         self._seen, self._bad = 0, list[tuple[str, str]]()
-        self._is_writing = False
+        self.is_writing = False
         self._facts: list[Facts] = []  # of the micro-batches to come
         super().__init__(*args, **kwargs)
         self._throughput = Throughput(self.model, _is_narrow(self))
@@ -113,6 +115,13 @@ class RecipeTrainer(Trainer):
         # On all ranks at once (GroupedSampler), so that none waits for gradients of another
         loss = loss + torch.zeros_like(loss, requires_grad=True)
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+    def is_time_to_judge(self, samples: int) -> bool:
+        """Whether all ranks have seen enough since the last time, at so many a step or, with
+        packing, at what there were so far."""
+        counts = self._bad_samples
+        rate = counts.seen / counts.step if counts.step else samples
+        return (self.state.global_step - counts.step) * max(rate, 1) >= PERIOD
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
@@ -168,7 +177,7 @@ class RecipeTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, WRITING) if self._is_writing else folder
+        return os.path.join(folder, WRITING) if self.is_writing else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._non_finite.judge()
@@ -182,11 +191,11 @@ class RecipeTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder / WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._is_writing = True
+        self.is_writing = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._is_writing = False
+            self.is_writing = False
         if self._stream is not None:
             self._stream.save(folder / WRITING / name)
         self.accelerator.wait_for_everyone()
@@ -223,7 +232,7 @@ class _CountBad(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         samples = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        if state.global_step % max(1, PERIOD // samples) == 0:
+        if self._trainer.is_time_to_judge(samples):
             self._trainer.judge_bad_samples()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -239,6 +248,14 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self._trainer, self._is_asked, self.is_stopped = trainer, False, False
+        self._micro_batch = 0.0  # when the last one was done
+
+    def _last_progress(self) -> float:
+        return time.monotonic() if self._trainer.is_writing else self._micro_batch
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        """A micro-batch is done."""
+        self._micro_batch = time.monotonic()
 
     def _ask(self, *_: Any) -> None:
         self._is_asked = True
@@ -248,7 +265,8 @@ class StopOnSignal(TrainerCallback):
         """Meanwhile SIGTERM asks, and ends nothing."""
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
-            yield
+            with ended_without_progress(self._last_progress):
+                yield
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -256,6 +274,7 @@ class StopOnSignal(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """At each log the ranks wait for each other anyway."""
+        self._micro_batch = time.monotonic()
         if state.global_step % max(1, int(state.logging_steps)):
             return
         asked = torch.tensor([float(self._is_asked)], device=args.device)

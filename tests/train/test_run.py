@@ -127,7 +127,7 @@ def test_stopped_and_resumed_is_unbroken(
         with_callback(patch, Crash(step))
         run(place, tmp_path / "out")
     read = list[int]()
-    monkeypatch.setattr("prereg_kernels.train.order.Mixture.__getitem__", counting(read))
+    monkeypatch.setattr("prereg_kernels.train.order.Mixture.__getitems__", counting(read))
     out = run(place, tmp_path / "out")
     assert same(weights(out), weights(whole)) and same(heads(out), heads(whole))
     assert timeless(out) == timeless(whole)
@@ -146,11 +146,11 @@ def timeless(out: Path) -> list[dict[str, Any]]:
 def counting(read: list[int]) -> Any:
     from prereg_kernels.train.order import Mixture
 
-    get = Mixture.__getitem__
+    get = Mixture.__getitems__
 
-    def count(self: Any, number: int) -> Any:
-        read.append(number)
-        return get(self, number)
+    def count(self: Any, numbers: list[int]) -> Any:
+        read.extend(numbers)
+        return get(self, numbers)
 
     return count
 
