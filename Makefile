@@ -54,14 +54,13 @@ train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on ph
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or does no more than call the model that has PRe.
-ANY_BACKEND := ops/backends triton_aot gpu zoo train trainers integrations checkup cli docs types \
-    util benchmarks/common benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py
-OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
+ANY_BACKEND := ops/backends triton_aot gpu zoo models demo train trainers integrations checkup cli \
+    docs types util benchmarks/common benchmarks/loss/test_gpu.py \
+    benchmarks/studies/test_checkup_measures.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%) \
-	    $(OWN_PROCESSES:%=--deselect=tests/%)
+	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/ops/backends/test_triton*.py
 	for version in $(PEFTS); do \
@@ -100,7 +99,8 @@ $(PEFT)/%/.ready: constraints.txt | $(READY)
 # By --no-deps: the file names all that differs from the environment, and what that lacks.
 $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	rm -rf $(@D)
-	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
+	# --upgrade: rouge has a package named bin, in whose place the programs go.
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(@D) -r $<
 	# What is compiled in these looks for CUDA as it is imported, and is not needed here.
 	rm -rf $(@D)/torchaudio/lib
 	! test -d $(@D)/torchvision || : > $(@D)/torchvision/_meta_registrations.py

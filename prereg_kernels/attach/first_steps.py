@@ -343,30 +343,6 @@ class FirstSteps:
         return torch.isin(ids, ids.new_tensor(codes(self._state.model.config)))
 
 
-def run(state: State, batch: Mapping[str, Any]) -> None:
-    """As `PRe.check`, of a batch."""
-    model: nn.Module = state.model
-    modes = {module: module.training for module in model.modules()}
-    before = state.last, state.loss, state.collected, state.next_mask.mask
-    state.is_checking, state.collected, state.last = True, None, None
-    try:
-        for module in modes:  # and not by eval(), which may do more, and which nothing undoes
-            module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model(**batch)
-        if state.last is None or not bool(state.last.tokens):
-            warnings.warn(
-                "PRe: the batch has no visual token, so nothing was compared; expected one with "
-                "images",
-                stacklevel=3,
-            )
-    finally:
-        state.is_checking = False
-        state.last, state.loss, state.collected, state.next_mask.mask = before
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _kind(current: Pass) -> tuple[frozenset[str], bool]:
     """Of a step: the arguments that it has, and whether there is a visual token."""
     given = frozenset(name for name, value in current.inputs.items() if value is not None)

@@ -170,7 +170,7 @@ class Taps:
             always=current.carry is not None and config.gradient == "tap", missing=missing,
         )  # fmt: skip
         if config.value_in_forward:
-            value.copy_(state.module_of(layer)(hidden, anchor, **options))
+            value.copy_(self._value(layer, hidden, anchor, options))
         left = self._second_runs.leave(run, value)
         current.losses[layer] = left
         current.left.append(left)
@@ -197,6 +197,15 @@ class Taps:
             "visual_mask" if is_mask else "visual_index": index,
         }
 
+    def _value(self, layer: int, hidden: Tensor, anchor: Tensor, options: dict[str, Any]) -> Tensor:
+        """The layer's loss without a gradient; ranks with the same states share the work."""
+        head, ranks = self._state.module_of(layer), self._state.groups_of_heads()
+        if ranks.get("group") is None or not ranks.get("same_hidden", True):
+            value: Tensor = head(hidden, anchor, **options)
+        else:
+            _, value = head(hidden, anchor, tap=True, compute_value=True, **options, **ranks)
+        return value
+
     def loss(
         self, layer: int, current: Pass, hidden: Tensor, index: Tensor | None
     ) -> Tensor | None:
@@ -206,7 +215,7 @@ class Taps:
         value = current.values[layer]
         if not current.training:
             with torch.no_grad():
-                value.copy_(head(hidden, anchor, **options))
+                value.copy_(self._value(layer, hidden, anchor, options))
             return None
         tapped, current.losses[layer] = head(
             hidden,

@@ -7,12 +7,16 @@ itself.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its trl.py and axolotl.py are not the packages of these names
 
 import torch
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
@@ -178,3 +182,14 @@ def _without_heads(pre: PRe) -> Iterator[None]:
         yield
     finally:
         model.add_module(HEADS, heads)
+
+
+def main() -> None:
+    """For `automodel config.yaml` on several GPUs, which starts a recipe's file: it trains."""
+    recipe = PReFinetuneRecipeForVLM(finetune.parse_args_and_load_config())
+    recipe.setup()
+    recipe.run_train_validation_loop()
+
+
+if __name__ == "__main__":
+    main()

@@ -43,6 +43,8 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "python -m benchmarks.studies.many_samples",
+        "python -m benchmarks.studies.input_pipeline",
+        "python -m benchmarks.studies.watched_gradients",
         "make fuzz",
         "make train-example",
     ),
@@ -96,6 +98,7 @@ NOT_RUN = {
         "prereg trl",
         "prereg llamafactory train sft.yaml pre.weight=0.3",
         "prereg llamafactory train sft.yaml",
+        "torchrun --nproc-per-node 8 -m nemo_automodel.cli.app config.yaml",
     ),
     "tests/train/test_command.py::test_two_ranks_are_one starts it on two ranks": (
         "torchrun --nproc-per-node 8 -m prereg_kernels train recipe.yaml",
@@ -103,6 +106,10 @@ NOT_RUN = {
     "stands for the file on the page of training, whose commands run": (
         "prereg train CONFIG.yaml",
         "prereg train CONFIG.yaml --data.0.format captions --dry-run",
+    ),
+    "tests/trainers/test_examples.py::test_example_on_two_ranks starts the example": (
+        "torchrun --nproc-per-node 8 pre_trainer.py",
+        "accelerate launch accelerate_loop.py",
     ),
     "tests/trainers/test_accelerate_configs.py starts each of the files": (
         "accelerate launch --config_file FILE pre_trainer.py",
@@ -158,7 +165,6 @@ NOT_RUN = {
 }
 # What stands for something in a command, and what does at a tiny size.
 INSTEAD = {
-    "--nproc-per-node 8": "--nproc-per-node 2",
     "--images 174 --columns 4096": "--images 3 --columns 32",
     "NAME N D DTYPE": "fused 512 32 float32",
     "evaluate runs/mine": "evaluate MODEL",
@@ -299,17 +305,6 @@ def leaves_the_pages(place: Path, output: str) -> None:
         assert before == after, name
 
 
-def l_pre_falls(place: Path, output: str) -> None:
-    first, last = map(float, output.splitlines()[-1].split()[1::2])
-    assert last < first - 0.3
-
-
-def l_pre_falls_and_is_resumed(place: Path, output: str) -> None:
-    l_pre_falls(place, output)
-    lines = {line for line in output.splitlines() if "resumed" in line}
-    assert lines == {"resumed, the same: True"}
-
-
 OUTCOMES = {
     "doctor MODEL": is_supported,
     "MODEL --images photos": has_no_probe,
@@ -321,6 +316,4 @@ OUTCOMES = {
     "--config run.yaml": is_a_run,
     "make help": lists_the_targets,
     "benchmarks.readme": leaves_the_pages,
-    "torchrun": l_pre_falls_and_is_resumed,
-    "accelerate launch": l_pre_falls,
 }

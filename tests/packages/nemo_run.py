@@ -1,6 +1,6 @@
 """NeMo AutoModel's recipe with PRe on a CPU, as `automodel finetune CONFIG` runs it.
 
-`python -m tests.packages.nemo_run CONFIG FOLDER`: FOLDER gets start.pt, the first step as
+`python -m tests.packages.nemo_run FOLDER CONFIG`: FOLDER gets start.pt, the first step as
 `tests.packages.definition` reads it, and end.pt, the weights at the end. The recipe asks for a GPU
 in three places, and is shown a CPU there.
 """
@@ -53,14 +53,20 @@ def whole(x: Any) -> Tensor:
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
 
 
-def main(config: str, folder: str) -> None:
+def show_cpu() -> None:
+    """In the places where the recipe asks for a GPU."""
     from nemo_automodel._transformers import auto_model
+
+    auto_model.torch = OnCPU()
+    torch.cuda.reset_peak_memory_stats = lambda *_: None  # type: ignore[assignment]
+
+
+def main(folder: str, config: str) -> None:
     from nemo_automodel.components.config.loader import load_yaml_config
 
     from prereg_kernels.trainers.nemo import PReFinetuneRecipeForVLM
 
-    auto_model.torch = OnCPU()
-    torch.cuda.reset_peak_memory_stats = lambda *_: None  # type: ignore[assignment]
+    show_cpu()
     out, step = Path(folder), {}
     out.mkdir(parents=True, exist_ok=True)
 

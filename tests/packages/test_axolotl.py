@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForImageTextToText
 
 from tests.packages.checkpoint import make_llava, write_messages
 from tests.packages.compared import (
@@ -21,6 +22,7 @@ from tests.packages.compared import (
     check_logs,
     check_resumed,
     difference,
+    merged_by_hand,
     step_errors,
 )
 from tests.packages.run import Run, run
@@ -178,6 +180,20 @@ def test_the_last_heads(place: Place, tuned: str) -> None:
     trained = {n.split("pre_heads.")[1]: x for n, x in done.weights.items() if "pre_heads." in n}
     assert saved.keys() == trained.keys() and len(saved) == 4
     assert all(torch.equal(x, trained[n]) for n, x in saved.items())
+
+
+def test_a_merged_model(place: Place) -> None:
+    """By the method that its page names: axolotl's default leaves out the language model."""
+    done = place.run("lora")
+    config = done.output.parent / "x.yml"
+    merge = ["axolotl", "merge-lora", str(config), "--merge-method", "legacy"]
+    run("axolotl", merge, done.output.parent, done.output, environment=QUIET)
+    expected = merged_by_hand(place.checkpoint, done)
+    path = done.output / "merged"
+    model, told = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
+    assert not any(told.values()), told
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight.double(), expected[name], atol=1e-6), name
 
 
 def test_a_setting_that_is_not_known(place: Place) -> None:

@@ -83,27 +83,34 @@ def config_of(model: Path, out: Path, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(model: Path, out: Path, ranks: int = 1, fails: bool = False, **changes: Any) -> Result:
+def start(model: Path, out: Path, ranks: int, program: list[str], **changes: Any) -> Any:
+    """A program of Python's that gets the settings' file last, on so many ranks."""
     out.mkdir(parents=True, exist_ok=True)
     config = out / "config.yaml"
     config.write_text(yaml.safe_dump(config_of(model, out / "checkpoints", **changes)))
-    folder = folder_of("nemo")
-    start = ["-m", "tests.packages.nemo_run"]
     if ranks > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *start]
-    done = subprocess.run(
-        [sys.executable, *start, str(config), str(out)], cwd=out, text=True, timeout=300,
-        env={**os.environ, **QUIET, "PYTHONPATH": f"{folder}:{ROOT}"},
+        ranked = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        program = [*ranked, *program]
+    return subprocess.run(
+        [sys.executable, *program, str(config)], cwd=out, text=True, timeout=300,
+        env={**os.environ, **QUIET, "PYTHONPATH": f"{out}:{folder_of('nemo')}:{ROOT}"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def train(model: Path, out: Path, ranks: int = 1, fails: bool = False, **changes: Any) -> Result:
+    done = start(model, out, ranks, ["-m", "tests.packages.nemo_run", str(out)], **changes)
     assert (done.returncode != 0) == fails, done.stdout[-5000:]
     if fails:
         return Result({}, {}, [], out, done.stdout)
-    lines = (out / "checkpoints" / "training.jsonl").read_text().splitlines()
     return Result(
-        torch.load(out / "start.pt"), torch.load(out / "end.pt"), list(map(json.loads, lines)),
+        torch.load(out / "start.pt"), torch.load(out / "end.pt"), read_log(out),
         out / "checkpoints", done.stdout,
     )  # fmt: skip
+
+
+def read_log(out: Path) -> list[dict[str, float]]:
+    return list(map(json.loads, (out / "checkpoints" / "training.jsonl").read_text().splitlines()))
 
 
 def expected(model_path: Path, step: dict[str, Any]) -> tuple[dict[str, Tensor], float, float]:
@@ -199,6 +206,27 @@ def test_two_ranks_are_one_process(model: Path, runs: dict[str, Result], tmp_pat
         assert ours["pre_loss"] == pytest.approx(one["pre_loss"], rel=1e-4, abs=1e-6)
         assert ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert_same_gradients(run, runs["full"])
+
+
+@pytest.mark.parametrize(
+    "program",
+    (
+        ["-m", "nemo_automodel.cli.app"],  # as the page says
+        [str(ROOT / "prereg_kernels" / "trainers" / "nemo.py"), "-c"],  # as `automodel` itself does
+    ),
+    ids=("torchrun", "automodel"),
+)
+def test_started_on_several_gpus(
+    model: Path, runs: dict[str, Result], tmp_path: Path, program: list[str]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nfrom tests.packages.nemo_run import show_cpu\n"
+        "if 'LOCAL_RANK' in os.environ:\n    show_cpu()\n"
+    )
+    done = start(model, tmp_path, 2, program)
+    assert done.returncode == 0, done.stdout[-5000:]
+    for ours, one in zip(read_log(tmp_path), runs["full"].logs, strict=True):
+        assert ours["pre_loss"] == pytest.approx(one["pre_loss"], rel=1e-4, abs=1e-6)
 
 
 def test_four_are_two_twice(model: Path, runs: dict[str, Result], tmp_path: Path) -> None:

@@ -100,15 +100,29 @@ def flops(group: Any, tokens: int) -> int:
     return sum(event.flops for event in seen.events() if event.flops and "mm" in event.name)
 
 
-def flops_of_heads(group: Any, **settings: Any) -> int:
-    """Of a step of a model: the products of matrices that are as wide as nothing but the head."""
-    model = tiny_llava()
-    pre = apply_pre(model, head_features=HEAD, **settings)
+def flops_of_heads(group: Any, evaluates: bool = False, **settings: Any) -> int:
+    """Of a step of a model, or a pass that evaluates: the products of matrices that are as wide as
+    nothing but the head.
+    """
+    model = tiny_llava().train(not evaluates)
+    pre = apply_pre(model, head_features=HEAD, value_in_eval=evaluates, **settings)
     pre.tensor_parallel_group = group
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as seen:
-        model(**make_batch(IMAGES)).loss.backward()
+        loss = model(**make_batch(IMAGES)).loss
+        if not evaluates:
+            loss.backward()
     products = (event for event in seen.events() if event.flops and "mm" in event.name)
     return sum(x.flops for x in products if any(HEAD in shape for shape in x.input_shapes))
+
+
+def evaluated(group: Any, **settings: Any) -> dict[str, float]:
+    """The figures of a pass that evaluates."""
+    model = tiny_llava().double().eval()
+    pre = apply_pre(model, value_in_eval=True, **settings)
+    pre.tensor_parallel_group = group
+    batch = make_batch(IMAGES)
+    model(**batch | {"pixel_values": batch["pixel_values"].double()})
+    return pre.metrics()
 
 
 def own_tokens(group: Any) -> Mapping[str, Tensor]:
@@ -154,7 +168,11 @@ def work(rank: int, port: int, out: Path) -> None:
     uneven = [flops(group, 5) for group in (None, *groups.values())]
     heads = [flops_of_heads(group) for group in groups.values()]
     images = [flops_of_heads(group, level="global") for group in groups.values()]
-    torch.save((counts, uneven, heads, images), out / f"flops {rank}.pt")
+    values = [flops_of_heads(group, evaluates=True) for group in groups.values()]
+    torch.save((counts, uneven, heads, images, values), out / f"flops {rank}.pt")
+    levels = ({}, {"level": "global"})
+    figures = [[evaluated(x, **level) for x in (None, *groups.values())] for level in levels]
+    torch.save(figures, out / f"evaluated {rank}.pt")
     torch.save(own_tokens(groups[4]), out / f"own {rank}.pt")
     torch.save(sequence_region(groups[4]), out / f"region {rank}.pt")
     processes.leave()

@@ -88,15 +88,26 @@ def test_a_model_that_transformers_has_split(out: Path) -> None:
 def test_the_products_of_a_rank_fall_with_the_group(out: Path) -> None:
     """80 tokens on 1, 2, 4 ranks; and 10, of which the last of four has one.
 
-    And in a step of a model, of 12 tokens and of 3 images, on 2 and 4.
+    And in a step of a model, of 12 tokens and of 3 images, on 2 and 4; as it evaluates, too.
     """
     matrices, of_model = 16 * 24 + 24 * 20, 2 * WIDTH * ranks.HEAD
-    for rank, (counts, uneven, heads, images) in enumerate(read(out, "flops")):
+    for rank, (counts, uneven, heads, images, values) in enumerate(read(out, "flops")):
         assert counts == [6 * matrices * tokens for tokens in (80, 40, 20)]
         last = 1 if rank == 3 else 3
         assert uneven == [6 * matrices * tokens for tokens in (10, 5, last)]
         assert heads == [6 * of_model * tokens for tokens in (6, 3)]
         assert images == [6 * of_model * (2 - rank % 2), 6 * of_model * (rank < 3)]
+        assert values == [2 * of_model * tokens for tokens in (6, 3)]
+
+
+def test_figures_of_a_pass_that_evaluates(out: Path) -> None:
+    """Those of a rank alone, which has all of the tokens; the shares make the same mean."""
+    for found in read(out, "evaluated"):
+        for alone, *shared in found:
+            assert alone["pre_loss"] != 0
+            for size, figures in zip((2, 4), shared, strict=True):
+                once = {n: alone[n] / size for n in ("visual_tokens", "images") if n in alone}
+                assert figures == pytest.approx(alone | once, rel=1e-12)
 
 
 def test_ranks_with_tokens_of_their_own(out: Path) -> None:
