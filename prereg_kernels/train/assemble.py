@@ -6,6 +6,7 @@ matrices, and the LLM. For SigLIP, whose encoder has no class token, all rows of
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,11 @@ def _decoder(path: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--llm: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if "tiktoken" in reason and find_spec("sentencepiece") is None:  # it tries one, then other
+            reason = "tokenizer.model: expected sentencepiece; pip install sentencepiece"
+        raise ValueError(f"--llm: {reason}") from None
     if not isinstance(getattr(model, "lm_head", None), nn.Linear) or not hasattr(model, "model"):
         raise ValueError(f"--llm: expected a decoder with a head, got {type(model).__name__}")
     tokenizer.add_tokens([IMAGE], special_tokens=True)

@@ -69,7 +69,7 @@ def test_the_parts_are_what_they_were(tmp_path: Path, tower: str, decoder: str) 
 
 @pytest.mark.parametrize(("tower", "decoder"), PAIRS)
 def test_it_sees(tmp_path: Path, tower: str, decoder: str) -> None:
-    """A token for each patch, and other logits for another picture."""
+    """A token for each patch, other logits for another picture; of CLIP its last layer but one."""
     assemble(
         str(TOWERS[tower][0](tmp_path / "vision")), str(DECODERS[decoder](tmp_path / "llm")),
         tmp_path / "out",
@@ -79,12 +79,17 @@ def test_it_sees(tmp_path: Path, tower: str, decoder: str) -> None:
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi?"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert text.count(f"{IMAGE}\nHi?") == 1
+    seen = list[torch.Tensor]()
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     logits = []
     for colour in ("red", "blue"):
         batch = processor(text=text, images=Image.new("RGB", (20, 16), colour), return_tensors="pt")
         assert (batch["input_ids"] == model.config.image_token_id).sum() == 4
         with torch.no_grad():
             logits.append(model.eval()(**batch).logits)
+            states = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
+        rows = states.hidden_states[-2][:, 1:] if "clip" in tower else states.hidden_states[-1]
+        assert torch.equal(seen[-1].reshape(rows.shape), rows)
     assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
@@ -114,6 +119,16 @@ def test_other_models_are_an_error(
     with pytest.raises(ValueError, match=message):
         assemble(str(vision(tmp_path / "a")), str(llm(tmp_path / "b")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_sentencepiece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Vicuna's on the hub; transformers names another package where it is missing."""
+    clip, llm = make_clip(tmp_path / "clip"), make_vicuna(tmp_path / "llm")
+    (llm / "tokenizer.json").unlink()
+    (llm / "tokenizer.model").write_bytes(b"x")
+    monkeypatch.setattr("prereg_kernels.train.assemble.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--llm: tokenizer\.model: .*pip install sentencepiece"):
+        assemble(str(clip), str(llm), tmp_path / "out")
 
 
 def test_a_full_directory_is_left_alone(tmp_path: Path) -> None:
