@@ -23,7 +23,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -54,14 +54,13 @@ train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on ph
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or does no more than call the model that has PRe.
-ANY_BACKEND := ops/backends triton_aot gpu zoo train trainers integrations checkup cli docs types \
-    util benchmarks/common benchmarks/loss/test_gpu.py benchmarks/studies/test_checkup_measures.py
-OWN_PROCESSES := demo/test_loop.py::test_killed_and_resumed_is_bitwise_unbroken
+ANY_BACKEND := ops/backends triton_aot gpu zoo models demo train trainers integrations checkup cli \
+    docs types util benchmarks/common benchmarks/loss/test_gpu.py \
+    benchmarks/studies/test_checkup_measures.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%) \
-	    $(OWN_PROCESSES:%=--deselect=tests/%)
+	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/ops/backends/test_triton*.py
 	for version in $(PEFTS); do \
@@ -132,6 +131,9 @@ test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ra
 
 test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks
 	$(BIN)/python -m pytest -m ranks tests/train
+
+test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)
+	$(BIN)/python -m pytest -m packages tests/packages/test_lmms_eval.py
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from prereg_kernels.cli.commands import main
 from prereg_kernels.ops import dtypes
 from prereg_kernels.ops.backends import registry
 
@@ -86,3 +89,24 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         raise OSError("No space left on device")
 
     return lambda: monkeypatch.setattr(Path, "write_bytes", write_half)
+
+
+@pytest.fixture
+def prereg_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line in this process, as importing everything anew takes seconds."""
+
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["prereg", *arguments])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which it replaces
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
+
+    return run

@@ -191,7 +191,9 @@ TRAINER_METHODS = frozenset(
     {"_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"}
 )
 """Of transformers.Trainer: what it calls to write and read checkpoints."""
-RECIPE_METHODS = frozenset({"_save_checkpoint", "_get_output_dir", "_get_train_sampler"})
+RECIPE_METHODS = frozenset(
+    {"_save_checkpoint", "_get_output_dir", "_get_train_sampler", "_get_grad_norm"}
+)
 """Of it, too: where a checkpoint goes, and the order of the samples; `prereg train` has its own."""
 
 # NeMo AutoModel: see tests/packages/test_nemo.py.

@@ -81,8 +81,8 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
         run(arguments, flags)
     except (KeyboardInterrupt, *STOPPED) as stop:
         _fail(str(stop) or "stopped; run again to go on from the last checkpoint", 130)
-    except (ValueError, TypeError, OSError) as error:
-        _fail(str(error))
+    except (ValueError, TypeError, OSError, ImportError) as error:  # of what a setting asks for
+        _fail(" ".join(str(error).split()) if isinstance(error, ImportError) else str(error))
 
 
 def _launch(name: str, arguments: Sequence[str]) -> None:
@@ -301,6 +301,9 @@ def _add_train(commands: Any) -> None:
     evaluate.add_argument("--out", type=_named, help="where it writes; default: the model's")
     evaluate.add_argument("--batch", type=int, default=8, help="questions at once; default 8")
     evaluate.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
+    evaluate.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the weights' own"
+    )
 
 
 def _add_sweep(commands: Any) -> None:

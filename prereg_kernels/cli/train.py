@@ -46,28 +46,30 @@ def run(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     out = arguments.out or arguments.model
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {
+        "batch_size": arguments.batch,
+        "device": arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "dtype": None if arguments.dtype is None else getattr(torch, arguments.dtype),
+    }
     if arguments.tasks is not None:
+        if arguments.images is not None:
+            raise ValueError("--images: expected --data beside it, got --tasks")
         results = evaluate_tasks(
             arguments.model,
             arguments.tasks.split(","),
             out,
             task_files=arguments.task_files,
             limit=arguments.limit,
-            batch_size=arguments.batch,
-            device=device,
+            **settings,
         )
         for task, figures in results.items():
             print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in figures.items()))
         return
+    for name in ("task_files", "limit"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: expected --tasks beside it, got --data")
     data = DataConfig(str(arguments.data), arguments.format, arguments.images)
-    found = evaluate(
-        arguments.model,
-        data,
-        out,
-        batch_size=arguments.batch,
-        device=device,
-    )
+    found = evaluate(arguments.model, data, out, **settings)
     print(
         f"{found.questions} questions: {found.exact_match:.1%} right "
         f"(always the commonest answer: {found.commonest:.1%})"

@@ -1,4 +1,4 @@
-"""`prereg evaluate --tasks`: the benchmarks of lmms-eval, where it is installed.
+"""The benchmarks of lmms-eval, where it is installed: `prereg evaluate` with `--tasks`.
 
 The questions, their images and the scores are lmms-eval's. The answers are those of the model by
 its own processor and chat template, as in `prereg_kernels.train.evaluate`.

@@ -91,11 +91,28 @@ def _by_prefixes(processor: Any, messages: Sequence[Message]) -> tuple[str, list
     return whole, spans
 
 
+Plain = tuple[Sequence[int], Sequence[Span]]
+"""A text's ids without those of images, and where in the text each one is."""
+
+
+def tokenize(processor: Any, texts: Sequence[str]) -> Sequence[Plain | None]:
+    """Of each text; None where the tokenizer cannot say where its tokens are."""
+    tokenizer = processor.tokenizer
+    if not tokenizer.is_fast:
+        return [None] * len(texts)
+    found = tokenizer(
+        list(texts),
+        return_offsets_mapping=True,
+        add_special_tokens=adds_special(processor, texts[0]),
+    )
+    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+
 def label(
-    processor: Any,
     ids: Sequence[int],
     text: str,
     spans: Sequence[Span],
+    plain: Plain | None,
     encode: Callable[[str], Sequence[int]],
 ) -> list[int]:
     """The labels of a processed sample: its own ids at the answers, `IGNORED` elsewhere.
@@ -104,19 +121,16 @@ def label(
     are not those in `ids`. Behind the last image they are, counted from the end.
 
     Args:
+        plain: of the text, by `tokenize`.
         encode: the processor's ids of the beginning of the text, images included.
 
     Raises:
         BadSampleError: tokens lie across the beginning of an answer.
     """
     labels = [IGNORED] * len(ids)
-    tokenizer = processor.tokenizer
     common = 0
-    if tokenizer.is_fast:
-        plain = tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=adds_special(processor, text)
-        )
-        places, offsets = plain["input_ids"], plain["offset_mapping"]
+    if plain is not None:
+        places, offsets = plain
         most = min(len(places), len(ids))
         while common < most and places[-1 - common] == ids[-1 - common]:
             common += 1

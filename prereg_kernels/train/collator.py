@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
-from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render
+from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render, tokenize
+from prereg_kernels.train.rows import pack
 from prereg_kernels.train.sample import BadSampleError, Message, Sample
 from prereg_kernels.train.waiting import within
 
@@ -40,10 +42,13 @@ class Failed:
 _LARGEST = 1 << 30  # bytes of an image file
 _THINNEST = 200  # a side over the other
 _BLANK = (64, 64)
-_PICTURE: Sequence[Message] = (
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "."}]},
-)
+
+
+def _picture(question: str, answer: str) -> Sequence[Message]:
+    return (
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    )
 
 
 @dataclass(frozen=True)
@@ -72,24 +77,33 @@ class Collator:
 
     Attributes:
         hides_image: whether other ranks may always have some.
+        row_length: of packed rows, see `prereg_kernels.train.packing`; None: a sample a row.
+        is_flat: whether all packed samples are in one row.
     """
 
     hides_image = False
+    row_length: int | None = None
+    is_flat = False
 
     def __init__(self, processor: Any, max_length: int, visual_ids: Collection[int]) -> None:
         self.processor, self.max_length = processor, max_length
         self._visual_ids = torch.tensor(sorted(visual_ids))
 
-    def __call__(self, samples: Sequence[Sample | Failed]) -> dict[str, Any]:
-        """{what the model takes, "labels": (count, length), SEEN: ...}."""
+    def __call__(
+        self, items: Sequence[Sample | Failed | Sequence[Sample | Failed]]
+    ) -> dict[str, Any]:
+        """{what the model takes, "labels": (count, length), SEEN: ...}, of samples, or of rows."""
+        samples: list[Sample | Failed] = []
+        for item in items:
+            samples += [item] if isinstance(item, (Sample, Failed)) else item
         bad: list[tuple[str, str]] = []
         chats: list[_Chat] = []
-        for sample in samples:
+        for sample, contents in read_images(samples):
             if isinstance(sample, Failed):
                 bad.append((sample.where, sample.reason))
                 continue
             try:
-                chats.append(self._chat(sample))
+                chats.append(self._chat(sample, contents))
             except (BadSampleError, SkipImage) as reason:
                 bad.append((sample.where, str(reason)))
         batch = self._batch(chats, bad)
@@ -97,7 +111,15 @@ class Collator:
         if (self.hides_image or any(shown)) and not torch.isin(
             batch["input_ids"], self._visual_ids
         ).any():
+            if len(bad) < len(samples) and self.row_length is not None:
+                raise ValueError(
+                    "packing_length: expected images in each sample of a stream on several ranks, "
+                    f"got text alone: {samples[0].where}"
+                )
             batch = self._with_hidden_image(batch)
+        elif len(bad) < len(samples) and self.row_length is not None:
+            pad = self.processor.tokenizer.pad_token_id
+            batch = pack(batch, self.row_length, pad, is_flat=self.is_flat)
         return {**batch, SEEN: (len(samples), bad)}
 
     def _batch(self, chats: list[_Chat], bad: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -115,9 +137,39 @@ class Collator:
         batch = dict(self.processor(text=["."], return_tensors="pt"))
         return {**batch, "labels": torch.full_like(batch["input_ids"], IGNORED)}
 
-    def _chat(self, sample: Sample) -> _Chat:
+    def count(self, sample: Sample) -> tuple[int, int] | None:
+        """(tokens of images, other tokens) of a sample; None: it cannot be used."""
+        try:
+            chats = [self._chat(sample, {})]
+            ids = self._process(chats)["input_ids"]
+        except Exception:  # it will be named where it is trained on
+            return None
+        visual = int(torch.isin(ids, self._visual_ids).sum())
+        return visual, ids.numel() - visual
+
+    def pair(self) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Two samples with an image each: one by one, and packed in a row."""
+        whole = copy(self)
+        whole.max_length = 1 << 20
+        apart: list[dict[str, Tensor]] = []
+        chats: list[_Chat] = []
+        for shade, question in ((64, "What is it?"), (192, "And what would that be?")):
+            text, spans = render(self.processor, _picture(question, "It is an image."))
+            chats.append(_Chat("", text, spans, [Image.new("RGB", _BLANK, (shade,) * 3)]))
+            batch = whole._process(chats[-1:])
+            whole._label(batch, chats[-1:])
+            apart.append(batch)
+        batch = whole._process(chats)
+        whole._label(batch, chats)
+        pad = self.processor.tokenizer.pad_token_id
+        return apart, pack(batch, batch["input_ids"].numel(), pad, is_flat=True)
+
+    def _chat(self, sample: Sample, contents: Mapping[str, bytes]) -> _Chat:
         text, spans = render(self.processor, sample.messages)
-        images = [open_image(image, sample.root) for image in sample.images]
+        images = [
+            open_image(x, sample.root, contents.get(x) if isinstance(x, str) else None)
+            for x in sample.images
+        ]
         return _Chat(sample.where, text, spans, images)
 
     def _process(self, chats: Sequence[_Chat]) -> dict[str, Tensor]:
@@ -137,12 +189,12 @@ class Collator:
         ids, seen = batch["input_ids"], batch["attention_mask"].bool()
         labels = torch.full_like(ids, IGNORED)
         reasons = []
-        for row, chat in enumerate(chats):
+        texts = tokenize(self.processor, [chat.text for chat in chats])
+        for row, (chat, plain) in enumerate(zip(chats, texts, strict=True)):
             own = ids[row][seen[row]]
+            encode = partial(self._encode, chat)
             try:
-                found = label(
-                    self.processor, own.tolist(), chat.text, chat.spans, partial(self._encode, chat)
-                )
+                found = label(own.tolist(), chat.text, chat.spans, plain, encode)
             except BadSampleError as error:
                 reasons.append(str(error))
                 continue
@@ -185,7 +237,7 @@ class Collator:
 
     def _with_hidden_image(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with an image behind its first row, which the attention mask hides."""
-        text, _ = render(self.processor, _PICTURE)
+        text, _ = render(self.processor, _picture(".", "."))
         hidden = self._process([_Chat("", text, (), [Image.new("RGB", _BLANK)])])
         ids = batch["input_ids"]
         tokens = {"labels"} | {n for n, x in hidden.items() if x.shape == hidden["input_ids"].shape}
@@ -199,21 +251,54 @@ class Collator:
         return result
 
 
-def open_image(image: str | bytes | Image.Image, root: Path | None) -> Image.Image:
-    """An image in RGB. Raises BadSampleError where it cannot be read, or lies outside of `root`."""
+def read_images(
+    samples: Sequence[Sample | Failed],
+) -> Iterator[tuple[Sample | Failed, dict[str, bytes]]]:
+    """Each sample with the content of its image files, {path: content}."""
+    paths = [
+        (number, image, partial(_read, sample.root, image))
+        for number, sample in enumerate(samples) if isinstance(sample, Sample)
+        for image in sample.images if isinstance(image, str)
+    ]  # fmt: skip
+    contents: list[dict[str, bytes]] = [{} for _ in samples]
+    failed: dict[int, Failed] = {}
+    results = within([read for *_, read in paths])
+    for (number, path, _), content in zip(paths, results, strict=True):
+        if isinstance(content, bytes):
+            contents[number][path] = content
+        elif isinstance(content, (SkipImage, TimeoutError)):
+            where = samples[number].where
+            failed.setdefault(number, Failed(where, f"{path}: {content}", has_images=True))
+        else:
+            raise content
+    for number, sample in enumerate(samples):
+        yield failed.get(number, sample), contents[number]
+
+
+def open_image(
+    image: str | bytes | Image.Image, root: Path | None, content: bytes | None = None
+) -> Image.Image:
+    """An image in RGB.
+
+    Args:
+        content: of the file, where it has been read.
+
+    Raises:
+        BadSampleError: it cannot be read, or lies outside of `root`.
+    """
     if isinstance(image, Image.Image):
         return _with_sides(image.convert("RGB"), "an image")
     name = "an image" if isinstance(image, bytes) else image
     try:
-        if isinstance(image, str):
-            assert root is not None
-            image = within(partial(_read, root, image))
-        return _with_sides(Image.fromarray(read_image(io.BytesIO(image))), name)
-    except (SkipImage, TimeoutError) as reason:
+        if content is None:
+            content = image if isinstance(image, bytes) else _read(root, image)
+        return _with_sides(Image.fromarray(read_image(io.BytesIO(content))), name)
+    except SkipImage as reason:
         raise BadSampleError(f"{name}: {reason}") from None
 
 
-def _read(root: Path, name: str) -> bytes:
+def _read(root: Path | None, name: str) -> bytes:
+    assert root is not None
     path = inside(root, name)
     try:
         if path.stat().st_size > _LARGEST:

@@ -18,6 +18,8 @@ from prereg_kernels.trainers.attachment import read_settings
 
 PARTS = ("tower", "projector", "llm")
 """What a stage trains."""
+NON_FINITE = ("stop", "skip")
+"""What happens at a loss or gradient that is NaN or infinite."""
 INHERIT = "inherit"
 """A stage's `pre`: that of the run."""
 
@@ -77,6 +79,34 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class CheckupConfig:
+    """A checkup of held-out images while the run trains.
+
+    Attributes:
+        steps: between two of them; there is one before the first step, and one after the last.
+        data: their conversations, each of one image; what is answered to a question is the image's
+            class in a linear probe. None: `images` alone, where a folder is a class.
+        format: of `data`, as in `DataConfig`.
+        images: their folder.
+        masks: a folder with a PNG file of object numbers (0 and 255: background) for each image, at
+            the image's path. Without them there are no cohesion and coupling.
+        limit: images.
+    """
+
+    steps: int = 500
+    data: str | None = None
+    format: str = "llava"
+    images: str | None = None
+    masks: str | None = None
+    limit: int = 64
+
+    def __post_init__(self) -> None:
+        require_count("steps", self.steps, 2**40)
+        require_count("limit", self.limit, 2**20)
+        require("data", bool(self.data or self.images), "a file, or images", self.data)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -92,8 +122,13 @@ class TrainConfig:
         model_arguments: of `from_pretrained`, such as `attn_implementation` and `dtype`.
         trainer: fields of transformers' TrainingArguments.
         max_length: tokens of a sample, images included. A longer answer is cut.
+        packing_length: tokens of a row, which holds as many whole samples as fit; None: a row has
+            one. `per_device_train_batch_size` then counts rows.
         max_bad: samples that cannot be used before the run ends: a share of those seen, at least
             one, or, as an integer, a count.
+        non_finite: "stop", which names the batch of a loss or gradient that is NaN or infinite, or
+            "skip", which names it and goes on without its step.
+        checkup: of held-out images while the run trains; None: none.
     """
 
     model: str
@@ -106,10 +141,19 @@ class TrainConfig:
     model_arguments: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
+    packing_length: int | None = None
     max_bad: int | float = 0.001
+    non_finite: str = "stop"
+    checkup: CheckupConfig | None = None
 
     def __post_init__(self) -> None:
         require_count("max_length", self.max_length, 2**20)
+        if self.packing_length is not None:
+            require_count("packing_length", self.packing_length, 2**20)
+            require(
+                "packing_length", self.packing_length >= self.max_length,
+                f"at least max_length, {self.max_length}", self.packing_length,
+            )  # fmt: skip
         require("data", len(self.data) >= 1, "at least one data set", self.data)
         require("stages", len(self.stages) >= 1, "at least one stage", self.stages)
         names = [stage.name for stage in self.stages]
@@ -119,6 +163,9 @@ class TrainConfig:
         is_count = isinstance(bad, int) and not isinstance(bad, bool)
         is_share = isinstance(bad, float) and 0 <= bad < 1
         require("max_bad", (is_count and bad >= 0) or is_share, "a share below 1, or a count", bad)
+        require(
+            "non_finite", self.non_finite in NON_FINITE, f"one of {NON_FINITE}", self.non_finite
+        )
         if self.quantization is not None:
             require("lora", self.lora is not None, "settings, beside quantization", self.lora)
         for stage in self.stages:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,44 @@ from prereg_kernels.ops.head import PReHead
 WHOLE = "FULL_STATE_DICT"
 """FSDP's name of a state dict with whole tensors, on the first rank."""
 
+_DEVICE = "ACCELERATE_TORCH_DEVICE"
+
 
 def is_sharded(trainer: Any) -> bool:
     """Whether an engine has the weights, or the optimizer's, in parts."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+@contextmanager
+def device_of_cpus(is_cpu: bool) -> Iterator[None]:
+    """Meanwhile Accelerate's device is "cpu" where it is one.
+
+    Of several ranks it says "cpu:0" (1.15), to which no checkpoint can be loaded.
+    """
+    before = os.environ.get(_DEVICE)
+    if is_cpu:
+        os.environ[_DEVICE] = "cpu"
+    try:
+        yield
+    finally:
+        if is_cpu and before is None:
+            del os.environ[_DEVICE]
+        elif before is not None:
+            os.environ[_DEVICE] = before
+
+
+def check_launcher() -> None:
+    """Raise ValueError where ranks that torchrun starts again would wait for those before.
+
+    It keeps one store for all its starts, in which they find the addresses of the first (torch
+    2.13).
+    """
+    has_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if has_restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "--max-restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's "
+            "environment, without which ranks that start again wait for those before"
+        )
 
 
 def prepare(trainer: Any) -> None:

@@ -184,6 +184,11 @@ def visual_ids(model: nn.Module) -> frozenset[int]:
     return frozenset(find_family(model).visual_token_ids(model))
 
 
+def without_adapter(model: Any) -> Any:
+    """The model itself, where this is PEFT's around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def describe(model: nn.Module) -> dict[str, int]:
     """{"parameters", "trainable"}: how many numbers."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]

@@ -38,19 +38,38 @@ class Mixture(Dataset[Any]):
         return len(self.lengths)
 
     def __getitem__(self, number: int) -> Sample | Failed:
+        [sample] = self.__getitems__([number])
+        return sample
+
+    def __getitems__(self, items: Sequence[Any]) -> list[Any]:
+        """A sample for each number, or Failed where it cannot be read; a list for each tuple."""
+        rows = [item if isinstance(item, tuple) else (item,) for item in items]
+        places = [self._place(number) for row in rows for number in row]
+        found = iter(within([partial(source.__getitem__, inside) for source, inside in places]))
+        samples = (self._sample(number, next(found)) for row in rows for number in row)
+        return [
+            [next(samples) for _ in row] if isinstance(item, tuple) else next(samples)
+            for item, row in zip(items, rows, strict=True)
+        ]
+
+    def _place(self, number: int) -> tuple[Source, int]:
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
-        source, inside = self.sources[which], int(number - self._starts[which])
-        try:
-            return within(partial(source.__getitem__, inside))
-        except (BadSampleError, TimeoutError) as error:
-            return Failed(source.where(inside), str(error), bool(self.images[number]))
+        return self.sources[which], int(number - self._starts[which])
+
+    def _sample(self, number: int, found: Sample | Exception) -> Sample | Failed:
+        if isinstance(found, Sample):
+            return found
+        if not isinstance(found, (BadSampleError, TimeoutError)):
+            raise found
+        source, inside = self._place(number)
+        return Failed(source.where(inside), str(found), bool(self.images[number]))
 
     def spans(self) -> list[tuple[int, int]]:
         """The first number of each source, and the one behind its last."""
         return [(int(a), int(b)) for a, b in zip(self._starts, self._starts[1:], strict=False)]
 
 
-class GroupedSampler(Sampler[int]):
+class GroupedSampler(Sampler[Any]):
     """The order of an epoch, by units of what a step takes.
 
     All samples of a unit have images, or none has: the parts of the model that train are then the
@@ -79,7 +98,7 @@ class GroupedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.order(0))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.order(self._epoch).tolist())
 
     def order(self, epoch: int) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from prereg_kernels._util.files import printable, write_whole
 
 METRICS = "metrics.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
+NON_FINITE_STEPS = "non_finite.jsonl"
 COUNTS = "bad_samples.json"  # in a checkpoint
 PERIOD = 1000
 """Samples between two looks at how many were bad."""
@@ -22,10 +23,11 @@ class Metrics:
     Args:
         stage, step: where the run goes on. Lines of later steps, as an interrupted run has left,
             go.
+        name: of another such file.
     """
 
-    def __init__(self, folder: Path, stage: str, step: int) -> None:
-        self._path, self._stage = folder / METRICS, stage
+    def __init__(self, folder: Path, stage: str, step: int, name: str = METRICS) -> None:
+        self._path, self._stage = folder / name, stage
         _cut(self._path, stage, step)
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -59,11 +61,12 @@ class BadSamples:
     Attributes:
         seen: samples of the stage, on all ranks.
         bad: those that were left out.
+        step: up to which they are counted.
     """
 
     def __init__(self, folder: Path, most: float, stage: str) -> None:
         self._path, self._most, self._stage = folder / BAD_SAMPLES, most, stage
-        self.seen = self.bad = 0
+        self.seen = self.bad = self.step = 0
 
     def go_on(self, step: int, checkpoint: str | Path | None, *, is_writing: bool) -> None:
         """As the run was at this step, of which a checkpoint was saved; None: at its start."""
@@ -72,7 +75,7 @@ class BadSamples:
         counted = Path(checkpoint) / COUNTS if checkpoint is not None else None
         if counted is not None and counted.exists():
             counts = json.loads(counted.read_text())
-            self.seen, self.bad = counts["seen"], counts["bad"]
+            self.seen, self.bad, self.step = counts["seen"], counts["bad"], step
 
     def save(self, checkpoint: Path) -> None:
         """Write the counts into a checkpoint."""
@@ -86,7 +89,7 @@ class BadSamples:
         Raises:
             TooManyBadSamplesError: more were bad than may be.
         """
-        self.seen, self.bad = self.seen + seen, self.bad + len(bad)
+        self.seen, self.bad, self.step = self.seen + seen, self.bad + len(bad), step
         if is_writing and bad:
             with self._path.open("a", encoding="utf-8") as file:
                 for where, reason in bad:

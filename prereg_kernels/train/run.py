@@ -27,28 +27,49 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
-from prereg_kernels.train.engines import prepare, save_whole
+from prereg_kernels.train.engines import check_launcher, device_of_cpus, prepare, save_whole
+from prereg_kernels.train.facts import CountingCollator
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
+from prereg_kernels.train.held_out import CheckupCallback, HeldOut
 from prereg_kernels.train.models import (
     load_model,
     load_processor,
     set_trainable,
     visual_ids,
     with_adapter,
+    without_adapter,
 )
 from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
-from prereg_kernels.train.records import BAD_SAMPLES, METRICS, BadSamples, Metrics
+from prereg_kernels.train.packing import (
+    PackedSampler,
+    estimate,
+    packed,
+    prepare_packing,
+    probes,
+)
+from prereg_kernels.train.records import (
+    BAD_SAMPLES,
+    METRICS,
+    NON_FINITE_STEPS,
+    BadSamples,
+    Metrics,
+)
 from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
-from prereg_kernels.train.streaming import StreamBatches, StreamLoader
+from prereg_kernels.train.streaming import Group, StreamBatches, StreamLoader, first_samples
 from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
+from prereg_kernels.train.wandb_runs import check_wandb, finish_wandb
 from prereg_kernels.trainers import with_pre
 
+WATCH_STEPS = 50
+"""`watch_steps` where PRe's settings do not say."""
 STAGES = "stages"
 DONE = "done.json"
 SETTINGS = "config.yaml"
 ENVIRONMENT = "environment.json"
-_RECORDS = (SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, f"{STAGES}/", "tensorboard/")
+_RECORDS = (
+    SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/", "tensorboard/",
+)  # fmt: skip
 # Of the model: what somebody else's folder would have as well
 _NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")
 
@@ -68,9 +89,9 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         OSError: a file cannot be read or written.
         Stopped: it was asked to by SIGTERM.
     """
+    check_launcher()
     out, is_cpu = Path(config.out), bool(config.trainer.get("use_cpu"))
-    state = PartialState(cpu=is_cpu)
-    with _held(out, state):
+    with device_of_cpus(is_cpu), _held(out, state := PartialState(cpu=is_cpu)):
         if state.is_main_process:
             _prepare(config, out, fresh)
         state.wait_for_everyone()
@@ -103,7 +124,12 @@ def _train_stage(
     has_adapter = config.lora is not None and "llm" in stage.trainable
     processor = load_processor(path)
     model = load_model(config, path, has_adapter=has_adapter)
-    collator = Collator(processor, config.max_length, visual_ids(model))
+    ids = visual_ids(model)
+    collator = Collator(processor, config.max_length, ids)
+    collator.hides_image = config.is_streaming(stage) and arguments.world_size > 1
+    if config.packing_length is not None:
+        prepare_packing(model, collator, config.packing_length)
+    collate = CountingCollator(collator, ids)
     if has_adapter:
         assert config.lora is not None
         set_seed(arguments.seed)  # under ZeRO-3, loading has drawn other numbers
@@ -118,12 +144,22 @@ def _train_stage(
     mixture: Mixture | None = None
     if config.is_streaming(stage):
         names = [data.path for data in config.data_of(stage)]
-        stream = _stream(arguments, sources, names, weights, collator)
+        stream = _stream(
+            arguments, sources, names, weights, collator, collate, config.packing_length
+        )
         if last is not None:
             stream.load(Path(last))
     else:
         mixture = Mixture(sources)
-        order = GroupedSampler(mixture, weights, samples_of_step(arguments), arguments.seed)
+        unit = samples_of_step(arguments)
+        if config.packing_length is None:
+            order = GroupedSampler(mixture, weights, unit, arguments.seed)
+        else:
+            by = estimate(collator, list(probes(mixture)))
+            tokens = by.tokens(mixture.lengths, mixture.images)
+            order = PackedSampler(
+                mixture, weights, unit, arguments.seed, tokens, config.packing_length
+            )
     if is_first and order is not None:
         for kind, count in order.repeated().items():
             warnings.warn(
@@ -134,18 +170,27 @@ def _train_stage(
     bad_samples = BadSamples(Path(config.out), config.max_bad, stage.name)
     bad_samples.go_on(step, last, is_writing=is_first)
     pre = config.pre_of(stage)
-    trainer_class: Any = RecipeTrainer if pre is None else with_pre(RecipeTrainer, **pre)
+    trainer_class: Any = RecipeTrainer
+    if pre is not None:
+        watched = {} if pre.get("level") == "global" else {"watch_steps": WATCH_STEPS}
+        trainer_class = with_pre(RecipeTrainer, **{**watched, **pre})
+    records = Path(config.out)
     trainer = trainer_class(
         model,
         arguments,
-        data_collator=collator,
+        data_collator=collate,
         train_dataset=mixture if stream is None else stream.dataset,
         processing_class=processor,
         order=order,
         stream=stream,
-        metrics=Metrics(Path(config.out), stage.name, step) if is_first else None,
+        metrics=Metrics(records, stage.name, step) if is_first else None,
         bad_samples=bad_samples,
+        non_finite=config.non_finite,
+        non_finite_steps=Metrics(records, stage.name, step, NON_FINITE_STEPS) if is_first else None,
     )
+    if config.checkup is not None:
+        held_out = HeldOut(config.checkup, without_adapter(trainer.model), processor)
+        trainer.add_callback(CheckupCallback(trainer, held_out, config.checkup.steps))
     if is_first and "tensorboard" in report_to:
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
         trainer.add_callback(TensorBoardCallback(board))
@@ -154,6 +199,7 @@ def _train_stage(
         check_checkpoint(Path(last), trainer)
     with trainer.stop.listening():
         trainer.train(resume_from_checkpoint=last)
+    finish_wandb(report_to)
     if trainer.stop.is_stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {stage.name}")
     plain = partial(load_model, config, path, has_adapter=False)
@@ -170,10 +216,16 @@ def _stream(
     names: Sequence[str],
     weights: Sequence[float],
     collator: Collator,
+    collate: CountingCollator,
+    packing_length: int | None,
 ) -> StreamLoader:
     # What is skipped of a stream is behind the place that its checkpoint names
     arguments.ignore_data_skip = True
-    collator.hides_image = arguments.world_size > 1
+    group: Group = partial(grouped, size=arguments.train_batch_size)
+    if packing_length is not None:
+        by = estimate(collator, [x for stream in streams for x in first_samples(stream)])
+        size = arguments.train_batch_size
+        group = partial(packed, size=size, by=by, length=packing_length)
     batches = StreamBatches(
         streams,
         names,
@@ -181,8 +233,8 @@ def _stream(
         seed=arguments.seed,
         rank=arguments.process_index,
         ranks=arguments.world_size,
-        group=partial(grouped, size=arguments.train_batch_size),
-        collate=collator,
+        group=group,
+        collate=collate,
     )
     return StreamLoader(
         batches,
@@ -203,17 +255,22 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
     given = {**config.trainer, **stage.trainer}
     defaults = {
         "report_to": "tensorboard",
+        "run_name": f"{Path(config.out).name}-{stage.name}",
         "logging_steps": 10,
+        # It hides them, and waits for the device in each micro-batch to do so: see non_finite
+        "logging_nan_inf_filter": False,
         "save_total_limit": 2,
         # Batches of text alone leave the vision encoder and the projector out
         "ddp_find_unused_parameters": not given.get("gradient_checkpointing", False),
     }
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder), remove_unused_columns=False, **{**defaults, **given}
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
+    check_wandb(arguments.report_to, Path(config.out))
+    return arguments
 
 
 def _save(trainer: Any, folder: Path, result: Path, load: Callable[[], nn.Module]) -> list[str]:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from prereg_kernels.train.waiting import within
 
 BLOCK = 1000
 """Rows that are shuffled together, as many as the buffer of `datasets` has; they are in memory."""
+_Row = tuple[Stream, str, Mapping[str, Any]]  # its stream, its place, and what it holds
+_AT_ONCE = 10  # rows that are waited for together
 _PLACE = "place"  # a batch's entry: (worker, its state behind the batch)
 
 Group = Callable[
@@ -128,7 +132,7 @@ class StreamBatches(IterableDataset[Any]):
         taken, was_empty = np.array(state["taken"]), False
         while True:
             begin = {"readers": [reader.state() for reader in readers], "taken": taken.tolist()}
-            rows = list(self._read(readers, taken, worker))
+            rows = self._block(readers, taken, worker)
             if not rows and was_empty:
                 return
             was_empty = not rows
@@ -142,16 +146,34 @@ class StreamBatches(IterableDataset[Any]):
                     yield {**self._collate(samples), _PLACE: (worker, place)}
             block, done = block + 1, 0
 
+    def _block(
+        self, readers: Sequence[_Reader], taken: NDArray[np.int64], worker: int
+    ) -> list[_Row]:
+        """As `_read`, which may stall: the rows behind could not be read either.
+
+        Raises:
+            TimeoutError: a row does not come in time.
+        """
+        reading = self._read(readers, taken, worker)
+        rows: list[_Row] = []
+        while True:
+            [several] = within([lambda: list(islice(reading, _AT_ONCE))])
+            if isinstance(several, TimeoutError):
+                names = ", ".join(printable(name) for name in self._names)
+                raise TimeoutError(f"data: {names}: {several}")
+            if isinstance(several, Exception):
+                raise several
+            rows += several
+            if len(several) < _AT_ONCE:
+                return rows
+
     def _read(
         self, readers: Sequence[_Reader], taken: NDArray[np.int64], worker: int
-    ) -> Iterator[tuple[Stream, str, Mapping[str, Any]]]:
+    ) -> Iterator[_Row]:
         """A block, (stream, place, row): by the streams' weights, until an epoch of one ends."""
         for _ in range(BLOCK):
             which = int(np.argmin((taken + 1) / self._weights))
-            try:
-                found = within(readers[which].next)
-            except TimeoutError as error:
-                raise TimeoutError(f"data: {printable(self._names[which])}: {error}") from None
+            found = readers[which].next()
             if found is None:
                 return
             taken[which] += 1
@@ -160,6 +182,13 @@ class StreamBatches(IterableDataset[Any]):
             if (where := stream.row_where(row)) is None:
                 where = f"{self._names[which]}: {place}, of rank {self.rank}, worker {worker}"
             yield stream, where, row
+
+
+def first_samples(stream: Stream) -> Iterator[tuple[Sample, int, int]]:
+    """The first that can be used, with their characters and images."""
+    for row in islice(stream.rows, 64):
+        with suppress(BadSampleError):
+            yield stream.row_sample(row), *stream.row_shape(row)
 
 
 def _sample(

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.train.collator import SEEN
+from prereg_kernels.train.facts import FACTS, Facts
 from prereg_kernels.train.global_batch import BATCH, describe_batch
+from prereg_kernels.train.lost_ranks import ended_without_progress
+from prereg_kernels.train.non_finite import NonFinite
 from prereg_kernels.train.order import GroupedSampler
 from prereg_kernels.train.records import PERIOD, BadSamples, Metrics
 from prereg_kernels.train.streaming import StreamLoader
+from prereg_kernels.train.throughput import Throughput
 from prereg_kernels.trainers.checkpoints import load_weights
 
 if TYPE_CHECKING:
@@ -43,7 +48,11 @@ class RecipeTrainer(Trainer):
         stream: its batches; None: of data that have an order.
         metrics: where the figures go; None on ranks that write none.
         bad_samples: counts what could not be used.
+        non_finite: "stop" or "skip", at a loss or gradient that is NaN or infinite.
+        non_finite_steps: where such steps are written down; None on ranks that write none.
     """
+
+    leaves_out_non_finite = True  # of the figures of PRe; `NonFinite` tells of them
 
     def __init__(
         self,
@@ -52,13 +61,19 @@ class RecipeTrainer(Trainer):
         stream: StreamLoader | None = None,
         metrics: Metrics | None,
         bad_samples: BadSamples,
+        non_finite: str = "stop",
+        non_finite_steps: Metrics | None = None,
         **kwargs: Any,
     ) -> None:
         self._order, self._stream = order, stream
         self._metrics, self._bad_samples = metrics, bad_samples
         self._seen, self._bad = 0, list[tuple[str, str]]()
-        self._is_writing = False
+        self.is_writing = False
+        self._facts: list[Facts] = []  # of the micro-batches to come
         super().__init__(*args, **kwargs)
+        self._throughput = Throughput(self.model, _is_narrow(self))
+        self._non_finite = NonFinite(self, non_finite, non_finite_steps)
+        self.add_callback(self._non_finite)
         self.stop = StopOnSignal(self)
         self.add_callback(_CountBad(self))
         self.add_callback(self.stop)
@@ -76,12 +91,17 @@ class RecipeTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """As Trainer's; what the collator says of its samples is taken out of the batches."""
+        self._throughput.begin(self.state.global_step)
+        self._facts = []
 
         def plain() -> Iterator[Any]:
             for batch in epoch_iterator:
                 seen, bad = batch.pop(SEEN)
                 self._seen += seen
                 self._bad += bad
+                if FACTS in batch:
+                    self._facts.append(batch.pop(FACTS))
+                    self._throughput.add(self._facts[-1])
                 yield batch
 
         return super().get_batch_samples(plain(), num_batches, device)
@@ -96,6 +116,27 @@ class RecipeTrainer(Trainer):
         loss = loss + torch.zeros_like(loss, requires_grad=True)
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
+    def is_time_to_judge(self, samples: int) -> bool:
+        """Whether all ranks have seen enough since the last time, at so many a step or, with
+        packing, at what there were so far."""
+        counts = self._bad_samples
+        rate = counts.seen / counts.step if counts.step else samples
+        return (self.state.global_step - counts.step) * max(rate, 1) >= PERIOD
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        facts = self._facts.pop(0) if self._facts else None
+        return self._non_finite.see_loss(super().training_step(*args, **kwargs), facts)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._non_finite.see_gradient(norm)
+        return norm
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Around what is no part of training: the figures of speed leave it out."""
+        return self._throughput.paused()
+
     def judge_bad_samples(self) -> None:
         """Add up what all ranks have seen since the last time."""
         [seen] = self.accelerator.reduce(
@@ -107,11 +148,20 @@ class RecipeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, into metrics.jsonl too."""
-        if self._metrics is not None:
-            logs = dict(logs)
-            if "loss" in logs:
-                logs.setdefault("lm_loss", logs["loss"])
-            self._metrics.write(self.state.global_step, logs)
+        logs = dict(logs)
+        is_regular = "loss" in logs and "learning_rate" in logs  # and so on all ranks
+        if is_regular:
+            logs.setdefault("lm_loss", logs["loss"])
+            seconds, step = logs.get("pre_seconds"), self.state.global_step
+            logs |= self._throughput.take(step, self.accelerator, seconds)
+        try:
+            if is_regular:
+                self._non_finite.judge()
+        finally:
+            if is_regular and self._non_finite.count:
+                logs["non_finite_steps"] = self._non_finite.count
+            if self._metrics is not None:
+                self._metrics.write(self.state.global_step, logs)
         super().log(logs, *args, **kwargs)
 
     def _load_from_checkpoint(
@@ -127,20 +177,25 @@ class RecipeTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, WRITING) if self._is_writing else folder
+        return os.path.join(folder, WRITING) if self.is_writing else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._non_finite.judge()
         self.judge_bad_samples()  # so that what is saved counts all that the steps have seen
+        with self.paused():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder / WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._is_writing = True
+        self.is_writing = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._is_writing = False
+            self.is_writing = False
         if self._stream is not None:
             self._stream.save(folder / WRITING / name)
         self.accelerator.wait_for_everyone()
@@ -153,6 +208,12 @@ class RecipeTrainer(Trainer):
             os.replace(folder / WRITING / name, folder / name)
             rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+
+
+def _is_narrow(trainer: Trainer) -> bool:
+    """Whether the model's products are of 16-bit numbers."""
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()}
+    return trainer.args.bf16 or trainer.args.fp16 or not dtypes & {torch.float32, torch.float64}
 
 
 def flush(folder: Path) -> None:
@@ -171,7 +232,7 @@ class _CountBad(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         samples = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        if state.global_step % max(1, PERIOD // samples) == 0:
+        if self._trainer.is_time_to_judge(samples):
             self._trainer.judge_bad_samples()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -187,6 +248,14 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self._trainer, self._is_asked, self.is_stopped = trainer, False, False
+        self._micro_batch = 0.0  # when the last one was done
+
+    def _last_progress(self) -> float:
+        return time.monotonic() if self._trainer.is_writing else self._micro_batch
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        """A micro-batch is done."""
+        self._micro_batch = time.monotonic()
 
     def _ask(self, *_: Any) -> None:
         self._is_asked = True
@@ -196,7 +265,8 @@ class StopOnSignal(TrainerCallback):
         """Meanwhile SIGTERM asks, and ends nothing."""
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
-            yield
+            with ended_without_progress(self._last_progress):
+                yield
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -204,6 +274,7 @@ class StopOnSignal(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """At each log the ranks wait for each other anyway."""
+        self._micro_batch = time.monotonic()
         if state.global_step % max(1, int(state.logging_steps)):
             return
         asked = torch.tensor([float(self._is_asked)], device=args.device)

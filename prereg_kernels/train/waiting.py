@@ -1,9 +1,9 @@
-"""A read that may never end, as on a network file system whose server is gone: not waited for."""
+"""Reads that may never end, as on a network file system whose server is gone: not waited for."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,29 +12,36 @@ READ_SECONDS = 300.0
 """What a read may take: less than the 10 minutes that NCCL waits for a rank."""
 
 
-def within(call: Callable[[], T]) -> T:
-    """What a call returns, or raises, unless it takes longer than `READ_SECONDS`.
+def within(calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
+    """What each call returns or raises; a TimeoutError for one that takes over `READ_SECONDS`.
 
-    Its thread is then left behind: nothing can end a read that the kernel does not.
-
-    Raises:
-        TimeoutError: it does.
+    One thread makes the calls in turn. Where one does not end, it is left behind, as nothing ends
+    a read that the kernel does not, and another goes on with the next.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    results: list[T | Exception] = []
+    while len(results) < len(calls):
+        results += _in_a_thread(calls[len(results) :])
+    return results
+
+
+def _in_a_thread(calls: Sequence[Callable[[], T]]) -> list[T | Exception]:
+    """Up to the first call that does not end."""
+    results: list[T | Exception] = []
 
     def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
+        for call in calls:
+            try:
+                results.append(call())
+            except Exception as error:
+                results.append(error)
 
     # No pool: Python waits for the threads of one before it exits
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(READ_SECONDS)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {READ_SECONDS:g} s")
-    return results[0]
+    while True:
+        before = len(results)
+        thread.join(READ_SECONDS)
+        if not thread.is_alive():
+            return results
+        if len(results) == before:
+            return [*results[:before], TimeoutError(f"no answer within {READ_SECONDS:g} s")]

@@ -254,9 +254,8 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         share = 1 / self._micro_batches
         lm_loss = (lm_loss * share if self._is_divided(items) else lm_loss).to(totals)
         # As for Trainer's "loss", a step without labels, of which L_LM is 0 / 0, is none for it.
-        is_one = (
-            lm_loss.isfinite() if self.args.logging_nan_inf_filter else torch.ones_like(lm_loss)
-        )
+        hides = getattr(self, "leaves_out_non_finite", self.args.logging_nan_inf_filter)
+        is_one = lm_loss.isfinite() if hides else torch.ones_like(lm_loss)
         counted = totals[0] if self._counted is None else self._counted.to(totals)
         figures = torch.stack([lm_loss.where(is_one.bool(), 0.0), is_one * share, counted])
         figures = torch.cat([figures, totals])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = """
 seeds: 2
 run:

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from prereg_kernels.cli.checkup import _names
-from prereg_kernels.cli.commands import main
 from tests.checkup.pictures import noise, save_folder, save_model
-
-
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
+from tests.cli.run import Command
 
 
 @pytest.fixture
-def prereg(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Run]:
-    """The command, in this process: importing everything anew takes seconds."""
+def prereg(place: Path, prereg_here: Command) -> Command:
+    """The command at that place."""
 
-    def run(*arguments: str, command: str = "checkup") -> Run:
-        monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", ["prereg", command, *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Run(code, *capfd.readouterr())
+    def run(*arguments: str, command: str = "checkup") -> Any:
+        return prereg_here(command, *arguments, cwd=place)
 
     return run
 
@@ -51,38 +34,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_two_models(place: Path, prereg: Callable[..., Run]) -> None:
+def test_two_models(place: Path, prereg: Command) -> None:
     arguments = [
         "a/model", "--compare", "b/model", "--images", "images", "--masks", "masks",
         "--processor", "a/model", "--splits", "2", "--out", "out",
     ]  # fmt: skip
     run = prereg(*arguments)
-    assert run.code == 0, run.err
+    assert run.returncode == 0, run.stderr
     numbers = json.loads((place / "out" / "checkup.json").read_text())
     assert [model["name"] for model in numbers["models"]] == ["a", "b"]
     assert numbers["headline"].startswith("From the input to layer 2 of 4, image probe accuracy")
-    assert " ".join(numbers["headline"].split()[:8]) in run.out
+    assert " ".join(numbers["headline"].split()[:8]) in run.stdout
     assert numbers["models"][0]["skipped"] == {"damaged, or not an image": ["dark/zz.png"]}
     # the same random weights: what one says of an image, the other does
     assert set(numbers["differences"]["contrast"]["value"]) == {0}
-    assert "1 skipped: damaged" in run.out
-    assert "tokens are shown as numbers" in run.out
+    assert "1 skipped: damaged" in run.stdout
+    assert "tokens are shown as numbers" in run.stdout
     page = (place / "out" / "checkup.html").read_text()
     assert "b against a" in page
 
     before = {p: p.stat().st_mtime_ns for p in (place / "out" / "shards").rglob("*.safetensors")}
     again = prereg(*arguments, "--json", command="diagnose")  # its name in version 0.1
-    assert again.code == 0, again.err
-    assert json.loads(again.out) == numbers
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == numbers
     after = {p: p.stat().st_mtime_ns for p in (place / "out" / "shards").rglob("*.safetensors")}
     assert after == before  # nothing was measured again
 
 
-def test_a_model_without_processor_files(place: Path, prereg: Callable[..., Run]) -> None:
+def test_a_model_without_processor_files(place: Path, prereg: Command) -> None:
     """The family's usual processor is used, and the page says so."""
     Image.fromarray(noise(8, 8)).save(place / "images" / "dark" / "yy.png")
     run = prereg("b/model", "--images", "images", "--splits", "2", "--out", "out-b")
-    assert run.code == 0, run.err
+    assert run.returncode == 0, run.stderr
     page = (place / "out-b" / "checkup.html").read_text()
     assert "There is no image processor in model: the family&#39;s usual one was used" in page
     assert "patch_size 4, merge_size 2" in page
@@ -119,15 +102,15 @@ def test_a_model_without_processor_files(place: Path, prereg: Callable[..., Run]
     ],
 )
 def test_errors_are_one_line(
-    place: Path, prereg: Callable[..., Run], arguments: list[str], message: str
+    place: Path, prereg: Command, arguments: list[str], message: str
 ) -> None:
     if not (place / "broken").exists():
         _bad_models(place)
     run = prereg(*arguments, "--out", "errors")
-    assert run.code == 2, run.out
-    assert message in run.err
-    assert run.err.startswith("prereg: ")
-    assert run.err.count("\n") == 1
+    assert run.returncode == 2, run.stdout
+    assert message in run.stderr
+    assert run.stderr.startswith("prereg: ")
+    assert run.stderr.count("\n") == 1
 
 
 def _bad_models(place: Path) -> None:

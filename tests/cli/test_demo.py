@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.run import TINY, prereg
+from tests.cli.run import TINY, Command, prereg
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +87,12 @@ def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
     ],
 )
 def test_errors_are_one_line(
-    experiment: tuple[Path, str], arguments: list[str], message: str
+    experiment: tuple[Path, str], prereg_here: Command, arguments: list[str], message: str
 ) -> None:
     directory, _ = experiment
     (directory / "bad.yaml").write_text("stepz: 3\n")
     (directory / "run.yaml").write_text("seed: 3\n")
-    run = prereg(*arguments, cwd=directory)
+    run = prereg_here(*arguments, cwd=directory)
     assert run.returncode == 2
     assert message in run.stderr
     assert run.stderr.startswith("prereg: ")

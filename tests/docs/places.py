@@ -115,6 +115,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "docs/checkup.md": checkups,
     "docs/integrations.md": checkups,
     "docs/training.md": recipe,
+    "docs/evaluate.md": recipe,
     "docs/demo-loop.md": training,
     "examples": examples,
     "benchmarks": checkout,

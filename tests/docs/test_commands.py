@@ -16,6 +16,7 @@ from tests.docs.commands import BEGINNING, Command, check, help_of, is_name, rea
 from tests.docs.pages import ROOT, Block, Page, page_of, pages
 from tests.docs.places import PLACES
 
+TABLE = "gqa,mmmu_val,ai2d,mmstar,textvqa_val,ocrbench,realworldqa,mmvp"
 # Why a command is not run. Before a fenced block the page says the same: see tests/docs/pages.py.
 NOT_RUN = {
     "takes minutes or hours": (
@@ -42,6 +43,8 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "python -m benchmarks.studies.many_samples",
+        "python -m benchmarks.studies.input_pipeline",
+        "python -m benchmarks.studies.watched_gradients",
         "make fuzz",
         "make train-example",
     ),
@@ -86,6 +89,7 @@ NOT_RUN = {
         "prereg llamafactory",
         "make test-nemo",
         "make test-liger",
+        "make test-lmms-eval",
         "prereg trl sft",
         "prereg trl grpo",
         "prereg trl sft --config x.yaml",
@@ -103,8 +107,38 @@ NOT_RUN = {
         "prereg train CONFIG.yaml",
         "prereg train CONFIG.yaml --data.0.format captions --dry-run",
     ),
+    "tests/trainers/test_examples.py::test_example_on_two_ranks starts the example": (
+        "torchrun --nproc-per-node 8 pre_trainer.py",
+        "accelerate launch accelerate_loop.py",
+    ),
     "tests/trainers/test_accelerate_configs.py starts each of the files": (
         "accelerate launch --config_file FILE pre_trainer.py",
+    ),
+    "needs GPUs, and models and data of the real size": (
+        "prereg assemble --vision openai/clip-vit-large-patch14-336 --llm "
+        "lmsys/vicuna-7b-v1.5 --out runs/assembled/clip-vicuna-7b",
+        "prereg assemble --vision google/siglip2-so400m-patch14-384 --llm "
+        "Qwen/Qwen2.5-7B-Instruct --out runs/assembled/siglip2-qwen2.5-7b",
+        "prereg train configs/clip-vicuna-7b-frozen.yaml --dry-run",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train configs/clip-vicuna-7b-frozen.yaml",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train "
+        "configs/clip-vicuna-7b-frozen.yaml --pre null --out runs/clip-vicuna-7b-frozen-baseline",
+        f"prereg evaluate runs/clip-vicuna-7b-frozen --tasks {TABLE} --dtype bfloat16",
+        f"prereg evaluate runs/clip-vicuna-7b-frozen-baseline --tasks {TABLE} --dtype bfloat16",
+        "prereg train configs/siglip2-qwen2.5-7b-frozen.yaml --dry-run",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train "
+        "configs/siglip2-qwen2.5-7b-frozen.yaml",
+        "torchrun --nproc-per-node 8 -m prereg_kernels train "
+        "configs/siglip2-qwen2.5-7b-frozen.yaml --pre null "
+        "--out runs/siglip2-qwen2.5-7b-frozen-baseline",
+        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen --tasks {TABLE} --dtype bfloat16",
+        f"prereg evaluate runs/siglip2-qwen2.5-7b-frozen-baseline --tasks {TABLE} --dtype bfloat16",
+    ),
+    "tests/packages/test_lmms_eval.py::test_answers_are_those_of_one_question_at_a_time runs it, "
+    "on a task of local files": (f"prereg evaluate runs/mine --tasks {TABLE}",),
+    "stands for the one on the page of the checkup, whose commands run": (
+        "prereg checkup runs/baseline --compare runs/mine --names baseline PRe --images photos "
+        "--out checkup",
     ),
     "installs packages": (
         "pip install torch",
@@ -118,6 +152,7 @@ NOT_RUN = {
         "pip wheel .",
         "pip install 'prereg-kernels[checkup]'",
         "pip install torchvision",
+        "pip install lmms-eval",
         "pip install prereg-kernels",
         "pip install --no-deps prereg-kernels",
     ),
@@ -130,7 +165,6 @@ NOT_RUN = {
 }
 # What stands for something in a command, and what does at a tiny size.
 INSTEAD = {
-    "--nproc-per-node 8": "--nproc-per-node 2",
     "--images 174 --columns 4096": "--images 3 --columns 32",
     "NAME N D DTYPE": "fused 512 32 float32",
     "evaluate runs/mine": "evaluate MODEL",
@@ -271,17 +305,6 @@ def leaves_the_pages(place: Path, output: str) -> None:
         assert before == after, name
 
 
-def l_pre_falls(place: Path, output: str) -> None:
-    first, last = map(float, output.splitlines()[-1].split()[1::2])
-    assert last < first - 0.3
-
-
-def l_pre_falls_and_is_resumed(place: Path, output: str) -> None:
-    l_pre_falls(place, output)
-    lines = {line for line in output.splitlines() if "resumed" in line}
-    assert lines == {"resumed, the same: True"}
-
-
 OUTCOMES = {
     "doctor MODEL": is_supported,
     "MODEL --images photos": has_no_probe,
@@ -293,6 +316,4 @@ OUTCOMES = {
     "--config run.yaml": is_a_run,
     "make help": lists_the_targets,
     "benchmarks.readme": leaves_the_pages,
-    "torchrun": l_pre_falls_and_is_resumed,
-    "accelerate launch": l_pre_falls,
 }

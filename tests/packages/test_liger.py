@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from tests.packages.liger_run import NAMES
 from tests.packages.run import QUIET, ROOT, folder_of
+from tests.train.places import make_place, metrics, settings, write
 
 pytestmark = pytest.mark.packages
 
@@ -47,3 +49,24 @@ def test_gradients(
         )
     assert ours["figures"] == pytest.approx(own["figures"], rel=1e-5)
     assert own["figures"]["visual_tokens"] > 0
+
+
+def test_a_run_of_prereg_train(tmp_path: Path) -> None:
+    """`--trainer.use_liger_kernel true`: the figures of each step are those without it."""
+    place = make_place(tmp_path / "place")
+    figures = []
+    for is_liger in (False, True):
+        out = tmp_path / f"{is_liger}"
+        changes = {"stages__1__num_train_epochs": 1, "trainer__use_liger_kernel": is_liger}
+        path = write(tmp_path / "c.yaml", settings(place, out, **changes))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.packages.liger_train", str(path)], text=True, timeout=300,
+            env={**os.environ, **QUIET, "PYTHONPATH": f"{folder_of('liger')}:{ROOT}"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-5000:]
+        assert done.stdout.splitlines()[-1] == f"Liger's losses: {9 if is_liger else 0}"
+        figures.append([line for stage in ("align", "tune") for line in metrics(out, stage)])
+    for own, ours in zip(*figures, strict=True):
+        for name in ("lm_loss", "grad_norm", *(["pre_loss"] if "pre_loss" in own else [])):
+            assert ours[name] == pytest.approx(own[name], rel=1e-4, abs=1e-6), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -41,7 +42,11 @@ class Place:
             path = write(
                 out.with_suffix(".yaml"), settings(self.folder, out, **STEPS, **SETTINGS[tuned])
             )
-            self._alone[tuned] = train(load_config(path))
+            with (
+                warnings.catch_warnings()
+            ):  # of text alone there are fewer than the first stage takes
+                warnings.simplefilter("ignore", UserWarning)
+                self._alone[tuned] = train(load_config(path))
         return self._alone[tuned]
 
     def run(

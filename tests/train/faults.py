@@ -68,7 +68,7 @@ def before(method: str, place: str) -> None:
     run = getattr(RecipeTrainer, method)
 
     def reaching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._is_writing and self.args.output_dir.endswith("tune"):
+        if self.is_writing and self.args.output_dir.endswith("tune"):
             reach(f"{place}-{self.state.global_step}")
         return run(self, *args, **kwargs)
 

@@ -54,4 +54,7 @@ def faulty(place: Path, faults: Sequence[str]) -> dict[str, str]:
     """The variables of a start that something befalls (`tests.train.faults`)."""
     markers = place / "markers"
     markers.mkdir(parents=True, exist_ok=True)
-    return {"FAULTS": ", ".join(faults), "MARKERS": str(markers)}
+    return {
+        "FAULTS": ", ".join(faults), "MARKERS": str(markers),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from prereg_kernels.cli.commands import main
 from prereg_kernels.train.benchmarks import _answer, evaluate_tasks, make_chat
 
 RED, BLUE = Image.new("RGB", (4, 4), "red"), Image.new("L", (4, 4))
@@ -69,3 +71,40 @@ def test_without_lmms_eval(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--tasks: No module named 'lmms_eval'; it needs"):
         evaluate_tasks(tmp_path, ["gqa"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "gqa"), "--tasks: No module named 'lmms_eval'; it needs"),
+        (("--tasks", "gqa", "--images", "x"), "--images: expected --data beside it, got --tasks"),
+        (("--data", "d.json", "--limit", "3"), "--limit: expected --tasks beside it, got --data"),
+        (("--data", "d.json", "--task-files", "x"), "--task-files: expected --tasks beside it"),
+    ],
+)  # fmt: skip
+def test_an_error_is_a_line(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["prereg", "evaluate", "absent", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("prereg: ")]
+    assert message in line
+
+
+def test_a_package_that_a_setting_asks_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And that is missing, as transformers says of Liger's: one line."""
+
+    def run(*_: Any) -> None:
+        raise ImportError("liger-kernel is\nnot available")
+
+    monkeypatch.setattr("prereg_kernels.cli.train.run", run)
+    monkeypatch.setattr(sys, "argv", ["prereg", "train", "c.yaml"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "prereg: liger-kernel is not available"

@@ -158,7 +158,7 @@ def test_a_format(place: Path, tmp_path: Path, losses: dict[str, list[float]], f
     assert not (out / "bad_samples.jsonl").exists()
 
 
-STREAMS = [form for form in FORMS if form not in ("llava JSON", "messages JSON")]
+STREAMS = ("llava JSONL", "llava Parquet", "saved", "hub", "webdataset")
 
 
 @pytest.mark.parametrize("form", STREAMS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prereg_kernels.train.engines import check_launcher
 from prereg_kernels.train.global_batch import BATCH, check_checkpoint, without_batch
 from tests.train.places import close, make_place, metrics
 from tests.train.test_run import Crash, run, with_callback
@@ -71,3 +72,15 @@ def test_settings_that_may_change() -> None:
     assert without_batch(settings) == {
         "trainer": {"optim": "sgd"}, "stages": [{"name": "a", "trainer": {"max_steps": 3}}],
     }  # fmt: skip
+
+
+def test_restarts_that_would_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_launcher()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    check_launcher()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(ValueError, match="--max-restarts: expected TORCH_DISABLE_SHARE_RDZV"):
+        check_launcher()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check_launcher()

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 
 def install() -> None:
     """Put it into Accelerate."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # in place of cpu:0, where nothing can be loaded
     choose, make = PartialState._prepare_backend, AcceleratorState.__init__
 
     def prepare_backend(self: Any, cpu: bool = False, *args: Any) -> Any:
