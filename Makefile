@@ -106,19 +106,19 @@ $(PACKAGES)/%/.ready: tests/packages/%.txt | $(READY)
 	! test -d $(@D)/torchvision || : > $(@D)/torchvision/_meta_registrations.py
 	touch $@
 
-test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command (15 minutes)
+test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by its own command (4 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_llamafactory.py
 
-test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command
+test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command (7 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_trl.py
 
-test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command
+test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command (27 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
 
-test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (20 minutes)
+test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (22 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
 
-test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (10 minutes)
+test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (16 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
 
 test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)

@@ -6,6 +6,7 @@ the heads out of checkpoints without a word, so an unknown major one is refused 
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 import warnings
@@ -13,6 +14,8 @@ from functools import cache
 
 TRANSFORMERS = (4, 57), (6, 0)
 """The first release taken, and the first that is not."""
+TRAINING = (5, 6)
+"""The first tested release whose Trainer has all that the one of `prereg train` overrides."""
 TESTED = ("4.57.6", "5.6.0", "5.16.1", "5.17.0", "5.24.0")
 """The releases that the tests run on: the oldest, the newest, and what trainers pin."""
 
@@ -41,6 +44,22 @@ def is_before(major: int) -> bool:
     version = getattr(sys.modules.get("transformers"), "__version__", "")
     numbers = re.match(r"(\d+)\.", version)
     return numbers is not None and int(numbers[1]) < major
+
+
+def too_old_to_train() -> str | None:
+    """What to tell a user of `prereg train` whose transformers is; None: it is not, or missing."""
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) >= TRAINING:
+        return None
+    first = ".".join(map(str, TRAINING))
+    return (
+        f"transformers: `prereg train`, `assemble` and `evaluate` need {first} or newer, got "
+        f"{version}; with an older one, train by PReTrainer or by another trainer"
+    )
 
 
 def bounds() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.supported import too_old_to_train
 from prereg_kernels._version import __version__
 from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
@@ -69,6 +70,8 @@ def main() -> None:
 
 
 def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
+    if reason := too_old_to_train():
+        _fail(reason)
     try:
         from prereg_kernels.cli.train import STOPPED, run
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 
 from prereg_kernels import apply_pre
 from prereg_kernels._util import supported
+from prereg_kernels.cli import main
 from tests.tiny import tiny_llava
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -70,3 +72,22 @@ def test_the_release_here_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         apply_pre(tiny_llava())
+
+
+@pytest.mark.parametrize("command", (["train", "x.yaml"], ["evaluate", "m", "--data", "d.json"]))
+def test_a_release_that_is_too_old_to_train(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, in place of an import that fails."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.5.2")
+    monkeypatch.setattr(sys, "argv", ["prereg", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "prereg: transformers: `prereg train`, `assemble` and `evaluate` need 5.6 or newer, got "
+        "5.5.2; with an older one, train by PReTrainer or by another trainer\n"
+    )
+    for version in ("5.6.0", "5.17.0.dev0", "6.0.0"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        assert supported.too_old_to_train() is None
