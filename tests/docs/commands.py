@@ -111,8 +111,10 @@ def is_name(command: Command) -> bool:
 
 
 def help_of(command: Command) -> str:
-    """What `--help` prints of a command of ours, its subcommand included; "" of others."""
+    """What `--help` prints of a command of ours, its subcommand included, or of torchrun; or ""."""
     program, *arguments = (part for part in command if part != "...")
+    if program == "torchrun":
+        return get_args_parser().format_help()
     if program not in ("prereg", "python", "python3"):
         return ""
     names = 2 if arguments[:1] == ["-m"] else 1
