@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 PATIENCE = 50.0
 """Seconds without progress."""
+_END = b"\0"  # no signal's number
 
 
 @contextmanager
@@ -33,13 +34,14 @@ def ended_without_progress(last: Callable[[], float]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(tell)  # by which the thread ends
+        os.write(tell, _END)  # closing it is no end: workers of a data loader hold it too
+        os.close(tell)
         thread.join()
         os.close(told)
 
 
 def _watch(told: int, last: Callable[[], float]) -> None:
-    while received := os.read(told, 1):
+    while (received := os.read(told, 1)) not in (b"", _END):
         if received[0] == signal.SIGTERM:
             break
     else:
@@ -58,6 +60,6 @@ def _watch(told: int, last: Callable[[], float]) -> None:
 
 def _wait(told: int, is_over: threading.Event) -> None:
     """For the end of the pipe."""
-    while os.read(told, 1):
+    while os.read(told, 1) not in (b"", _END):
         pass
     is_over.set()
