@@ -164,7 +164,7 @@ def write_qwen(folder: Path, text: str) -> None:
     tokenizer.chat_template = QWEN_CHAT
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessor(
-        patch_size=4, merge_size=2, min_pixels=SEEN**2, max_pixels=SEEN**2
+        patch_size=4, merge_size=2, size={"shortest_edge": SEEN**2, "longest_edge": SEEN**2}
     ).save_pretrained(folder)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL}
     torch.manual_seed(2)

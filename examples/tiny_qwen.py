@@ -44,7 +44,7 @@ class QwenCollator:
 
     def __init__(self) -> None:
         self.pixels = Qwen2VLImageProcessor(
-            patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096
+            patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
         )
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -23,9 +23,9 @@ def figures_of(last: Record, level: str, copies: int) -> dict[str, float]:
     gradients = last.gradient_sums()
     if gradients is not None:
         totals = torch.cat([totals, gradients.flatten()])
+        ranks = torch.distributed.get_world_size() if distributed.is_running() else 1
     if distributed.is_running():
         torch.distributed.all_reduce(totals)
-        ranks = torch.distributed.get_world_size()
     tokens, rows, lm_total, labels, *others = (totals / copies).tolist()
     count = len(last.values)
     layers, sums = others[:count], others[count:]

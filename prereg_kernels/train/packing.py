@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from prereg_kernels._util import private
 from prereg_kernels.train.chats import IGNORED
 from prereg_kernels.train.order import GroupedSampler, Mixture
 from prereg_kernels.train.sample import Sample
@@ -189,7 +190,7 @@ def prepare_packing(model: nn.Module, collator: Any, length: int) -> None:
         ValueError: a packed row would not give its outputs of the samples one by one.
     """
     config: Any = model.config
-    attention = str(config.get_text_config()._attn_implementation)
+    attention = str(getattr(config.get_text_config(), private.ATTENTION))
     collator.row_length, collator.is_flat = length, "flash" in attention
     kind = f"packing_length: {config.model_type}"
     if "mrope_section" in str(config.to_dict()):

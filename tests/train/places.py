@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from prereg_kernels.train.throughput import TIMED
 from tests.packages.checkpoint import make_llava, make_samples
 
 SETTINGS: dict[str, Any] = {
@@ -73,6 +74,15 @@ def metrics(out: Path, stage: str) -> list[dict[str, Any]]:
     """The lines of a stage's regular logs."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["stage"] == stage and "learning_rate" in line]
+
+
+def timeless(out: Path, stage: str) -> list[dict[str, Any]]:
+    """The same without what another run of the same has otherwise."""
+    left_out = {"epoch", *TIMED}
+    return [
+        {name: x for name, x in line.items() if name not in left_out}
+        for line in metrics(out, stage)
+    ]
 
 
 def close(a: Path, b: Path) -> None:

@@ -20,9 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from prereg_kernels.train import trainer as trainer_module
 from prereg_kernels.train.config import load_config
 from prereg_kernels.train.run import Stopped, train
-from prereg_kernels.train.throughput import TIMED
 from prereg_kernels.train.trainer import RecipeTrainer
-from tests.train.places import make_place, metrics, settings, write
+from tests.train.places import make_place, metrics, settings, timeless, write
 
 PROJECTOR = "multi_modal_projector."
 
@@ -130,17 +129,9 @@ def test_stopped_and_resumed_is_unbroken(
     monkeypatch.setattr("prereg_kernels.train.order.Mixture.__getitems__", counting(read))
     out = run(place, tmp_path / "out")
     assert same(weights(out), weights(whole)) and same(heads(out), heads(whole))
-    assert timeless(out) == timeless(whole)
+    assert timeless(out, "tune") == timeless(whole, "tune")
     steps_left = 7 - (step // 2) * 2
     assert len(read) == steps_left * 4  # samples of finished steps are not read again
-
-
-def timeless(out: Path) -> list[dict[str, Any]]:
-    left_out = {"epoch", *TIMED}
-    return [
-        {name: x for name, x in line.items() if name not in left_out}
-        for line in metrics(out, "tune")
-    ]
 
 
 def counting(read: list[int]) -> Any:
