@@ -42,7 +42,7 @@ demo: $(READY)  ## train a small LLaVA with and without PRe on real images (abou
 # A LLaVA from a CLIP and a Llama, then a Qwen2.5-VL. Held out are other photographs.
 EXAMPLE := runs/photographs
 ASK = $(BIN)/prereg evaluate $(1) --data $(EXAMPLE)/held_out.json --images $(EXAMPLE)/images
-train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on photographs (4 minutes)
+train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on photographs (2 minutes)
 	rm -rf $(EXAMPLE)
 	$(BIN)/python examples/photographs.py $(EXAMPLE)
 	$(BIN)/prereg assemble --vision $(EXAMPLE)/clip --llm $(EXAMPLE)/llama --out $(EXAMPLE)/llava
