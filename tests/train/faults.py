@@ -80,7 +80,7 @@ def install() -> None:
     rank, markers = os.environ.get("RANK", "0"), Path(os.environ["MARKERS"])
     before("save_model", "model")
     before("_save_rng_state", "random")
-    make, flush, get = RecipeTrainer.__init__, trainer_module.flush, Mixture.__getitem__
+    make, flush, get = RecipeTrainer.__init__, trainer_module.flush, Mixture.__getitems__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
@@ -92,13 +92,13 @@ def install() -> None:
         flush(folder)
         reach(f"flushed-{step}")
 
-    def reading(self: Any, number: int) -> Any:
+    def reading(self: Any, numbers: Any) -> Any:
         with (markers / f"READ-{rank}").open("a") as file:
-            file.write(f"{number}\n")
-        return get(self, number)
+            file.writelines(f"{number}\n" for number in numbers)
+        return get(self, numbers)
 
     RecipeTrainer.__init__ = init
-    trainer_module.flush, Mixture.__getitem__ = reaching_flush, reading
+    trainer_module.flush, Mixture.__getitems__ = reaching_flush, reading
     if rank == "0":
         out = Path(sys.argv[sys.argv.index("train") + 1]).with_suffix("")
         found = {
