@@ -26,6 +26,7 @@ STEPS: dict[str, Any] = {
     "stages__1__max_steps": 3, "stages__1__learning_rate": 0.1,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": {"r": 4}}}
+AS_THE_TRAINER = ("gradient_accumulation_steps", "gradient_clipping")
 
 
 class Place:
@@ -79,6 +80,8 @@ class Place:
         else:
             config, told = for_cpus(launcher)
             variables = {**variables, **told}
+            if "deepspeed_config" in config:  # as the file says of a Trainer
+                config["deepspeed_config"] |= dict.fromkeys(AS_THE_TRAINER, "auto")
             file = write(out.with_name("accelerate.yaml"), config | {"num_processes": ranks})
             command = accelerate(file, f"--max_restarts={restarts}", module=RANK)
         done = start(

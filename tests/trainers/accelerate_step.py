@@ -27,6 +27,11 @@ from tests.trainers.rows import WEIGHT, collate
 def main(out: Path, case: str) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         on_cpus.install()
+    rank = int(os.environ["RANK"])
+    # Before there is a DeepSpeed configuration: with ZeRO-3's, transformers draws other weights
+    with on_rank(rank, case):
+        model = tiny_llava()
+        ranks.freeze_vision(model)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(kwargs_handlers=[unused])
     told = str(accelerator.distributed_type)
@@ -36,10 +41,6 @@ def main(out: Path, case: str) -> None:
         config = AcceleratorState().deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 4
         config["zero_allow_untested_optimizer"] = True
-    rank = accelerator.process_index
-    with on_rank(rank, case):
-        model = tiny_llava()
-        ranks.freeze_vision(model)
     if case == "values of another seed" and rank:
         model.load_state_dict(tiny_llava(5).state_dict())
     pre = apply_pre(model, weight=WEIGHT, seed=0 if case == "plain" else rank)
