@@ -124,12 +124,12 @@ test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (16 mi
 test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
 	$(BIN)/python -m pytest -m packages tests/packages/test_liger.py
 
-test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ranks
+test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ranks (7 minutes)
 	DS_ACCELERATOR=cpu PYTHONPATH=$(PACKAGES)/deepspeed:. $(BIN)/python -m pytest -m packages \
 	    tests/train/test_deepspeed.py tests/trainers/test_deepspeed.py \
 	    tests/trainers/test_accelerate_configs.py
 
-test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks
+test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (8 minutes)
 	$(BIN)/python -m pytest -m ranks tests/train
 
 test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)
