@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
 from tests.helpers import relative_error
@@ -18,6 +19,8 @@ from tests.releases import HERE
 from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
 
 NON_REENTRANT = {"use_reentrant": False}
+# Whether checkpointed layers run again with their hooks, as before transformers 5.24
+HOOKS_RUN_AGAIN = GradientCheckpointingLayer.__call__ is not nn.Module.__call__
 
 
 def anchor_of_pixels(inputs: Mapping[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -212,14 +213,20 @@ GENERATED = [
 
 @pytest.mark.parametrize("name, settings", GENERATED)
 def test_generate(name: str, settings: dict[str, Any]) -> None:
-    """The prompt has a figure, the tokens that follow it have none; they are what they were."""
+    """The prompt has a figure, the tokens that follow it have none; they are what they were.
+
+    From transformers 5.24 on the prompt's images are encoded before its call, which has none then.
+    """
     model = make_model(name).eval()
+    is_encoded_before = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
     inputs = make_batch(name, model, "left padding").inputs
     del inputs["labels"]
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
     plain = model.generate(**inputs, **options)
     pre = apply_pre(model, value_in_eval=True, **settings)
     assert torch.equal(model.generate(**inputs, **options), plain)
+    assert ("pre_loss" in pre.metrics()) != is_encoded_before
+    model(**inputs)
     assert pre.metrics()["pre_loss"] != 0
 
 
