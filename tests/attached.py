@@ -59,10 +59,13 @@ def seen(model: Any, place: Place = Place()) -> Iterator[dict[int, Tensor]]:
         states[0] = place.read((*args, *kwargs.values())[0])
 
     def see_output(number: int) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, output: Any) -> None:
-            states[number] = place.read(output[0] if isinstance(output, tuple) else output)
-            if HERE < (5, 0):  # Qwen3-VL's next step is to write into it
-                states[number] = states[number].clone()
+        def see(module: nn.Module, args: Any, output: Any) -> Any:
+            whole = output[0] if isinstance(output, tuple) else output
+            states[number] = place.read(whole)
+            if HERE >= (5, 0) or states[number] is not whole:
+                return None
+            copy = whole.clone()  # for Qwen3-VL's next step, which writes into it
+            return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
         return see
 

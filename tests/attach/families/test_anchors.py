@@ -20,6 +20,7 @@ from tests.attach.families.packing import pack
 from tests.attach.families.test_models import FAMILY_SCENES, checkpointed, every_family
 from tests.attach.test_regularizer import traces
 from tests.attached import both, compare
+from tests.releases import HERE
 
 PROJECTED = tuple(name for name in CASES if family_of_type(name).projector)
 TELLING = tuple(name for name in CASES if family_of_type(name).images)
@@ -147,7 +148,12 @@ def test_internvl_has_a_token_around_every_image() -> None:
     words = SimpleNamespace(
         start_image_token="<img>", end_image_token="</img>", image_token="x", image_seq_length=2
     )
-    text = InternVLProcessor.replace_image_token(words, {"num_patches": [1, 3]}, 1)
+    if HERE >= (5, 16):
+        text = InternVLProcessor.replace_image_token(words, {"num_patches": [1, 3]}, 1)
+    else:
+        words.video_token = "<video>"
+        insert = InternVLProcessor._insert_media_placeholders
+        [text], *_ = insert(words, ["x"], [0] * 3, [], [3], [], [3], [], [])
     assert text == "<img>xxxxxx</img>"
 
 
