@@ -287,17 +287,12 @@ def test_few_samples_of_a_kind_are_told_of(place: Path, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("quantization", [None, {"load_in_4bit": True}])
-def test_lora(place: Path, tmp_path: Path, quantization: Any) -> None:
-    """Merged at the end, where the weights are whole; else the adapter, beside `pre/`."""
+def test_lora(place: Path, tmp_path: Path) -> None:
+    """Merged at the end."""
     out = run(
-        place, tmp_path / "out", lora={"r": 4}, quantization=quantization,
-        stages__0__max_steps=1, stages__1__max_steps=3,
+        place, tmp_path / "out", lora={"r": 4}, stages__0__max_steps=1, stages__1__max_steps=3,
     )  # fmt: skip
     assert heads(out)
-    if quantization is not None:
-        assert (out / "adapter_model.safetensors").is_file()
-        return
     moved = changed(weights(out / "stages/align/model"), weights(out))
     others = {n for n in moved if "language_model.model.layers" not in n and PROJECTOR not in n}
     assert moved and not others
