@@ -54,6 +54,7 @@ from prereg_kernels.train.records import (
     BadSamples,
     Metrics,
 )
+from prereg_kernels.train.shared_pages import pages_shared
 from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
 from prereg_kernels.train.streaming import Group, StreamBatches, StreamLoader, first_samples
@@ -197,7 +198,7 @@ def _train_stage(
     prepare(trainer)
     if last is not None:
         check_checkpoint(Path(last), trainer)
-    with trainer.stop.listening():
+    with trainer.stop.listening(), pages_shared():
         trainer.train(resume_from_checkpoint=last)
     finish_wandb(report_to)
     if trainer.stop.is_stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -265,18 +266,40 @@ def test_bad_samples_after_a_resume(
         run(place, tmp_path / "strict", max_bad=most, **changes)
 
 
-def test_workers_and_tensorboard(place: Path, whole: Path, tmp_path: Path) -> None:
-    """Batches that worker processes make are the same; each stage has curves of its own."""
-    out = run(
-        place, tmp_path / "out", trainer__dataloader_num_workers=2,
-        trainer__report_to="tensorboard",
-    )  # fmt: skip
+def test_workers_and_tensorboard(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that worker processes make are the same; each stage has curves of its own.
+
+    A worker's garbage collection leaves alone what it shares with this process.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr("prereg_kernels.train.order.Mixture.__getitems__", left_alone(tmp_path))
+        out = run(
+            place, tmp_path / "out", trainer__dataloader_num_workers=2,
+            trainer__report_to="tensorboard",
+        )  # fmt: skip
+    counts = {path.suffix: int(path.read_text()) for path in tmp_path.glob("frozen.*")}
+    assert len(counts) == 4 and f".{os.getpid()}" not in counts  # of two stages
+    assert min(counts.values()) > len(gc.get_objects()) // 2 and gc.get_freeze_count() == 0
     assert same(weights(out), weights(whole)) and same(heads(out), heads(whole))
     for stage in ("align", "tune"):
         events = EventAccumulator(str(out / "tensorboard" / stage)).Reload()
         curve = {x.step: x.value for x in events.Scalars("train/lm_loss")}
         assert curve == pytest.approx({x["step"]: x["lm_loss"] for x in metrics(out, stage)})
     assert not list(out.glob("stages/*/runs"))
+
+
+def left_alone(folder: Path) -> Any:
+    from prereg_kernels.train.order import Mixture
+
+    get = Mixture.__getitems__
+
+    def write(self: Any, numbers: list[int]) -> Any:
+        (folder / f"frozen.{os.getpid()}").write_text(str(gc.get_freeze_count()))
+        return get(self, numbers)
+
+    return write
 
 
 def test_few_samples_of_a_kind_are_told_of(place: Path, tmp_path: Path) -> None:
