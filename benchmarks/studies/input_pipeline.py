@@ -21,11 +21,8 @@ times and 10.9. What is frozen is not copied (`pages_shared`): less than 20 MB i
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,10 +34,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.common.report import RESULTS, made_on, write_json
+from benchmarks.common.report import RESULTS, made_on
+from benchmarks.common.study import run_study
 from examples.photographs import SIDE, write_clip, write_llama
 from prereg_kernels import apply_pre
-from prereg_kernels._util.machine import describe_machine
 from prereg_kernels.train.assemble import assemble
 from prereg_kernels.train.collator import SEEN, Collator
 from prereg_kernels.train.config import DataConfig
@@ -149,21 +146,5 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--table", action="store_true", help="print the results that are there")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if not options.table:
-        with tempfile.TemporaryDirectory() as folder:
-            measured = measure(Path(folder), options.samples)
-        machine = describe_machine(torch.device("cpu"), None)
-        write_json({"machine": machine, "measured": measured}, options.out)
-    print(table(json.loads(options.out.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    run_study(__doc__, measure, table, OUT, samples=SAMPLES)
