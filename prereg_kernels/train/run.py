@@ -58,7 +58,7 @@ from prereg_kernels.train.shared_pages import pages_shared
 from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
 from prereg_kernels.train.streaming import Group, StreamBatches, StreamLoader, first_samples
-from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
+from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush, full_disk_named
 from prereg_kernels.train.wandb_runs import check_wandb, finish_wandb
 from prereg_kernels.trainers import with_pre
 
@@ -280,7 +280,8 @@ def _save(trainer: Any, folder: Path, result: Path, load: Callable[[], nn.Module
     if trainer.args.should_save:
         shutil.rmtree(beside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    save_whole(trainer, beside, load)
+    with full_disk_named(beside):
+        save_whole(trainer, beside, load)
     names = sorted(path.name for path in beside.iterdir()) if trainer.args.should_save else []
     if names:
         flush(beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -193,7 +195,8 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.is_writing = True
         try:
-            super()._save_checkpoint(model, trial)
+            with full_disk_named(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.is_writing = False
         if self._stream is not None:
@@ -214,6 +217,18 @@ def _is_narrow(trainer: Trainer) -> bool:
     """Whether the model's products are of 16-bit numbers."""
     dtypes = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()}
     return trainer.args.bf16 or trainer.args.fp16 or not dtypes & {torch.float32, torch.float64}
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raise OSError for a full disk, whatever safetensors and torch say of it."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        is_full = "No space left" in str(error) or "inline_container" in str(error)
+        if not is_full:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def flush(folder: Path) -> None:
