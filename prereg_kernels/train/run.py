@@ -70,6 +70,7 @@ SETTINGS = "config.yaml"
 ENVIRONMENT = "environment.json"
 _RECORDS = (
     SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/", "tensorboard/",
+    "wandb/",
 )  # fmt: skip
 # Of the model: what somebody else's folder would have as well
 _NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")

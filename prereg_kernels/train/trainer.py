@@ -78,6 +78,8 @@ class RecipeTrainer(Trainer):
         self.add_callback(self._non_finite)
         self.stop = StopOnSignal(self)
         self.add_callback(_CountBad(self))
+        if stream is not None:
+            self.add_callback(_ShareOfSteps())
         self.add_callback(self.stop)
 
     def _get_train_sampler(
@@ -252,6 +254,13 @@ class _CountBad(TrainerCallback):
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.judge_bad_samples()
+
+
+class _ShareOfSteps(TrainerCallback):
+    """The "epoch" of a stream's logs, which has no length. Trainer's begins anew on a resume."""
+
+    def on_step_end(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps
 
 
 class StopOnSignal(TrainerCallback):

@@ -217,6 +217,13 @@ def test_a_stream_is_gone_on_with(
         ours, theirs = load_file(out / file), load_file(whole / file)
         assert all(ours[name].equal(theirs[name]) for name in theirs)
     assert timeless(out, "tune") == timeless(whole, "tune")
+    assert epochs(out) == epochs(whole) == pytest.approx([step / 7 for step in range(1, 8)])
+
+
+def epochs(out: Path) -> list[float]:
+    """As the logs have it."""
+    state = json.loads((out / "stages/tune/checkpoint-7/trainer_state.json").read_text())
+    return [log["epoch"] for log in state["log_history"]]
 
 
 def test_bad_samples_of_a_stream(place: Path, tmp_path: Path) -> None:

@@ -205,9 +205,11 @@ def test_fresh_begins_anew(place: Path, tmp_path: Path) -> None:
     short = {"stages__1__max_steps": 1, "stages__0__max_steps": 1}
     run(place, tmp_path / "out", **short)
     (tmp_path / "out" / "mine.txt").write_text("x")
+    for folder in ("wandb", "tensorboard"):
+        (tmp_path / "out" / folder / "run-1").mkdir(parents=True)
     out = run(place, tmp_path / "out", fresh=True, pre=None, **short)
     assert len(metrics(out, "tune")) == 1 and "pre_loss" not in metrics(out, "tune")[0]
-    assert not (out / "pre").exists()
+    assert not any((out / name).exists() for name in ("pre", "wandb", "tensorboard"))
     assert (out / "mine.txt").read_text() == "x"
 
 
