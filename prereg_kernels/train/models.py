@@ -162,6 +162,17 @@ def set_trainable(model: nn.Module, parts: Collection[str]) -> None:
         parameter.requires_grad_(is_chosen)
 
 
+def check_steps(model: nn.Module) -> None:
+    """Raise ValueError where weights that train are float16: a GradScaler refuses them, and AdamW's
+    epsilon is 0 there."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                "model: expected weights that can train, model_arguments: {dtype: float32} or "
+                f"bfloat16, got float16 in {name}"
+            )
+
+
 def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[str]) -> nn.Module:
     """The model in PEFT's, with LoRA on the LLM's linear layers; other parts train whole.
 

@@ -32,6 +32,7 @@ from prereg_kernels.train.facts import CountingCollator
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.held_out import CheckupCallback, HeldOut
 from prereg_kernels.train.models import (
+    check_steps,
     load_model,
     load_processor,
     set_trainable,
@@ -190,6 +191,8 @@ def _train_stage(
         non_finite=config.non_finite,
         non_finite_steps=Metrics(records, stage.name, step, NON_FINITE_STEPS) if is_first else None,
     )
+    if not trainer.is_deepspeed_enabled:  # which has float32 copies of what it steps
+        check_steps(model)
     if config.checkup is not None:
         held_out = HeldOut(config.checkup, without_adapter(trainer.model), processor)
         trainer.add_callback(CheckupCallback(trainer, held_out, config.checkup.steps))

@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -302,6 +303,20 @@ def left_alone(folder: Path) -> Any:
         return get(self, numbers)
 
     return write
+
+
+def test_weights_of_float16(place: Path, tmp_path: Path) -> None:
+    """As LLaVA-1.5's on the hub: they do not train as they are, and do in float32."""
+    half = tmp_path / "half"
+    shutil.copytree(place / "model", half)
+    model = AutoModelForImageTextToText.from_pretrained(half).half()
+    model.save_pretrained(half)
+    short = {"model": str(half), "stages__0__max_steps": 1, "stages__1__max_steps": 1}
+    with pytest.raises(ValueError, match=r"dtype: float32} or bfloat16, got float16 in .*projector"):
+        run(place, tmp_path / "out", **short)
+    out = run(place, tmp_path / "out", fresh=True, model_arguments={"dtype": "float32"}, **short)
+    assert {x.dtype for x in weights(out).values()} == {torch.float32}
+    assert torch.tensor([line["loss"] for line in metrics(out, "tune")]).isfinite().all()
 
 
 def test_few_samples_of_a_kind_are_told_of(place: Path, tmp_path: Path) -> None:
