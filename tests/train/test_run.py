@@ -312,7 +312,7 @@ def test_weights_of_float16(place: Path, tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(half).half()
     model.save_pretrained(half)
     short = {"model": str(half), "stages__0__max_steps": 1, "stages__1__max_steps": 1}
-    with pytest.raises(ValueError, match=r"dtype: float32} or bfloat16, got float16 in .*projector"):
+    with pytest.raises(ValueError, match=r"dtype: float32} .* got float16 in .*projector"):
         run(place, tmp_path / "out", **short)
     out = run(place, tmp_path / "out", fresh=True, model_arguments={"dtype": "float32"}, **short)
     assert {x.dtype for x in weights(out).values()} == {torch.float32}
