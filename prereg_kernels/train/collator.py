@@ -186,7 +186,7 @@ class Collator:
         )
         # Tokens as lists: the tokenizer's own way to tensors takes as long as tokenizing (5.17)
         return {
-            name: torch.tensor(x) if isinstance(x, list) and isinstance(x[0], list) else x
+            name: torch.tensor(x) if isinstance(x, list) and isinstance(x[0], (list, int)) else x
             for name, x in batch.items()
         }
 
