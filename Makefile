@@ -129,7 +129,7 @@ test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ra
 	    tests/train/test_deepspeed.py tests/trainers/test_deepspeed.py \
 	    tests/trainers/test_accelerate_configs.py
 
-test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (8 minutes)
+test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (9 minutes)
 	$(BIN)/python -m pytest -m ranks tests/train
 
 test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)
