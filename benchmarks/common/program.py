@@ -51,6 +51,7 @@ class Session:
 
     clock: Clock
     deadline: float  # of time.monotonic
+    patience: float = 1.0  # times what a peer's first call may take
     problems: list[str] = field(default_factory=list)
     ours_failed: bool = False
     checked: set[tuple[object, ...]] = field(default_factory=set)
