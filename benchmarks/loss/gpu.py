@@ -25,9 +25,9 @@ from benchmarks.loss.cases import Case
 from benchmarks.loss.kernels import Buffers, time_row_kernels
 from benchmarks.loss.measure import measure_ceilings, run_case, run_launches
 from benchmarks.loss.peers import Peer, Where, peers
+from benchmarks.loss.plans import AUTOTUNED, LLAVA, QWEN, REST, SIDE, Plan
 from benchmarks.loss.report import bars, short_table
 from benchmarks.loss.stages import time_stages, triton_kinds
-from benchmarks.loss.suite import AUTOTUNED, LLAVA, QWEN, REST, SIDE, Plan
 from prereg_kernels.ops.backends.registry import choose_backend
 
 SECONDS = 270.0  # for everything; what does not fit is skipped, and says so

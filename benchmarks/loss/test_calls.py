@@ -17,7 +17,8 @@ from benchmarks.loss.cases import make_tensors
 from benchmarks.loss.checks import full_truth
 from benchmarks.loss.cpu import CPU, cpu_case
 from benchmarks.loss.peers import PEERS
-from benchmarks.loss.suite import describe, threads
+from benchmarks.loss.plans import threads
+from benchmarks.loss.suite import describe
 from benchmarks.loss.work import Work
 from prereg_kernels.ops.backends import registry
 

@@ -13,7 +13,8 @@ from benchmarks.loss.cases import Case, make_tensors
 from benchmarks.loss.cpu import CPU
 from benchmarks.loss.cpu_memory import peak_bytes
 from benchmarks.loss.peers import Peer
-from benchmarks.loss.suite import CPU_MEMORY, LLAVA, Plan, cells, describe
+from benchmarks.loss.plans import CPU_MEMORY, LLAVA, Plan
+from benchmarks.loss.suite import cells, describe
 from benchmarks.loss.work import Work
 
 pytestmark = pytest.mark.benchmark(timer=REPLAY.clock)

@@ -25,8 +25,8 @@ from benchmarks.loss.cpu_primitives import DTYPES, SIZES, Case
 from benchmarks.loss.cpu_primitives import cases as primitives
 from benchmarks.loss.kernels import Buffers, time_row_kernels
 from benchmarks.loss.measure import measure_ceilings
+from benchmarks.loss.plans import SIDE, TINY, threads
 from benchmarks.loss.stages import Stage, time_stages, triton_kinds
-from benchmarks.loss.suite import SIDE, TINY, threads
 from prereg_kernels.ops.backends import registry
 from prereg_kernels.ops.backends.base import Backend
 from prereg_kernels.ops.backends.torch import TorchBackend

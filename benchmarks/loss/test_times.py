@@ -21,16 +21,8 @@ from benchmarks.common.timing import make_clock
 from benchmarks.loss.checks import is_emulated
 from benchmarks.loss.cpu import CPU
 from benchmarks.loss.measure import run_case
-from benchmarks.loss.suite import (
-    CPU_PLANS,
-    FLOOR,
-    GPU_PLANS,
-    TINY,
-    Plan,
-    cells,
-    describe,
-    threads,
-)
+from benchmarks.loss.plans import CPU_PLANS, FLOOR, GPU_PLANS, TINY, Plan, threads
+from benchmarks.loss.suite import cells, describe
 
 THREADS = 2  # of a CPU
 PATIENCE = 10.0  # no budget here: a compiler on a busy machine may take its time

@@ -18,7 +18,7 @@ from benchmarks.common.program import Session
 from benchmarks.common.replay import REPLAY
 from benchmarks.common.report import Json
 from benchmarks.common.timing import Effort, make_clock
-from benchmarks.loss.suite import TINY as TINY_EFFORT
+from benchmarks.loss.plans import TINY as TINY_EFFORT
 from benchmarks.step.measure import Trainer, run_setting, setting_name
 from benchmarks.step.models import FULL, TINY, build_model, make_batch, set_checkpointing
 from benchmarks.step.variants import VARIANTS, Regularizer, check_gradients

@@ -59,7 +59,7 @@ def run_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
 
     def run(*arguments: str) -> Seen:
         for name in [name for name in sys.modules if name.startswith("benchmarks.")]:
-            if name.rpartition(".")[2].startswith("test_") or name.endswith(("suite", "conftest")):
+            if name.rpartition(".")[2].startswith("test_") or name.endswith(("suite", "plans")):
                 monkeypatch.delitem(sys.modules, name)
         seen, out = Seen(), tmp_path / "results.json"
         out.unlink(missing_ok=True)
