@@ -3,13 +3,14 @@
     python -m benchmarks.compare BASE     # a revision, or a directory with the package
 
 Forward and backward of the loss and of the tap, with a residual, on one thread: short calls, which
-are overhead alone, and steps of 1024 rows. Both checkouts run in processes of their own, which take
-turns in batches of a few milliseconds, so that whatever slows the machine down slows both. A
-process has a speed of its own (where its memory lies, say), so the pairs of processes are renewed:
-a pair gives a ratio, the median over its turns. The interval is that of the pairs' ratios (t), wide
-enough that of all cells of two equal revisions, with a probability of 95%, none is called
-different; so is none by less than 1%. Peak memory is that of a step in a fresh process.
-The exit code is 1 if this checkout is slower or takes more memory.
+are overhead alone, and steps of 1024 rows. Times are the processor's, which other programs do not
+add to. Both checkouts run in processes of their own, which take turns in batches of a few
+milliseconds, so that whatever slows the machine down slows both. A process has a speed of its own
+(where its memory lies, say), so the pairs of processes are renewed: a pair gives a ratio, the
+median over its turns. The interval is that of the pairs' ratios (t), wide enough that of all cells
+of two equal revisions, with a probability of 95%, none is called different; so is none by less than
+1%. Peak memory is that of a step in a fresh process. The exit code is 1 if this checkout is slower
+or takes more memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +40,10 @@ WORKER = Path(__file__).with_name("compare_worker.py")
 OUT = ROOT / "build" / "bench" / "compare.json"
 REVISIONS = ROOT / "build" / "revisions"
 THIS, BASE = "this", "base"
-PAIRS, LEAST_PAIRS, TURNS = 10, 3, 20
-SECONDS = 180.0  # after which no new pair starts
-BATCH_NS = 4e6
+PAIRS, LEAST_PAIRS = 20, 5
+TURNS, LEAST_TURNS = 100, 5
+SECONDS, CELL_SECONDS = 180.0, 0.6  # then no new pair, and no new turn of a cell
+BATCH_NS = 2e6
 LEVEL = 0.95  # for all cells together
 LEAST_DIFFERENCE = 0.01
 PROCESSES = 3  # of each checkout, for its memory
@@ -113,14 +115,25 @@ class Worker:
         if package != found:
             raise RuntimeError(f"{self.checkout}: expected its package, found that of {package}")
 
-    def batch(self, cell: Cell, calls: int) -> list[int]:
-        """Nanoseconds of each of so many calls."""
+    def ask(self, line: str) -> Any:
+        """The answer to a line."""
         assert self.process.stdin is not None
         with suppress(OSError, ValueError):  # a process that has ended does not answer either
-            self.process.stdin.write(json.dumps([*cell, calls]) + "\n")
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
-        times: list[int] = self.read()
+        return self.read()
+
+    def batch(self, cell: Cell, calls: int) -> list[int]:
+        """Nanoseconds of each of so many calls."""
+        times: list[int] = self.ask(json.dumps([*cell, calls]))
         return times
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Within, another process answers, whose memory lies elsewhere."""
+        assert self.ask("new") == "begun"
+        yield
+        assert self.ask("end") == "ended"
 
     def end(self) -> None:
         """Stop the process."""
@@ -141,13 +154,18 @@ def started(checkouts: Mapping[str, Path]) -> Iterator[dict[str, Worker]]:
             worker.end()
 
 
-def take_turns(workers: Mapping[str, Worker], cell: Cell, turns: int) -> list[Turn]:
-    """Batches of all, every other turn backwards."""
+def take_turns(
+    workers: Mapping[str, Worker], cell: Cell, turns: int, seconds: float = CELL_SECONDS
+) -> list[Turn]:
+    """Batches of all, every other turn backwards; fewer turns if the time is over."""
     names = list(workers)
     first = [min(worker.batch(cell, 3)) for worker in workers.values()]
     calls = max(1, int(BATCH_NS / max(first)))
-    found = []
+    found: list[Turn] = []
+    began = time.monotonic()
     for turn in range(turns):
+        if turn >= LEAST_TURNS and time.monotonic() - began > seconds:
+            break
         order = names if turn % 2 else names[::-1]
         found.append({name: workers[name].batch(cell, calls) for name in order})
     return found
@@ -211,18 +229,25 @@ def peaks(checkouts: Mapping[str, Path], cell: Cell, processes: int) -> Json:
 
 
 def measure(
-    checkouts: Mapping[str, Path], cells: Sequence[Cell], pairs: int, turns: int
+    checkouts: Mapping[str, Path],
+    cells: Sequence[Cell],
+    pairs: int,
+    turns: int,
+    seconds: float = SECONDS,
+    cell_seconds: float = CELL_SECONDS,
 ) -> dict[Cell, list[list[Turn]]]:
     """The turns of every pair of processes in every cell; fewer pairs if the time is over."""
     found: dict[Cell, list[list[Turn]]] = {cell: [] for cell in cells}
     began = time.monotonic()
-    for pair in range(pairs):
-        if pair >= LEAST_PAIRS and time.monotonic() - began > SECONDS:
-            break
-        names = list(checkouts) if pair % 2 else list(checkouts)[::-1]
-        with started({name: checkouts[name] for name in names}) as workers:
-            for cell in cells:
-                found[cell].append(take_turns(workers, cell, turns))
+    with started(checkouts) as workers:
+        for pair in range(pairs):
+            if pair >= LEAST_PAIRS and time.monotonic() - began > seconds:
+                break
+            with ExitStack() as stack:
+                for worker in [*workers.values()][:: 1 if pair % 2 else -1]:
+                    stack.enter_context(worker.renewed())
+                for cell in cells:
+                    found[cell].append(take_turns(workers, cell, turns, cell_seconds))
     return found
 
 
@@ -249,7 +274,7 @@ def table(stored: Json) -> str:
     tables = [markdown_table(head, rows, left=1), markdown_table(heading, memory, left=1)]
     commits = f"{stored['commits'][THIS]} against {stored['commits'][BASE]}"
     last = (
-        f"{commits}; {stored['pairs']} pairs of processes, {stored['turns']} turns each, "
+        f"{commits}; {stored['pairs']} pairs of processes, {stored['turns']} turns at most, "
         f"{stored['seconds']:.0f} s. {made_on(stored['machine'])}."
     )
     return "\n\n".join([*(tables if memory else tables[:1]), last])
@@ -277,7 +302,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("base", help="a revision, or a directory with the package")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of processes, at least 2")
-    parser.add_argument("--turns", type=int, default=TURNS, help="of a pair, for each number")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of a pair in a cell, at most")
+    parser.add_argument("--cell-seconds", type=float, default=CELL_SECONDS, help="of these turns")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="then no new pair starts")
     parser.add_argument("--only", default="", help="cells whose name has this in it")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
@@ -298,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     began = time.monotonic()
     checkouts = {THIS: ROOT, BASE: options.checkout}
-    measured = measure(checkouts, options.cells, options.pairs, options.turns)
+    times = options.seconds, options.cell_seconds
+    measured = measure(checkouts, options.cells, options.pairs, options.turns, *times)
     memory = [cell for cell in MEMORY if options.only in str(cell)]
     stored = {
         "machine": describe_machine(torch.device("cpu"), None),

@@ -3,13 +3,16 @@
 `benchmarks/compare.py` starts it, for one checkout and then another; so it imports the public
 functions of the package, torch, and nothing of ours beside. It first says which package that is;
 then each line, a JSON list of a cell's five values and a count, is answered by the nanoseconds of
-so many calls. With a cell as its argument it prints the growth of the peak memory in one call.
+so many calls: processor time of its one thread, which other programs do not add to. After "new" a
+process of new memory answers, until "end". With a cell as the argument the program prints the
+growth of the peak memory in one call.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -76,13 +79,20 @@ def main() -> None:
         return
     gc.disable()
     print(json.dumps(prereg_kernels.__file__), flush=True)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
+        if line == "new\n":
+            if child := os.fork():  # before anything is computed: there are no threads yet
+                os.waitpid(child, 0)
+            print(json.dumps("ended" if child else "begun"), flush=True)
+            continue
+        if line == "end\n":
+            return
         *cell, count = json.loads(line)
         call, times = warm_call(*cell), []
         for _ in range(count):
-            begin = time.perf_counter_ns()
+            begin = time.process_time_ns()
             call()
-            times.append(time.perf_counter_ns() - begin)
+            times.append(time.process_time_ns() - begin)
         gc.collect(0)
         print(json.dumps(times), flush=True)
 
