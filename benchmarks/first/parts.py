@@ -21,7 +21,7 @@ def first(size: str, out: Path) -> tuple[Part, ...]:
     """The run of nine minutes: with `out`, where the profile's trace goes."""
     return (
         Part("ceilings", 25, program("benchmarks.first.ceilings", size)),
-        Part("tests", 60, tests("first"), "first_tests.xml", renamed=True),
+        Part("tests", 60, tests("first", size), "first_tests.xml", renamed=True),
         Part(
             "profile",
             35,
@@ -32,7 +32,7 @@ def first(size: str, out: Path) -> tuple[Part, ...]:
         Part("loss", 105, program("benchmarks.loss.gpu", size, "--no-compile"), "gpu.json"),
         Part("accuracy", 50, program("benchmarks.loss.accuracy", size), "gpu_accuracy.json"),
         step("llava", size, 165),
-        Part("more tests", 40, tests("not first"), "first_more_tests.xml", renamed=True),
+        Part("more tests", 40, tests("not first", size), "first_more_tests.xml", renamed=True),
     )
 
 
@@ -61,11 +61,12 @@ def program(module: str, size: str, *more: str) -> Command:
     return command
 
 
-def tests(marked: str) -> Command:
+def tests(marked: str, size: str) -> Command:
     """The tests of tests/gpu with this mark: on several workers, where pytest can."""
+    several = size == "full" and importlib.util.find_spec("xdist") is not None
 
     def command(file: Path, seconds: float) -> Sequence[str]:
-        workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
+        workers = ["-n", str(WORKERS)] if several else []
         return ["-m", "pytest", "tests/gpu", "-m", marked, "--junitxml", str(file), *workers]
 
     return command
