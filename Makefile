@@ -23,7 +23,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -157,18 +157,40 @@ sanitize: $(READY)  ## the tests of the compiled code under the address and UB s
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	    $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -rs tests/ops/backends/test_cpp.py
 
-bench: $(READY)  ## the benchmarks on this machine; prints a table, writes benchmarks/results/
-	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks/loss/test_cpu.py --benchmark-json=benchmarks/results/cpu.json
-	$(BIN)/python -m benchmarks.loss.cpu_table benchmarks/results/cpu.json
+# Beside what is tracked: RESULTS=benchmarks/results writes the files that README's tables are made of.
+RESULTS := build/bench
+bench: $(READY)  ## the benchmarks on this machine (20 minutes); prints a table, writes build/bench/
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
+	    --benchmark-json=$(RESULTS)/cpu.json
+	$(BIN)/python -m benchmarks.loss.cpu_table $(RESULTS)/cpu.json
+
+# Of both the rows are compiled first, the first time.
+BASE = $(error BASE=REVISION: against which?)
+bench-compare: $(READY)  ## time and memory against another revision, in turns (BASE=REV; 4 minutes)
+	$(BIN)/python -m benchmarks.compare $(BASE) --out $(RESULTS)/compare.json
+
+test-gpu-first: $(READY)  ## a dry run of gpu-first and gpu-second on the CPU (2 minutes)
+	$(BIN)/python -m pytest -m dry tests/benchmarks/first
 
 # On a GPU machine the system python has torch and triton already: no virtual environment there.
 # The benchmark runs whatever the tests say; the last line says which of the two failed.
 HAS_GPU = command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
-gpu-check gpu-step gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-first gpu-second gpu-check gpu-step gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-first:  ## what a new GPU should answer first (at most 560 s); files go to OUT or build/bench
+	@if $(HAS_GPU); then timeout --kill-after 5 555 \
+	        $(PYTHON) -m benchmarks.first first --out $${OUT:-$(RESULTS)}; \
+	else echo "gpu-first: no GPU on this machine, nothing was run"; fi
+
+WHAT ?= peers
+gpu-second:  ## then the compiled peers, or Qwen's step (at most 200 s; WHAT=peers or qwen)
+	@if $(HAS_GPU); then timeout --kill-after 3 197 \
+	        $(PYTHON) -m benchmarks.first second --what $(WHAT) --out $${OUT:-$(RESULTS)}; \
+	else echo "gpu-second: no GPU on this machine, nothing was run"; fi
+
 gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where there is no GPU
 	@if $(HAS_GPU); then \
-	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; tests=passed; benchmark=passed; \
+	    out=$${OUT:-$(RESULTS)}; mkdir -p $$out; tests=passed; benchmark=passed; \
 	    workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6"); \
 	    timeout --signal INT --kill-after 10 170 $(PYTHON) -m pytest tests/gpu $$workers \
 	        --durations 10 --junitxml $$out/gpu_tests.xml || tests=FAILED; \
@@ -183,7 +205,7 @@ gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where th
 MODEL ?= llava
 gpu-step:  ## a 7B training step with and without PRe (8 minutes at most; MODEL=llava or qwen)
 	@if $(HAS_GPU); then \
-	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; \
+	    out=$${OUT:-$(RESULTS)}; mkdir -p $$out; \
 	    PYTORCH_ALLOC_CONF=expandable_segments:True timeout --kill-after 10 480 \
 	        $(PYTHON) -m benchmarks.step.gpu --model $(MODEL) --out $$out/gpu_step_$(MODEL).json; \
 	else echo "gpu-step: no GPU on this machine, nothing was run"; fi

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.utils import _python_dispatch, checkpoint
 
 # Autograd.
@@ -44,6 +44,11 @@ def is_in_forward_mode() -> bool:
 def version_of(x: Tensor) -> int:
     """The number that every write in place counts up."""
     return x._version
+
+
+def profiler_runs() -> bool:
+    """Whether a profiler of torch's records, `torch.profiler.profile` or `emit_nvtx`."""
+    return profiler._is_profiler_enabled
 
 
 # Checkpointing: the hooks of saved tensors, and the modes that see each op.

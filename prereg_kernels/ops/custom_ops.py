@@ -21,6 +21,7 @@ from prereg_kernels.ops.dtypes import operand_dtype
 from prereg_kernels.ops.head_tensors import Head, by_layer
 from prereg_kernels.ops.layouts import is_turned, of_rows, places_of, rows_of
 from prereg_kernels.ops.pipeline import Needs, Problem, losses_and_gradients, losses_only
+from prereg_kernels.ops.ranges import with_ranges
 from prereg_kernels.ops.spec import Spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forbid_forward_mode
 
@@ -256,7 +257,7 @@ def _decide(problem: Problem, spec: Spec) -> tuple[Spec, Backend]:
         budget = chunk_budget(device, dtype, backend.has_wide_products(device, dtype))
         columns = problem.hidden.shape[1]
         chunk_rows = choose_chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
-    return spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows), backend
+    return spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows), with_ranges(backend)
 
 
 def _slots(hidden: Tensor, select: Tensor | None) -> Any:

@@ -48,6 +48,13 @@ def test_current_autograd_node() -> None:
     assert private.current_autograd_node() is None
 
 
+def test_profiler_runs() -> None:
+    assert not private.profiler_runs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert private.profiler_runs()
+    assert not private.profiler_runs()
+
+
 def test_after_backward() -> None:
     """Also what a backward pass within it asks for waits for the end of the outer one."""
     x, seen = leaf(1.0), list[str]()
