@@ -46,6 +46,11 @@ def version_of(x: Tensor) -> int:
     return x._version
 
 
+def keep_address(x: Tensor) -> None:
+    """As `torch._dynamo.mark_static_address`, which would load the compiler: graphs may write it."""
+    x._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+
 # Checkpointing: the hooks of saved tensors, and the modes that see each op.
 
 CHECKPOINT = "torch.utils.checkpoint"
