@@ -164,7 +164,10 @@ bench: $(READY)  ## the benchmarks on this machine; prints a table, writes bench
 
 # On a GPU machine the system python has torch and triton already: no virtual environment there.
 # The benchmark runs whatever the tests say; the last line says which of the two failed.
-HAS_GPU = command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
+# ROCm's rocm-smi succeeds without a GPU too, so that torch is asked there.
+ASK_ROCM := import torch; raise SystemExit(not (torch.version.hip and torch.cuda.is_available()))
+HAS_GPU = { command -v nvidia-smi && nvidia-smi \
+    || { command -v rocm-smi || test -e /dev/kfd; } && $(PYTHON) -c "$(ASK_ROCM)"; } >/dev/null 2>&1
 gpu-check gpu-step gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where there is no GPU
 	@if $(HAS_GPU); then \

@@ -48,7 +48,9 @@ class Inspector:
                 bool(is_backward),
                 {name.split(".")[1] for name in names},
                 None if unsafe is None else str(unsafe.target),
-                cudagraph_utils.check_for_mutation(_wrapped(graph, static), inputs, lambda x: False),
+                cudagraph_utils.check_for_mutation(
+                    _wrapped(graph, static), inputs, lambda x: False
+                ),
             )
         )
         return graph.forward

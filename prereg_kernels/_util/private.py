@@ -47,7 +47,7 @@ def version_of(x: Tensor) -> int:
 
 
 def keep_address(x: Tensor) -> None:
-    """As `torch._dynamo.mark_static_address`, which would load the compiler: graphs may write it."""
+    """As `torch._dynamo.mark_static_address`, which would load the compiler."""
     x._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 

@@ -33,9 +33,7 @@ from prereg_kernels.ops.transforms import forbid_double_backward, forbid_forward
 def call_losses(hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     """(S,) losses, zero where a mask leaves a position out; gradients by recomputation."""
     op = masked_pre_losses if is_mask(inputs.select) else pre_losses
-    return op(
-        hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack()
-    )
+    return op(hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack())
 
 
 def call_gradients(
