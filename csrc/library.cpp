@@ -272,9 +272,26 @@ void token_losses_and_grad_op(
       {scale.const_data_ptr(), scale.stride(0)}, &to, totals);
 }
 
+// What is added to `into`: of its shape and dtype.
+void check_residual(const Optional& residual, const Tensor& into) {
+  if (residual.has_value()) {
+    check_matrix("residual", *residual);
+    check_shape("residual", *residual, into.size(0), into.size(1));
+    check_dtype("residual", *residual, into.scalar_type());
+  }
+}
+
+void copy_others_op(const Tensor& into, const Tensor& index, const Optional& residual) {
+  const Output to = checked_output("into", into);
+  const Optional rows = checked_index(index, "into", to.rows, index.numel());
+  check_residual(residual, into);
+  const Input from = input(residual.value_or(into));
+  copy_others(to, data_of(rows), index.numel(), residual.has_value() ? &from : nullptr);
+}
+
 void scatter_rows_op(
     const Tensor& values, const Tensor& into, const Optional& index, const Optional& scale,
-    bool accumulate) {
+    const Optional& given_residual) {
   const Input from = checked_input("values", values);
   const Output to = checked_output("into", into);
   TORCH_CHECK_VALUE(
@@ -288,7 +305,13 @@ void scatter_rows_op(
         scale->dim() == 0, "scale: expected 0 dimensions, got shape ", scale->sizes());
     factor = scale->item<double>();
   }
-  scatter_rows(from, to, data_of(rows), factor, accumulate);
+  check_residual(given_residual, into);
+  Tensor residual = given_residual.value_or(into);
+  if (column_stride(residual) != 1) {
+    residual = residual.contiguous();
+  }
+  const Input add = input(residual);
+  scatter_rows(from, to, data_of(rows), factor, given_residual.has_value() ? &add : nullptr);
 }
 
 // A matrix as BLAS takes it: rows of unit stride that do not overlap. Others are copied.
@@ -342,7 +365,8 @@ PREREG_LIBRARY(PREREG_NAMESPACE, m) {
       "Tensor(c!)? sums) -> ()");
   m.def(
       "scatter_rows(Tensor values, Tensor(a!) into, Tensor? index, Tensor? scale, "
-      "bool accumulate) -> ()");
+      "Tensor? residual) -> ()");
+  m.def("copy_others(Tensor(a!) into, Tensor index, Tensor? residual) -> ()");
   m.def("wide_product(Tensor d, Tensor x, Tensor(a!) total, bool accumulate) -> ()");
   m.def("has_wide_product() -> bool", &prereg::has_wide_product);
   m.def("losses() -> str[]", [] { return prereg::names_of(prereg::losses_by_name); });
@@ -355,6 +379,7 @@ PREREG_IMPL(PREREG_NAMESPACE, CPU, m) {
   m.impl("activation_backward", TORCH_FN(prereg::activation_backward_op));
   m.impl("token_losses", TORCH_FN(prereg::token_losses_op));
   m.impl("token_losses_and_grad", TORCH_FN(prereg::token_losses_and_grad_op));
+  m.impl("copy_others", TORCH_FN(prereg::copy_others_op));
   m.impl("scatter_rows", TORCH_FN(prereg::scatter_rows_op));
   m.impl("wide_product", TORCH_FN(prereg::wide_product_op));
 }

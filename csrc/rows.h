@@ -37,8 +37,12 @@ struct Coefficient {
 
 void gather_rows(const Input& source, const int64_t* index, const Output& out);
 
+// into = source, or 0, in the rows that are not among the `count` of the index.
+void copy_others(const Output& into, const int64_t* index, int64_t count, const Input* source);
+
 void scatter_rows(
-    const Input& values, const Output& into, const int64_t* index, double scale, bool accumulate);
+    const Input& values, const Output& into, const int64_t* index, double scale,
+    const Input* residual);
 
 void activate(const Input& u, const void* bias, Activation activation, const Output& g);
 

@@ -85,11 +85,11 @@ def cases(rows: Backend, count: int, columns: int, dtype: torch.dtype) -> Iterat
                 LossChunk(a, bias, b, index, losses, coefficient, a, sums), spec
             ),
         )
-    yield Case("scatter_rows", "scatter_rows", lambda: rows.scatter_rows(a, b, index, None, False))
+    yield Case("scatter_rows", "scatter_rows", lambda: rows.scatter_rows(a, b, index, None, None))
     yield Case(
         "scatter_rows, accumulate, scale",
         "scatter_rows, accumulate",
-        lambda: rows.scatter_rows(a, b, index, scale, True),
+        lambda: rows.scatter_rows(a, b, index, scale, b),
     )
 
 

@@ -96,13 +96,13 @@ def row_kernels(rows: Backend, b: Buffers) -> list[Kernel]:
         ),
         Kernel(
             "scatter_rows",
-            lambda: rows.scatter_rows(b.h, b.hidden, b.index, None, False),
+            lambda: rows.scatter_rows(b.h, b.hidden, b.index, None, None),
             "2 n D s + 8 n",
             2 * n * d * s + 8 * n,
         ),
         Kernel(
             "scatter_rows, accumulate",
-            lambda: rows.scatter_rows(b.h, b.hidden, b.index, None, True),
+            lambda: rows.scatter_rows(b.h, b.hidden, b.index, None, b.hidden),
             "3 n D s + 8 n",
             3 * n * d * s + 8 * n,
         ),

@@ -66,7 +66,7 @@ def stages(b: Buffers) -> list[Stage]:
             d,
             m,
             lambda backend: backend.linear_backward_scatter(
-                b.u, b.w1, into, b.index, None, False, torch.empty_like(b.h)
+                b.u, b.w1, into, b.index, None, None, torch.empty_like(b.h)
             ),
             lambda: [into],
         ),

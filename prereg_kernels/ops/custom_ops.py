@@ -135,7 +135,7 @@ def scale_rounding_once(x: Tensor, scale: Tensor, backend: str) -> Tensor:
     if x.numel():
         turned = not x.is_contiguous()  # a gradient of hidden then: see `of_rows`
         rows, into = rows_of(x, turned), rows_of(out, turned)
-        choose_backend(backend, x.device).scatter_rows(rows, into, None, scale, False)
+        choose_backend(backend, x.device).scatter_rows(rows, into, None, scale, None)
     return out
 
 

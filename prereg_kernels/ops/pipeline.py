@@ -85,7 +85,8 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """As `losses_only`, with the gradients of `sum(coefficient * losses)`; coefficient (N,).
 
-    The gradient of the hidden states is added to `residual` (T, D), if given, in a new tensor.
+    The gradient of the hidden states is added to `residual` (T, D), if given, in a new tensor; both
+    have the dtype of the hidden states.
     """
     last = len(problem.head.weights) - 1
     losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
@@ -96,7 +97,11 @@ def losses_and_gradients(
     if spec.compute_dtype == torch.float16 and last >= 0:
         unscale = power_of_two(coefficient)
         coefficient = coefficient / unscale
-    dh = _hidden_gradient(problem, residual) if needs.hidden else None
+    dh, base = None, residual
+    if needs.hidden:
+        dh = problem.hidden.new_empty(problem.hidden.shape)
+        if problem.hidden_index is not None:
+            base = backend.start_rows(dh, problem.hidden_index, residual)
     head = problem.head.to(spec.compute_dtype)
     lowest = _lowest_layer(needs)
     scratch = _Scratch(problem, spec)
@@ -130,7 +135,7 @@ def losses_and_gradients(
                 d = x
         if dh is not None:
             into, index = _rows_of(dh, problem.hidden_index, chunk)
-            add = residual is not None
+            add = None if base is None else _rows_of(base, problem.hidden_index, chunk)[0]
             if last < 0:
                 backend.scatter_rows(d, into, index, unscale, add)
             else:
@@ -170,14 +175,6 @@ class _Scratch:
 def _rows_of(x: Tensor, index: Tensor | None, chunk: slice) -> tuple[Tensor, Tensor | None]:
     """The chunk's rows of x (T, C): x itself with an index (n,), or a view without one."""
     return (x[chunk], None) if index is None else (x, index[chunk])
-
-
-def _hidden_gradient(problem: Problem, residual: Tensor | None) -> Tensor:
-    """The tensor for dh: every row's value but for the visual tokens' share."""
-    dh = problem.hidden.new_empty(problem.hidden.shape)
-    if residual is not None:
-        return dh.copy_(residual)
-    return dh if problem.hidden_index is None else dh.zero_()
 
 
 def _chunks(count: int, chunk_rows: int) -> list[slice]:

@@ -99,8 +99,21 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
     ),
     "residual lost": (
         "scatter_rows",
-        lambda self, *others: scatter_rows(self, *others[:-1], False),
+        lambda self, *others: scatter_rows(self, *others[:-1], None),
         COSINE,
+    ),
+    "residual added twice": (
+        "scatter_rows",
+        lambda self, values, into, index, scale, residual: scatter_rows(
+            self, values, into, index, scale, None if residual is None else 2 * residual
+        ),
+        COSINE,
+    ),
+    "other rows not started": (
+        "start_rows", lambda self, into, index, residual: into.fill_(0.5), COSINE,
+    ),
+    "other rows without the residual": (
+        "start_rows", lambda self, into, index, residual: (into.zero_(), residual)[1], COSINE,
     ),
 }  # fmt: skip
 

@@ -44,7 +44,9 @@ def index() -> Tensor:
 
 
 def all_cases() -> list[Case]:
-    return [*loss_cases(), *activation_cases(), *gather_cases(), *scatter_cases()]
+    return [
+        *loss_cases(), *activation_cases(), *gather_cases(), *copy_cases(), *scatter_cases(),
+    ]  # fmt: skip
 
 
 def loss_cases() -> Iterator[Case]:
@@ -160,6 +162,21 @@ def _gather(
     return launch
 
 
+def copy_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for residual in (False, True):
+            name = f"other rows{' of a residual' if residual else ''} {dtype}"
+            yield Case(name, _start(dtype, residual), dtype == torch.bfloat16, wide=residual)
+
+
+def _start(dtype: torch.dtype, residual: bool) -> Callable[[TritonBackend], None]:
+    def launch(backend: TritonBackend) -> None:
+        into = meta(POSITIONS, 4096, dtype=dtype)
+        backend.start_rows(into, index(), torch.empty_like(into) if residual else None)
+
+    return launch
+
+
 def scatter_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for accumulate in (False, True):
@@ -175,6 +192,7 @@ def _scatter(
 ) -> Callable[[TritonBackend], None]:
     def launch(backend: TritonBackend) -> None:
         values, dh = meta(ROWS, 4096, dtype=dtype), meta(POSITIONS, 4096, dtype=into)
-        backend.scatter_rows(values, dh, index(), meta() if scaled else None, accumulate)
+        residual = torch.empty_like(dh) if accumulate else None
+        backend.scatter_rows(values, dh, index(), meta() if scaled else None, residual)
 
     return launch

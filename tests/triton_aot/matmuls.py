@@ -131,9 +131,11 @@ def _backward_scatter(dtype: torch.dtype, into_dtype: torch.dtype, accumulate: b
     def launch(config: MatmulConfig) -> None:
         from prereg_kernels.ops.backends.triton.matmul_launch import linear_backward_scatter
 
+        into = meta(POSITIONS, WIDTH, dtype=into_dtype)
+        residual = torch.empty_like(into) if accumulate else None
         linear_backward_scatter(
-            _chunk(dtype), _weight(dtype), meta(POSITIONS, WIDTH, dtype=into_dtype), _index(),
-            meta(), accumulate, config, MULTIPROCESSORS,
+            _chunk(dtype), _weight(dtype), into, _index(), meta(), residual, config,
+            MULTIPROCESSORS,
         )  # fmt: skip
 
     return launch

@@ -32,7 +32,7 @@ class LossChunk(NamedTuple):
 
 
 class Backend(ABC):
-    """A backend: five primitives, and stages of a matmul and a primitive, which it may fuse.
+    """A backend: six primitives, and stages of a matmul and a primitive, which it may fuse.
 
     Elementwise work is done in float32 (float64 for float64). A bias is added by the primitive
     that reads the matmul's result; in 16 bits by the matmul itself, as in eager PyTorch, so that
@@ -81,15 +81,26 @@ class Backend(ABC):
         """The losses of z + bias and t = anchor[index], and with `dz` their gradient."""
 
     @abstractmethod
+    def start_rows(self, into: Tensor, index: Tensor, residual: Tensor | None) -> Tensor | None:
+        """into = residual, or 0, but for the rows of the index, which `scatter_rows` writes.
+
+        Returns what it has to add there: the residual, or `into` where these rows are copied, too.
+        into (T, C), contiguous; residual (T, C), of its dtype, any strides.
+        """
+
+    @abstractmethod
     def scatter_rows(
         self,
         values: Tensor,
         into: Tensor,
         index: Tensor | None,
         scale: Tensor | None,
-        accumulate: bool,
+        residual: Tensor | None,
     ) -> None:
-        """into[index] = values * scale, or += where `accumulate`; indices are unique."""
+        """into[index] = values * scale + residual[index], rounded once; indices are unique.
+
+        residual: of the shape and dtype of `into`, any strides; or `into` itself.
+        """
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out = x W^T, plus the bias unless `bias_left` says otherwise."""
@@ -136,15 +147,15 @@ class Backend(ABC):
         into: Tensor,
         index: Tensor | None,
         scale: Tensor | None,
-        accumulate: bool,
+        residual: Tensor | None,
         scratch: Tensor | None,
     ) -> None:
-        """into[index] = scale * d W, or +=. Without scratch (n, D) no index or scale, one dtype."""
+        """`scatter_rows` of d W. Without scratch (n, D) no index or scale, one dtype."""
         if scratch is not None:
             torch.mm(d, weight, out=scratch)
-            self.scatter_rows(scratch, into, index, scale, accumulate)
-        elif accumulate:
-            into.addmm_(d, weight)
+            self.scatter_rows(scratch, into, index, scale, residual)
+        elif residual is not None:
+            torch.addmm(residual, d, weight, out=into)
         else:
             torch.mm(d, weight, out=into)
 

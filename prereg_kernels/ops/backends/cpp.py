@@ -74,15 +74,21 @@ class CppBackend(Backend):
                 z, bias, anchor, index, coefficient, *formula, losses, dz, sums
             )
 
+    def start_rows(self, into: Tensor, index: Tensor, residual: Tensor | None) -> Tensor | None:
+        if residual is not None and residual.stride(1) != 1:  # read along its columns just once
+            return into.copy_(residual)
+        self._ops.copy_others(into, index, residual)
+        return residual
+
     def scatter_rows(
         self,
         values: Tensor,
         into: Tensor,
         index: Tensor | None,
         scale: Tensor | None,
-        accumulate: bool,
+        residual: Tensor | None,
     ) -> None:
-        self._ops.scatter_rows(values, into, index, scale, accumulate)
+        self._ops.scatter_rows(values, into, index, scale, residual)
 
     def add_product(
         self, total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype | None

@@ -63,20 +63,27 @@ class TorchBackend(Backend):
         dz.copy_(gradient)
         _add_column_sums(chunk.sums, dz)
 
+    def start_rows(self, into: Tensor, index: Tensor, residual: Tensor | None) -> Tensor | None:
+        if residual is None:
+            into.zero_()
+            return None
+        return into.copy_(residual)  # `index_add_` is one pass over the rows of the index
+
     def scatter_rows(
         self,
         values: Tensor,
         into: Tensor,
         index: Tensor | None,
         scale: Tensor | None,
-        accumulate: bool,
+        residual: Tensor | None,
     ) -> None:
         values = (values if scale is None else values.to(scale.dtype) * scale).to(into.dtype)
         if index is None:
-            into.add_(values) if accumulate else into.copy_(values)
-        elif accumulate:
+            into.copy_(values) if residual is None else torch.add(residual, values, out=into)
+        elif residual is into:
             into.index_add_(0, index, values)
         else:
+            values = values if residual is None else values + residual.index_select(0, index)
             into.index_copy_(0, index, values)
 
 

@@ -93,22 +93,47 @@ def check_scatter(
     layout: str,
     indexed: bool,
     scale: float | None,
-    accumulate: bool,
+    residual: str,
 ) -> None:
+    """residual: one of RESIDUALS, or "transposed"."""
     n, columns = shape
     values = Placed(draw(n, columns, dtype=dtype), layout)
     into = Placed(draw(n + 3, columns, dtype=into_dtype, seed=1), layout)
+    add_layout = residual if residual == "transposed" else "offset"
+    another = Placed(draw(n + 3, columns, dtype=into_dtype, seed=2), add_layout).view
+    add = {"none": None, "into": into.view}.get(residual, another)
     index = draw_index(n, n + 3) if indexed else None
     chosen = index if index is not None else torch.arange(1, n + 1)
     expected = into.view.double()
     added = values.view.double() * (1 if scale is None else scale)
-    expected[chosen] = expected[chosen] * accumulate + added
+    expected[chosen] = added if add is None else added + add[chosen].double()
     factor = None if scale is None else torch.tensor(scale, dtype=stat_dtype(dtype))
+    kept = another.clone()
     target = into.view if indexed else into.view[1 : n + 1]
-    backend.scatter_rows(values.view, target, index, factor, accumulate)
+    if add is not None and not indexed:
+        add = add[1 : n + 1]
+    backend.scatter_rows(values.view, target, index, factor, add)
+    assert torch.equal(another, kept)
     untouched = torch.ones(n + 3, dtype=torch.bool).index_fill(0, chosen, False)
     assert torch.equal(into.view[untouched].double(), expected[untouched])
     assert relative_error(into.view, expected) < BOUND[into_dtype]
+    into.assert_surroundings_untouched()
+
+
+def check_start(
+    backend: Backend, shape: tuple[int, int], dtype: torch.dtype, residual: str | None
+) -> None:
+    """residual: its layout, or None."""
+    n, columns = shape
+    index, values = draw_index(n, 2 * n + 3), draw(2 * n + 3, columns, dtype=dtype)
+    add = None if residual is None else Placed(values, residual).view
+    kept = None if add is None else add.clone()
+    into = Placed(torch.full_like(values, math.nan), "offset")
+    left = backend.start_rows(into.view, index, add)
+    others = torch.ones(2 * n + 3, dtype=torch.bool).index_fill(0, index, False)
+    assert torch.equal(into.view[others], values[others] * (add is not None))
+    assert left is None if add is None else torch.equal(left[index], values[index])
+    assert add is None or torch.equal(add, kept)
     into.assert_surroundings_untouched()
 
 

@@ -29,8 +29,9 @@ from tests.ops.backends.primitives import (
     check_gather,
     check_losses,
     check_scatter,
+    check_start,
 )
-from tests.ops.backends.test_torch import BOUND, DTYPES, act, check_zero_target, draw
+from tests.ops.backends.test_torch import BOUND, DTYPES, RESIDUALS, act, check_zero_target, draw
 
 if reason := unavailable("cpu"):
     pytest.skip(reason, allow_module_level=True)
@@ -60,14 +61,21 @@ def test_gather_rows(
 
 @each_dtype
 @pytest.mark.parametrize("into_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("accumulate", (False, True))
+@pytest.mark.parametrize("residual", (*RESIDUALS, "transposed"))
 def test_scatter_rows(
-    backend: CppBackend, dtype: torch.dtype, into_dtype: torch.dtype, accumulate: bool
+    backend: CppBackend, dtype: torch.dtype, into_dtype: torch.dtype, residual: str
 ) -> None:
     for shape, layout, indexed, scale in itertools.product(
         SHAPES, LAYOUTS, (False, True), (None, 0.3)
     ):
-        check_scatter(backend, shape, dtype, into_dtype, layout, indexed, scale, accumulate)
+        check_scatter(backend, shape, dtype, into_dtype, layout, indexed, scale, residual)
+
+
+@each_dtype
+@pytest.mark.parametrize("residual", (None, *LAYOUTS, "transposed"))
+def test_start_rows(backend: CppBackend, dtype: torch.dtype, residual: str | None) -> None:
+    for shape in SHAPES:
+        check_start(backend, shape, dtype, residual)
 
 
 @each_dtype
@@ -213,7 +221,7 @@ def test_results_do_not_depend_on_the_threads(
         backend.activate(u, None, "gelu", g)
         backend.activation_backward(du, u, None, "gelu", sums[0])
         backend.token_losses(LossChunk(u, None, t, None, losses, coefficient, dz, sums[1]), spec)
-        backend.scatter_rows(u, into, None, None, True)
+        backend.scatter_rows(u, into, None, None, into)
         return [g, du, losses, dz, sums, into]
 
     try:
@@ -316,9 +324,14 @@ WRONG_CALLS = {
         ("token_losses_and_grad", M, None, M, None, torch.ones(5), "mse", "none", 1e-8,
          torch.zeros(4), M, None),
     r"scale: expected 0 dimensions, got shape \[1\]":
-        ("scatter_rows", M, M, None, torch.ones(1), False),
+        ("scatter_rows", M, M, None, torch.ones(1), None),
     r"into: expected 4 rows, as there is no index, got 3":
-        ("scatter_rows", M, M[:3], None, None, False),
+        ("scatter_rows", M, M[:3], None, None, None),
+    r"residual: expected shape \[4, 6\], got \[3, 6\]":
+        ("scatter_rows", M, M, None, None, M[:3]),
+    "residual: expected Float, got Double":
+        ("copy_others", M, torch.tensor([0]), M.double()),
+    r"index: expected values in \[0, 4\), got 5": ("copy_others", M, torch.tensor([5]), None),
     "d: expected unit column stride": ("wide_product", B.T, B, torch.zeros(6, 6), False),
     "d: expected BFloat16, got Float": ("wide_product", M, B, torch.zeros(6, 6), False),
     r"x: expected shape \[4, 6\], got \[3, 6\]":

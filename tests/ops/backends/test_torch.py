@@ -15,6 +15,7 @@ from tests.helpers import KERNEL_ACTIVATIONS, relative_error
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = list(BOUND)
+RESIDUALS = ("none", "another", "into")  # what `scatter_rows` adds to
 BACKEND = TorchBackend()
 
 
@@ -76,20 +77,34 @@ def test_gather_rows(dtype: torch.dtype, indexed: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("indexed", (False, True))
-@pytest.mark.parametrize("accumulate", (False, True))
+@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("scale", (None, 0.25))
 def test_scatter_rows(
-    dtype: torch.dtype, indexed: bool, accumulate: bool, scale: float | None
+    dtype: torch.dtype, indexed: bool, residual: str, scale: float | None
 ) -> None:
     into, values = draw(10, 4, dtype=dtype), draw(3, 4, seed=1).to(dtype)
+    add = {"none": None, "another": draw(10, 4, dtype=dtype, seed=2), "into": into}[residual]
     expected = into.double()
     chosen = [9, 0, 4] if indexed else [1, 2, 3]
     added = values.double() * (scale or 1)
-    expected[chosen] = expected[chosen] * accumulate + added
+    expected[chosen] = added if add is None else added + add[chosen].double()
     index = torch.tensor(chosen) if indexed else None
     factor = None if scale is None else torch.tensor(scale)
-    BACKEND.scatter_rows(values, into if indexed else into[1:4], index, factor, accumulate)
+    if indexed:
+        BACKEND.scatter_rows(values, into, index, factor, add)
+    else:
+        BACKEND.scatter_rows(values, into[1:4], None, factor, None if add is None else add[1:4])
     assert torch.equal(into, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", (False, True))
+def test_start_rows(dtype: torch.dtype, residual: bool) -> None:
+    into, add = draw(10, 4, dtype=dtype), draw(10, 4, dtype=dtype, seed=1) if residual else None
+    left = BACKEND.start_rows(into, torch.tensor([9, 0, 4]), add)
+    others = [1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(into[others], torch.zeros(7, 4).to(dtype) if add is None else add[others])
+    assert left is None if add is None else left is into and torch.equal(into, add)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,7 +21,14 @@ from prereg_kernels.ops.backends.triton import config
 from prereg_kernels.ops.backends.triton.backend import TritonBackend, interpreting, unavailable
 from prereg_kernels.ops.spec import Spec
 from tests.helpers import KERNEL_ACTIVATIONS, relative_error
-from tests.ops.backends.test_torch import BOUND, DTYPES, act, check_zero_target, losses_of
+from tests.ops.backends.test_torch import (
+    BOUND,
+    DTYPES,
+    RESIDUALS,
+    act,
+    check_zero_target,
+    losses_of,
+)
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
 if interpreting():  # asked for: that it cannot be is a failure
@@ -108,15 +115,15 @@ def test_gather_rows(shape: tuple[int, int], layout: str, indexed: bool) -> None
             assert rows == 1 or out.storage_offset() + out.numel() < out.untyped_storage().nbytes()
 
 
-@pytest.mark.parametrize("accumulate", (False, True))
+@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("scaled", (False, True))
 @each_shape
-def test_scatter_rows(shape: tuple[int, int], scaled: bool, accumulate: bool) -> None:
+def test_scatter_rows(shape: tuple[int, int], scaled: bool, residual: str) -> None:
     rows, columns = shape
     for dtype, into_dtype in CONVERSIONS:
         for layout in ("contiguous", "padded", "transposed"):
             if dtype == into_dtype or layout == "contiguous":
-                _check_scatter(rows, columns, dtype, into_dtype, layout, scaled, accumulate)
+                _check_scatter(rows, columns, dtype, into_dtype, layout, scaled, residual)
 
 
 def _check_scatter(
@@ -126,28 +133,51 @@ def _check_scatter(
     into_dtype: torch.dtype,
     layout: str,
     scaled: bool,
-    accumulate: bool,
+    residual: str,
 ) -> None:
     values = padded(draw(rows, columns, dtype=dtype))
     scale = torch.tensor(0.37, device=DEVICE) if scaled else None
     for index in (None, some_rows(rows, 2 * rows)):
         before = draw(2 * rows, columns, dtype=into_dtype, seed=1)
         into = LAYOUTS[layout](before.clone())
+        another = padded(draw(2 * rows, columns, dtype=into_dtype, seed=2))
+        whole = {"none": None, "another": another, "into": into}[residual]
         target = into[:rows] if index is None else into
+        add = whole[:rows] if whole is not None and index is None else whole
         exact = before.double()
         chosen = slice(0, rows) if index is None else index
         added = values.double() * (1.0 if scale is None else scale.double())
-        exact[chosen] = exact[chosen] + added if accumulate else added
-        BACKEND.scatter_rows(values, target, index, scale, accumulate)
+        exact[chosen] = added if whole is None else added + whole[chosen].double()
+        BACKEND.scatter_rows(values, target, index, scale, add)
         changed = torch.zeros(2 * rows, dtype=torch.bool, device=DEVICE)
         changed[chosen] = True
         assert torch.equal(into[~changed], before[~changed])
         wide = torch.float64 if torch.float64 in (dtype, into_dtype) else torch.float32
-        rounding = 0.0 if not (scaled or accumulate) else torch.finfo(wide).eps
+        rounding = 0.0 if not scaled and whole is None else torch.finfo(wide).eps
         allowed = exact.abs() * (torch.finfo(into_dtype).eps / 2) + 4 * rounding
         if into_dtype == torch.float16:
             allowed += 2**-25  # half of the smallest subnormal
         assert ((into.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("layout", (None, *LAYOUTS))
+@pytest.mark.parametrize("small", (False, True))
+def test_start_rows(small: bool, layout: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the index are copied, too, where that is little."""
+    from prereg_kernels.ops.backends.triton import backend
+
+    monkeypatch.setattr(backend, "SMALL_COPY", 2**30 if small else 0)
+    for dtype in DTYPES:
+        for rows, columns in ((9, 7), (70, 33), (6, 1040)):
+            values, into = draw(rows, columns, dtype=dtype), empty(rows, columns, dtype=dtype)
+            residual = None if layout is None else LAYOUTS[layout](values)
+            index = some_rows(rows - 5, rows)
+            left = BACKEND.start_rows(into, index, residual)
+            others = torch.ones(rows, dtype=torch.bool, device=DEVICE).index_fill(0, index, False)
+            expected = torch.zeros_like(values) if residual is None else values
+            assert torch.equal(into[others], expected[others])
+            assert into[~others].isnan().all() or small
+            assert left is None if residual is None else torch.equal(left[index], values[index])
 
 
 @each_dtype
@@ -367,7 +397,7 @@ def test_nothing_is_launched_without_rows(monkeypatch: pytest.MonkeyPatch) -> No
     BACKEND.activation_backward(none, none, None, "gelu", vector)
     BACKEND.token_losses(LossChunk(none, None, x, index, draw(0)), spec)
     BACKEND.token_losses(LossChunk(none, None, x, index, draw(0), draw(0), none, vector), spec)
-    BACKEND.scatter_rows(none, x, index, None, True)
+    BACKEND.scatter_rows(none, x, index, None, x)
     assert torch.equal(vector, kept)
 
 
@@ -403,6 +433,6 @@ def test_index_out_of_range(row: int) -> None:
     with pytest.raises(Exception, match="visual_index out of range"):
         BACKEND.gather_rows(x, index, empty(2, 4))
     with pytest.raises(Exception, match="visual_index out of range"):
-        BACKEND.scatter_rows(draw(2, 4), x, index, None, True)
+        BACKEND.scatter_rows(draw(2, 4), x, index, None, x)
     with pytest.raises(Exception, match="visual_index out of range"):
         BACKEND.token_losses(LossChunk(draw(2, 4), None, x, index, empty(2)), spec)

@@ -296,23 +296,23 @@ class TestLinearBackwardScatter:
         into_dtype = torch.float32 if indexed and scaled else dtype
         total = rows + 3 if indexed else rows
         into = guarded(total, columns, dtype=into_dtype)
-        before = draw(total, columns, dtype=into_dtype, seed=6) if accumulate else into.clone()
-        into.copy_(before)
+        before = into.clone()
+        residual = draw(total, columns, dtype=into_dtype, seed=6) if accumulate else None
         index = some_rows(rows, total) if indexed else torch.arange(rows, device=DEVICE)
         scale = torch.tensor(0.25, device=DEVICE) if scaled else None
         scratch = guarded(rows, columns, dtype=dtype)
         BACKEND.linear_backward_scatter(
-            d, w, into, index if indexed else None, scale, accumulate, scratch
+            d, w, into, index if indexed else None, scale, residual, scratch
         )
         true = (d.double() @ w.double()) * (0.25 if scaled else 1)
-        true = true + before[index].double() if accumulate else true
+        true = true if residual is None else true + residual[index].double()
         if into_dtype == torch.float32:
             assert_float32(into[index], true)
         else:
             assert_rounded(into[index], true)
         others = torch.ones(total, dtype=torch.bool, device=DEVICE).index_fill_(0, index, False)
         torch.testing.assert_close(into[others], before[others], rtol=0, atol=0, equal_nan=True)
-        if accumulate or not indexed:
+        if not indexed:
             assert_untouched_around(into)
         assert scratch.isnan().all()
 
@@ -339,7 +339,7 @@ def test_configurations(config: MatmulConfig) -> None:
 
     d, w, _ = operands(shape, dtype, False, False)
     into = guarded(140, 136, dtype=dtype)
-    backend.linear_backward_scatter(d, w, into, some_rows(129, 140), None, False, z)
+    backend.linear_backward_scatter(d, w, into, some_rows(129, 140), None, None, z)
     assert_rounded(into[some_rows(129, 140)], d.double() @ w.double())
 
 
@@ -360,7 +360,7 @@ def test_repeats_bit_for_bit_and_agrees_with_the_plain_stages() -> None:
             x, w, b, LossChunk(z, None, anchor, index, losses), spec_of("cosine", dtype)
         )
         backend.linear_backward_activation(d, w_back, u_back, b, "gelu_tanh", du, sums)
-        backend.linear_backward_scatter(d, w_back, into, index, scale, False, z)
+        backend.linear_backward_scatter(d, w_back, into, index, scale, None, z)
         return [u, g, losses, du, sums, into]
 
     first, second, plain = run(BACKEND), run(BACKEND), run(PLAIN)
@@ -408,7 +408,7 @@ def call_all(backend: Falling, **changes: Any) -> list[str]:
     backend.linear_activate(x, weight, None, "relu", u, g)
     backend.linear_losses(x, weight, None, LossChunk(z, None, anchor, index, losses), spec)
     backend.linear_backward_activation(x, weight, u, None, "relu", g, None)
-    backend.linear_backward_scatter(x, weight, into, index, None, False, scratch)
+    backend.linear_backward_scatter(x, weight, into, index, None, None, scratch)
     return backend.called
 
 

@@ -18,6 +18,7 @@ LOSSES = ("cosine", "mse", "smooth_l1", "l1")  # of loss_math.py
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")  # of activation.py
 OLDEST = (3, 4)
 OLDEST_CAPABILITY = (8, 0)
+SMALL_COPY = 2**24  # bytes that take less time than the two launches which would spare a part
 
 
 def unavailable(device: torch.device | str) -> str | None:
@@ -111,15 +112,26 @@ class TritonBackend(Backend):
         if chunk.z.numel():
             token_losses(chunk, spec)
 
+    def start_rows(self, into: Tensor, index: Tensor, residual: Tensor | None) -> Tensor | None:
+        if into.nbytes < SMALL_COPY:
+            if residual is None:
+                into.zero_()
+                return None
+            return into.copy_(residual)
+        from prereg_kernels.ops.backends.triton.copy import copy_others
+
+        copy_others(into, index, residual)
+        return residual
+
     def scatter_rows(
         self,
         values: Tensor,
         into: Tensor,
         index: Tensor | None,
         scale: Tensor | None,
-        accumulate: bool,
+        residual: Tensor | None,
     ) -> None:
         from prereg_kernels.ops.backends.triton.scatter import scatter_rows
 
         if values.numel():
-            scatter_rows(values, into, index, scale, accumulate)
+            scatter_rows(values, into, index, scale, residual)

@@ -82,20 +82,20 @@ class FusedStages(Backend):
         into: Tensor,
         index: Tensor | None,
         scale: Tensor | None,
-        accumulate: bool,
+        residual: Tensor | None,
         scratch: Tensor | None,
     ) -> None:
         config = None
-        if scratch is not None and _rows_of(into, index):  # else a plain matmul does it all
+        both = into if residual is None else residual
+        if scratch is not None and _rows_of(into, index) and _rows_of(both, index):
+            # else a plain matmul does it all
             config = self._choose("backward_scatter", d, weight, scratch)
         if config is None:
-            return super().linear_backward_scatter(
-                d, weight, into, index, scale, accumulate, scratch
-            )
+            return super().linear_backward_scatter(d, weight, into, index, scale, residual, scratch)
         from prereg_kernels.ops.backends.triton.matmul_launch import linear_backward_scatter
 
         sms = _gpu(d.device)[1]
-        linear_backward_scatter(d, weight, into, index, scale, accumulate, config, sms)
+        linear_backward_scatter(d, weight, into, index, scale, residual, config, sms)
 
     def _choose(
         self, stage: str, x: Tensor, weight: Tensor, product: Tensor, *others: Tensor

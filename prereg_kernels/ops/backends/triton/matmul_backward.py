@@ -63,11 +63,12 @@ def linear_backward_scatter_kernel(
     into_ptr,
     index_ptr,
     scale_ptr,
+    residual_ptr,
     stride_into,
+    stride_residual,
     M,
     N,
     K,
-    ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,10 +76,10 @@ def linear_backward_scatter_kernel(
     PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """into[index] = scale * d W, or += that if ACCUMULATE, rounded once.
+    """into[index] = scale * d W + residual[index], rounded once.
 
-    d (M, K), W (K, N); into (any, N), rows at index (M,), which are unique, or in order where it is
-    None; scale (), or None.
+    d (M, K), W (K, N); into and residual (any, N), rows at index (M,), which are unique, or in
+    order where it is None; scale (), or None; residual may be `into`, or None.
 
     Grid: (programs,), any number of them.
     """
@@ -95,13 +96,14 @@ def linear_backward_scatter_kernel(
 
         offs_m = row + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        row_ptr = into_ptr + row_numbers(index_ptr, offs_m, mask_m) * stride_into
+        rows = row_numbers(index_ptr, offs_m, mask_m)
         parts = column_parts(product, PARTS)
         for part in tl.static_range(PARTS):
             offs_n = column + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
-            into = row_ptr[:, None] + offs_n[None, :]
             mask = mask_m[:, None] & (offs_n < N)[None, :]
             dh = parts[part] * scale  # [BLOCK_M, BLOCK_N // PARTS]
-            if ACCUMULATE:
-                dh += tl.load(into, mask=mask, other=0).to(tl.float32)
+            if residual_ptr is not None:
+                residual = residual_ptr + (rows * stride_residual)[:, None] + offs_n[None, :]
+                dh += tl.load(residual, mask=mask, other=0).to(tl.float32)
+            into = into_ptr + (rows * stride_into)[:, None] + offs_n[None, :]
             tl.store(into, dh.to(into_ptr.dtype.element_ty), mask=mask)

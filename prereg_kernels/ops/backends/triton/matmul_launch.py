@@ -102,16 +102,17 @@ def linear_backward_scatter(
     into: Tensor,
     index: Tensor | None,
     scale: Tensor | None,
-    accumulate: bool,
+    residual: Tensor | None,
     config: MatmulConfig,
     multiprocessors: int,
 ) -> None:
-    """into[index] = scale * d W, or +=."""
+    """into[index] = scale * d W + residual[index]; residual may be `into`."""
     columns = weight.shape[1]
     _launch(
         linear_backward_scatter_kernel, config, multiprocessors, d, columns,
-        _left(d, config), _right(weight, False, config), into, index, scale, into.stride(0),
-        d.shape[0], columns, d.shape[1], ACCUMULATE=accumulate,
+        _left(d, config), _right(weight, False, config), into, index, scale, residual,
+        into.stride(0), 0 if residual is None else residual.stride(0),
+        d.shape[0], columns, d.shape[1],
     )  # fmt: skip
 
 

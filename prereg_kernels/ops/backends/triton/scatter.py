@@ -14,22 +14,24 @@ def scatter_kernel(
     into_ptr,
     index_ptr,
     scale_ptr,
+    residual_ptr,
     rows,
     columns,
     into_rows,
     stride_values,
     stride_into,
     stride_into_column,
+    stride_residual,
+    stride_residual_column,
     stride_index,
-    ACCUMULATE: tl.constexpr,
     STAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """into[index[i], j] = values[i, j] * scale, or += that if ACCUMULATE, rounded once.
+    """into[index[i], j] = values[i, j] * scale + residual[index[i], j], rounded once.
 
-    values (rows, columns), columns of unit stride; into (into_rows, columns), any strides; index
-    (rows,), unique, or None; scale (), or None.
+    values (rows, columns), columns of unit stride; into and residual (into_rows, columns), any
+    strides, residual may be `into` or None; index (rows,), unique, or None; scale (), or None.
 
     Grid: (row blocks, column blocks). No atomics: a row of `into` belongs to one program.
     """
@@ -44,22 +46,28 @@ def scatter_kernel(
     into_row = rows_at(index_ptr, stride_index, offs_m, mask_m, into_rows)
     column = offs_n.to(tl.int64) * stride_into_column
     into = into_ptr + into_row[:, None] * stride_into + column[None, :]
-    if ACCUMULATE:
-        value += tl.load(into, mask=mask).to(STAT)  # [BLOCK_M, BLOCK_N]
+    if residual_ptr is not None:
+        column = offs_n.to(tl.int64) * stride_residual_column
+        residual = residual_ptr + into_row[:, None] * stride_residual + column[None, :]
+        value += tl.load(residual, mask=mask).to(STAT)  # [BLOCK_M, BLOCK_N]
     tl.store(into, value, mask=mask)
 
 
 def scatter_rows(
-    values: Tensor, into: Tensor, index: Tensor | None, scale: Tensor | None, accumulate: bool
+    values: Tensor,
+    into: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
-    """into[index] = values * scale, or +=; values (n, C), into (any, C)."""
+    """into[index] = values * scale + residual[index]; values (n, C), into and residual (any, C)."""
     rows, columns = values.shape
     blocks = config.tile(columns, into.stride(1))
     grid = (config.cdiv(rows, blocks.block_m), config.cdiv(columns, blocks.block_n))
     launch(
         scatter_kernel, grid, blocks.num_warps,
-        values, into, index, scale, rows, columns, into.shape[0],
-        values.stride(0), *into.stride(), index_stride(index),
-        ACCUMULATE=accumulate, STAT=stat_dtype(values, into),
+        values, into, index, scale, residual, rows, columns, into.shape[0],
+        values.stride(0), *into.stride(), *(into if residual is None else residual).stride(),
+        index_stride(index), STAT=stat_dtype(values, into),
         BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip
