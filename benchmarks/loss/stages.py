@@ -78,14 +78,14 @@ def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Backend], str | No
 
     Nothing but the stage apart where it cannot be fused.
     """
-    from prereg_kernels.ops.backends.triton.fused import FusedTritonBackend
-    from prereg_kernels.ops.backends.triton.matmul_config import (
+    from prereg_kernels.ops.backends.triton.fused.matmul_config import (
         EVERYTHING,
         FusionPlan,
         MatmulConfig,
         candidates,
         choose_config,
     )
+    from prereg_kernels.ops.backends.triton.fused.stages import FusedTritonBackend
 
     def name(config: MatmulConfig) -> str:
         return f"{config.block_m}x{config.block_n}x{config.block_k}, {config.programs} a SM"

@@ -17,8 +17,8 @@ from prereg_kernels.ops.gpus import nvidia_capability
 from tests.gpu.support import DEVICE, HALVES, assert_same, gpu_problem, needs_gpu
 from tests.helpers import check, check_tap, residual_like, run
 
-fused = pytest.importorskip("prereg_kernels.ops.backends.triton.fused")
-matmul_config = pytest.importorskip("prereg_kernels.ops.backends.triton.matmul_config")
+fused = pytest.importorskip("prereg_kernels.ops.backends.triton.fused.stages")
+matmul_config = pytest.importorskip("prereg_kernels.ops.backends.triton.fused.matmul_config")
 
 CAPABILITY = nvidia_capability(DEVICE) if torch.cuda.is_available() else None
 pytestmark = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import Literal
@@ -18,11 +19,16 @@ logger = logging.getLogger(__name__)
 # its class. "auto" takes the first that runs on the device and takes the call.
 BackendName = Literal["auto", "triton", "cpp", "torch"]
 CLASSES = {
-    "triton": ("triton.fused", "FusedTritonBackend"),
+    "triton": ("triton.backend", "TritonBackend"),
     "cpp": ("cpp", "CppBackend"),
     "torch": ("torch", "TorchBackend"),
 }
 FASTEST_FIRST = tuple(CLASSES)
+# In place of "triton", with fused matmuls, where PREREG_FUSED names one
+FUSED = {
+    "triton": ("triton.fused.stages", "FusedTritonBackend"),
+    "quack": ("triton.fused.quack", "QuackBackend"),
+}
 BACKENDS = ("auto", *CLASSES)
 
 
@@ -88,6 +94,9 @@ def _log(name: str, reason: str) -> None:
 @cache
 def _class(name: str) -> type[Backend]:
     module, member = CLASSES[name]
+    if name == "triton" and (provider := os.environ.get("PREREG_FUSED")):
+        check_name("PREREG_FUSED", provider, tuple(FUSED))
+        module, member = FUSED[provider]
     found: type[Backend] = getattr(import_module(f"{__package__}.{module}"), member)
     return found
 
