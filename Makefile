@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 TRITON_OLDEST := 3.4.0
 TRITON_NEWEST := 3.9.0
 TRITON := .triton
+# And what torch 2.11 to 2.13 bring.
+TRITON_ALL := $(TRITON_OLDEST) 3.6.0 3.7.0 3.8.0 $(TRITON_NEWEST)
 # Beside the newest, which is in the environment: what LLaMA-Factory and axolotl pin.
 PEFTS := 0.18.1 0.20.0
 PEFT := .peft
@@ -23,7 +25,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -73,6 +75,9 @@ test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 
 # What meets transformers, with every release but the environment's; the demo's numbers are of that one.
 MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo
+test-triton: $(TRITON_ALL:%=$(TRITON)/%/.ready)  ## the kernels compiled with Triton 3.4 to 3.9 (10 minutes)
+	PREREG_AOT=versions $(BIN)/python -m pytest -n 2 tests/triton_aot
+
 test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformers 4.57 to the newest
 	for version in $(TRANSFORMERS); do \
 	    PYTHONPATH=.transformers/$$version:. $(BIN)/python -m pytest -n 2 --transformers $$version \

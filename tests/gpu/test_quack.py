@@ -1,4 +1,4 @@
-"""Stages by quack-kernels, where it is installed: the rule, and the signatures that we have of it."""
+"""Stages by quack-kernels, where it is installed: the rule, and what we hold its signatures for."""
 
 from __future__ import annotations
 

@@ -39,6 +39,11 @@ def assertions() -> dict[str, bool]:
     return {"debug": torch.version.hip is None, "sanitize_overflow": False}
 
 
+def at_most(registers: int | None) -> dict[str, int]:
+    """Options that let a thread have so many; AMD's compiler has none like it."""
+    return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
+
+
 def stat_dtype(*tensors: Tensor) -> Any:
     """In which elementwise work is done: float64 if any of the tensors is, else float32."""
     return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32

@@ -2,7 +2,7 @@
 
 from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.launch import index_stride, launch, stat_dtype
+from prereg_kernels.ops.backends.triton.launch import at_most, index_stride, launch, stat_dtype
 from prereg_kernels.ops.backends.triton.loss_blocks import loss_blocks_kernel
 from prereg_kernels.ops.backends.triton.loss_row import loss_row_kernel
 from prereg_kernels.ops.backends.triton.sums import add_partials
@@ -25,6 +25,7 @@ def token_losses(chunk: LossChunk, spec: Spec) -> None:
         COLUMNS=columns, EPS=spec.eps, LOSS=spec.loss,
         NORMALIZE=LOSSES.find(spec.loss).normalization(spec.normalize),
         STAT=stat_dtype(losses), BLOCK_N=chosen.block_n,
+        **at_most(config.most_registers(chosen.num_warps) if chosen.whole_row else None),
     )  # fmt: skip
     if sums is not None and partials is not None:
         add_partials(partials, sums)
