@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import fused_pre_loss, pre_tap
+from prereg_kernels.attach.hooks import _lasting
 from prereg_kernels.ops import custom_ops
 from tests.cuda_graphs import Inspector, Verdict
 from tests.helpers import make_problem
@@ -57,6 +58,24 @@ def test_masked_calls_are_not_captured(function: Callable[..., Tensor]) -> None:
         )
         assert all(op.startswith("masked_") for op in verdict.ops)
         assert verdict.mutation is None
+
+
+@pytest.mark.parametrize("kept", (True, False))
+def test_values_that_graphs_write_keep_their_address(kept: bool) -> None:
+    """As those of a model that is compiled whole. Else a forward that writes one has no graph."""
+    torch._dynamo.reset()
+    values, inspector = {1: torch.zeros(())}, Inspector()
+    if kept:
+        values = _lasting([1], torch.device("cpu"))
+
+    def forward(x: Tensor) -> Tensor:
+        values[1].copy_(x.detach().sum())
+        return x.sin()
+
+    torch.compile(forward, fullgraph=True, backend=inspector)(torch.ones(3, requires_grad=True))
+    [verdict] = inspector.verdicts
+    assert (verdict.mutation is None) == kept
+    assert values[1] == 3
 
 
 def test_a_mask_refuses_capture_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
