@@ -1,6 +1,8 @@
 """Writes instructions.json: what each row kernel takes now, counted in SASS.
 
-python -m tests.triton_aot.record
+    python -m tests.triton_aot.record
+
+It writes after each version and target.
 """
 
 from __future__ import annotations
@@ -12,18 +14,13 @@ from tests.triton_aot.test_aot import NEWEST, OLDEST, RECORD, compile_with, name
 
 
 def main() -> None:
-    record = {
-        version: {
-            target: {
-                name_of(kernel): kernel["instructions"]
-                for kernel in compile_with(version, "compile", target)
-            }
-            for target in TARGETS
-            if target.startswith("sm_")
-        }
-        for version in (OLDEST, NEWEST)
-    }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    record: dict[str, dict[str, dict[str, int]]] = {NEWEST: {}, OLDEST: {}}
+    for version, targets in record.items():
+        for target in ("sm_90", "sm_80", "sm_100"):
+            assert target in TARGETS
+            kernels = compile_with(version, "compile", target)
+            targets[target] = {name_of(kernel): kernel["instructions"] for kernel in kernels}
+            RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
