@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 TRITON_OLDEST := 3.4.0
 TRITON_NEWEST := 3.9.0
 TRITON := .triton
+# And what torch 2.11 to 2.13 bring.
+TRITON_ALL := $(TRITON_OLDEST) 3.6.0 3.7.0 3.8.0 $(TRITON_NEWEST)
 # Beside the newest, which is in the environment: what LLaMA-Factory and axolotl pin.
 PEFTS := 0.18.1 0.20.0
 PEFT := .peft
@@ -23,7 +25,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -73,6 +75,9 @@ test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 
 # What meets transformers, with every release but the environment's; the demo's numbers are of that one.
 MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo
+test-triton: $(TRITON_ALL:%=$(TRITON)/%/.ready)  ## the kernels compiled with Triton 3.4 to 3.9 (10 minutes)
+	PREREG_AOT=versions $(BIN)/python -m pytest -n 2 tests/triton_aot
+
 test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformers 4.57 to the newest
 	for version in $(TRANSFORMERS); do \
 	    PYTHONPATH=.transformers/$$version:. $(BIN)/python -m pytest -n 2 --transformers $$version \
@@ -175,7 +180,10 @@ test-gpu-first: $(READY)  ## a dry run of gpu-first and gpu-second on the CPU (2
 
 # On a GPU machine the system python has torch and triton already: no virtual environment there.
 # The benchmark runs whatever the tests say; the last line says which of the two failed.
-HAS_GPU = command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
+# ROCm's rocm-smi succeeds without a GPU too, so that torch is asked there.
+ASK_ROCM := import torch; raise SystemExit(not (torch.version.hip and torch.cuda.is_available()))
+HAS_GPU = { command -v nvidia-smi && nvidia-smi \
+    || { command -v rocm-smi || test -e /dev/kfd; } && $(PYTHON) -c "$(ASK_ROCM)"; } >/dev/null 2>&1
 gpu-first gpu-second gpu-check gpu-step gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-first:  ## what a new GPU should answer first (at most 560 s); files go to OUT or build/bench
 	@if $(HAS_GPU); then timeout --kill-after 5 555 \

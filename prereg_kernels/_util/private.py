@@ -51,6 +51,11 @@ def profiler_runs() -> bool:
     return profiler._is_profiler_enabled
 
 
+def keep_address(x: Tensor) -> None:
+    """As `torch._dynamo.mark_static_address`, which would load the compiler."""
+    x._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+
 # Checkpointing: the hooks of saved tensors, and the modes that see each op.
 
 CHECKPOINT = "torch.utils.checkpoint"

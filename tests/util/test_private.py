@@ -134,6 +134,14 @@ def test_version_of() -> None:
     assert private.version_of(x) == private.version_of(view) == 1
 
 
+def test_keep_address() -> None:
+    """All that torch's own function does is to set what we set."""
+    ours, theirs = torch.zeros(()), torch.zeros(())
+    private.keep_address(ours)
+    torch._dynamo.mark_static_address(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
 def test_hooks_of_saved_tensors() -> None:
     assert private.top_saved_tensors_hooks() is None
 

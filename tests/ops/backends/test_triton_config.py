@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from prereg_kernels.ops.backends.triton import config
 from prereg_kernels.ops.backends.triton.backend import unavailable
@@ -82,25 +80,3 @@ def test_a_cpu_without_interpreter_does_not_import_triton(monkeypatch: pytest.Mo
     assert str(unavailable("cuda")).startswith("Triton cannot be imported: ")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert str(unavailable("cpu")).startswith("Triton cannot be imported: ")
-
-
-@pytest.mark.parametrize(
-    ("version", "runs"),
-    (("3.3.1", False), ("3.4.0", True), ("3.10.0+git1a2b", True), ("4.0", True)),
-)
-def test_oldest_triton(monkeypatch: pytest.MonkeyPatch, version: str, runs: bool) -> None:
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    expected = None if runs else f"Triton {version} is too old: 3.4 is needed"
-    assert unavailable("cuda") == expected
-
-
-def test_oldest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 5)][device]
-    )
-    assert unavailable("cuda") == "GPU 1 has compute capability 7.5: 8.0 is needed"
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert unavailable("cuda") is None
