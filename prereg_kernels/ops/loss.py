@@ -138,5 +138,5 @@ def fused_pre_loss(
     # The gradients wait for the upstream factor: keep 1/N from underflowing in float16.
     shift = power_of_two(coefficient) if dtype == torch.float16 else None
     scaled = coefficient if shift is None else coefficient / shift
-    total, *_ = call_gradients(hidden, anchor, inputs, spec, scaled, needs)
+    total, *_ = call_gradients(hidden, anchor, inputs, spec, scaled, needs, need_total=True)
     return total if shift is None else total * shift

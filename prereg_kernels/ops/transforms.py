@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prereg_kernels._util import private
 
@@ -23,6 +23,18 @@ def is_transforming() -> bool:
 def forgets_functions() -> bool:
     """Whether an autograd.Function is no way to have a derivative here: torch.export drops it."""
     return is_transforming() or torch.compiler.is_exporting()
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody but autograd looks at an op of these tensors: no graph, transform or mode.
+
+    Nor a subclass of Tensor, or a profiler.
+    """
+    return (
+        all(type(x) in (Tensor, nn.Parameter) for x in tensors)
+        and not (torch.compiler.is_compiling() or forgets_functions())
+        and not (private.dispatch_modes() or private.profiler_runs())
+    )
 
 
 is_wrapped = private.is_functorch_wrapped

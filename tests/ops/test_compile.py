@@ -176,7 +176,7 @@ def test_opcheck_of_gradients(name: str, residual: bool) -> None:
     extra = (
         torch.full((slots,), 0.1),
         torch.ones_like(hidden) if residual else None,
-        [True, *[True] * depth, *(layer % 2 == 0 for layer in range(len(bias_layers)))],
+        [True, True, *[True] * depth, *(layer % 2 == 0 for layer in range(len(bias_layers)))],
     )
     op = masked_pre_gradients if is_mask(select) else pre_gradients
     torch.library.opcheck(op, (*arguments, *extra), test_utils=CHECKS)

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prereg_kernels import PReHead, eager_pre_loss, fused_pre_loss, pre_tap
 from prereg_kernels.attach.pooling import pool_images
+from prereg_kernels.ops import custom_ops
+from prereg_kernels.ops.transforms import is_plain
 from tests.fuzzing import fuzz
 from tests.helpers import ACTIVATION_NAMES, LOSS_NAMES, Problem, make_problem, relative_error
 
@@ -300,3 +303,43 @@ def test_export(function: Callable[..., Tensor], strict: bool) -> None:
     ours = torch.autograd.grad(loss, [hidden, weight])
     for x, y in zip(ours, torch.autograd.grad(expected, list(leaves.values())), strict=True):
         assert relative_error(x, y) < 1e-9
+
+
+def test_who_looks_at_an_op() -> None:
+    """The tap's backward pass calls the implementation itself where nobody does."""
+    x = torch.ones(2)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert is_plain(x, torch.nn.Parameter(x))
+    assert not is_plain(x, x.as_subclass(type("Mine", (torch.Tensor,), {})))
+    with Mode():
+        assert not is_plain(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert not is_plain(x)
+    seen = []
+
+    def see(row: Tensor) -> Tensor:
+        seen.append(is_plain(row))
+        return row
+
+    vmap(see)(torch.ones(2, 3))
+    assert seen == [False]
+
+
+def test_the_op_and_its_implementation_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(visual_index=torch.tensor([5, 0, 3]))
+    results = []
+    for plain in (True, False):
+        monkeypatch.setattr(custom_ops, "is_plain", lambda *_, plain=plain: plain)
+        hidden = problem.hidden.clone().requires_grad_()
+        weights = [w.clone().requires_grad_() for w in problem.weights]
+        tapped, loss = pre_tap(hidden, problem.anchor, weights, visual_index=torch.tensor([5, 0]))
+        (tapped.sum() + loss).backward()
+        results.append([hidden.grad, *(w.grad for w in weights)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
