@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 TRITON_OLDEST := 3.4.0
 TRITON_NEWEST := 3.9.0
 TRITON := .triton
+# And what torch 2.11 to 2.13 bring.
+TRITON_ALL := $(TRITON_OLDEST) 3.6.0 3.7.0 3.8.0 $(TRITON_NEWEST)
 # Beside the newest, which is in the environment: what LLaMA-Factory and axolotl pin.
 PEFTS := 0.18.1 0.20.0
 PEFT := .peft
@@ -23,7 +25,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-transformers test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -73,6 +75,9 @@ test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 
 # What meets transformers, with every release but the environment's; the demo's numbers are of that one.
 MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo
+test-triton: $(TRITON_ALL:%=$(TRITON)/%/.ready)  ## the kernels compiled with Triton 3.4 to 3.9 (10 minutes)
+	PREREG_AOT=versions $(BIN)/python -m pytest -n 2 tests/triton_aot
+
 test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformers 4.57 to the newest
 	for version in $(TRANSFORMERS); do \
 	    PYTHONPATH=.transformers/$$version:. $(BIN)/python -m pytest -n 2 --transformers $$version \
@@ -129,7 +134,7 @@ test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ra
 	    tests/train/test_deepspeed.py tests/trainers/test_deepspeed.py \
 	    tests/trainers/test_accelerate_configs.py
 
-test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (8 minutes)
+test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (9 minutes)
 	$(BIN)/python -m pytest -m ranks tests/train
 
 test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)
@@ -157,18 +162,43 @@ sanitize: $(READY)  ## the tests of the compiled code under the address and UB s
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	    $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -rs tests/ops/backends/test_cpp.py
 
-bench: $(READY)  ## the benchmarks on this machine; prints a table, writes benchmarks/results/
-	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks/loss/test_cpu.py --benchmark-json=benchmarks/results/cpu.json
-	$(BIN)/python -m benchmarks.loss.cpu_table benchmarks/results/cpu.json
+# Beside what is tracked: RESULTS=benchmarks/results writes the files that README's tables are made of.
+RESULTS := build/bench
+bench: $(READY)  ## the benchmarks on this machine (20 minutes); prints a table, writes build/bench/
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
+	    --benchmark-json=$(RESULTS)/cpu.json
+	$(BIN)/python -m benchmarks.loss.cpu_table $(RESULTS)/cpu.json
+
+# Of both the rows are compiled first, the first time.
+BASE = $(error BASE=REVISION: against which?)
+bench-compare: $(READY)  ## time and memory against another revision, in turns (BASE=REV; 4 minutes)
+	$(BIN)/python -m benchmarks.compare $(BASE) --out $(RESULTS)/compare.json
+
+test-gpu-first: $(READY)  ## a dry run of gpu-first and gpu-second on the CPU (2 minutes)
+	$(BIN)/python -m pytest -m dry tests/benchmarks/first
 
 # On a GPU machine the system python has torch and triton already: no virtual environment there.
 # The benchmark runs whatever the tests say; the last line says which of the two failed.
-HAS_GPU = command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
-gpu-check gpu-step gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+# ROCm's rocm-smi succeeds without a GPU too, so that torch is asked there.
+ASK_ROCM := import torch; raise SystemExit(not (torch.version.hip and torch.cuda.is_available()))
+HAS_GPU = { command -v nvidia-smi && nvidia-smi \
+    || { command -v rocm-smi || test -e /dev/kfd; } && $(PYTHON) -c "$(ASK_ROCM)"; } >/dev/null 2>&1
+gpu-first gpu-second gpu-check gpu-step gpu-sanitize: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-first:  ## what a new GPU should answer first (at most 560 s); files go to OUT or build/bench
+	@if $(HAS_GPU); then timeout --kill-after 5 555 \
+	        $(PYTHON) -m benchmarks.first first --out $${OUT:-$(RESULTS)}; \
+	else echo "gpu-first: no GPU on this machine, nothing was run"; fi
+
+WHAT ?= peers
+gpu-second:  ## then the compiled peers, or Qwen's step (at most 200 s; WHAT=peers or qwen)
+	@if $(HAS_GPU); then timeout --kill-after 3 197 \
+	        $(PYTHON) -m benchmarks.first second --what $(WHAT) --out $${OUT:-$(RESULTS)}; \
+	else echo "gpu-second: no GPU on this machine, nothing was run"; fi
+
 gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where there is no GPU
 	@if $(HAS_GPU); then \
-	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; tests=passed; benchmark=passed; \
+	    out=$${OUT:-$(RESULTS)}; mkdir -p $$out; tests=passed; benchmark=passed; \
 	    workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6"); \
 	    timeout --signal INT --kill-after 10 170 $(PYTHON) -m pytest tests/gpu $$workers \
 	        --durations 10 --junitxml $$out/gpu_tests.xml || tests=FAILED; \
@@ -183,7 +213,7 @@ gpu-check:  ## the GPU tests and benchmark (8 minutes at most); says so where th
 MODEL ?= llava
 gpu-step:  ## a 7B training step with and without PRe (8 minutes at most; MODEL=llava or qwen)
 	@if $(HAS_GPU); then \
-	    out=$${OUT:-benchmarks/results}; mkdir -p $$out; \
+	    out=$${OUT:-$(RESULTS)}; mkdir -p $$out; \
 	    PYTORCH_ALLOC_CONF=expandable_segments:True timeout --kill-after 10 480 \
 	        $(PYTHON) -m benchmarks.step.gpu --model $(MODEL) --out $$out/gpu_step_$(MODEL).json; \
 	else echo "gpu-step: no GPU on this machine, nothing was run"; fi

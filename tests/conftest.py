@@ -20,6 +20,7 @@ import torch
 from prereg_kernels.cli.commands import main
 from prereg_kernels.ops import dtypes
 from prereg_kernels.ops.backends import registry
+from tests import workers
 
 PACKAGES = ("peft", "transformers")  # of which make runs the tests with several versions
 torch.set_num_threads(1)
@@ -48,6 +49,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=("torch", "cpp"), help="what backend='auto' is here")
     for package in PACKAGES:
         parser.addoption(f"--{package}", help="the version of it that has to be the one imported")
+
+
+pytest_xdist_make_scheduler = workers.pytest_xdist_make_scheduler
 
 
 def pytest_configure(config: pytest.Config) -> None:

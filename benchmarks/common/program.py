@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.report import Json, write_json
-from benchmarks.common.timing import Clock, OverBudgetError, describe_error
+from benchmarks.common.timing import Clock, OverBudgetError, describe_error, make_clock
 from prereg_kernels._util.machine import describe_machine
 
 
@@ -51,6 +51,7 @@ class Session:
 
     clock: Clock
     deadline: float  # of time.monotonic
+    patience: float = 1.0  # times what a peer's first call may take
     problems: list[str] = field(default_factory=list)
     ours_failed: bool = False
     checked: set[tuple[object, ...]] = field(default_factory=set)
@@ -138,3 +139,19 @@ class Program:
             signal.signal(signal.SIGTERM, previous)
         self.save(complete)
         return complete
+
+
+def run_program(
+    kind: Callable[[argparse.Namespace, Clock], Program],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    show: Callable[[Json], str] | None = None,
+) -> int:
+    """Run it with these options and print what it shows and its problems; the exit code."""
+    options = parse_device(parser, arguments)
+    program = kind(options, make_clock(torch.device(options.device)))
+    complete = program.run_and_save()
+    if show is not None:
+        print(show(program.results))
+    print("".join(f"problem: {problem}\n" for problem in program.session.problems), end="")
+    return int(program.session.ours_failed or not complete)

@@ -1,4 +1,4 @@
-"""Correctness of what the GPU benchmark times, before it is timed.
+"""Correctness of what the benchmarks time, before it is timed.
 
 Ours: the tests' rule (error against float64 truth at most eager's in the same dtype) on a slice of
 a thousand rows, at the widths that are timed. Everybody: the same function at the full size, where
@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss.cases import Case, Tensors, make_tensors
-from benchmarks.loss.peers import Peer
+from benchmarks.loss.peers import Loss, Peer
 from benchmarks.loss.work import Work
 from prereg_kernels import eager_pre_loss
-from tests.helpers import Problem, assert_as_good_as_eager, relative_error, run, run_truth
+from prereg_kernels.ops.dtypes import operand_dtype
+from tests.helpers import (
+    Problem,
+    assert_as_good_as_eager,
+    relative_error,
+    residual_like,
+    run,
+    run_truth,
+)
 
 SLICE_ROWS = 1000
+FEW_ROWS = 64
 LARGEST_FULL_CHECK = 20_000  # rows: float64 truth of more does not fit beside the rest
 FACTOR, SLACK = 10.0, 1e-3
 
@@ -67,8 +76,11 @@ def check_slice(peer: Peer, case: Case, device: torch.device) -> None:
     rows = min(case.tokens, SLICE_ROWS)
     problem = as_problem(make_tensors(replace(case, tokens=rows), device, seed=1))
     loss = peer.loss()
+    residual = residual_like(problem.hidden) / problem.hidden.numel() if peer.residual else None
 
     def results(problem: Problem) -> dict[str, Tensor]:
+        if residual is not None:
+            return _tapped(loss, problem, residual)
         with torch.set_grad_enabled(peer.grad):
             if peer.grad:
                 return run(loss, problem)
@@ -77,11 +89,21 @@ def check_slice(peer: Peer, case: Case, device: torch.device) -> None:
 
     try:
         if peer.grad:
-            assert_as_good_as_eager(results, problem)
+            assert_as_good_as_eager(results, problem, residual=residual)
         else:
             _check_value(results(problem)["loss"], problem)
     except AssertionError as error:
         raise WrongResultError(str(error)) from error
+
+
+def _tapped(loss: Loss, problem: Problem, residual: Tensor) -> dict[str, Tensor]:
+    """What `run` gives, of a loss that passes the hidden states on."""
+    leaves = problem.leaves()
+    tapped, value = loss(*problem.arguments(leaves), **problem.options)
+    names, wanted = zip(*leaves.items(), strict=True)
+    gradients = torch.autograd.grad([value, tapped], wanted, [None, residual])
+    named = zip(names, gradients, strict=True)
+    return {"loss": value.detach()} | {f"d{name}": gradient for name, gradient in named}
 
 
 def _check_value(loss: Tensor, problem: Problem) -> None:
@@ -117,11 +139,20 @@ class FullTruth:
         return {"errors": errors, "eager": {name: self.bounds[name] for name in errors}}
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU only emulates products of this dtype, which takes up to 500 times longer."""
+    return operand_dtype(dtype, device) != dtype
+
+
 def full_truth(case: Case, tensors: Tensors) -> FullTruth | None:
-    """None where it is too large."""
+    """None where it is too large. Where eager would take minutes, its errors are of a few rows."""
     if case.tokens > LARGEST_FULL_CHECK:
         return None
 
-    problem = as_problem(tensors)
-    truth, eager = run_truth(problem), run(eager_pre_loss, problem)
-    return FullTruth(truth, {name: relative_error(eager[name], truth[name]) for name in truth})
+    problem = few = as_problem(tensors)
+    truth = few_truth = run_truth(problem)
+    if is_emulated(case.dtype, tensors.hidden.device):
+        few = as_problem(make_tensors(replace(case, tokens=FEW_ROWS), tensors.hidden.device))
+        few_truth = run_truth(few)
+    eager = run(eager_pre_loss, few)
+    return FullTruth(truth, {n: relative_error(eager[n], few_truth[n]) for n in truth})

@@ -15,16 +15,18 @@ from dataclasses import replace
 import torch
 
 from benchmarks.loss.cases import Case, Tensors, make_tensors
-from benchmarks.loss.cpu import CPU, cpu_case, make_step
+from benchmarks.loss.cpu import CPU, cpu_case
+from benchmarks.loss.peers import PEERS, Peer
+from benchmarks.loss.work import Work
 from prereg_kernels.demo.runs.memory import peak_memory
 
 ROWS = 64
 
 
-def peak_bytes(name: str, case: Case) -> int:
-    """Peak memory of one step of a peer, measured in a fresh process."""
+def peak_bytes(peer: Peer, case: Case) -> int:
+    """Peak memory of one step of a peer, measured in a fresh process; without an index."""
     dtype = str(case.dtype).removeprefix("torch.")
-    arguments = [name, str(case.tokens), str(case.widths[0]), dtype]
+    arguments = [peer.name, str(case.tokens), str(case.widths[0]), dtype]
     command = [sys.executable, "-m", "benchmarks.loss.cpu_memory", *arguments]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -43,10 +45,11 @@ def main(name: str, tokens: str, width: str, dtype: str) -> None:
     small, case = (
         cpu_case(*size, getattr(torch, dtype)) for size in ((16, 16), (int(tokens), int(width)))
     )
-    make_step(name, small, make_quietly(small))()
-    step = make_step(name, case, make_quietly(case))
+    [peer] = [peer for peer in PEERS if peer.name == name]
+    Work(peer, make_quietly(small)).step()
+    work = Work(peer, make_quietly(case))
     before = peak_memory()
-    step()
+    work.step()
     print(peak_memory() - before)
 
 

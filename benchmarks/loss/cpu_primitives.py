@@ -1,4 +1,4 @@
-"""The CPU row primitives against a copy: `python -m benchmarks.loss.cpu_primitives [--json FILE]`.
+"""The CPU row primitives, one by one.
 
 A primitive is measured by the bytes that it has to move: each element that it reads, once, and
 each that it writes, once (BYTES). Its yardstick is `copy_` of float32, which reads and writes as
@@ -9,24 +9,17 @@ before it can write it.
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.common.report import write_json
 from prereg_kernels.ops.backends.base import Backend, LossChunk
-from prereg_kernels.ops.backends.cpp import CppBackend
-from prereg_kernels.ops.backends.torch import TorchBackend
 from prereg_kernels.ops.spec import Spec
 
 # A chunk that stays in the second or third level of cache, and one that stays in none
-SIZES = {"cache": (512, 1024), "memory": (16384, 2048)}
+SIZES = {"cache": (512, 1024), "memory": (16384, 2048), "tiny": (16, 16)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Bytes an element of the chunk, e = bytes of the dtype
 BYTES = {
@@ -44,6 +37,10 @@ class Case(NamedTuple):
     name: str
     primitive: str  # of BYTES
     run: Callable[[], None]
+
+    def bytes(self, count: int, columns: int, dtype: torch.dtype) -> int:
+        """That it has to move."""
+        return int(BYTES[self.primitive].split()[0]) * dtype.itemsize * count * columns
 
 
 def cases(rows: Backend, count: int, columns: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -91,71 +88,3 @@ def cases(rows: Backend, count: int, columns: int, dtype: torch.dtype) -> Iterat
         "scatter_rows, accumulate",
         lambda: rows.scatter_rows(a, b, index, scale, b),
     )
-
-
-def seconds(run: Callable[[], None], budget: float = 0.15) -> float:
-    """Median of repeated calls, of several each where one is short."""
-    run()
-    begin = time.perf_counter()
-    run()
-    calls = max(1, int(0.002 / (time.perf_counter() - begin)))
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < budget:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        times.append((time.perf_counter() - begin) / calls)
-    return statistics.median(times)
-
-
-def copy_bandwidth(moved: int) -> float:
-    """GB/s of a copy that reads and writes this many bytes in all."""
-    source, out = torch.ones(moved // 8), torch.empty(moved // 8)
-    return moved / seconds(lambda: out.copy_(source)) / 1e9
-
-
-def measure(rows: Backend) -> Iterator[dict[str, Any]]:
-    for size, (count, columns) in SIZES.items():
-        for dtype in DTYPES:
-            for name, primitive, run in cases(rows, count, columns, dtype):
-                factor = int(BYTES[primitive].split()[0])
-                moved = factor * dtype.itemsize * count * columns
-                copy, taken = copy_bandwidth(moved), seconds(run)
-                yield {
-                    "primitive": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "size": size,
-                    "shape": [count, columns],
-                    "bytes": moved,
-                    "seconds": taken,
-                    "gigabytes_per_second": moved / taken / 1e9,
-                    "percent_of_copy": 100 * moved / taken / 1e9 / copy,
-                }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--backend", choices=("cpp", "torch"), default="cpp")
-    parser.add_argument("--variant", help="of the compiled primitives")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows: Backend = CppBackend(arguments.variant) if arguments.backend == "cpp" else TorchBackend()
-
-    figures = []
-    for one in measure(rows):
-        figures.append(one)
-        print(
-            f"{one['size']:7} {one['dtype']:9} {one['primitive']:40} "
-            f"{one['gigabytes_per_second']:6.1f} GB/s {one['percent_of_copy']:5.0f}% of a copy",
-            flush=True,
-        )
-    if arguments.json:
-        result = {"threads": arguments.threads, "bytes_per_element": BYTES, "figures": figures}
-        write_json(result, arguments.json)
-
-
-if __name__ == "__main__":
-    main()

@@ -25,14 +25,15 @@ from benchmarks.loss.cases import Case
 from benchmarks.loss.kernels import Buffers, time_row_kernels
 from benchmarks.loss.measure import measure_ceilings, run_case, run_launches
 from benchmarks.loss.peers import Peer, Where, peers
+from benchmarks.loss.plans import AUTOTUNED, LLAVA, QWEN, REST, SIDE, Plan
 from benchmarks.loss.report import bars, short_table
 from benchmarks.loss.stages import time_stages, triton_kinds
 from prereg_kernels.ops.backends.registry import choose_backend
 
 SECONDS = 270.0  # for everything; what does not fit is skipped, and says so
-MAIN, SIDE = Effort(10, 40, 4.0), Effort(5, 25, 2.0)
 STAGE_CASES = (cases.LLAVA, cases.QWEN, cases.SMALL_HEAD)
 QUICK, TINY = Effort(3, 10, 1.0), Effort(2, 2, 0.0)
+OURS = ("fused", "tap")  # beside the compiled peers
 
 
 class LossBenchmark(Program):
@@ -44,39 +45,42 @@ class LossBenchmark(Program):
         empty: Json = {name: [] for name in entries}
         super().__init__(options, make_clock(device), ceilings={}, **empty)
         self.tiny = options.size == "tiny"
-        few = TINY if self.tiny else QUICK if options.quick else None
-        self.main, self.side = few or MAIN, few or SIDE
+        self.few = TINY if self.tiny else QUICK if options.quick else None
+        self.side = self.few or SIDE
         self.backend = "triton" if device.type == "cuda" else "torch"
         self.compiled = not (options.quick or options.no_compile)
 
     def run(self) -> None:
         self.session.attempt("ceilings", self.ceilings)
-        self.case(cases.LLAVA, Where.MAIN, self.main)
+        if self.options.only_compile:
+            for plan in (LLAVA, AUTOTUNED, QWEN):
+                self.case(plan)
+            return
+        self.case(LLAVA)
         self.launches([cases.LLAVA, cases.SWEEP[0]])
         self.kernels()
-        for case in cases.SWEEP:
-            self.case(case, Where.SWEEP, self.side)
-        self.case(cases.MASTER_WEIGHTS, Where.SIDE, self.side)
-        self.case(cases.SMALL_HEAD, Where.SIDE, self.side)
-        self.case(cases.LINEAR_HEAD, Where.LINEAR, self.side)
-        # compilers may take long: what needs two more of them comes late
-        self.case(cases.QWEN, Where.MAIN, self.main)
+        for plan in REST:
+            self.case(plan)
         if self.compiled:
-            self.case(cases.LLAVA_AUTOTUNED, Where.AUTOTUNED, self.side)
+            self.case(AUTOTUNED)
 
     def peers(self, where: Where) -> list[Peer]:
-        return peers(where, self.backend, self.compiled)
+        found = peers(where, self.backend, self.compiled)
+        if self.options.only_compile:
+            return [peer for peer in found if peer.compile_seconds or peer.name in OURS]
+        return found
 
     def ceilings(self) -> None:
         self.results["ceilings"] = measure_ceilings(self.session, self.side, self.tiny)
 
-    def case(self, case: Case, where: Where, effort: Effort) -> None:
+    def case(self, plan: Plan) -> None:
         record: dict[str, Any] = {}
         self.results["cases"].append(record)
-        arguments = (self.session, self.sized(case), self.peers(where), effort, record)
-        self.session.attempt(case.name, partial(run_case, *arguments))
+        timed, effort = self.peers(plan.where), self.few or plan.effort
+        arguments = (self.session, self.sized(plan.case), timed, effort, record)
+        self.session.attempt(plan.case.name, partial(run_case, *arguments))
         self.save()
-        print(f"{case.name}: done after {self.results['seconds']:.0f} s", file=sys.stderr)
+        print(f"{plan.case.name}: done after {self.results['seconds']:.0f} s", file=sys.stderr)
 
     def launches(self, several: Sequence[Case]) -> None:
         records, timed = self.results["launches"], self.peers(Where.LAUNCHES)
@@ -122,7 +126,9 @@ class LossBenchmark(Program):
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, SECONDS)
     parser.add_argument("--quick", action="store_true", help="few rounds, no compiled peers")
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled peers")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--no-compile", action="store_true", help="without the compiled peers")
+    some.add_argument("--only-compile", action="store_true", help="ours and the compiled peers")
     return parse_device(parser, arguments)
 
 

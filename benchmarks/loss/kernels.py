@@ -14,7 +14,7 @@ from benchmarks.common.timing import Clock, Effort, Measured, Step, warm_and_int
 from benchmarks.loss.cases import Case
 from prereg_kernels.ops.backends.base import Backend, LossChunk
 from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget
-from prereg_kernels.ops.products import has_wide_products
+from prereg_kernels.ops.products import wide_products
 from prereg_kernels.ops.spec import Spec
 
 
@@ -38,7 +38,7 @@ class Buffers:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
         shapes = [(o, i) for i, o in zip(case.widths, case.widths[1:], strict=False)]
-        budget = chunk_budget(device, case.dtype, has_wide_products(device))
+        budget = chunk_budget(device, case.dtype, wide_products(device, case.dtype).product)
         self.n = n = choose_chunk_rows(
             case.tokens, case.widths[0], shapes, case.dtype.itemsize, budget
         )

@@ -3,7 +3,8 @@
 A new peer is a line of PEERS, and its loss a function here or in a file beside this one. The loss
 takes `(hidden, anchor, weights, biases, *, visual_index=None)` with hidden (T, D), and returns the
 mean over the rows of the index, or over all of them. Weights may be float32 where hidden is not:
-the matmuls are in hidden's dtype. No peer is held back: they gather rows as fast as torch can.
+the matmuls are in hidden's dtype. No peer is held back: they gather rows as fast as torch can, and
+the tap alone adds a gradient from later layers, which in a network all have to.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Peer:
         where: what it is timed in.
         ours: whether it takes `backend`, is held to the tests' rule, and must not fail.
         grad: whether gradients are computed, or the value alone.
+        residual: whether its loss is the second of two results, as `pre_tap`'s; the first, the
+            hidden states, then gets a gradient from later layers.
         compile_seconds: allowed to its compiler; 0 if it has none. `--quick` leaves compilers out.
         backend: of ours.
     """
@@ -60,6 +63,7 @@ class Peer:
     where: Where = Where.EVERYWHERE
     ours: bool = False
     grad: bool = True
+    residual: bool = False
     compile_seconds: float = 0.0
     backend: str | None = None
 
@@ -75,7 +79,7 @@ class Peer:
 
 
 def tap_loss(*arguments: Any, **options: Any) -> Tensor:
-    """The tap's scalar: backward through it computes everything."""
+    """The tap's scalar, where no gradient comes from later layers."""
     return pre_tap(*arguments, **options)[1]
 
 
@@ -106,9 +110,11 @@ def autotuned_eager() -> Loss:
 
 _VALUE = Where.MAIN | Where.SIDE | Where.LINEAR
 _LARGEST = Where.CPU | Where.MAIN
+_TAP = Where.CPU | Where.GPU | Where.LAUNCHES
 PEERS = (
     Peer("fused", lambda: fused_pre_loss, ~Where.STEP, ours=True),
-    Peer("tap", lambda: tap_loss, Where.CPU | Where.GPU | Where.LAUNCHES, ours=True),
+    Peer("tap", lambda: pre_tap, _TAP, ours=True, residual=True),
+    Peer("tap, no residual", lambda: tap_loss, _LARGEST, ours=True),
     Peer("fused, recompute", lambda: partial(fused_pre_loss, recompute=True), _LARGEST, ours=True),
     Peer("fused, torch rows", lambda: fused_pre_loss, Where.MAIN, ours=True, backend="torch"),
     Peer("forward", lambda: fused_pre_loss, _VALUE, ours=True, grad=False),

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.common.timing import Clock, Effort, Measured, describe_error, warm_and_interleave
 from benchmarks.loss.kernels import Buffers
 from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.gpus import nvidia_capability
 from tests.helpers import relative_error
 
 APART = "apart"
@@ -77,25 +78,25 @@ def triton_kinds(stage: Stage, b: Buffers) -> tuple[dict[str, Backend], str | No
 
     Nothing but the stage apart where it cannot be fused.
     """
-    from prereg_kernels.ops.backends.triton.fused import FusedTritonBackend
-    from prereg_kernels.ops.backends.triton.matmul_config import (
+    from prereg_kernels.ops.backends.triton.fused.matmul_config import (
         EVERYTHING,
         FusionPlan,
         MatmulConfig,
         candidates,
         choose_config,
     )
+    from prereg_kernels.ops.backends.triton.fused.stages import FusedTritonBackend
 
     def name(config: MatmulConfig) -> str:
         return f"{config.block_m}x{config.block_n}x{config.block_k}, {config.programs} a SM"
 
-    properties = torch.cuda.get_device_properties(b.device)
-    capability = (properties.major, properties.minor)
+    capability = nvidia_capability(b.device)
+    multiprocessors = torch.cuda.get_device_properties(b.device).multi_processor_count
     kinds: dict[str, Backend] = {APART: FusedTritonBackend(FusionPlan())}
     for config in candidates(stage.name, capability):
         kinds[name(config)] = FusedTritonBackend(EVERYTHING, config)
     chosen = choose_config(
-        stage.name, b.n, stage.columns, b.h.itemsize, capability, properties.multi_processor_count
+        stage.name, b.n, stage.columns, b.h.itemsize, capability, multiprocessors
     )
     return kinds, None if chosen is None else name(chosen)
 

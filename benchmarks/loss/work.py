@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.loss.cases import Case, Tensors
 from benchmarks.loss.peers import Loss, Peer
+from prereg_kernels.ops.dtypes import operand_dtype
 
 
 class Floor:
@@ -66,35 +69,53 @@ class Floor:
             self.last = torch.mm(d, self.weights[layer], out=self.input_gradients[layer])
 
 
+def floor_of(case: Case, tensors: Tensors) -> Floor:
+    """The floor on the tensors' device: on a CPU in the dtype that it is fast in."""
+    device = tensors.hidden.device
+    if device.type != "cpu":
+        return Floor(case, tensors)
+    dtype = operand_dtype(case.dtype, device)
+    return Floor(replace(case, dtype=dtype, weight_dtype=dtype), tensors, fresh=True)
+
+
 class Work:
-    """A peer on a case: its forward and backward pass, and their results."""
+    """A peer on a case: its forward and backward pass, and their results.
+
+    A peer with a residual gets a gradient of the hidden states from later layers, as in a network.
+    It is as large as the gradient of the loss.
+    """
 
     def __init__(self, peer: Peer, tensors: Tensors) -> None:
         self.peer, self.tensors = peer, tensors
         self.loss = peer.loss()
         self.leaves = list(tensors.leaves().values())
+        self.upstream: list[Tensor | None] = [None]
+        if peer.residual:
+            hidden = tensors.hidden.detach()
+            self.upstream.append(torch.empty_like(hidden).normal_(std=1 / hidden.numel()))
 
-    def forward(self) -> Tensor:
+    def forward(self) -> tuple[Tensor, ...]:
+        """The loss; of a peer with a residual also the hidden states that it passes on."""
         with torch.set_grad_enabled(self.peer.grad):
-            return self.loss(*self.tensors.arguments(), visual_index=self.tensors.visual_index)
+            found = self.loss(*self.tensors.arguments(), visual_index=self.tensors.visual_index)
+        return found[::-1] if self.peer.residual else (found,)
 
-    def backward(self, loss: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The gradients; not by `.backward()`, which would copy some of them into `.grad`."""
-        return torch.autograd.grad(loss, self.leaves) if self.peer.grad else ()
+        if not self.peer.grad:
+            return ()
+        return torch.autograd.grad(outputs, self.leaves, self.upstream)
 
     def step(self) -> None:
         self.backward(self.forward())
 
-    def training_step(self) -> None:
-        """With gradients in `.grad`, as an optimizer finds them; they are freed."""
-        self.forward().backward()
-        for leaf in self.leaves:
-            leaf.grad = None
-
     def results(self) -> dict[str, Tensor]:
-        """The loss after backward, since the tap's is there only then, and the gradients."""
-        loss = self.forward()
-        gradients = self.backward(loss)
-        named = {"loss": loss.detach()}
+        """The loss after backward, since the tap's is there only then, and its gradients."""
+        outputs = self.forward()
+        gradients = self.backward(outputs)
+        named = {"loss": outputs[0].detach()}
         names = self.tensors.leaves() if gradients else ()
-        return named | {f"d{name}": g for name, g in zip(names, gradients, strict=True)}
+        named |= {f"d{name}": g for name, g in zip(names, gradients, strict=True)}
+        if self.peer.residual:
+            named["dhidden"] = named["dhidden"].double() - self.upstream[1]
+        return named

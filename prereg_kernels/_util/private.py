@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.utils import _python_dispatch, checkpoint
 
 # Autograd.
@@ -44,6 +44,16 @@ def is_in_forward_mode() -> bool:
 def version_of(x: Tensor) -> int:
     """The number that every write in place counts up."""
     return x._version
+
+
+def profiler_runs() -> bool:
+    """Whether a profiler of torch's records, `torch.profiler.profile` or `emit_nvtx`."""
+    return profiler._is_profiler_enabled
+
+
+def keep_address(x: Tensor) -> None:
+    """As `torch._dynamo.mark_static_address`, which would load the compiler."""
+    x._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
 # Checkpointing: the hooks of saved tensors, and the modes that see each op.

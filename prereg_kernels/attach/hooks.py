@@ -8,6 +8,7 @@ model's result gets the term added to its loss.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Hooks:
         self._reads_batch = settings == ("pre_llm", "patch", 1)
         self._reads_images = config.anchor != "pre_llm" or config.level == "global"
         embeddings = state.family.embeddings_of(state.model)
-        self._compiled_values = zeros(state.heads, next(embeddings.parameters()).device)
+        self._compiled_values = _lasting(state.heads, next(embeddings.parameters()).device)
         language_model = state.family.language_model_of(state.model)
         self._names = (
             parameters_of(state.model),
@@ -201,7 +202,7 @@ class Hooks:
             current.probes = {layer: TapProbe() for layer in state.heads}
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
-        """The same in each pass: a graph's backward can write into the graph's inputs alone."""
+        """The same in each pass: a graph can write into its inputs alone."""
         if any(value.device != device for value in self._compiled_values.values()):
             self._move_compiled_values(self._compiled_values, device)
         return dict(self._compiled_values)
@@ -302,7 +303,15 @@ def _image_index(current: Pass, pooled: Tensor) -> Tensor | None:
 
 def _move(values: dict[int, Tensor], device: torch.device) -> None:
     with torch.inference_mode(False):  # backward of training will write into them
-        values.update(zeros(list(values), device))
+        values.update(_lasting(list(values), device))
+
+
+def _lasting(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
+    """Values that stay where they are: a CUDA graph that wrote to others would not be captured."""
+    values = zeros(layers, device)
+    for value in values.values():
+        private.keep_address(value)
+    return values
 
 
 def _outside_of_graphs(function: Any) -> Any:

@@ -226,7 +226,7 @@ class Taps:
             anchor,
             tap=True,
             compute_value=config.value_in_forward,
-            value_out=value,
+            value_out=None if config.value_in_forward else value,  # it is written below
             carry=current.carry,
             carry_always=current.carry is not None and config.gradient == "tap",
             probe=None if torch.compiler.is_compiling() else current.probes.get(layer),

@@ -63,7 +63,7 @@ def _backends() -> dict[str, Any]:
     facts: dict[str, Any] = {"auto": f"{auto}, {device}"}
     for name in CLASSES:
         where = torch.device("cpu") if name == "cpp" else device
-        reason = unavailable(name, where.type)
+        reason = unavailable(name, where)
         facts[name] = _coverage(name, where) if reason is None else f"does not run here: {reason}"
     return facts
 

@@ -3,6 +3,11 @@
 Both are functional, take N-dimensional tensors as the caller has them, and run below autograd.
 `prereg::pre_losses` gets its gradients from `prereg::pre_gradients`; the gradients of the latter's
 first output are the others, which it has computed already.
+
+A mask's tokens are counted by the host, which waits for the device: nothing that a CUDA graph can
+have in it. So calls with a mask are ops of their own, `prereg::masked_pre_losses` and
+`prereg::masked_pre_gradients`: torch.compile(mode="reduce-overhead") runs them outside of its
+graphs, and a call with an index inside of one.
 """
 
 from __future__ import annotations
@@ -21,15 +26,15 @@ from prereg_kernels.ops.dtypes import operand_dtype
 from prereg_kernels.ops.head_tensors import Head, by_layer
 from prereg_kernels.ops.layouts import is_turned, of_rows, places_of, rows_of
 from prereg_kernels.ops.pipeline import Needs, Problem, losses_and_gradients, losses_only
+from prereg_kernels.ops.ranges import with_ranges
 from prereg_kernels.ops.spec import Spec
 from prereg_kernels.ops.transforms import forbid_double_backward, forbid_forward_mode
 
 
 def call_losses(hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     """(S,) losses, zero where a mask leaves a position out; gradients by recomputation."""
-    return pre_losses(
-        hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack()
-    )
+    op = masked_pre_losses if is_mask(inputs.select) else pre_losses
+    return op(hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack())
 
 
 def call_gradients(
@@ -47,14 +52,14 @@ def call_gradients(
     says of hidden and of each parameter whether its gradient is needed; others are empty.
     """
     forbid_forward_mode(hidden, *inputs.parameters, coefficient, residual)
-    return pre_gradients(
+    op = masked_pre_gradients if is_mask(inputs.select) else pre_gradients
+    return op(
         hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack(),
         coefficient, residual, list(needs),
     )  # fmt: skip
 
 
-@torch.library.custom_op("prereg::pre_losses", mutates_args=())
-def pre_losses(
+def _pre_losses(
     hidden: Tensor,
     anchor: Tensor,
     select: Tensor | None,
@@ -64,14 +69,13 @@ def pre_losses(
 ) -> Tensor:
     """The op behind `call_losses`; the head and the spec are packed."""
     with torch.autocast(hidden.device.type, enabled=False):
-        index = select.nonzero().squeeze(1) if is_mask(select) else select
+        index = _counted(select) if is_mask(select) else select
         problem = _flatten(hidden, anchor, index, Head.unpack(parameters, bias_layers))
         losses = losses_only(problem, *_decide(problem, Spec.unpack(spec)))
         return _to_slots(losses, select, index)
 
 
-@torch.library.custom_op("prereg::pre_gradients", mutates_args=())
-def pre_gradients(
+def _pre_gradients(
     hidden: Tensor,
     anchor: Tensor,
     select: Tensor | None,
@@ -85,7 +89,7 @@ def pre_gradients(
     """The op behind `call_gradients`; the head and the spec are packed."""
     need_hidden, *need_parameters = needs
     with torch.autocast(hidden.device.type, enabled=False):
-        index = select.nonzero().squeeze(1) if is_mask(select) else select
+        index = _counted(select) if is_mask(select) else select
         problem = _flatten(hidden, anchor, index, Head.unpack(parameters, bias_layers))
         losses, (dh, dws, dbs) = losses_and_gradients(
             problem,
@@ -104,6 +108,19 @@ def pre_gradients(
             losses,
             *(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients),
         ]
+
+
+# The tag came with torch 2.9; before, `_counted` refuses
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+MASKED = () if _UNSAFE is None else (_UNSAFE,)
+pre_losses = torch.library.custom_op("prereg::pre_losses", _pre_losses, mutates_args=())
+masked_pre_losses = torch.library.custom_op(
+    "prereg::masked_pre_losses", _pre_losses, mutates_args=(), tags=MASKED
+)
+pre_gradients = torch.library.custom_op("prereg::pre_gradients", _pre_gradients, mutates_args=())
+masked_pre_gradients = torch.library.custom_op(
+    "prereg::masked_pre_gradients", _pre_gradients, mutates_args=(), tags=MASKED
+)
 
 
 @torch.library.custom_op("prereg::store_value", mutates_args=("out",))
@@ -133,6 +150,7 @@ def _(out: Tensor, value: Tensor) -> None:
     return None
 
 
+@masked_pre_losses.register_fake
 @pre_losses.register_fake
 def _(
     hidden: Tensor,
@@ -145,6 +163,7 @@ def _(
     return hidden.new_empty(_slots(hidden, select), dtype=Spec.unpack(spec).stat_dtype)
 
 
+@masked_pre_gradients.register_fake
 @pre_gradients.register_fake
 def _(
     hidden: Tensor,
@@ -208,7 +227,9 @@ def _gradients_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]
 
 
 pre_losses.register_autograd(_losses_backward, setup_context=_losses_context)
+masked_pre_losses.register_autograd(_losses_backward, setup_context=_losses_context)
 pre_gradients.register_autograd(_gradients_backward, setup_context=_gradients_context)
+masked_pre_gradients.register_autograd(_gradients_backward, setup_context=_gradients_context)
 
 
 def scale_by(x: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -229,6 +250,20 @@ def _as_inputs(
     _hidden, _anchor, _select, _parameters, *others = ctx.needs_input_grad
     # autograd's bookkeeping wants an empty list for an empty list, None for a list of numbers
     return dh, None, None, rest, *([] if need == [] else None for need in others)
+
+
+def _counted(mask: Tensor) -> Tensor:
+    """(N,): the places where a mask (T,) is True. Waits for the device.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which can wait for nothing.
+    """
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "visual_mask: cannot be captured into a CUDA graph, as its tokens are counted by the "
+            "host; expected visual_index"
+        )
+    return mask.nonzero().squeeze(1)
 
 
 def _flatten(hidden: Tensor, anchor: Tensor, index: Tensor | None, head: Head) -> Problem:
@@ -256,7 +291,7 @@ def _decide(problem: Problem, spec: Spec) -> tuple[Spec, Backend]:
         budget = chunk_budget(device, dtype, backend.has_wide_products(device, dtype))
         columns = problem.hidden.shape[1]
         chunk_rows = choose_chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
-    return spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows), backend
+    return spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows), with_ranges(backend)
 
 
 def _slots(hidden: Tensor, select: Tensor | None) -> Any:

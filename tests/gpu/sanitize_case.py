@@ -10,8 +10,8 @@ import torch
 from prereg_kernels import fused_pre_loss
 from prereg_kernels.ops import custom_ops
 from prereg_kernels.ops.backends.registry import choose_backend
-from prereg_kernels.ops.backends.triton.fused import FusedTritonBackend
-from prereg_kernels.ops.backends.triton.matmul_config import EVERYTHING
+from prereg_kernels.ops.backends.triton.fused.matmul_config import EVERYTHING
+from prereg_kernels.ops.backends.triton.fused.stages import FusedTritonBackend
 from tests.gpu.support import HALVES, gpu_problem
 from tests.helpers import residual_like, run, run_tap
 

@@ -13,16 +13,18 @@ import torch
 from prereg_kernels import fused_pre_loss
 from prereg_kernels.ops import custom_ops
 from prereg_kernels.ops.backends.base import Backend
-from tests.gpu.support import HALVES, assert_same, gpu_problem, needs_gpu
+from prereg_kernels.ops.gpus import nvidia_capability
+from tests.gpu.support import DEVICE, HALVES, assert_same, gpu_problem, needs_gpu
 from tests.helpers import check, check_tap, residual_like, run
 
-fused = pytest.importorskip("prereg_kernels.ops.backends.triton.fused")
-matmul_config = pytest.importorskip("prereg_kernels.ops.backends.triton.matmul_config")
+fused = pytest.importorskip("prereg_kernels.ops.backends.triton.fused.stages")
+matmul_config = pytest.importorskip("prereg_kernels.ops.backends.triton.fused.matmul_config")
 
+CAPABILITY = nvidia_capability(DEVICE) if torch.cuda.is_available() else None
 pytestmark = [
     needs_gpu,
     pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10),
+        torch.cuda.is_available() and not matmul_config.candidates("activate", CAPABILITY),
         reason="stages are fused on Hopper and Blackwell",
     ),
 ]

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from prereg_kernels import fused_pre_loss, pre_tap
-from prereg_kernels.ops.arguments import check_inputs
-from prereg_kernels.ops.custom_ops import pre_gradients, pre_losses
+from prereg_kernels.ops.arguments import check_inputs, is_mask
+from prereg_kernels.ops.custom_ops import (
+    masked_pre_gradients,
+    masked_pre_losses,
+    pre_gradients,
+    pre_losses,
+)
 from prereg_kernels.ops.spec import Spec
 from tests.helpers import Problem, make_problem, run, run_tap
 
@@ -58,8 +63,9 @@ def test_loss(recompute: bool, selector: str) -> None:
     assert all(torch.equal(ours[name], eager[name]) for name in eager)
     assert recorder.graphs == 2
     ops = {name for name in recorder.targets if name.startswith("prereg.")}
-    expected = {"prereg.pre_gradients.default"}
-    assert ops == expected | ({"prereg.pre_losses.default"} if recompute else set())
+    of_mask = "masked_" if selector == "visual_mask" else ""
+    expected = {"pre_gradients", *["pre_losses"] * recompute}
+    assert ops == {f"prereg.{of_mask}{name}.default" for name in expected}
 
 
 @pytest.mark.parametrize("with_value", (False, True))
@@ -155,7 +161,9 @@ CHECKS = (
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck_of_losses(name: str) -> None:
-    torch.library.opcheck(pre_losses, op_arguments(OPS[name], True), test_utils=CHECKS)
+    arguments = op_arguments(OPS[name], True)
+    op = masked_pre_losses if is_mask(arguments[2]) else pre_losses
+    torch.library.opcheck(op, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -170,4 +178,5 @@ def test_opcheck_of_gradients(name: str, residual: bool) -> None:
         torch.ones_like(hidden) if residual else None,
         [True, *[True] * depth, *(layer % 2 == 0 for layer in range(len(bias_layers)))],
     )
-    torch.library.opcheck(pre_gradients, (*arguments, *extra), test_utils=CHECKS)
+    op = masked_pre_gradients if is_mask(select) else pre_gradients
+    torch.library.opcheck(op, (*arguments, *extra), test_utils=CHECKS)

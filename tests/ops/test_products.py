@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.ops import products
-from prereg_kernels.ops.products import add_product, has_wide_products
+from prereg_kernels.ops.products import WideProducts, add_product
 from tests.helpers import relative_error
 
 A = torch.randn(40, 5, 30, generator=torch.Generator().manual_seed(0))
@@ -45,33 +46,103 @@ def test_the_sum_is_written_over() -> None:
     assert add_product(total, A[0], B[0], torch.float32) is total
 
 
-@pytest.mark.parametrize("version", ("2.8.0", "2.10.1+cu128", "2.11.0", "3.0.0"))
-def test_wide_products(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA: addmm takes a float32 sum from torch 2.11 on; mm makes a float32 product."""
-    called = []
+CAN = {
+    "torch 2.8": WideProducts(True, False),
+    "torch 2.11": WideProducts(True, True),
+    "ROCm": WideProducts(False, False),
+}
+
+
+@pytest.fixture
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CPU that has the products of such a GPU; what was called."""
+    can, called = CAN[request.param], list[str]()
 
     def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        if not can.product:
+            raise RuntimeError("out_dtype is not supported on this device")
         called.append("mm")
         return a.to(out_dtype) @ b.to(out_dtype)
 
     def addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: Any, out: Tensor) -> Tensor:
+        if not can.sum:
+            raise RuntimeError("self must have the same dtype as mat1")
         called.append("addmm")
         assert out is total and total.dtype == out_dtype
         return out.copy_(total + a.to(out_dtype) @ b.to(out_dtype))
 
-    monkeypatch.setattr(products, "has_wide_products", lambda device: True)
-    monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
-    assert total_error(A.bfloat16(), B.bfloat16(), torch.float32) < 1e-6
-    adds = version in ("2.11.0", "3.0.0")
-    assert called == ["mm", *["addmm" if adds else "mm"] * 39]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(products, "_found", {})
+    return called
 
 
-def test_where_products_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert not has_wide_products(cpu)
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert has_wide_products(gpu)
+@pytest.mark.parametrize("calls", CAN, indirect=True)
+def test_it_is_tried_out_whatever_the_version_says(
+    calls: list[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    can = CAN[request.node.callspec.params["calls"]]
+    monkeypatch.setattr(torch, "__version__", "1.0")
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not has_wide_products(gpu)
+    assert products._try_out(torch.device("cpu"), torch.bfloat16) == can
+
+
+@pytest.mark.parametrize("calls", CAN, indirect=True)
+def test_wide_products(
+    calls: list[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each device's sums are as exact, by what it has."""
+    can = CAN[request.node.callspec.params["calls"]]
+    monkeypatch.setattr(products, "wide_products", lambda device, dtype: can)
+    assert total_error(A.bfloat16(), B.bfloat16(), torch.float32) < 1e-6
+    later = "addmm" if can.sum else "mm"
+    assert calls == (["mm", *[later] * 39] if can.product else [])
+
+
+def test_they_are_tried_out_once_and_not_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, capturing = [], True
+    everything = CAN["torch 2.11"]
+    monkeypatch.setattr(products, "_found", {})
+    monkeypatch.setattr(products, "_try_out", lambda *key: tried.append(key) or everything)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    gpus = [torch.device("cuda", i) for i in range(2)]
+    assert products.wide_products(gpus[0], torch.bfloat16) == CAN["ROCm"]
+    capturing = False
+    for gpu in gpus * 2:
+        assert products.wide_products(gpu, torch.bfloat16) == everything
+    capturing = True
+    assert products.wide_products(gpus[0], torch.bfloat16) == everything
+    assert tried == [(gpu, torch.bfloat16) for gpu in gpus]
+    for device, dtype in ((torch.device("cpu"), torch.bfloat16), (gpus[0], torch.float32)):
+        assert products.wide_products(device, dtype) == CAN["ROCm"]
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize("calls", ["torch 2.11"], indirect=True)
+def test_float16_that_accumulates_in_float16(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where such products then raise: the setting is asked in each call."""
+    mm = torch.mm
+
+    def strict(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        if a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+            raise RuntimeError("out_dtype needs full precision")
+        return mm(a, b, out_dtype)
+
+    def on_gpu(device: torch.device, dtype: torch.dtype) -> WideProducts:
+        return tried_on(torch.device("cuda"), dtype)
+
+    try_out, tried_on = products._try_out, products.wide_products
+    monkeypatch.setattr(torch, "mm", strict)
+    monkeypatch.setattr(products, "_try_out", lambda _, dtype: try_out(torch.device("cpu"), dtype))
+    monkeypatch.setattr(products, "wide_products", on_gpu)
+    for accumulates in (False, True, False):
+        matmul = SimpleNamespace(allow_fp16_accumulation=accumulates)
+        monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+        calls.clear()
+        assert total_error(A.half(), B.half(), torch.float32) < 1e-6
+        assert bool(calls) == (not accumulates)
+        assert total_error(A.bfloat16(), B.bfloat16(), torch.float32) < 1e-6
+        assert calls

@@ -86,7 +86,7 @@ def _loss(
             anchor = meta(columns, POSITIONS, dtype=dtype).T
         chunk = LossChunk(
             z,
-            meta(columns, dtype=dtype) if head else None,
+            bias_of(columns, dtype) if head else None,
             anchor,
             index(),
             meta(ROWS, dtype=spec.stat_dtype),

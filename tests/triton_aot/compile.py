@@ -57,7 +57,8 @@ def compile_all(target: str, everything: bool) -> list[dict[str, Any]]:
                 if kernel.hash not in seen:
                     seen.add(kernel.hash)
                     flags = {"wide": case.wide, "tensor_cores": case.tensor_cores}
-                    compiled.append({"case": case.name, "expects": flags, **inspect(kernel)})
+                    known = {"case": case.name, "quick": case.quick, "expects": flags}
+                    compiled.append(known | inspect(kernel))
     return compiled
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.ops.backends.base import LossChunk
-from prereg_kernels.ops.backends.triton.matmul_config import STAGES, MatmulConfig, candidates
+from prereg_kernels.ops.backends.triton.fused.matmul_config import STAGES, MatmulConfig, candidates
 from prereg_kernels.ops.spec import Spec
 from tests.helpers import KERNEL_ACTIVATIONS
 from tests.triton_aot.cases import meta
@@ -91,7 +91,7 @@ def variants(stage: str, everything: bool) -> Iterator[tuple[str, Launch]]:
 
 def _activate(dtype: torch.dtype, activation: str, store_u: bool = True) -> Launch:
     def launch(config: MatmulConfig) -> None:
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_activate
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import linear_activate
 
         x, weight, g = _chunk(dtype), _weight(dtype), _chunk(dtype)
         u, bias = _chunk(dtype) if store_u else g, meta(WIDTH, dtype=dtype)
@@ -102,7 +102,7 @@ def _activate(dtype: torch.dtype, activation: str, store_u: bool = True) -> Laun
 
 def _losses(dtype: torch.dtype, loss: str, anchor_dtype: torch.dtype | None = None) -> Launch:
     def launch(config: MatmulConfig) -> None:
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_losses
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import linear_losses
 
         anchor = meta(POSITIONS, WIDTH, dtype=anchor_dtype or dtype)
         spec = Spec("gelu", loss, "none", 1e-8, dtype)
@@ -117,7 +117,9 @@ def _losses(dtype: torch.dtype, loss: str, anchor_dtype: torch.dtype | None = No
 
 def _backward_activation(dtype: torch.dtype, activation: str) -> Launch:
     def launch(config: MatmulConfig) -> None:
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_backward_activation
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import (
+            linear_backward_activation,
+        )
 
         linear_backward_activation(
             _chunk(dtype), _weight(dtype), _chunk(dtype), activation, _chunk(dtype),
@@ -129,7 +131,7 @@ def _backward_activation(dtype: torch.dtype, activation: str) -> Launch:
 
 def _backward_scatter(dtype: torch.dtype, into_dtype: torch.dtype, accumulate: bool) -> Launch:
     def launch(config: MatmulConfig) -> None:
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_backward_scatter
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import linear_backward_scatter
 
         into = meta(POSITIONS, WIDTH, dtype=into_dtype)
         residual = torch.empty_like(into) if accumulate else None

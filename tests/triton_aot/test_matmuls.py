@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.triton_aot.test_aot import EVERYTHING, VERSIONS, compile_with, problems_of_any
+from tests.triton_aot.test_aot import AOT, VERSIONS, compile_with, problems_of_any
 
 TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
 @pytest.mark.parametrize("target", TENSOR_CORES)
-@pytest.mark.parametrize("version", VERSIONS if EVERYTHING else VERSIONS[-1:])
+@pytest.mark.parametrize("version", VERSIONS if AOT else VERSIONS[-1:])
 def test_compiles_well(version: str, target: str) -> None:
     kernels = compile_with(version, "matmuls", target)
     assert {kernel["stage"] for kernel in kernels} == {

@@ -48,6 +48,13 @@ def test_current_autograd_node() -> None:
     assert private.current_autograd_node() is None
 
 
+def test_profiler_runs() -> None:
+    assert not private.profiler_runs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert private.profiler_runs()
+    assert not private.profiler_runs()
+
+
 def test_after_backward() -> None:
     """Also what a backward pass within it asks for waits for the end of the outer one."""
     x, seen = leaf(1.0), list[str]()
@@ -125,6 +132,14 @@ def test_version_of() -> None:
     assert private.version_of(x) == private.version_of(view) == 0
     view.add_(1)
     assert private.version_of(x) == private.version_of(view) == 1
+
+
+def test_keep_address() -> None:
+    """All that torch's own function does is to set what we set."""
+    ours, theirs = torch.zeros(()), torch.zeros(())
+    private.keep_address(ours)
+    torch._dynamo.mark_static_address(theirs)
+    assert vars(ours) == vars(theirs) != {}
 
 
 def test_hooks_of_saved_tensors() -> None:

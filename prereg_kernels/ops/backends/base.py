@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prereg_kernels.ops.products import add_product, has_wide_products
+from prereg_kernels.ops.products import add_product, wide_products
 from prereg_kernels.ops.spec import Spec
 
 
@@ -44,12 +44,12 @@ class Backend(ABC):
     name: str
 
     @staticmethod
-    def unavailable(device_type: str) -> str | None:
-        """Why it does not run on such devices here, in one line; None if it does."""
+    def unavailable(device: torch.device | str) -> str | None:
+        """Why it does not run on this device here, in one line; None if it does."""
         return None
 
     @staticmethod
-    def note_absence(device_type: str) -> None:
+    def note_absence(device: torch.device, reason: str) -> None:
         """Called once where "auto" would have taken it, and it does not run: a place to warn."""
         return None
 
@@ -167,7 +167,7 @@ class Backend(ABC):
 
     def has_wide_products(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `add_product` sums products of 16-bit operands in float32 without a copy."""
-        return has_wide_products(device)
+        return wide_products(device, dtype).product
 
     def bias_left(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The bias that `linear`, with operands of this dtype, leaves to the next primitive."""

@@ -11,9 +11,9 @@ from prereg_kernels.ops.backends.cpp_libraries import find_libraries, load, warn
 from prereg_kernels.ops.spec import Spec
 
 
-def unavailable(device_type: str) -> str | None:
-    """Why the backend does not run on such devices here, in one line; None if it does."""
-    if device_type != "cpu":
+def unavailable(device: torch.device | str) -> str | None:
+    """Why the backend does not run on this device here, in one line; None if it does."""
+    if torch.device(device).type != "cpu":
         return "it is for CPUs only"
     return find_libraries().reason
 
@@ -29,8 +29,8 @@ class CppBackend(Backend):
     unavailable = staticmethod(unavailable)
 
     @staticmethod
-    def note_absence(device_type: str) -> None:
-        if device_type == "cpu":
+    def note_absence(device: torch.device, reason: str) -> None:
+        if device.type == "cpu":
             warn_if_not_built()
 
     def __init__(self, variant: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import Literal
@@ -18,11 +19,16 @@ logger = logging.getLogger(__name__)
 # its class. "auto" takes the first that runs on the device and takes the call.
 BackendName = Literal["auto", "triton", "cpp", "torch"]
 CLASSES = {
-    "triton": ("triton.fused", "FusedTritonBackend"),
+    "triton": ("triton.backend", "TritonBackend"),
     "cpp": ("cpp", "CppBackend"),
     "torch": ("torch", "TorchBackend"),
 }
 FASTEST_FIRST = tuple(CLASSES)
+# In place of "triton", with fused matmuls, where PREREG_FUSED names one
+FUSED = {
+    "triton": ("triton.fused.stages", "FusedTritonBackend"),
+    "quack": ("triton.fused.quack", "QuackBackend"),
+}
 BACKENDS = ("auto", *CLASSES)
 
 
@@ -33,21 +39,23 @@ def choose_backend(name: str, device: torch.device, spec: Spec | None = None) ->
         ValueError: an unknown backend, or one that does not run on `device` here or does not take
             the call, and why.
     """
-    return _choose(name, device.type, spec)
+    if device.index is None and device.type == "cuda":  # which may be another one next time
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _choose(name, device, spec)
 
 
-def unavailable(name: str, device_type: str) -> str | None:
-    """Why the backend does not run on such devices here, in one line; None if it does."""
-    return _class(name).unavailable(device_type)
+def unavailable(name: str, device: torch.device | str) -> str | None:
+    """Why the backend does not run on this device here, in one line; None if it does."""
+    return _class(name).unavailable(device)
 
 
 @lru_cache(maxsize=1024)  # so that a call costs a look-up
-def _choose(name: str, device_type: str, spec: Spec | None) -> Backend:
+def _choose(name: str, device: torch.device, spec: Spec | None) -> Backend:
     check_name("backend", name, BACKENDS)
     if name == "auto":
-        return next(filter(None, (_accept(each, device_type, spec) for each in FASTEST_FIRST)))
-    if reason := unavailable(name, device_type):
-        raise ValueError(f"backend={name!r}: does not run on {device_type} here: {reason}")
+        return next(filter(None, (_accept(each, device, spec) for each in FASTEST_FIRST)))
+    if reason := unavailable(name, device):
+        raise ValueError(f"backend={name!r}: does not run on {device} here: {reason}")
     backend = _make(name)
     if refused := spec and backend.refuses(spec):
         raise ValueError(
@@ -57,12 +65,12 @@ def _choose(name: str, device_type: str, spec: Spec | None) -> Backend:
     return backend
 
 
-def _accept(name: str, device_type: str, spec: Spec | None) -> Backend | None:
+def _accept(name: str, device: torch.device, spec: Spec | None) -> Backend | None:
     """The backend, if "auto" may take it."""
-    if _class(name).on_request_only(device_type):
+    if _class(name).on_request_only(device.type):
         return None
-    if reason := unavailable(name, device_type):
-        _note_absence(name, device_type, reason)
+    if reason := unavailable(name, device):
+        _note_absence(name, device, reason)
         return None
     backend = _make(name)
     if refused := spec and backend.refuses(spec):
@@ -72,9 +80,9 @@ def _accept(name: str, device_type: str, spec: Spec | None) -> Backend | None:
 
 
 @cache
-def _note_absence(name: str, device_type: str, reason: str) -> None:
-    _log(name, f"does not run on {device_type} here: {reason}")
-    _class(name).note_absence(device_type)
+def _note_absence(name: str, device: torch.device, reason: str) -> None:
+    _log(name, f"does not run on {device} here: {reason}")
+    _class(name).note_absence(device, reason)
 
 
 @cache
@@ -86,6 +94,9 @@ def _log(name: str, reason: str) -> None:
 @cache
 def _class(name: str) -> type[Backend]:
     module, member = CLASSES[name]
+    if name == "triton" and (provider := os.environ.get("PREREG_FUSED")):
+        check_name("PREREG_FUSED", provider, tuple(FUSED))
+        module, member = FUSED[provider]
     found: type[Backend] = getattr(import_module(f"{__package__}.{module}"), member)
     return found
 

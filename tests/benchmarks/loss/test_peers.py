@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common.timing import Effort
-from benchmarks.loss import gpu, peers, test_cpu
+from benchmarks.loss import gpu, peers
 from benchmarks.loss.cases import LLAVA, MASTER_WEIGHTS, Case, make_tensors, tiny
-from benchmarks.loss.checks import WrongResultError, full_truth
+from benchmarks.loss.checks import WrongResultError, check_slice, full_truth
 from benchmarks.loss.cpu import CPU, cpu_case
 from benchmarks.loss.measure import run_case
 from benchmarks.loss.peers import PEERS, Peer, Where
 from benchmarks.loss.work import Floor, Work
 from benchmarks.step import models
+from prereg_kernels import pre_tap
 
 CASES = (tiny(LLAVA), cpu_case(60, 16, torch.float32), tiny(MASTER_WEIGHTS))
 EAGER = [peer for peer in PEERS if not peer.compile_seconds]
@@ -77,9 +78,40 @@ def test_a_peer_computes_the_loss(case: Case, peer: Peer) -> None:
     results = ["loss", "dhidden", "dW0", "dW1", "db0", "db1"] if peer.grad else ["loss"]
     assert list(checked["errors"]) == results
     assert max(checked["errors"].values()) < (2e-2 if case.text else 1e-5)
-    wrong = Peer("wrong", lambda: lambda *a, **k: 1.1 * peer.loss()(*a, **k), grad=peer.grad)
+    wrong = replace(peer, make=lambda: lambda *a, **k: off(peer.make()(*a, **k)))
     with pytest.raises(WrongResultError, match="loss: error"):
         truth.check(Work(wrong, tensors))
+
+
+def off(found: Any) -> Any:
+    """A loss that is a tenth too large, with what may stand before it."""
+    return (found[0], 1.1 * found[1]) if isinstance(found, tuple) else 1.1 * found
+
+
+@pytest.mark.parametrize("residual", ("forgotten", "doubled"))
+def test_a_tap_adds_the_gradient_of_later_layers_once(residual: str) -> None:
+    def wrong(hidden: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        tapped, loss = pre_tap(hidden, *arguments, **options)
+        return (tapped.detach().requires_grad_() if residual == "forgotten" else 2 * tapped), loss
+
+    [tap] = [peer for peer in PEERS if peer.residual]
+    tensors = make_tensors(CASES[0], CPU)
+    truth = full_truth(CASES[0], tensors)
+    assert truth is not None
+    peer = replace(tap, make=lambda: wrong)
+    with pytest.raises(WrongResultError, match="dhidden: error"):
+        truth.check(Work(peer, tensors))
+    with pytest.raises(WrongResultError, match="dhidden"):
+        check_slice(peer, CASES[0], CPU)
+
+
+def test_the_gradient_of_later_layers_is_as_large_as_the_loss_s() -> None:
+    [tap] = [peer for peer in PEERS if peer.residual]
+    for case in CASES:
+        work = Work(tap, make_tensors(case, CPU))
+        later, own = work.upstream[1], work.results()["dhidden"]
+        assert later is not None
+        assert 0.1 < later.double().norm() / own.norm() < 10
 
 
 @pytest.mark.usefixtures("a_line_more")
@@ -94,50 +126,6 @@ def test_a_line_is_enough_on_a_gpu(tmp_path: Any) -> None:
     assert list(record["variants"])[-1] == "new"
     assert record["variants"]["new"]["ratio_to_floor"] > 0
     assert record["variants"]["new"]["check"]["errors"]["dW0"] < 0.02
-
-
-@pytest.mark.usefixtures("a_line_more")
-def test_a_line_is_enough_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = imported_again("benchmarks.loss.cpu")
-    names = list(cpu.PEERS)
-    assert "new" in names and names.index("new") < names.index("fused")  # ours are the last
-    step = cpu.make_step("new", CASES[1], make_tensors(CASES[1], CPU))
-    step()
-    monkeypatch.setattr(cpu, "PEERS", {name: cpu.PEERS[name] for name in ("eager", "new", "fused")})
-    for name in ("PEERS", "make_step"):
-        monkeypatch.setattr(test_cpu, name, getattr(cpu, name))
-    monkeypatch.setattr(test_cpu, "NAMES", (cpu.FLOOR, *cpu.PEERS))
-    monkeypatch.setattr(test_cpu, "THREADS", 1)
-    monkeypatch.setattr(test_cpu, "EFFORT", Effort(2, 3, 60.0))
-    times = test_cpu.measure.__wrapped__(CASES[1])
-    assert {name: len(values) for name, values in times.items()} == {
-        "floor": 3, "eager": 3, "new": 3, "fused": 3,
-    }  # fmt: skip
-    # what runs on emulated products alone runs once
-    monkeypatch.setattr(test_cpu, "is_emulated", lambda dtype: True)
-    times = test_cpu.measure.__wrapped__(CASES[1])
-    assert {name: len(values) for name, values in times.items()} == {
-        "floor": 3, "eager": 1, "new": 1, "fused": 3,
-    }  # fmt: skip
-
-
-def test_cpu_times_are_milliseconds_and_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sleep() -> None:
-        time.sleep(0.02)
-
-    def fail() -> None:
-        raise ValueError("a broken peer")
-
-    steps = {"floor": sleep, "eager": lambda: None}
-    monkeypatch.setattr(test_cpu, "NAMES", tuple(steps))
-    monkeypatch.setattr(test_cpu, "THREADS", 1)
-    monkeypatch.setattr(test_cpu, "EFFORT", Effort(2, 2, 0.0))
-    monkeypatch.setattr(test_cpu, "make_step", lambda name, case, tensors: steps[name])
-    times = test_cpu.measure.__wrapped__(CASES[1])
-    assert min(times["floor"]) >= 20 and max(times["eager"]) < 20
-    steps["eager"] = fail
-    with pytest.raises(RuntimeError, match="a broken peer"):
-        test_cpu.measure.__wrapped__(CASES[1])
 
 
 @pytest.mark.usefixtures("a_line_more")

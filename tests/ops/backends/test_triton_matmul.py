@@ -17,10 +17,9 @@ from torch import Tensor
 from prereg_kernels.ops import custom_ops, dtypes
 from prereg_kernels.ops.activations import ACTIVATIONS
 from prereg_kernels.ops.backends.base import LossChunk
-from prereg_kernels.ops.backends.triton import fused
 from prereg_kernels.ops.backends.triton.backend import TritonBackend, interpreting, unavailable
-from prereg_kernels.ops.backends.triton.fused import FusedStages, FusedTritonBackend
-from prereg_kernels.ops.backends.triton.matmul_config import (
+from prereg_kernels.ops.backends.triton.fused import stages
+from prereg_kernels.ops.backends.triton.fused.matmul_config import (
     EVERYTHING,
     SINGLE,
     STAGES,
@@ -30,14 +29,14 @@ from prereg_kernels.ops.backends.triton.matmul_config import (
     MatmulConfig,
     candidates,
     choose_config,
-    choose_plan,
 )
+from prereg_kernels.ops.backends.triton.fused.stages import FusedStages, FusedTritonBackend
 from prereg_kernels.ops.spec import Spec
 from tests.helpers import KERNEL_ACTIVATIONS, Problem, check, make_problem, relative_error
 
 DEVICE = torch.device("cpu" if interpreting() or not torch.cuda.is_available() else "cuda")
 RUNS = unavailable(DEVICE.type) is None and (
-    DEVICE.type == "cpu" or fused._gpu(DEVICE)[0] >= (9, 0)
+    DEVICE.type == "cpu" or stages._gpu(DEVICE)[0] >= (9, 0)
 )
 needs_triton = pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1, or a GPU with TMA")
 
@@ -161,7 +160,7 @@ class TestLinearActivate:
         assert_rounded(g, true_g)
 
     def test_one_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from prereg_kernels.ops.backends.triton import matmul_launch
+        from prereg_kernels.ops.backends.triton.fused import matmul_launch
 
         launch, stored = matmul_launch._launch, []
 
@@ -387,7 +386,7 @@ class Names(TritonBackend):
 
 
 class Falling(FusedStages, Names):
-    def __init__(self, plan: FusionPlan | None) -> None:
+    def __init__(self, plan: FusionPlan) -> None:
         Names.__init__(self)
         FusedStages.__init__(self, plan, SMALL)
 
@@ -414,8 +413,7 @@ def call_all(backend: Falling, **changes: Any) -> list[str]:
 
 @needs_triton
 class TestFallsBack:
-    def test_nothing_is_fused_by_default(self) -> None:
-        assert call_all(Falling(None)) == list(STAGES)
+    def test_an_empty_plan_fuses_nothing(self) -> None:
         assert call_all(Falling(FusionPlan())) == list(STAGES)
 
     @pytest.mark.parametrize("stage", STAGES)
@@ -462,13 +460,13 @@ class TestFallsBack:
 
     def test_gpus_without_the_instructions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for capability in ((8, 0), (8, 9), (12, 0), None):
-            monkeypatch.setattr(fused, "_gpu", lambda _, c=capability: (c, 4))
+            monkeypatch.setattr(stages, "_gpu", lambda _, c=capability: (c, 4))
             assert call_all(Falling(EVERYTHING)) == list(STAGES)
 
 
 def run_fused(monkeypatch: pytest.MonkeyPatch, problem: Problem, **options: Any) -> set[str]:
     """Apply the rule to the whole pipeline, every stage fused; which kernels were launched."""
-    from prereg_kernels.ops.backends.triton import matmul_launch
+    from prereg_kernels.ops.backends.triton.fused import matmul_launch
 
     launched: set[str] = set()
     launch = matmul_launch._launch
@@ -506,10 +504,6 @@ class TestPipeline:
 
 
 class TestConfigurations:
-    def test_nothing_is_fused_before_it_is_measured(self) -> None:
-        for capability in (None, (8, 0), (9, 0), (10, 0), (12, 0)):
-            assert choose_plan(capability) == FusionPlan(False, False, False, False)
-
     def test_where_it_runs(self) -> None:
         for stage in STAGES:
             assert candidates(stage, (9, 0)) and candidates(stage, (10, 3))

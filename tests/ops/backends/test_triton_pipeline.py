@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from prereg_kernels import fused_pre_loss
+from prereg_kernels.ops.backends.triton import backend as triton_backend
 from prereg_kernels.ops.backends.triton.backend import interpreting, unavailable
 from tests.helpers import check, check_tap, make_problem, residual_like, run
 
@@ -46,11 +47,15 @@ def test_heads(widths: tuple[int, ...]) -> None:
     check(make_problem((4,), widths, dtype=torch.bfloat16), chunk_rows=3, backend="triton")
 
 
-def test_tap_and_recomputation() -> None:
-    problem = make_problem(visual_index=INDEX)
-    residual = residual_like(problem.hidden)
-    check_tap(problem, 0.37, residual, chunk_rows=3, backend="triton", compute_value=True)
-    check(problem, factor=0.37, chunk_rows=3, backend="triton", recompute=True)
+@pytest.mark.parametrize("small", (False, True))
+def test_tap_and_recomputation(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large batch, rows that are not visual are copied alone."""
+    monkeypatch.setattr(triton_backend, "SMALL_COPY", 2**24 if small else 0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = make_problem(visual_index=INDEX, dtype=dtype)
+        residual = residual_like(problem.hidden)
+        check_tap(problem, 0.37, residual, chunk_rows=3, backend="triton", compute_value=True)
+        check(problem, factor=0.37, chunk_rows=3, backend="triton", recompute=True)
 
 
 def test_master_weights_and_no_tokens() -> None:

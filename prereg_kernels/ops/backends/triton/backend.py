@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.backends.triton.compiler import COMPILER, missing_compiler
+from prereg_kernels.ops.gpus import nvidia_capability
 from prereg_kernels.ops.spec import Spec
 
 LOSSES = ("cosine", "mse", "smooth_l1", "l1")  # of loss_math.py
@@ -17,14 +21,15 @@ OLDEST_CAPABILITY = (8, 0)
 SMALL_COPY = 2**24  # bytes that take less time than the two launches which would spare a part
 
 
-def unavailable(device_type: str) -> str | None:
-    """Why the backend does not run on such devices here; None if it does.
+def unavailable(device: torch.device | str) -> str | None:
+    """Why the backend does not run on this device here; None if it does.
 
     AMD's GPUs are "cuda" too. On the CPU kernels are interpreted, for tests.
     """
-    if device_type == "cpu" and not interpreting():
+    device = torch.device(device)
+    if device.type == "cpu" and not interpreting():
         return "Triton runs on a CPU only under TRITON_INTERPRET=1, which is slow and for tests"
-    if device_type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda"):
         return "Triton kernels are for NVIDIA and AMD GPUs"
     try:
         import triton
@@ -33,13 +38,21 @@ def unavailable(device_type: str) -> str | None:
     version = tuple(int(number) for number in triton.__version__.split(".")[:2])
     if version < OLDEST:
         return f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} is needed"
-    if device_type == "cuda" and torch.version.hip is None:
-        for device in range(torch.cuda.device_count()):
-            capability = torch.cuda.get_device_capability(device)
-            if capability < OLDEST_CAPABILITY:
-                number = ".".join(map(str, capability))
-                return f"GPU {device} has compute capability {number}: 8.0 is needed"
-    return None
+    if device.type == "cpu":
+        return None
+    capability = nvidia_capability(device)
+    if capability is not None and capability < OLDEST_CAPABILITY:
+        number = ".".join(map(str, capability))
+        return f"GPU {device.index or 0} has compute capability {number}: 8.0 is needed"
+    return missing_compiler()
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"PRe runs without its Triton kernels on this machine's GPUs, and is slower: {reason}",
+        stacklevel=2,
+    )
 
 
 def interpreting() -> bool:
@@ -56,6 +69,11 @@ class TritonBackend(Backend):
 
     name = "triton"
     unavailable = staticmethod(unavailable)
+
+    @staticmethod
+    def note_absence(device: torch.device, reason: str) -> None:
+        if COMPILER in reason:
+            _warn_once(reason)
 
     @staticmethod
     def on_request_only(device_type: str) -> bool:

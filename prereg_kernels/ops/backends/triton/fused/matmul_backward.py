@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from prereg_kernels.ops.backends.triton.activation import activation_gradient
-from prereg_kernels.ops.backends.triton.matmul import (
+from prereg_kernels.ops.backends.triton.fused.matmul import (
     column_parts,
     row_numbers,
     tile_position,

@@ -9,17 +9,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton import config as blocks
-from prereg_kernels.ops.backends.triton.launch import on_device_of
-from prereg_kernels.ops.backends.triton.matmul_backward import (
+from prereg_kernels.ops.backends.triton.fused.matmul_backward import (
     linear_backward_activation_kernel,
     linear_backward_scatter_kernel,
 )
-from prereg_kernels.ops.backends.triton.matmul_config import MatmulConfig
-from prereg_kernels.ops.backends.triton.matmul_forward import (
+from prereg_kernels.ops.backends.triton.fused.matmul_config import MatmulConfig
+from prereg_kernels.ops.backends.triton.fused.matmul_forward import (
     combine_losses_kernel,
     linear_activate_kernel,
     linear_losses_kernel,
 )
+from prereg_kernels.ops.backends.triton.launch import on_device_of
 from prereg_kernels.ops.backends.triton.sums import add_partials
 from prereg_kernels.ops.spec import Spec
 

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from prereg_kernels.ops.backends.triton.activation import activated
-from prereg_kernels.ops.backends.triton.loss_math import loss_terms
-from prereg_kernels.ops.backends.triton.matmul import (
+from prereg_kernels.ops.backends.triton.fused.matmul import (
     column_parts,
     row_numbers,
     tile_position,
     tile_product,
 )
+from prereg_kernels.ops.backends.triton.loss_math import loss_terms
 
 
 @triton.jit(do_not_specialize=["M"])

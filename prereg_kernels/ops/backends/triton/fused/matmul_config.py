@@ -15,7 +15,7 @@ class FusionPlan:
 
     A stage is switched on only where it was measured to beat cuBLAS and the row kernel after it: a
     fused matmul saves their passes over memory, and loses what it is slower than cuBLAS. Nothing is
-    measured yet.
+    measured yet, so that all of them are off unless PREREG_FUSED asks for them.
     """
 
     activate: bool = False
@@ -25,12 +25,6 @@ class FusionPlan:
 
 
 EVERYTHING = FusionPlan(True, True, True, True)
-MEASURED: dict[tuple[int, int], FusionPlan] = {}  # by compute capability
-
-
-def choose_plan(capability: tuple[int, int] | None) -> FusionPlan:
-    """The plan for NVIDIA GPUs of this compute capability; None: others."""
-    return FusionPlan() if capability is None else MEASURED.get(capability, FusionPlan())
 
 
 @dataclass(frozen=True)

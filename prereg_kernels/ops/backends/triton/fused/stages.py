@@ -1,4 +1,4 @@
-"""The stages of the algorithm as fused matmuls, where the plan says so and the tensors allow it."""
+"""The stages of the algorithm as fused matmuls in Triton, where the plan and the tensors allow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from prereg_kernels.ops.backends.base import Backend, LossChunk
 from prereg_kernels.ops.backends.triton.backend import TritonBackend
-from prereg_kernels.ops.backends.triton.matmul_config import (
+from prereg_kernels.ops.backends.triton.fused.matmul_config import (
+    EVERYTHING,
     FusionPlan,
     MatmulConfig,
     choose_config,
-    choose_plan,
 )
+from prereg_kernels.ops.gpus import nvidia_capability
 from prereg_kernels.ops.spec import Spec
 
 INTERPRETED_GPU = ((9, 0), 4)  # what the interpreter stands for
@@ -29,8 +30,8 @@ class FusedStages(Backend):
     16-bit operands, and as in the backend's stages the bias is in u: the two mix.
     """
 
-    def __init__(self, plan: FusionPlan | None = None, config: MatmulConfig | None = None) -> None:
-        """plan: None, the one for the GPU; config: of every fused matmul, None the heuristic's."""
+    def __init__(self, plan: FusionPlan = EVERYTHING, config: MatmulConfig | None = None) -> None:
+        """config: of every fused matmul; None: the heuristic's."""
         self.plan, self.config = plan, config
 
     def linear_activate(
@@ -39,7 +40,7 @@ class FusedStages(Backend):
         config = self._choose("activate", x, weight, g, u)
         if config is None:
             return super().linear_activate(x, weight, bias, activation, u, g)
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_activate
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import linear_activate
 
         linear_activate(x, weight, bias, activation, u, g, config, _gpu(x.device)[1])
 
@@ -53,7 +54,7 @@ class FusedStages(Backend):
             config = self._choose("losses", x, weight, chunk.z)
         if config is None:
             return super().linear_losses(x, weight, bias, chunk, spec)
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_losses
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import linear_losses
 
         linear_losses(x, weight, bias, chunk, spec, config, _gpu(x.device)[1])
 
@@ -70,7 +71,9 @@ class FusedStages(Backend):
         config = self._choose("backward_activation", d, weight, du, u)
         if config is None:
             return super().linear_backward_activation(d, weight, u, bias, activation, du, sums)
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_backward_activation
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import (
+            linear_backward_activation,
+        )
 
         sms = _gpu(d.device)[1]
         linear_backward_activation(d, weight, u, activation, du, sums, config, sms)
@@ -92,7 +95,7 @@ class FusedStages(Backend):
             config = self._choose("backward_scatter", d, weight, scratch)
         if config is None:
             return super().linear_backward_scatter(d, weight, into, index, scale, residual, scratch)
-        from prereg_kernels.ops.backends.triton.matmul_launch import linear_backward_scatter
+        from prereg_kernels.ops.backends.triton.fused.matmul_launch import linear_backward_scatter
 
         sms = _gpu(d.device)[1]
         linear_backward_scatter(d, weight, into, index, scale, residual, config, sms)
@@ -102,9 +105,8 @@ class FusedStages(Backend):
     ) -> MatmulConfig | None:
         """The configuration for product (M, N) = x (M, K) and the weight; None: not fused."""
         capability, multiprocessors = _gpu(x.device)
-        plan = choose_plan(capability) if self.plan is None else self.plan
         described = (x, weight, product, *others)
-        if not getattr(plan, stage) or not all(_describable(y, x.dtype) for y in described):
+        if not getattr(self.plan, stage) or not all(describable(y, x.dtype) for y in described):
             return None
         rows, columns = product.shape
         config = choose_config(stage, rows, columns, x.itemsize, capability, multiprocessors)
@@ -112,10 +114,10 @@ class FusedStages(Backend):
 
 
 class FusedTritonBackend(FusedStages, TritonBackend):
-    """The Triton backend; with the default plan no stage differs from `TritonBackend`."""
+    """The Triton backend, its stages fused."""
 
 
-def _describable(x: Tensor, dtype: torch.dtype) -> bool:
+def describable(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor descriptor can stand for the matrix, in this dtype."""
     return (
         x.dtype == dtype
@@ -139,6 +141,4 @@ def _gpu(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     if device.type == "cpu":
         return INTERPRETED_GPU
     properties = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    capability = (properties.major, properties.minor) if nvidia else None
-    return capability, properties.multi_processor_count
+    return nvidia_capability(device), properties.multi_processor_count
