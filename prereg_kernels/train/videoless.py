@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoTokenizer, BaseVideoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import PushToHubMixin
@@ -47,6 +48,9 @@ def load_without_videos(path: str | Path) -> Any:
     """
     kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
     parts = [_PARTS[name](path) for name in kind.get_attributes()]
+    if not hasattr(transformers, "VideoProcessorMixin"):
+        # From 5.24 on processors ask for it, and it is there beside torchvision alone.
+        transformers.VideoProcessorMixin = VideoSettings
     return kind.from_args_and_dict(parts, kind.get_processor_dict(path)[0])
 
 
