@@ -1,6 +1,6 @@
 """What `prereg train` reads a second, against what the tiny model of the example trains on.
 
-    python -m benchmarks.studies.input_pipeline             # under two minutes on two cores
+    python -m benchmarks.studies.input_pipeline             # three minutes on two cores
     python -m benchmarks.studies.input_pipeline --table     # prints what is there
 
 The samples are made up: photographs' crops of 96 x 96 pixels, a question and an answer each, in
