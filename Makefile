@@ -112,13 +112,13 @@ test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by 
 test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command (7 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_trl.py
 
-test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command (27 minutes beside other work)
+test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command (14 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
 
 test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (22 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
 
-test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (16 minutes beside other work)
+test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (14 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
 
 test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
@@ -129,7 +129,7 @@ test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ra
 	    tests/train/test_deepspeed.py tests/trainers/test_deepspeed.py \
 	    tests/trainers/test_accelerate_configs.py
 
-test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (8 minutes)
+test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (9 minutes)
 	$(BIN)/python -m pytest -m ranks tests/train
 
 test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)

@@ -21,6 +21,7 @@ class TapInLayer:
 
     Args:
         first, layer: the decoder's first layer, and the one that is regularised.
+        width, image_id: of the states; the id in `input_ids` that stands for an image's rows.
         rank, ranks: of the tensor-parallel group, with sequence parallelism; else 0 and 1.
 
     Attributes:
@@ -30,11 +31,11 @@ class TapInLayer:
     """
 
     def __init__(
-        self, model: nn.Module, first: nn.Module, layer: nn.Module, width: int,
+        self, model: nn.Module, first: nn.Module, layer: nn.Module, width: int, image_id: int,
         weight: float = 0.5, rank: int = 0, ranks: int = 1,
     ) -> None:  # fmt: skip
         self.weight, self.scale, self.value = weight, 1.0, torch.zeros(())
-        self.rank, self.ranks = rank, ranks
+        self.image_id, self.rank, self.ranks = image_id, rank, ranks
         self._mask = self._anchor = torch.zeros(())
         layer.pre_head = self.head = PReHead(width, width, seed=0)
         for parameter in self.head.parameters():  # Megatron adds its gradients up over the group
@@ -44,7 +45,7 @@ class TapInLayer:
         layer.register_forward_hook(self._tap)
 
     def _see_ids(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self._mask = kwargs["input_ids"] == IMAGE  # (B, S), all positions
+        self._mask = kwargs["input_ids"] == self.image_id  # (B, S), all positions
 
     def _see_features(self, first: nn.Module, args: Any, kwargs: Any) -> None:
         states = args[0] if args else kwargs["hidden_states"]
@@ -54,6 +55,7 @@ class TapInLayer:
         if not layer.training:
             return None
         states = output[0] if isinstance(output, tuple) else output
+        self.value = self.value.to(states.device)
         tapped, _ = self.head.tap(
             states, self._anchor, layout="sbh",
             visual_mask=self._mask.chunk(self.ranks, dim=1)[self.rank],
@@ -66,7 +68,7 @@ class TapInLayer:
 def main() -> None:
     torch.manual_seed(0)
     model = MegatronModel()
-    pre = TapInLayer(model, model.layers[0], model.layers[1], WIDTH)
+    pre = TapInLayer(model, model.layers[0], model.layers[1], WIDTH, IMAGE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     values = []
     for step in range(60):

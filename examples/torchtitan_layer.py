@@ -43,6 +43,7 @@ class TapInLayer:
     def _tap(self, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not block.training:
             return None
+        self.value = self.value.to(output.device)
         tapped, _ = self.head.tap(
             output, self._anchor, visual_mask=self._mask, denominator=self.denominator,
             value_out=self.value, carry=self.weight, carry_always=True,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
 from tests.helpers import relative_error
@@ -18,6 +19,8 @@ from tests.releases import HERE
 from tests.tiny import IMAGE_TOKEN, gradients, tiny_llava
 
 NON_REENTRANT = {"use_reentrant": False}
+# Whether checkpointed layers run again with their hooks, as before transformers 5.24
+HOOKS_RUN_AGAIN = GradientCheckpointingLayer.__call__ is not nn.Module.__call__
 
 
 def anchor_of_pixels(inputs: Mapping[str, Any]) -> Tensor:
@@ -56,10 +59,13 @@ def seen(model: Any, place: Place = Place()) -> Iterator[dict[int, Tensor]]:
         states[0] = place.read((*args, *kwargs.values())[0])
 
     def see_output(number: int) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, output: Any) -> None:
-            states[number] = place.read(output[0] if isinstance(output, tuple) else output)
-            if HERE < (5, 0):  # Qwen3-VL's next step is to write into it
-                states[number] = states[number].clone()
+        def see(module: nn.Module, args: Any, output: Any) -> Any:
+            whole = output[0] if isinstance(output, tuple) else output
+            states[number] = place.read(whole)
+            if HERE >= (5, 0) or states[number] is not whole:
+                return None
+            copy = whole.clone()  # for Qwen3-VL's next step, which writes into it
+            return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
         return see
 

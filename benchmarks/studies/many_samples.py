@@ -9,19 +9,16 @@ benchmarks/results/many_samples.json.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
 
-from benchmarks.common.report import RESULTS, made_on, write_json
-from prereg_kernels._util.machine import describe_machine
+from benchmarks.common.report import RESULTS, made_on
+from benchmarks.common.study import run_study
 from prereg_kernels.train.config import DataConfig
 from prereg_kernels.train.sources import open_source
 
@@ -80,20 +77,5 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print the results that are there")
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--read", type=int, default=READ)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    if not options.table:
-        with tempfile.TemporaryDirectory() as folder:
-            measured = measure(Path(folder), options.samples, options.read)
-        machine = describe_machine(torch.device("cpu"), None)
-        write_json({"machine": machine, "measured": measured}, options.out)
-    print(table(json.loads(options.out.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    run_study(__doc__, measure, table, OUT, samples=SAMPLES, read=READ)

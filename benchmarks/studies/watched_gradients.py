@@ -13,22 +13,18 @@ and PRe is about 3% of such a step, so it takes 2% longer; every 50 steps, that 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-from benchmarks.common.report import RESULTS, made_on, write_json
-from prereg_kernels._util.machine import describe_machine
+from benchmarks.common.report import RESULTS, made_on
+from benchmarks.common.study import run_study
 from prereg_kernels.train.assemble import assemble
 from prereg_kernels.train.config import load_config
 from prereg_kernels.train.run import WATCH_STEPS, train
@@ -65,6 +61,7 @@ def prepare(folder: Path) -> None:
 
 def measure(folder: Path, steps: int) -> dict[str, Any]:
     """Medians, in seconds, of one run."""
+    prepare(folder)
     times, make = StepTimes(), RecipeTrainer.__init__
 
     def also(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -114,21 +111,5 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print the results that are there")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    if not options.table:
-        torch.set_num_threads(1)
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(Path(folder))
-            measured = measure(Path(folder), options.steps)
-        machine = describe_machine(torch.device("cpu"), None)
-        write_json({"machine": machine, "measured": measured}, options.out)
-    print(table(json.loads(options.out.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    run_study(__doc__, measure, table, OUT, steps=STEPS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 from prereg_kernels._util import private
 
 
@@ -49,6 +51,15 @@ def outside_selection() -> Iterator[None]:
             private.pop_dispatch_mode()
         for mode in modes:
             private.push_dispatch_mode(mode)
+
+
+def is_called_within_checkpoint(layer: nn.Module) -> bool:
+    """Whether a layer of transformers is checkpointed with its hooks.
+
+    From 5.24 on its forward is, which leaves hooks outside.
+    """
+    by_call = type(layer).__call__ is not nn.Module.__call__
+    return by_call and bool(getattr(layer, "gradient_checkpointing", False))
 
 
 def is_in_backward() -> bool:

@@ -68,7 +68,9 @@ class PReConfig:
             but where a call gets no labels, and your loss does not hold `pre.loss`, "tap". A
             backward pass that keeps its graph may be one of several, and then adds nothing.
         value_in_eval: compute L_PRe for `metrics()` in evaluation too, of all visual tokens; of
-            what generation appends to a prompt there is none.
+            what generation appends to a prompt there is none. Nor is there any of a prompt whose
+            images were encoded before its call, as transformers 5.24's `generate` does, with
+            level="global" or another anchor than "pre_llm".
         seed: of the heads' initialisation, so that it leaves the global generator alone, and of
             `token_fraction`'s draws. At least 0.
         head_dtype: of the heads' parameters, a torch.dtype or its name. None: float32, or float64

@@ -40,7 +40,7 @@ WHAT_TO_DO = (
     "pass family=Family(..., visual_mask=function) that makes it from the call's arguments"
 )
 
-NO_PIXELS = ("inputs_embeds", "attention", "audio", "input_features", "past_key_values")
+NO_PIXELS = ("inputs_embeds", "attention", "audio", "input_features", "past_key_values", "cache")
 
 
 class FirstSteps:

@@ -55,7 +55,16 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
+# What a call gets of the tokens before it: since transformers 5.24, and before
+CACHES = ("cache", "past_key_values")
+
+
 def goes_on(inputs: Mapping[str, Any]) -> bool:
     """Whether these are tokens that generation appends: none is visual, whatever its id."""
-    cache: Any = inputs.get("past_key_values")
-    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())
+    caches: list[Any] = [inputs.get(name) for name in CACHES]
+    return any(hasattr(x, "get_seq_length") and bool(x.get_seq_length()) for x in caches)
+
+
+def was_encoded(inputs: Mapping[str, Any]) -> bool:
+    """Whether images were encoded before the call, as `generate` of transformers 5.24 does."""
+    return bool(inputs.get("mm_encoder_outputs"))

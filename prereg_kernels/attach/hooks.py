@@ -18,7 +18,7 @@ from prereg_kernels.attach.checkpointing import (
     is_recomputation,
 )
 from prereg_kernels.attach.entry import Entry
-from prereg_kernels.attach.forward import goes_on, parameters_of
+from prereg_kernels.attach.forward import goes_on, parameters_of, was_encoded
 from prereg_kernels.attach.image_spans import find_images
 from prereg_kernels.attach.passes import Calls, Collected, Pass, zeros
 from prereg_kernels.attach.sampling import choose_tokens
@@ -43,6 +43,7 @@ class Hooks:
         config = state.config
         settings = (config.anchor, config.level, config.token_fraction)
         self._reads_batch = settings == ("pre_llm", "patch", 1)
+        self._reads_images = config.anchor != "pre_llm" or config.level == "global"
         embeddings = state.family.embeddings_of(state.model)
         self._compiled_values = zeros(state.heads, next(embeddings.parameters()).device)
         language_model = state.family.language_model_of(state.model)
@@ -127,7 +128,7 @@ class Hooks:
             if not compiled:
                 self._watch.training()
             state.loss = state.last = None
-        if not training and goes_on(inputs):
+        if not training and (goes_on(inputs) or (self._reads_images and was_encoded(inputs))):
             return None
         attention = inputs.get("attention_mask")
         source = "input_ids" if given is None else "next_visual_mask"

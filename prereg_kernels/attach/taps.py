@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels.attach.anchors import llm_width
-from prereg_kernels.attach.checkpointing import outside_checkpoint, outside_selection
+from prereg_kernels.attach.checkpointing import (
+    is_called_within_checkpoint,
+    outside_checkpoint,
+    outside_selection,
+)
 from prereg_kernels.attach.identity import carry_along, use
 from prereg_kernels.attach.image_spans import Images
 from prereg_kernels.attach.passes import Calls, Pass, zeros
@@ -46,7 +50,7 @@ class Taps:
             self._watch.bypassed(layer, module, args[0] if args else None)
         # The next layer's checkpoint holds its input, this output: saved beside it, it is held
         # once, and this layer's recomputation need not go to its end to bring it back.
-        is_held = is_next_input and getattr(module, "gradient_checkpointing", False)
+        is_held = is_next_input and is_called_within_checkpoint(module)
         is_patch = self._state.config.level == "patch"
         with (
             outside_checkpoint() if is_held and is_patch else nullcontext(),

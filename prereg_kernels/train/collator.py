@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prereg_kernels.checkup.images.reading import SkipImage, inside, read_image
+from prereg_kernels.checkup.images.reading import SkipImage, inside, open_rgb
 from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render, tokenize
 from prereg_kernels.train.rows import pack
 from prereg_kernels.train.sample import BadSampleError, Message, Sample
@@ -87,7 +87,7 @@ class Collator:
 
     def __init__(self, processor: Any, max_length: int, visual_ids: Collection[int]) -> None:
         self.processor, self.max_length = processor, max_length
-        self._visual_ids = torch.tensor(sorted(visual_ids))
+        self._visual, self._visual_ids = frozenset(visual_ids), torch.tensor(sorted(visual_ids))
 
     def __call__(
         self, items: Sequence[Sample | Failed | Sequence[Sample | Failed]]
@@ -177,37 +177,41 @@ class Collator:
         batch = self.processor(
             text=[chat.text for chat in chats],
             images=images if any(images) else None,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-            add_special_tokens=adds_special(self.processor, chats[0].text),
+            text_kwargs={
+                "padding": True,
+                "padding_side": "right",
+                "add_special_tokens": adds_special(self.processor, chats[0].text),
+            },
+            images_kwargs={"return_tensors": "pt"},
         )
-        return dict(batch)
+        # Tokens as lists: the tokenizer's own way to tensors takes as long as tokenizing (5.17)
+        return {
+            name: torch.tensor(x) if isinstance(x, list) and isinstance(x[0], (list, int)) else x
+            for name, x in batch.items()
+        }
 
     def _label(self, batch: dict[str, Tensor], chats: Sequence[_Chat]) -> list[str]:
         """Put the labels into the batch and cut it; why each sample cannot be used, or ""."""
-        ids, seen = batch["input_ids"], batch["attention_mask"].bool()
-        labels = torch.full_like(ids, IGNORED)
-        reasons = []
+        ids, sizes = batch["input_ids"], batch["attention_mask"].sum(dim=1).tolist()
+        length = ids.shape[1]
+        labels, reasons = [], []
         texts = tokenize(self.processor, [chat.text for chat in chats])
-        for row, (chat, plain) in enumerate(zip(chats, texts, strict=True)):
-            own = ids[row][seen[row]]
-            encode = partial(self._encode, chat)
+        for row, size, chat, plain in zip(ids.tolist(), sizes, chats, texts, strict=True):
+            own, encode = row[:size], partial(self._encode, chat)
             try:
-                found = label(own.tolist(), chat.text, chat.spans, plain, encode)
+                found = label(own, chat.text, chat.spans, plain, encode)
             except BadSampleError as error:
+                labels.append([IGNORED] * length)
                 reasons.append(str(error))
                 continue
-            labels[row, : len(own)] = torch.tensor(found)
-            is_cut = torch.isin(own[self.max_length :], self._visual_ids).any()
-            if is_cut:
-                reasons.append(f"its images reach beyond {self.max_length} tokens, of {len(own)}")
-            elif (labels[row, 1 : self.max_length] == IGNORED).all():
-                reasons.append(f"no label is left within {self.max_length} tokens, of {len(own)}")
+            labels.append(found + [IGNORED] * (length - size))
+            if not self._visual.isdisjoint(own[self.max_length :]):
+                reasons.append(f"its images reach beyond {self.max_length} tokens, of {size}")
+            elif set(found[1 : self.max_length]) <= {IGNORED}:
+                reasons.append(f"no label is left within {self.max_length} tokens, of {size}")
             else:
                 reasons.append("")
-        batch["labels"] = labels
-        length = ids.shape[1]
+        batch["labels"] = torch.tensor(labels)
         for name, x in batch.items():
             if x.shape[:2] == ids.shape and length > self.max_length:
                 batch[name] = x[:, : self.max_length]
@@ -292,7 +296,7 @@ def open_image(
     try:
         if content is None:
             content = image if isinstance(image, bytes) else _read(root, image)
-        return _with_sides(Image.fromarray(read_image(io.BytesIO(content))), name)
+        return _with_sides(open_rgb(io.BytesIO(content)), name)
     except SkipImage as reason:
         raise BadSampleError(f"{name}: {reason}") from None
 

@@ -117,8 +117,8 @@ class TrainConfig:
         pre: PRe's settings, as `PReConfig` has them; None: none, which is the baseline.
         stages: one after the other.
         lora: PEFT's LoraConfig; None: no adapter.
-        quantization: transformers' BitsAndBytesConfig, for QLoRA: of the LLM, in stages that train
-            it. None: none.
+        quantization: transformers' BitsAndBytesConfig, for QLoRA: of the LLM, in the last stage,
+            which alone may train it. None: none.
         model_arguments: of `from_pretrained`, such as `attn_implementation` and `dtype`.
         trainer: fields of transformers' TrainingArguments.
         max_length: tokens of a sample, images included. A longer answer is cut.
@@ -168,6 +168,10 @@ class TrainConfig:
         )
         if self.quantization is not None:
             require("lora", self.lora is not None, "settings, beside quantization", self.lora)
+            require(
+                "stages", not any("llm" in stage.trainable for stage in self.stages[:-1]),
+                "the LLM to train in the last stage alone, beside quantization", names,
+            )  # fmt: skip
         for stage in self.stages:
             for number in stage.data or ():
                 last = len(self.data) - 1

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 
 from prereg_kernels._util.files import write_whole
 from prereg_kernels.train.chats import adds_special
 from prereg_kernels.train.collator import open_image
 from prereg_kernels.train.config import DataConfig
-from prereg_kernels.train.models import load_processor
+from prereg_kernels.train.models import load_processor, load_whole
 from prereg_kernels.train.order import Mixture
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.sources import open_source
@@ -101,7 +100,7 @@ class Respondent:
     """A model that answers, by its own processor and chat template.
 
     Args:
-        model: a directory, or a name on the hub.
+        model: a directory, of an adapter too, or a name on the hub.
         dtype: None: as it is stored.
 
     Raises:
@@ -115,12 +114,7 @@ class Respondent:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._processor = load_processor(model)
-        try:
-            network: Any = AutoModelForImageTextToText.from_pretrained(
-                model, dtype="auto" if dtype is None else dtype
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: {' '.join(str(error).split())}") from None
+        network = load_whole(model, dtype="auto" if dtype is None else dtype)
         self._network = network.to(device).eval()
 
     def answer(self, chats: Sequence[Chat], **generation: Any) -> list[str]:

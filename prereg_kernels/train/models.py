@@ -20,6 +20,7 @@ PROJECTORS = (
     "vision_projector", "perceiver", "vision_embed_tokens", "text_hidden_fcs", "mlp1",
 )  # fmt: skip
 """What the module between the vision encoder and the LLM is called."""
+_ADAPTER = "adapter_config.json"  # PEFT's
 
 
 def load_processor(path: str | Path) -> Any:
@@ -61,11 +62,30 @@ def load_model(config: TrainConfig, path: str | Path, *, has_adapter: bool) -> n
     if config.quantization is not None and has_adapter:
         whole = {"llm_int8_skip_modules": _outside_decoder(model_on_meta(path))}
         arguments["quantization_config"] = BitsAndBytesConfig(**{**whole, **config.quantization})
+    return load_whole(path, **arguments)
+
+
+def load_whole(path: str | Path, **arguments: Any) -> Any:
+    """The model in a directory or on the hub. An adapter, as QLoRA leaves it, is merged.
+
+    transformers alone would read such an adapter without the projector beside it (5.17).
+
+    Args:
+        arguments: of `from_pretrained`.
+
+    Raises:
+        ValueError: there is none.
+    """
     try:
-        model: nn.Module = AutoModelForImageTextToText.from_pretrained(path, **arguments)
+        if not (Path(path) / _ADAPTER).is_file():
+            return AutoModelForImageTextToText.from_pretrained(path, **arguments)
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        model = AutoModelForImageTextToText.from_pretrained(base, **arguments)
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(f"model: {' '.join(str(error).split())}") from None
-    return model
 
 
 def model_on_meta(path: str | Path) -> nn.Module:
@@ -140,6 +160,17 @@ def set_trainable(model: nn.Module, parts: Collection[str]) -> None:
                 "trainable: quantized weights cannot train; expected lora for the LLM, and no tower"
             )
         parameter.requires_grad_(is_chosen)
+
+
+def check_steps(model: nn.Module) -> None:
+    """Raise ValueError where weights that train are float16: a GradScaler refuses them, and AdamW's
+    epsilon is 0 there."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                "model: expected weights that can train, model_arguments: {dtype: float32} or "
+                f"bfloat16, got float16 in {name}"
+            )
 
 
 def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[str]) -> nn.Module:

@@ -32,6 +32,7 @@ from prereg_kernels.train.facts import CountingCollator
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.held_out import CheckupCallback, HeldOut
 from prereg_kernels.train.models import (
+    check_steps,
     load_model,
     load_processor,
     set_trainable,
@@ -54,10 +55,11 @@ from prereg_kernels.train.records import (
     BadSamples,
     Metrics,
 )
+from prereg_kernels.train.shared_pages import pages_shared
 from prereg_kernels.train.source import Stream
 from prereg_kernels.train.sources import open_source
 from prereg_kernels.train.streaming import Group, StreamBatches, StreamLoader, first_samples
-from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush
+from prereg_kernels.train.trainer import WRITING, RecipeTrainer, flush, full_disk_named
 from prereg_kernels.train.wandb_runs import check_wandb, finish_wandb
 from prereg_kernels.trainers import with_pre
 
@@ -69,6 +71,7 @@ SETTINGS = "config.yaml"
 ENVIRONMENT = "environment.json"
 _RECORDS = (
     SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/", "tensorboard/",
+    "wandb/",
 )  # fmt: skip
 # Of the model: what somebody else's folder would have as well
 _NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")
@@ -188,6 +191,8 @@ def _train_stage(
         non_finite=config.non_finite,
         non_finite_steps=Metrics(records, stage.name, step, NON_FINITE_STEPS) if is_first else None,
     )
+    if not trainer.is_deepspeed_enabled:  # which has float32 copies of what it steps
+        check_steps(model)
     if config.checkup is not None:
         held_out = HeldOut(config.checkup, without_adapter(trainer.model), processor)
         trainer.add_callback(CheckupCallback(trainer, held_out, config.checkup.steps))
@@ -197,7 +202,7 @@ def _train_stage(
     prepare(trainer)
     if last is not None:
         check_checkpoint(Path(last), trainer)
-    with trainer.stop.listening():
+    with trainer.stop.listening(), pages_shared():
         trainer.train(resume_from_checkpoint=last)
     finish_wandb(report_to)
     if trainer.stop.is_stopped:
@@ -279,7 +284,8 @@ def _save(trainer: Any, folder: Path, result: Path, load: Callable[[], nn.Module
     if trainer.args.should_save:
         shutil.rmtree(beside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    save_whole(trainer, beside, load)
+    with full_disk_named(beside):
+        save_whole(trainer, beside, load)
     names = sorted(path.name for path in beside.iterdir()) if trainer.args.should_save else []
     if names:
         flush(beside)

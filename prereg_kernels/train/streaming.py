@@ -35,6 +35,7 @@ from prereg_kernels.train.waiting import within
 BLOCK = 1000
 """Rows that are shuffled together, as many as the buffer of `datasets` has; they are in memory."""
 _Row = tuple[Stream, str, Mapping[str, Any]]  # its stream, its place, and what it holds
+_EMPTY = 100  # epochs without a row, after which a rank or worker gives up: shards are dealt anew
 _AT_ONCE = 10  # rows that are waited for together
 _PLACE = "place"  # a batch's entry: (worker, its state behind the batch)
 
@@ -129,13 +130,13 @@ class StreamBatches(IterableDataset[Any]):
             _Reader(stream, rows, self._seed, each)
             for stream, rows, each in zip(self._streams, self._rows, state["readers"], strict=True)
         ]
-        taken, was_empty = np.array(state["taken"]), False
+        taken, empty = np.array(state["taken"]), 0
         while True:
             begin = {"readers": [reader.state() for reader in readers], "taken": taken.tolist()}
             rows = self._block(readers, taken, worker)
-            if not rows and was_empty:
+            empty = 0 if rows else empty + 1
+            if empty == _EMPTY:
                 return
-            was_empty = not rows
             shapes = np.array([stream.row_shape(row) for stream, _, row in rows], dtype=np.int64)
             random = np.random.default_rng([self._seed, self.rank, worker, block])
             batches = self._group(shapes[:, 0], shapes[:, 1], random) if rows else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -76,6 +78,8 @@ class RecipeTrainer(Trainer):
         self.add_callback(self._non_finite)
         self.stop = StopOnSignal(self)
         self.add_callback(_CountBad(self))
+        if stream is not None:
+            self.add_callback(_ShareOfSteps())
         self.add_callback(self.stop)
 
     def _get_train_sampler(
@@ -193,7 +197,8 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.is_writing = True
         try:
-            super()._save_checkpoint(model, trial)
+            with full_disk_named(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.is_writing = False
         if self._stream is not None:
@@ -214,6 +219,18 @@ def _is_narrow(trainer: Trainer) -> bool:
     """Whether the model's products are of 16-bit numbers."""
     dtypes = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()}
     return trainer.args.bf16 or trainer.args.fp16 or not dtypes & {torch.float32, torch.float64}
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raise OSError for a full disk, whatever safetensors and torch say of it."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        is_full = "No space left" in str(error) or "inline_container" in str(error)
+        if not is_full:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def flush(folder: Path) -> None:
@@ -237,6 +254,13 @@ class _CountBad(TrainerCallback):
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.judge_bad_samples()
+
+
+class _ShareOfSteps(TrainerCallback):
+    """The "epoch" of a stream's logs, which has no length. Trainer's begins anew on a resume."""
+
+    def on_step_end(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps
 
 
 class StopOnSignal(TrainerCallback):

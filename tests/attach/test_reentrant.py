@@ -160,10 +160,12 @@ def reentrant_llava(**settings: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("first", (False, True), ids=("alone", "after the model's loss"))
 def test_a_term_that_is_differentiated_alone(level: Any, first: bool) -> None:
     """Nothing runs the layer again then."""
-    model, pre = reentrant_llava(level=level)
+    model = tiny_llava()
+    pre = apply_pre(model, level=level)
+    wrap(model, 1, reentrant)
     batch = make_batch((1, 2))
     labels = batch.pop("labels")
-    logits = model(**batch).logits.flatten(0, 1)
+    logits = model(**batch, use_cache=False).logits.flatten(0, 1)
     if first:
         torch.nn.functional.cross_entropy(logits, labels.flatten()).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="has not run it again, so PRe's gradient is lost"):
@@ -223,12 +225,11 @@ def test_nothing_below_needs_a_gradient() -> None:
     model, batch = tiny_llava().requires_grad_(False), make_batch()
     model.lm_head.requires_grad_(True)
     apply_pre(model)
-    model.gradient_checkpointing_enable(REENTRANT)
-    model.disable_input_require_grads()  # which that has enabled
+    wrap(model, 1, reentrant)
     with pytest.raises(RuntimeError, match=r"call model\.enable_input_require_grads\(\)"):
-        model(**batch)
+        model(**batch, use_cache=False)
     model.enable_input_require_grads()
-    model(**batch).loss.backward()
+    model(**batch, use_cache=False).loss.backward()
 
 
 def test_a_checkpoint_that_offloads_its_input() -> None:
@@ -262,6 +263,11 @@ class Offloading(torch.autograd.Function):
 
 def offloading(call: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     return Offloading.apply(call, hidden)
+
+
+def reentrant(call: Callable[[Tensor], Tensor], hidden: Tensor) -> Any:
+    """A layer's call, its hooks inside of the checkpoint, as in transformers before 5.24."""
+    return checkpoint(call, hidden, use_reentrant=True)
 
 
 def wrap(model: Any, number: int, around: Callable[..., Any]) -> None:

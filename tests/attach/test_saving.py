@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels import PReConfig, PReHead, apply_pre, remove_pre
@@ -137,17 +138,20 @@ class Hub:
 def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda **kwargs: hub)
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
-    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
     card = type("Card", (), {"save": lambda self, path: Path(path).write_text("card")})()
-    for module in ("transformers.utils.hub", "transformers.modeling_utils"):
-        monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *a, **k: card)
+    instead: dict[str, Any] = {
+        "hf_api": lambda: hub, "create_and_tag_model_card": lambda *a, **k: card,
+        "create_repo": hub.create_repo, "create_commit": hub.create_commit,  # before 5.16
+    }  # fmt: skip
+    for module in (transformers.utils.hub, transformers.modeling_utils):
+        for name in instead.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, instead[name])
     model = tiny_llava()
     apply_pre(model)
     if how == "push_to_hub":
         model.push_to_hub("mine")
     else:
-        model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+        model.save_pretrained(str(tmp_path / "mine"), push_to_hub=True)
     names = ("config.json", "model.safetensors", "README.md", f"pre/{FILE}")
     assert {f"someone/mine: {name}" for name in names} <= hub.files
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import prereg_kernels
-from prereg_kernels import apply_pre, eager_pre_loss, find_pre, remove_pre
+from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
 from prereg_kernels._util.settings_file import load_config
 from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.config import RunConfig
@@ -86,13 +86,6 @@ def test_snippets(name: str, tmp_path: Path) -> None:
             place = tmp_path / str(number)
             place.mkdir()
             CASES.get((name, number), trains_the_heads)(block.text, namespace, place)
-
-
-def attaches(text: str, namespace: Namespace, place: Path) -> None:
-    """tests/packages/test_liger.py trains with it."""
-    namespace["model"] = load_tiny(place)
-    exec(text, namespace)
-    assert namespace["pre"] is find_pre(namespace["model"])
 
 
 def load_tiny(place: Path) -> LlavaForConditionalGeneration:
@@ -258,7 +251,6 @@ CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
     ("docs/anchors.md", 1): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
     ("docs/parallelism.md", 0): shares_sequences,
-    ("docs/trainers/liger.md", 0): attaches,
     ("prereg_kernels/ops/tap.py", 0): taps,
     **{
         ("docs/other_models.md", number): attaches_to_an_original(title)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from prereg_kernels import apply_pre
 from tests.attach.families.batches import make_batch as family_batch
 from tests.attach.families.models import LAYERS, make_model
-from tests.attached import NON_REENTRANT, compare, seen
+from tests.attached import HOOKS_RUN_AGAIN, NON_REENTRANT, compare, seen
 from tests.tiny import gradients, make_batch, tiny_llava
 
 
@@ -46,10 +46,21 @@ def alone(call: Callable[[], Tensor]) -> Tensor:
     return call()
 
 
+def states_bytes(name: str) -> int:
+    """Of a layer's output in bfloat16."""
+    model = make_model(name)
+    width = model.get_input_embeddings().weight.shape[1]
+    return 2 * width * family_batch(name, model, "images").inputs["input_ids"].numel()
+
+
 @pytest.mark.parametrize("name", ("llava", "qwen2_5_vl", "qwen3_vl"))
 @pytest.mark.parametrize("around", (alone, inside))
 def test_nothing_more_is_held(name: str, around: Callable[..., Tensor]) -> None:
-    """At any layer; in bfloat16, where the last norm holds a copy of its input."""
+    """At any layer; in bfloat16, where the last norm holds a copy of its input.
+
+    From transformers 5.24 on the tap is outside of its layer's checkpoint: what it reads is held,
+    unless it is the next layer's input.
+    """
 
     def held(*layers: int) -> int:
         model = make_model(name)
@@ -61,7 +72,11 @@ def test_nothing_more_is_held(name: str, around: Callable[..., Tensor]) -> None:
 
     without = held()
     assert (without > 0) == (around is alone)
-    assert [held(layer) for layer in range(1, LAYERS + 1)] == [without] * LAYERS
+    expected = [without] * LAYERS
+    if around is alone and not HOOKS_RUN_AGAIN:
+        for layer in (1, 2, LAYERS) if name == "qwen3_vl" else (LAYERS,):
+            expected[layer - 1] += states_bytes(name)
+    assert [held(layer) for layer in range(1, LAYERS + 1)] == expected
 
 
 def test_nothing_is_held_in_a_checkpoint_of_several_layers() -> None:

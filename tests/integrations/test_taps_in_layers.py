@@ -119,7 +119,7 @@ def test_megatron(modules: dict[str, ModuleType], ranks: int, recomputes: bool) 
         model = copy.deepcopy(plain)
         model.rank, model.ranks = rank, ranks
         first, layer = model.layers[0], model.layers[1]
-        pre = example.TapInLayer(model, first, layer, tiny.WIDTH, WEIGHT, rank, ranks)
+        pre = example.TapInLayer(model, first, layer, tiny.WIDTH, tiny.IMAGE, WEIGHT, rank, ranks)
         assert all(p.sequence_parallel == (ranks > 1) for p in pre.head.parameters())
         if recomputes:
             model.layers = nn.ModuleList(map(Recomputing, model.layers))

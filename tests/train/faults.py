@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -35,7 +36,10 @@ ACTS: dict[str, Callable[[], None]] = {
     "value": lambda: raise_(ValueError("a bad sample")),
     "memory": lambda: raise_(RuntimeError("CUDA out of memory")),
     "disk": lambda: raise_(OSError(errno.ENOSPC, "No space left on device", "file")),
+    "nan": lambda: poisoned.append(True),
 }
+poisoned: list[bool] = []
+"""Holds one where the next loss is to be NaN."""
 
 
 def reach(where: str) -> None:
@@ -81,6 +85,7 @@ def install() -> None:
     before("save_model", "model")
     before("_save_rng_state", "random")
     make, flush, get = RecipeTrainer.__init__, trainer_module.flush, Mixture.__getitems__
+    compute = RecipeTrainer.compute_loss
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
@@ -92,12 +97,16 @@ def install() -> None:
         flush(folder)
         reach(f"flushed-{step}")
 
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * math.nan if poisoned and poisoned.pop() else loss
+
     def reading(self: Any, numbers: Any) -> Any:
         with (markers / f"READ-{rank}").open("a") as file:
             file.writelines(f"{number}\n" for number in numbers)
         return get(self, numbers)
 
-    RecipeTrainer.__init__ = init
+    RecipeTrainer.__init__, RecipeTrainer.compute_loss = init, compute_loss
     trainer_module.flush, Mixture.__getitems__ = reaching_flush, reading
     if rank == "0":
         out = Path(sys.argv[sys.argv.index("train") + 1]).with_suffix("")

@@ -95,8 +95,9 @@ def test_slurm_where_ranks_fail(tmp_path: Path) -> None:
     assert asked(tmp_path) == ["show hostnames node[1-2]"]
 
 
-# What the fields of our file are in JobSet's v1alpha2 and in Kubernetes' Job and Pod. Each: its
-# type, or the fields of an object, with "!" behind those that have to be there.
+# What the fields of our file are in JobSet's v1alpha2 and in Kubernetes' Job and Pod: no looser
+# than in the schema of JobSet's CRD (0.13, kubernetes-sigs/jobset at 08dfbdf). Each: its type, or
+# the fields of an object, with "!" behind those that have to be there.
 POD = {
     "restartPolicy": {"Never", "OnFailure"},
     "terminationGracePeriodSeconds": int,

@@ -20,8 +20,9 @@ from prereg_kernels import apply_pre
 from prereg_kernels.train import collator as collator_module
 from prereg_kernels.train.chats import IGNORED
 from prereg_kernels.train.collator import SEEN, Collator, Failed
+from prereg_kernels.train.models import load_processor
 from prereg_kernels.train.sample import Sample, check_messages
-from tests.packages.checkpoint import make_llava
+from tests.packages.checkpoint import make_llava, make_qwen
 from tests.zoo import CASES
 
 
@@ -53,9 +54,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encoded(image: Image.Image) -> bytes:
+def encoded(image: Image.Image, form: str = "png") -> bytes:
     content = io.BytesIO()
-    image.save(content, "png")
+    image.save(content, form)
     return content.getvalue()
 
 
@@ -81,6 +82,35 @@ def collator(processor: Any, length: int = 500) -> Collator:
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a if name != SEEN)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2.5-vl"])
+def test_a_batch_is_what_the_processor_makes(processor: Any, tmp_path: Path, kind: str) -> None:
+    """Bitwise, of its own tensors; images of any mode are what Pillow makes RGB of them."""
+    if kind != "llava":
+        template, processor = processor.chat_template, load_processor(make_qwen(tmp_path))
+        mark = "<|vision_start|><|image_pad|><|vision_end|>"
+        processor.chat_template = template.replace("<image>", mark).replace("</s>", "<|im_end|>")
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 90, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels).convert(mode) for mode in ("RGB", "L", "P", "1", "CMYK")]
+    files = [encoded(x) if x.mode != "CMYK" else encoded(x, "tiff") for x in images]
+    chosen = [(0,), (1, 2), (3, 4), (0, 4)]
+    samples = [
+        sample(tmp_path, *(files[i] for i in several), answer="yes " * (number + 1))
+        for number, several in enumerate(chosen)
+    ]
+    batch = collator(processor)(samples)
+    expected = processor(
+        text=[processor.apply_chat_template(list(x.messages)) for x in samples],
+        images=[[images[i].convert("RGB") for i in several] for several in chosen],
+        padding=True, padding_side="right", return_tensors="pt",
+    )  # fmt: skip
+    assert batch.keys() == {*expected.keys(), "labels", SEEN} and batch[SEEN] == (4, [])
+    for name, x in expected.items():
+        assert batch[name].dtype == x.dtype and batch[name].equal(x), name
+    for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        learned = processor.tokenizer.decode(ids[labels != IGNORED])
+        assert learned == "yes " * (row + 1) + processor.tokenizer.eos_token
 
 
 @pytest.mark.parametrize(

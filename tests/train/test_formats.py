@@ -175,18 +175,34 @@ class Crash(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("form", "workers"), [("hub", 0), ("messages JSONL", 2)])
+PACKED = {
+    "packing_length": 200, "max_length": 150, "trainer__per_device_train_batch_size": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "workers", "packing"),
+    [("hub", 0, {}), ("messages JSONL", 2, {}), ("hub", 2, PACKED)],
+)
 def test_a_stream_is_gone_on_with(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, workers: int
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    workers: int,
+    packing: dict[str, Any],
 ) -> None:
     """In the middle of a block and of an epoch: bitwise the run that was not interrupted."""
     monkeypatch.setattr(streaming, "BLOCK", 10)
     data = {**data_of(place, form), "streaming": True}
     changes = {
         "stages__0__max_steps": 7, "stages__0__gradient_accumulation_steps": 2,
-        "trainer__dataloader_num_workers": workers,
+        "trainer__dataloader_num_workers": workers, **packing,
     }  # fmt: skip
     whole = run(place, tmp_path / "whole", data, **changes)
+    counts = json.loads((whole / "stages/tune/checkpoint-7/bad_samples.json").read_text())
+    if packing:  # several samples in most rows, and so one epoch and a part of the next
+        assert counts["bad"] == 0 and counts["seen"] > max(2 * 14, 24)
     make = RecipeTrainer.__init__
 
     def crashing(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -197,9 +213,17 @@ def test_a_stream_is_gone_on_with(
         patch.setattr(RecipeTrainer, "__init__", crashing)
         run(place, tmp_path / "out", data, **changes)
     out = run(place, tmp_path / "out", data, **changes)
-    ours, theirs = (load_file(each / "model.safetensors") for each in (out, whole))
-    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    for file in ("model.safetensors", "pre/pre_heads.safetensors"):
+        ours, theirs = load_file(out / file), load_file(whole / file)
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
     assert timeless(out, "tune") == timeless(whole, "tune")
+    assert epochs(out) == epochs(whole) == pytest.approx([step / 7 for step in range(1, 8)])
+
+
+def epochs(out: Path) -> list[float]:
+    """As the logs have it."""
+    state = json.loads((out / "stages/tune/checkpoint-7/trainer_state.json").read_text())
+    return [log["epoch"] for log in state["log_history"]]
 
 
 def test_bad_samples_of_a_stream(place: Path, tmp_path: Path) -> None:

@@ -120,6 +120,29 @@ def test_one_ends_all(place: Path, whole: Path, tmp_path: Path, fault: str) -> N
         same(tmp_path / "out", whole)
 
 
+@pytest.mark.parametrize("what", ["stop", "skip"])
+def test_a_loss_that_is_not_finite(place: Path, tmp_path: Path, what: str) -> None:
+    """Of one rank: both stop, or both leave the step out, and the file names its samples."""
+    out = tmp_path / "out"
+    steps = {"trainer__logging_steps": 2, "trainer__save_steps": 1}
+    done = launch(place, out, ["1 nan step-2"], non_finite=what, **steps)
+    config = load_config(out.with_suffix(".yaml"))
+    mixture = Mixture([open_source(config.data[0])])
+    order = GroupedSampler(mixture, [1.0], 4, 42).order(0)
+    of_rank = [mixture[int(number)].where for number in order[2 * 4 + 2 : 3 * 4]]
+    [line] = [json.loads(x) for x in (out / "non_finite.jsonl").read_text().splitlines()]
+    assert line == {"stage": "tune", "step": 3, "what": "loss", "where": of_rank}
+    if what == "stop":
+        assert done.returncode != 0
+        assert done.stderr.count("non_finite: the loss of step 3 is not finite") == 2
+        saved = {x.name for x in (out / "stages/tune").glob("checkpoint-*")}
+        assert saved == {"checkpoint-1", "checkpoint-2"}
+        return
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert all(x.isfinite().all() for x in load_file(out / "model.safetensors").values())
+    assert metrics(out, "tune")[-1]["non_finite_steps"] == 1
+
+
 def test_sigterm_to_one(place: Path, whole: Path, tmp_path: Path) -> None:
     """All save at the same step, and stop."""
     fault = "1 term step-3"

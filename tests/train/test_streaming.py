@@ -187,6 +187,19 @@ def test_a_stream_of_nothing(tmp_path: Path) -> None:
         next(iter(loader(tmp_path / "a")))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_empty_shards_of_a_rank(tmp_path: Path, workers: int) -> None:
+    """A rank goes on with its others, and with what it has in the next epoch. So with a single
+    shard of two that holds rows, each rank has it in some epochs, and none ends."""
+    write(tmp_path / "a", (0, 9, 0, 0, 0, 9, 4, 0))
+    write(tmp_path / "b", (9, 0))
+    for name, count in (("a", 22), ("b", 9)):
+        for rank in range(2):
+            batches = loader(tmp_path / name, rank=rank, ranks=2, workers=workers)
+            found = Counter(rows(iter(batches), 60))
+            assert len(found) == count and min(found.values()) > 1, (name, rank)
+
+
 def test_a_stalled_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind it cannot be read either: the run ends, and says why."""
     monkeypatch.setattr("prereg_kernels.train.waiting.READ_SECONDS", 0.2)

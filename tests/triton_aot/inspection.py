@@ -66,6 +66,7 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
         "narrow_loads": len(loads) - wide,
         "tensor_cores": sorted(set(TENSOR_CORES_PTX.findall(ptx))),
         "instructions": instructions(sass),
+        "barriers": len(re.findall(r"\bBAR\.", sass)),
     }
 
 

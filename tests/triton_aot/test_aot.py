@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from prereg_kernels.ops.backends.triton.config import THREAD
 from tests.triton_aot.compile import TARGETS
 from tests.triton_aot.inspection import instructions, narrow_strides
 
@@ -35,8 +36,10 @@ ELEMENTS = 16  # of a thread, in the kernels of activations
 # Of SASS, an element; {case: {target: at most}}. Beyond, an H200 waits for them and not for memory.
 INSTRUCTIONS = {
     "forward gelu 4096 torch.bfloat16": {"sm_80": 22.5, "sm_90": 22.5, "sm_100": 22.5},
-    "backward gelu 3584 torch.bfloat16": {"sm_80": 26.4, "sm_90": 25.7, "sm_100": 25.7},
+    "backward gelu 3584 torch.bfloat16": {"sm_80": 26.4, "sm_90": 26.0, "sm_100": 26.0},
 }
+# Of the loss row, whose sums are exchanged between warps together: two rounds, and twice the anchor
+LOSS_ROW, BARRIERS = "cosine 3584 torch.bfloat16", 10
 # Loads of an index, of a coefficient and of a bias may be narrow
 NARROW = 8
 
@@ -45,7 +48,7 @@ NARROW = 8
 @pytest.mark.parametrize("version", VERSIONS)
 def test_compiles_well(version: str, target: str) -> None:
     kernels = compile_with(version, "compile", target)
-    assert {kernel["case"] for kernel in kernels} >= INSTRUCTIONS.keys()
+    assert {kernel["case"] for kernel in kernels} >= {*INSTRUCTIONS, LOSS_ROW}
     problems = [problem for kernel in kernels for problem in problems_of(kernel, target)]
     assert not problems, "\n".join(problems)
 
@@ -110,6 +113,12 @@ def problems_of(kernel: dict[str, Any], target: str) -> list[str]:
     each = kernel.get("instructions", 0) / ELEMENTS
     if most is not None and "partials" not in kernel["kernel"] and not 0 < each <= most:
         found.append(f"{each:.1f} instructions an element, more than {most}")
+    is_loss_row = kernel["kernel"] == "loss_row_kernel"
+    if is_loss_row and kernel["case"] == LOSS_ROW and kernel.get("barriers", 0) > BARRIERS:
+        found.append(f"{kernel['barriers']} barriers, more than {BARRIERS}")
+    one_wave = is_loss_row and kernel["case"].startswith("cosine") and "barriers" in kernel
+    if one_wave and kernel["registers"] > THREAD:
+        found.append(f"more than {THREAD} registers: its programs do not run at once")
     if target == "gfx942" and kernel["num_warps"] > 16:
         found.append(f"{kernel['num_warps']} warps of 64 threads")
     name = f"{kernel['case']}: {kernel['kernel']} ({kernel['registers']} registers)"

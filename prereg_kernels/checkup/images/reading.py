@@ -26,7 +26,12 @@ class SkipImage(Exception):  # noqa: N818 - not an error of the run: it goes on 
 
 
 def read_image(path: Path | IO[bytes]) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image file of any mode, open or not, turned as its EXIF data say.
+    """(H, W, 3) of an image file, as `open_rgb` reads it."""
+    return np.asarray(open_rgb(path))
+
+
+def open_rgb(path: Path | IO[bytes]) -> Image.Image:
+    """RGB of an image file of any mode, open or not, turned as its EXIF data say.
 
     Transparent pixels are put on white; 16-bit greys keep their upper 8 bits.
 
@@ -45,7 +50,7 @@ def read_image(path: Path | IO[bytes]) -> NDArray[np.uint8]:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_mask(path: Path) -> NDArray[np.int64]:

@@ -358,8 +358,8 @@ def test_nan_through_activations(activation: str) -> None:
 @pytest.mark.parametrize("in_blocks", (False, True))
 def test_fewer_programs_than_rows(monkeypatch: pytest.MonkeyPatch, in_blocks: bool) -> None:
     """As in a large chunk, where each sums up several rows: right, and bitwise repeatable."""
-    monkeypatch.setattr(config, "FILL", 6)
-    assert config.loss_row(13, 140, 4, sums=True).programs == 3
+    monkeypatch.setattr(config, "resident", lambda num_warps, multiprocessors: 3)
+    assert config.loss_row(13, 140, 4, True, 4).programs == 3
     spec = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
     z, t = draw(13, 140, dtype=torch.bfloat16), draw(13, 140, seed=1)
     coefficient, runs = torch.ones(13, device=DEVICE), []
@@ -373,14 +373,22 @@ def test_fewer_programs_than_rows(monkeypatch: pytest.MonkeyPatch, in_blocks: bo
 
 
 def test_fewer_programs_than_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "FILL", 2)
-    assert config.programs_along_rows(130, 33, config.tile(33)) == 3
+    monkeypatch.setattr(config, "resident", lambda num_warps, multiprocessors: 3)
+    assert config.programs_along_rows(130, 33, config.tile(33), 4) == 3
     test_activations((130, 33), torch.float32, "silu")
     sums, once = torch.zeros(33, device=DEVICE), torch.zeros(33, device=DEVICE)
     u, dg = draw(130, 33), draw(130, 33, seed=1)
     BACKEND.activation_backward(dg.clone(), u, None, "gelu", sums)
     BACKEND.activation_backward(dg.clone(), u, None, "gelu", once)
     assert torch.equal(sums, once)
+
+
+def test_more_row_blocks_than_a_grid_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "MOST_PROGRAMS", 2)
+    assert config.grid(130, 33, config.tile(33))[1:] == (2, 3)
+    test_gather_rows((130, 33), "contiguous", True)
+    test_scatter_rows((130, 33), True, "another")
+    test_activations((130, 33), torch.float32, "gelu")
 
 
 def test_nothing_is_launched_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:

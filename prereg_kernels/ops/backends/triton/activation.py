@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.launch import HAS_PTX, launch, stat_dtype
+from prereg_kernels.ops.backends.triton.launch import (
+    HAS_PTX,
+    launch,
+    multiprocessors,
+    row_block,
+    stat_dtype,
+)
 from prereg_kernels.ops.backends.triton.sums import add_partials
 
 
@@ -101,10 +107,10 @@ def activate_kernel(
 
     u and g (rows, columns), columns of unit stride, g may be u; bias (columns,) or None.
 
-    Grid: (row blocks, column blocks).
+    Grid: of `config.grid`.
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = row_block() * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < columns
     mask = (offs_m < rows)[:, None] & mask_n[None, :]
     offs_u = offs_m[:, None] * stride_u + offs_n[None, :]
@@ -135,17 +141,17 @@ def activation_backward_kernel(
     dg and u (rows, columns), columns of unit stride; bias (columns,) or None; partials (programs,
     columns), or None: each program's column sums of du.
 
-    Grid: (programs, column blocks). Program k takes the row blocks k, k + programs, ...
+    Grid: (column blocks, programs). Program k takes the row blocks k, k + programs, ...
     """
-    program = tl.program_id(0).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < columns
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n).to(STAT)[None, :]  # [1, BLOCK_N]
     if partials_ptr is not None:
         sums = tl.zeros([BLOCK_M, BLOCK_N], STAT)
 
-    for start in range(program * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+    for start in range(program * BLOCK_M, rows, tl.num_programs(1) * BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask = (offs_m < rows)[:, None] & mask_n[None, :]
         offs_dg = offs_m[:, None] * stride_dg + offs_n[None, :]
@@ -167,9 +173,8 @@ def activate(u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None
     """g (n, M) = act(u + bias); g may be u."""
     rows, columns = u.shape
     blocks = config.tile(columns)
-    grid = (config.cdiv(rows, blocks.block_m), config.cdiv(columns, blocks.block_n))
     launch(
-        activate_kernel, grid, blocks.num_warps,
+        activate_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
         u, bias, g, rows, columns, u.stride(0), g.stride(0),
         ACTIVATION=activation, STAT=stat_dtype(u), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip
@@ -183,10 +188,10 @@ def activation_backward(
     blocks = config.tile(columns)
     programs, partials = config.cdiv(rows, blocks.block_m), None
     if sums is not None:
-        programs = config.programs_along_rows(rows, columns, blocks)
+        programs = config.programs_along_rows(rows, columns, blocks, multiprocessors(dg.device))
         partials = sums.new_empty(programs, columns)
     launch(
-        activation_backward_kernel, (programs, config.cdiv(columns, blocks.block_n)),
+        activation_backward_kernel, (config.cdiv(columns, blocks.block_n), programs),
         blocks.num_warps,
         dg, u, bias, partials, rows, columns, dg.stride(0), u.stride(0),
         ACTIVATION=activation, STAT=stat_dtype(u), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 REGISTERS = 65536  # of 4 bytes, on a multiprocessor
 COLUMN_BLOCK = 2048  # columns at once of a longer row, 8 a thread
+MOST_PROGRAMS = 65535  # along the second and the third axis of a grid
 MOST_WARPS = 16  # of 64 threads on AMD, where a program has 1024 at most
-FILL = 1024  # programs of 4 warps that any of today's GPUs can run at once, or nearly
+THREAD = 80  # registers of a thread, at most, in the kernels whose programs run all at once
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class LossRow:
-    """Of the loss: `block_n` columns at once, `programs` that share the rows."""
+    """Of the loss: `block_n` columns at once, `programs` that share the rows.
+
+    most_registers: of a thread; the compiler would take 64 and spill, or 101, and fewer programs
+    would run at once than there are.
+    """
 
     block_n: int
     num_warps: int
     programs: int
     whole_row: bool  # in registers; else in blocks of columns, which are read several times
+    most_registers: int | None = None
 
 
 # 16 elements a thread: in bfloat16 two loads of 16 bytes. 512 divides the usual widths.
@@ -45,33 +51,48 @@ def tile(columns: int, column_stride: int = 1) -> Tile:
     return Tile(elements // block_n, block_n)
 
 
-def programs_along_rows(rows: int, columns: int, blocks: Tile) -> int:
+def grid(rows: int, columns: int, blocks: Tile) -> tuple[int, int, int]:
+    """(column blocks, row blocks, ...): a grid's first numbers run fastest.
+
+    So programs that run together read and write memory that lies together.
+    """
+    row_blocks = cdiv(rows, blocks.block_m)
+    deep = cdiv(row_blocks, MOST_PROGRAMS)
+    return cdiv(columns, blocks.block_n), cdiv(row_blocks, deep), deep
+
+
+def resident(num_warps: int, multiprocessors: int) -> int:
+    """Programs that a GPU runs at once, whose threads have THREAD registers."""
+    return max(1, REGISTERS // (THREAD * 32 * num_warps)) * multiprocessors
+
+
+def programs_along_rows(rows: int, columns: int, blocks: Tile, multiprocessors: int) -> int:
     """How many programs share the rows of a column block, where each sums up its columns.
 
-    Few, as each writes its sums: a row of float32 for at least 64 rows read and written. But
-    enough to fill a GPU.
+    As many as run at once: each writes its sums, and a last wave of few would leave a GPU idle.
     """
     column_blocks = cdiv(columns, blocks.block_n)
-    return min(cdiv(rows, blocks.block_m), max(cdiv(rows, 64), cdiv(FILL, column_blocks)))
+    at_once = resident(blocks.num_warps, multiprocessors)
+    return min(cdiv(rows, blocks.block_m), max(1, at_once // column_blocks))
 
 
-def loss_row(rows: int, columns: int, itemsize: int, sums: bool) -> LossRow:
+def loss_row(rows: int, columns: int, itemsize: int, sums: bool, multiprocessors: int) -> LossRow:
     """The loss of `rows` rows; itemsize: bytes of an element of the statistics' dtype.
 
     A row stays in registers if z, t and the sums take up to half of them: with more, sm_80 to
     sm_100 spill.
     """
     words = itemsize // 4
-    programs = rows
-    if sums:  # a row of sums is written and read for at least 16 rows, or to fill a GPU
-        programs = min(rows, max(cdiv(rows, 16), FILL // 2))
     block_n = next_power_of_2(columns)
     live = block_n * words * (3 if sums else 2)
-    if live > REGISTERS // 2:
-        return LossRow(COLUMN_BLOCK // words, 8, programs, whole_row=False)
+    whole_row = live <= REGISTERS // 2
     # In bfloat16 up to 512 columns take one warp, 16 a thread: no two warps share a column
-    num_warps = min(max(1, block_n * words // 512), MOST_WARPS)
-    return LossRow(block_n, num_warps, programs, whole_row=True)
+    num_warps = min(max(1, block_n * words // 512), MOST_WARPS) if whole_row else 8
+    # Each writes a row of sums: as many as run at once
+    programs = min(rows, resident(num_warps, multiprocessors)) if sums else rows
+    if not whole_row:
+        return LossRow(COLUMN_BLOCK // words, num_warps, programs, False)
+    return LossRow(block_n, num_warps, programs, True, THREAD if sums else None)
 
 
 def next_power_of_2(number: int) -> int:

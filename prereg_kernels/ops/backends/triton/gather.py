@@ -5,7 +5,12 @@ import triton.language as tl
 from torch import Tensor
 
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.launch import index_stride, launch, rows_at
+from prereg_kernels.ops.backends.triton.launch import (
+    index_stride,
+    launch,
+    row_block,
+    rows_at,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "source_rows", "stride_index"])
@@ -28,10 +33,10 @@ def gather_kernel(
     source (source_rows, columns), any strides; index (rows,) or None; out (rows, columns), columns
     of unit stride.
 
-    Grid: (row blocks, column blocks).
+    Grid: of `config.grid`.
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = row_block() * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < rows
     mask = mask_m[:, None] & (offs_n < columns)[None, :]
     source_row = rows_at(index_ptr, stride_index, offs_m, mask_m, source_rows)
@@ -45,9 +50,8 @@ def gather_rows(source: Tensor, index: Tensor | None, out: Tensor) -> None:
     """out (n, C) = source[index], source (any, C)."""
     rows, columns = out.shape
     blocks = config.tile(columns, source.stride(1))
-    grid = (config.cdiv(rows, blocks.block_m), config.cdiv(columns, blocks.block_n))
     launch(
-        gather_kernel, grid, blocks.num_warps,
+        gather_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
         source, index, out, rows, columns, source.shape[0],
         *source.stride(), index_stride(index), out.stride(0),
         BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,

@@ -1,6 +1,7 @@
 """How kernels are launched, and what several of them need."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,21 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], num_warps: int, *args: Any, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    num_warps: int,
+    *args: Any,
+    most_registers: int | None = None,
+    **constants: Any,
 ) -> None:
     """Launch on the device of the first argument, a tensor, and on its current stream.
 
+    most_registers: of a thread, on NVIDIA's GPUs; None leaves it to the compiler, as AMD's do.
     Triton itself takes the current device. Products are not fused into sums, whatever this Triton's
     default is: so every one rounds as the interpreter does, and dz is exactly 0 where z = t.
     """
     with on_device_of(args[0]):
         kernel[grid](
-            *args, **constants, num_warps=num_warps, enable_fp_fusion=False, **assertions()
-        )
+            *args, **constants, num_warps=num_warps, enable_fp_fusion=False,
+            **compiler_options(most_registers),
+        )  # fmt: skip
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -30,13 +39,15 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def assertions() -> dict[str, bool]:
-    """Options that compile `tl.device_assert` in, without triton's checks of its own arithmetic.
+def compiler_options(most_registers: int | None) -> dict[str, Any]:
+    """`tl.device_assert` is compiled in, without triton's checks of its own arithmetic.
 
     On NVIDIA an assertion takes a compare and up to 3 registers a row. On AMD it would need a
     service on the host, so that there an index out of range is undefined.
     """
-    return {"debug": torch.version.hip is None, "sanitize_overflow": False}
+    nvidia = torch.version.hip is None
+    options: dict[str, Any] = {"debug": nvidia, "sanitize_overflow": False}
+    return options | {"maxnreg": most_registers} if nvidia and most_registers else options
 
 
 def stat_dtype(*tensors: Tensor) -> Any:
@@ -46,6 +57,20 @@ def stat_dtype(*tensors: Tensor) -> Any:
 
 def index_stride(index: Tensor | None) -> int:
     return 0 if index is None else index.stride(0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere, where kernels are interpreted or compiled alone, a few."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def row_block():
+    """Of a program in a grid of `config.grid`, int64."""
+    return tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit

@@ -2,7 +2,12 @@
 
 from prereg_kernels.ops.backends.base import LossChunk
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.launch import index_stride, launch, stat_dtype
+from prereg_kernels.ops.backends.triton.launch import (
+    index_stride,
+    launch,
+    multiprocessors,
+    stat_dtype,
+)
 from prereg_kernels.ops.backends.triton.loss_blocks import loss_blocks_kernel
 from prereg_kernels.ops.backends.triton.loss_row import loss_row_kernel
 from prereg_kernels.ops.backends.triton.sums import add_partials
@@ -14,8 +19,11 @@ def token_losses(chunk: LossChunk, spec: Spec) -> None:
     """The losses of the chunk, and with `dz` their gradient and its column sums."""
     z, bias, anchor, index, losses, coefficient, dz, sums = chunk
     rows, columns = z.shape
-    chosen = config.loss_row(rows, columns, losses.itemsize, sums is not None)
+    chosen = config.loss_row(
+        rows, columns, losses.itemsize, sums is not None, multiprocessors(z.device)
+    )
     partials = None if sums is None else sums.new_empty(chosen.programs, columns)
+    normalization = LOSSES.find(spec.loss).normalization(spec.normalize)
     launch(
         loss_row_kernel if chosen.whole_row else loss_blocks_kernel,
         (chosen.programs,), chosen.num_warps,
@@ -23,8 +31,9 @@ def token_losses(chunk: LossChunk, spec: Spec) -> None:
         z.stride(0), *anchor.stride(), index_stride(index),
         0 if coefficient is None else coefficient.stride(0), 0 if dz is None else dz.stride(0),
         COLUMNS=columns, EPS=spec.eps, LOSS=spec.loss,
-        NORMALIZE=LOSSES.find(spec.loss).normalization(spec.normalize),
-        STAT=stat_dtype(losses), BLOCK_N=chosen.block_n,
+        NORMALIZE=normalization, STAT=stat_dtype(losses), BLOCK_N=chosen.block_n,
+        # Deviations of two rows take more
+        most_registers=None if normalization == "layer" else chosen.most_registers,
     )  # fmt: skip
     if sums is not None and partials is not None:
         add_partials(partials, sums)

@@ -12,6 +12,8 @@ from prereg_kernels.ops.backends.triton.loss_math import (
     projection,
     scale_of_deviation,
     scale_of_norm,
+    sum_three,
+    sum_two,
 )
 
 
@@ -66,25 +68,32 @@ def loss_row_kernel(
 
         p, q, scale, short = z, t, 1.0, False
         if NORMALIZE == "l2":
-            z_norm, t_norm = tl.sqrt(tl.sum(z * z)), tl.sqrt(tl.sum(t * t))
+            z_squares, t_squares = sum_two(z * z, t * t)
+            z_norm, t_norm = tl.sqrt(z_squares), tl.sqrt(t_squares)
             scale, short = scale_of_norm(z_norm, EPS), z_norm < EPS
             p, q = z * scale, t * scale_of_norm(t_norm, EPS)
         elif NORMALIZE == "layer":
-            p = tl.where(mask_n, z - tl.sum(z) / COLUMNS, 0.0)
-            q = tl.where(mask_n, t - tl.sum(t) / COLUMNS, 0.0)
-            scale = scale_of_deviation(tl.sum(p * p), COLUMNS, EPS)
-            t_scale = scale_of_deviation(tl.sum(q * q), COLUMNS, EPS)
-            p, q = p * scale, q * t_scale
-        total = tl.sum(loss_terms(p, q, LOSS))
+            z_sum, t_sum = sum_two(z, t)
+            p = tl.where(mask_n, z - z_sum / COLUMNS, 0.0)
+            q = tl.where(mask_n, t - t_sum / COLUMNS, 0.0)
+            p_squares, q_squares = sum_two(p * p, q * q)
+            scale = scale_of_deviation(p_squares, COLUMNS, EPS)
+            p, q = p * scale, q * scale_of_deviation(q_squares, COLUMNS, EPS)
+
+        terms, dp = loss_terms(p, q, LOSS), loss_slope(p, q, COLUMNS, LOSS)
+        dp_sum, p_dp_sum = 0.0, 0.0
+        if dz_ptr is None or NORMALIZE == "none":
+            total = tl.sum(terms)
+        elif NORMALIZE == "l2":
+            total, p_dp_sum = sum_two(terms, p * dp)
+        else:
+            total, dp_sum, p_dp_sum = sum_three(terms, dp, p * dp)
         tl.store(losses_ptr + row, loss_of_sum(total, COLUMNS, LOSS))
 
         if dz_ptr is not None:
-            dp = loss_slope(p, q, COLUMNS, LOSS)
             mean, along = 0.0, 0.0
             if NORMALIZE != "none":
-                mean, along = projection(
-                    total, tl.sum(dp), tl.sum(p * dp), short, COLUMNS, LOSS, NORMALIZE
-                )
+                mean, along = projection(total, dp_sum, p_dp_sum, short, COLUMNS, LOSS, NORMALIZE)
             coefficient = tl.load(coefficient_ptr + row * stride_coefficient).to(STAT)
             dz = project(p, dp, mean, along, scale, NORMALIZE) * coefficient
             tl.store(dz_ptr + row * stride_dz + offs_n, dz, mask=mask_n)

@@ -5,7 +5,13 @@ import triton.language as tl
 from torch import Tensor
 
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.launch import index_stride, launch, rows_at, stat_dtype
+from prereg_kernels.ops.backends.triton.launch import (
+    index_stride,
+    launch,
+    row_block,
+    rows_at,
+    stat_dtype,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "into_rows", "stride_index"])
@@ -33,10 +39,10 @@ def scatter_kernel(
     values (rows, columns), columns of unit stride; into and residual (into_rows, columns), any
     strides, residual may be `into` or None; index (rows,), unique, or None; scale (), or None.
 
-    Grid: (row blocks, column blocks). No atomics: a row of `into` belongs to one program.
+    Grid: of `config.grid`. No atomics: an element belongs to one program.
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = row_block() * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < rows
     mask = mask_m[:, None] & (offs_n < columns)[None, :]
     values = values_ptr + offs_m[:, None] * stride_values + offs_n[None, :]
@@ -63,9 +69,8 @@ def scatter_rows(
     """into[index] = values * scale + residual[index]; values (n, C), into and residual (any, C)."""
     rows, columns = values.shape
     blocks = config.tile(columns, into.stride(1))
-    grid = (config.cdiv(rows, blocks.block_m), config.cdiv(columns, blocks.block_n))
     launch(
-        scatter_kernel, grid, blocks.num_warps,
+        scatter_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
         values, into, index, scale, residual, rows, columns, into.shape[0],
         values.stride(0), *into.stride(), *(into if residual is None else residual).stride(),
         index_stride(index), STAT=stat_dtype(values, into),
