@@ -252,10 +252,13 @@ def measure(
 
 
 def commit_of(checkout: Path) -> str | None:
-    """As git describes it; None where it does not."""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    """As git describes it; None where it does not, or describes what lies around."""
+    command = ["git", "-C", str(checkout)]
+    top = subprocess.run([*command, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    if top.stdout.strip() != str(checkout.resolve()):
+        return None
+    described = [*command, "describe", "--always", "--dirty"]
+    return subprocess.run(described, capture_output=True, text=True).stdout.strip() or None
 
 
 def table(stored: Json) -> str:

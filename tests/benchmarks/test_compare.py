@@ -269,3 +269,13 @@ def test_a_revision_lies_beside_with_rows_of_its_own(
     bring_rows(old, root)
     bring_rows(old, root)
     assert compiled == [root, old]
+
+
+def test_the_commit_is_not_that_of_what_lies_around(slow: Path) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    around = slow.parent
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "one"]):
+        subprocess.run(["git", "-C", str(around), *command], check=True)
+    assert compare.commit_of(slow) is None
+    commit = compare.commit_of(around)
+    assert commit is not None and len(commit) >= 7

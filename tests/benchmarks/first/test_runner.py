@@ -84,16 +84,17 @@ def test_what_fails_or_hangs_takes_no_other_along(tmp_path: Path) -> None:
 
 def test_time_that_is_left_goes_to_the_next(tmp_path: Path) -> None:
     """And what hangs takes none from the rest, which ends with the budget."""
-    run = Run("first", tmp_path, budget=5.3)
-    run.parts((part("short", 4, WRITES), part("deaf", 2, DEAF), part("last", 2, WRITES)))
+    run = Run("first", tmp_path, budget=6.5)
+    run.parts((part("short", 4, WRITES), part("deaf", 2, DEAF), part("last", 4, WRITES)))
     limits = [float(record["limit_s"]) for record in run.results["parts"]]
     short, deaf, last = run.results["parts"]
-    assert limits[0] == pytest.approx(2.4, abs=0.1)
-    assert limits[1] == pytest.approx(3.6 - short["seconds"], abs=0.3)
-    assert deaf["seconds"] == pytest.approx(limits[1] + runner.GRACE, abs=0.5)  # then killed
-    assert limits[2] == pytest.approx(1.2 - runner.GRACE, abs=0.3)
+    assert limits[0] == pytest.approx(2.4, abs=0.2)
+    # its share is 1.2; the first took little of 2.4
+    assert 1.3 < limits[1] <= 3.6 - short["seconds"] + 0.2
     assert (deaf["status"], last["status"]) == (f"stopped after {limits[1]:.0f} s", "ok")
-    assert run.results["seconds"] < 5.3
+    assert deaf["seconds"] >= limits[1] + runner.GRACE - 0.2  # then it was killed
+    assert limits[2] <= 2.4 - runner.GRACE + 0.2
+    assert run.results["seconds"] < 6.5
 
 
 def test_without_time_a_part_does_not_start(tmp_path: Path) -> None:
