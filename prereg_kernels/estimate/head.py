@@ -1,0 +1,113 @@
+"""PRe's own part of a step: its head, its products, its passes over memory, its scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prereg_kernels.estimate.settings import DTYPES, Settings
+from prereg_kernels.estimate.structure import Counts, Structure
+from prereg_kernels.estimate.trace import tracing
+from prereg_kernels.ops.chunking import CPU, ChunkBudget, choose_chunk_rows, gpu_budget, scratch_columns
+from prereg_kernels.ops.reference import eager_pre_loss
+
+DTYPE = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Head:
+    """On one GPU, with the rows of its samples.
+
+    Attributes:
+        layer: whose output it reads.
+        rows: N. shapes: (out, in) of each matrix.
+        itemsize: bytes of an element of the hidden states.
+        weight_itemsize: of the head's weights.
+        chunk_rows: of the fused op.
+    """
+
+    layer: int
+    rows: int
+    width: int
+    shapes: tuple[tuple[int, int], ...]
+    itemsize: int
+    weight_itemsize: int
+    chunk_rows: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(out * (columns + 1) for out, columns in self.shapes)
+
+    @property
+    def flops(self) -> float:
+        """Three products a matrix: six for the paper's head."""
+        return 6.0 * self.rows * sum(out * columns for out, columns in self.shapes)
+
+    @property
+    def scratch(self) -> float:
+        """Bytes in backward, beside the gradients."""
+        rows = self.chunk_rows * scratch_columns(self.width, self.shapes) * self.itemsize
+        elements = sum(out * columns for out, columns in self.shapes)
+        casts = elements * self.itemsize * (self.weight_itemsize != self.itemsize)
+        sums = 4.0 * elements * (self.chunk_rows < self.rows)
+        return rows + casts + sums
+
+    @property
+    def moved(self) -> float:
+        """Bytes that the fused op reads and writes beside the products: docs/performance.md."""
+        outs = [out for out, _ in self.shapes]
+        hidden, last = sum(outs[:-1]), (outs or [self.width])[-1]
+        passes = 2 * self.width + 2 * hidden + 3 * last + 3 * hidden + 3 * self.width
+        elements = sum(out * columns for out, columns in self.shapes)
+        chunks = -(-self.rows // self.chunk_rows) if self.rows else 0
+        casts = (4 + 2) * elements * (self.weight_itemsize != self.itemsize)
+        return float(self.rows * passes * self.itemsize + 8 * elements * max(chunks - 1, 0) + casts)
+
+    def eager(self) -> Counts:
+        """What `eager_pre_loss` does, by its own code."""
+        dtype = DTYPE[self.itemsize]
+        weights = [
+            nn.Parameter(torch.empty(shape, device="meta", dtype=DTYPE[self.weight_itemsize]))
+            for shape in self.shapes
+        ]
+        hidden = torch.empty(self.rows, self.width, device="meta", dtype=dtype, requires_grad=True)
+        anchor = torch.empty(self.rows, self.shapes[-1][0] if self.shapes else self.width,
+                             device="meta", dtype=dtype)  # fmt: skip
+        holder = nn.ParameterList(weights)
+        with tracing(holder) as blocks:
+            eager_pre_loss(hidden * 1, anchor, list(holder)).backward()
+        total = Counts()
+        for counts in blocks.values():
+            for name, value in vars(counts).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
+
+def head_of(structure: Structure, settings: Settings, visual: int, memory: float | None) -> Head:
+    """The head of one GPU's step.
+
+    Args:
+        visual: tokens of an image.
+        memory: bytes of the GPU; None: a CPU.
+
+    Raises:
+        ValueError: the decoder has no such layer.
+    """
+    layer = settings.pre_layer or max(1, structure.layers // 2)
+    if layer > structure.layers:
+        raise ValueError(
+            f"--layer: the decoder has {structure.layers} layers, numbered 1 to "
+            f"{structure.layers}; got {layer}"
+        )
+    width, inner = structure.width, settings.head_features or structure.width
+    widths = [width, *[inner] * (settings.depth - 1), width][: settings.depth + 1]
+    if settings.depth:
+        widths[-1] = width
+    shapes = tuple((out, columns) for columns, out in zip(widths, widths[1:], strict=False))
+    rows = max(1, round(settings.samples * visual * settings.token_fraction))
+    budget: ChunkBudget = CPU if memory is None else gpu_budget(int(memory))
+    chunk = choose_chunk_rows(rows, width, shapes, structure.itemsize, budget)
+    head_itemsize = DTYPES[settings.head_dtype]
+    return Head(layer, rows, width, shapes, structure.itemsize, head_itemsize, chunk)
