@@ -1,4 +1,4 @@
-"""The command line: `prereg train`, `demo`, `sweep`, `checkup`, `doctor` and `build`."""
+"""The command line: `prereg train`, `demo`, `sweep`, `checkup`, `estimate`, `doctor`, `build`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from prereg_kernels._util.files import printable
 from prereg_kernels._util.supported import too_old_to_train
 from prereg_kernels._version import __version__
+from prereg_kernels.cli.estimate import add_arguments as add_estimate_arguments
 from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
 _OLD_NAME = "diagnose"
@@ -40,6 +41,9 @@ def main() -> None:
         return
     if arguments.command in ("checkup", _OLD_NAME):
         _checkup(arguments)
+        return
+    if arguments.command == "estimate":
+        _estimate(arguments)
         return
     if arguments.command in ("train", "assemble", "evaluate"):
         _train(arguments, flags)
@@ -106,6 +110,19 @@ def _checkup(arguments: argparse.Namespace) -> None:
         run(arguments, Console(width=width, markup=False, emoji=False))
     except KeyboardInterrupt:
         _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from prereg_kernels.cli.estimate import run
+
+    try:
+        run(arguments)
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; a model of your own needs: pip install 'prereg-kernels[checkup]'")
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
 
@@ -204,6 +221,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
     _add_sweep(commands)
     _add_checkup(commands)
+    estimate = commands.add_parser(
+        "estimate",
+        help="what a training step with PRe takes: time, memory, FLOPs, communication",
+        description="Time, memory, FLOPs and communication of a training step, and PRe's share of "
+        "each, by a model's config. Nothing is downloaded, no weights are read, no GPU is needed.",
+    )
+    add_estimate_arguments(estimate)
     doctor = commands.add_parser(
         "doctor",
         help="what is installed and runs here; whether a model is supported",

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from prereg_kernels.estimate.settings import DTYPES, Settings
-from prereg_kernels.estimate.structure import Counts, Structure
-from prereg_kernels.estimate.trace import tracing
+from prereg_kernels.estimate.structure import Structure
 from prereg_kernels.ops.chunking import CPU, ChunkBudget, choose_chunk_rows, gpu_budget, scratch_columns
 from prereg_kernels.ops.reference import eager_pre_loss
-
-DTYPE = {2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -57,32 +51,37 @@ class Head:
     @property
     def moved(self) -> float:
         """Bytes that the fused op reads and writes beside the products: docs/performance.md."""
-        outs = [out for out, _ in self.shapes]
-        hidden, last = sum(outs[:-1]), (outs or [self.width])[-1]
+        hidden, last = self._columns
         passes = 2 * self.width + 2 * hidden + 3 * last + 3 * hidden + 3 * self.width
         elements = sum(out * columns for out, columns in self.shapes)
         chunks = -(-self.rows // self.chunk_rows) if self.rows else 0
         casts = (4 + 2) * elements * (self.weight_itemsize != self.itemsize)
         return float(self.rows * passes * self.itemsize + 8 * elements * max(chunks - 1, 0) + casts)
 
-    def eager(self) -> Counts:
-        """What `eager_pre_loss` does, by its own code."""
-        dtype = DTYPE[self.itemsize]
-        weights = [
-            nn.Parameter(torch.empty(shape, device="meta", dtype=DTYPE[self.weight_itemsize]))
-            for shape in self.shapes
-        ]
-        hidden = torch.empty(self.rows, self.width, device="meta", dtype=dtype, requires_grad=True)
-        anchor = torch.empty(self.rows, self.shapes[-1][0] if self.shapes else self.width,
-                             device="meta", dtype=dtype)  # fmt: skip
-        holder = nn.ParameterList(weights)
-        with tracing(holder) as blocks:
-            eager_pre_loss(hidden * 1, anchor, list(holder)).backward()
-        total = Counts()
-        for counts in blocks.values():
-            for name, value in vars(counts).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
+    @property
+    def _columns(self) -> tuple[int, int]:
+        """Of what is between the matrices, and of the prediction."""
+        outs = [out for out, _ in self.shapes]
+        return sum(outs[:-1]), (outs or [self.width])[-1]
+
+    @property
+    def eager_saved(self) -> float:
+        """Bytes that `eager_pre_loss` keeps: h; u and g; the prediction and the anchor's rows, of
+        length 1, in float32."""
+        hidden, last = self._columns
+        return float(self.rows * (self.itemsize * (self.width + 2 * hidden) + 8 * last))
+
+    @property
+    def eager_moved(self) -> float:
+        """Bytes that it reads and writes beside the products, each operator for itself."""
+        hidden, last = self._columns
+        size = self.itemsize
+        gathered = 4 * size * self.width + 4 * size * self.width  # two, and a scatter into zeros
+        casts = 3 * (size + 4) * last * (size != 4)
+        loss = (40 + 100) * last  # of float32, forward and backward, by its operators
+        elements = sum(out * columns for out, columns in self.shapes)
+        weights = 2 * (4 + size) * elements * (self.weight_itemsize != size)
+        return float(self.rows * (gathered + 5 * size * hidden + casts + loss) + weights)
 
 
 def head_of(structure: Structure, settings: Settings, visual: int, memory: float | None) -> Head:

@@ -116,9 +116,11 @@ def timeline(
     ledger.add("optimizer", trained * shares.state * shares.optimizer)
     if shares.buckets:
         ledger.add("gradients", shares.gradient(trained, True))
-    if head is not None:
-        own = head.parameters * head.weight_itemsize
-        ledger.add("pre", own * (1 + OPTIMIZERS[settings.optimizer] + shares.buckets))
+    own = 0.0 if head is None else float(head.parameters * head.weight_itemsize) * settings.split
+    if head is not None:  # layers that are split have it whole
+        state = OPTIMIZERS[settings.optimizer] * shares.optimizer
+        ledger.add("pre", own * (shares.weights + state + shares.buckets * shares.gradients))
+    gradient_of_head = own * shares.gradients * (not shares.buckets)
     gathered = _gathered(structure, shares)
     for block, counts in blocks[:-1]:  # the last is the loss
         redone = settings.checkpointing and block.layer > 0
@@ -126,18 +128,16 @@ def timeline(
         ledger.note(block.name, "forward", block.layer, scratch)
         ledger.add("activations", row if redone else _saved(structure, settings, counts, positions))
     if head is not None and not settings.checkpointing and structure.itemsize == 2:
-        ledger.add("pre", 2 * row)  # the layer's output and the anchor, of which norms keep copies
+        ledger.add("pre", row)  # the layer's output, of which a norm keeps a float32 copy alone
     words = float(positions) * structure.vocabulary / settings.split
-    eager = head.eager() if head is not None and how == "eager" else Counts()
+    eager = head.eager_saved if head is not None and how == "eager" else 0.0
     ledger.add("activations", 4 * words)
-    ledger.add("pre", eager.saved)
+    ledger.add("pre", eager)
     ledger.note("loss", "loss", 0, 8 * words + gathered)
-    ledger.note("loss", "backward", 0, 8 * words + gathered + 2 * eager.widest)
+    ledger.note("loss", "backward", 0, 8 * words + gathered)
     ledger.add("activations", -4 * words)
-    if how == "eager":
-        assert head is not None
-        own = head.parameters * head.weight_itemsize
-        ledger.add("pre", own - eager.saved + row)
+    if how == "eager":  # autograd takes it back first, as it ran last
+        ledger.add("pre", gradient_of_head - eager + row)
     for block, counts in reversed(blocks[:-1]):
         redone = settings.checkpointing and block.layer > 0
         saved = _saved(structure, settings, counts, positions)
@@ -145,7 +145,7 @@ def timeline(
         gradient = shares.gradient(block.parameters, trains)
         whole = trains * block.parameters * shares.itemsize / settings.split
         if head is not None and block.layer == head.layer:
-            _tap(ledger, head, how, row)
+            _tap(ledger, head, how, row, gradient_of_head)
         if not counts.backward and not counts.saved:
             continue
         busy = samples * 2 * counts.widest / settings.split + row
@@ -161,13 +161,12 @@ def timeline(
     return ledger.moments
 
 
-def _tap(ledger: _Ledger, head: Head, how: How, row: float) -> None:
+def _tap(ledger: _Ledger, head: Head, how: How, row: float, gradient: float) -> None:
     """PRe in backward, where the layers behind its own are done."""
     if how == "eager":
         ledger.add("pre", -row)
         return
-    own = float(head.parameters * head.weight_itemsize)
-    ledger.add("pre", own)
+    ledger.add("pre", gradient)
     ledger.held["pre"] += head.scratch + row
     ledger.note("PRe", "backward", head.layer, row)
     ledger.held["pre"] -= head.scratch + row

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from prereg_kernels.estimate.trace import block_of, tracing
 from prereg_kernels.train.models import parts_of, set_trainable
 
 Batch = Mapping[str, Any]
+KEPT = 6
+"""Decoder layers that are looked at, where all are alike; the first ones may not quite be."""
 LONGER = (64, 256, 768)
 """By how many words a batch is made longer, to see what grows with its length and how."""
 
@@ -41,27 +44,30 @@ def walk(
     set_trainable(model, trains)
     family = resolve(model).family
     visual = [int(family.marked(model, batch).sum()) for batch in batches]
-    for part in (*model.modules(),):
+    for part in model.modules():
         config = getattr(part, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "grouped_mm"
-    first = batches[0]
-    rows, length = first["input_ids"].shape
+    small = batches[-1]
+    rows, length = small["input_ids"].shape
     lengths = [length + more for more in longer]
-    runs = [trace_step(model, lengthened(first, more)) for more in longer]
-    images = [trace_step(model, lengthened(batch, longer[0])) for batch in batches[1:]]
-    parts = _parts_of_blocks(model)
-    sizes = _sizes(model)
+    layers, sizes, parts = str(family.layers), _sizes(model), _parts_of_blocks(model)
+    with _fewer(model, family.layers_of(model), layers) as repeated:
+        runs = [trace_step(model, lengthened(small, more)) for more in longer]
+        images = [trace_step(model, lengthened(batch, longer[0])) for batch in batches[:-1]]
+    for run in (*runs, *images):
+        for path, of in repeated.items():
+            run[path] = run[of]
     blocks = []
-    for path in dict.fromkeys((*(p for p in runs[0] if p), *sizes, "")):
+    paths = dict.fromkeys((*(p for p in runs[0] if p), *sizes, ""))
+    for path in sorted(paths, key=lambda path: _place(path, layers, list(runs[0]))):
         part = parts[path]
         if part == "llm":
             counts = _fitted([_scaled(run.get(path), 1 / rows) for run in runs], lengths)
         else:
-            found = [run.get(path) for run in (runs[0], *images)]
+            found = [run.get(path) for run in (*images, runs[0])]
             counts = _through_origin(found, visual)
-        layer = _layer(path, str(family.layers))
-        blocks.append(Block(path or "loss", part, sizes.get(path, 0), counts, layer))
+        blocks.append(Block(path or "loss", part, sizes.get(path, 0), counts, _layer(path, layers)))
     text = model.config.get_text_config(decoder=True)
     return Structure(
         name=name,
@@ -150,6 +156,33 @@ def _parts_of_blocks(model: nn.Module) -> dict[str, str]:
         part = own.pop() if len(own) == 1 else outer if not own else "llm"
         found.setdefault(block_of(path), part)
     return found
+
+
+@contextmanager
+def _fewer(model: nn.Module, layers: nn.ModuleList, path: str) -> Iterator[dict[str, str]]:
+    """Only the first decoder layers, where all are alike: {each other one: one that it is like}."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    shapes = {tuple((n, p.shape) for n, p in layer.named_parameters()) for layer in layers}
+    if len(layers) <= KEPT or len(shapes) > 1 or len(set(kinds)) > 1:
+        yield {}
+        return
+    holder, _, name = path.rpartition(".")
+    setattr(model.get_submodule(holder), name, layers[:KEPT])
+    try:
+        yield {f"{path}.{n}": f"{path}.{KEPT - 2}" for n in range(KEPT - 1, len(layers))}
+    finally:
+        setattr(model.get_submodule(holder), name, layers)
+
+
+def _place(path: str, layers: str, run: Sequence[str]) -> tuple[int, int, int]:
+    """In the order of a forward pass: as blocks ran; the loss last, and what did not run first."""
+    if not path:
+        return 2, 0, 0
+    layer = _layer(path, layers)
+    first = f"{layers}.0"
+    if layer:
+        return 1, run.index(first), layer
+    return (1, run.index(path), 0) if path in run else (0, 0, 0)
 
 
 def _layer(path: str, layers: str) -> int:
