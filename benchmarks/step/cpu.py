@@ -33,6 +33,7 @@ from prereg_kernels.estimate.estimate import measured_work
 from prereg_kernels.estimate.memory import peak
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.walk import walk
+from prereg_kernels.train.models import parts_of
 
 OUT = RESULTS / "estimate_cpu.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -132,7 +133,7 @@ def counted(case: Case) -> Json:
     config = recipe.config()
     model = build_model(config, torch.device("meta"), DTYPES[case.dtype])
     batch = make_batch(recipe, config, 1, torch.device("cpu"), DTYPES[case.dtype])
-    structure = walk(model, [batch], case.family, longer=(0, 32, 96))
+    structure = walk(model, [batch], case.family, parts_of(model), longer=(0, 32, 96))
     work, moments = measured_work(structure, settings_of(case), case.pre)
     highest = peak(moments)
     return {

@@ -21,6 +21,15 @@ from torch.utils import _python_dispatch, checkpoint
 current_autograd_node = torch._C._current_autograd_node
 """The node whose backward runs; None outside of backward."""
 
+next_autograd_node: Any = torch._C._autograd._get_sequence_nr
+"""The number of the next node of autograd's graph that this thread makes."""
+
+
+def node_number(node: Any) -> int:
+    """Of one that was made."""
+    return int(node._sequence_nr())
+
+
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 """Within backward: whether its graph stays for another one (`retain_graph=True`)."""
 
@@ -44,6 +53,25 @@ def is_in_forward_mode() -> bool:
 def version_of(x: Tensor) -> int:
     """The number that every write in place counts up."""
     return x._version
+
+
+def storage_of(x: Tensor) -> int:
+    """Which memory a tensor has, on the meta device too, where none has an address."""
+    return int(x.untyped_storage()._cdata)
+
+
+# Operators, as a mode sees them.
+
+TO_COPY = torch.ops.aten._to_copy.default
+"""Behind `x.to(...)`."""
+ITEM = torch.ops.aten._local_scalar_dense.default
+"""Behind `x.item()`, `bool(x)` and `int(x)`."""
+GROUPED_PRODUCTS = tuple(
+    getattr(holder, name)
+    for holder, name in ((torch, "_grouped_mm"), (nn.functional, "grouped_mm"))
+    if hasattr(holder, name)
+)
+"""Rows, each times the matrix of its group: of a mixture of experts."""
 
 
 # Checkpointing: the hooks of saved tensors, and the modes that see each op.
@@ -160,6 +188,8 @@ NAME_OR_PATH = "_name_or_path"
 """The entry of `config.to_dict()` that says where a config came from."""
 ATTENTION = "_attn_implementation"
 """A config's attribute: which code computes attention."""
+EXPERTS = "_experts_implementation"
+"""A config's attribute: which code computes experts."""
 RECORDED_OUTPUTS = "_can_record_outputs"
 """A model's attribute: the classes of the modules whose outputs transformers records, by kind."""
 DEVICE_MESH = "_device_mesh"
@@ -167,7 +197,7 @@ DEVICE_MESH = "_device_mesh"
 IMPLEMENTATIONS = (
     ATTENTION,
     "_attn_implementation_internal",
-    "_experts_implementation",
+    EXPERTS,
     "_experts_implementation_internal",
 )
 """Keys under which a config.json can name code to run."""

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     picture: Path | None = arguments.picture
     if picture is not None and picture.suffix not in ENDINGS:
-        raise ValueError(f"--picture: expected a name that ends in .png or .svg, got {picture.name}")
+        raise ValueError(f"--picture: expected a .png or .svg, got {printable(picture.name)}")
     found = estimate(structure_of(arguments.model, settings.train), settings)
     if picture is not None:
         try:
@@ -111,6 +111,7 @@ def _walked(directory: Path, train: Sequence[str]) -> Structure:
     from prereg_kernels.cli.made_up import NotRunError, processed_batch
     from prereg_kernels.estimate.batches import made_up_batches
     from prereg_kernels.estimate.walk import walk
+    from prereg_kernels.train.models import parts_of
 
     with quiet(), offline(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -131,4 +132,4 @@ def _walked(directory: Path, train: Sequence[str]) -> Structure:
                 batches = [processed_batch(directory, config, model)]
             except NotRunError as reason:
                 raise ValueError(f"model: there is no batch for it, since {reason}") from None
-        return walk(model, batches, directory.resolve().name, train)
+        return walk(model, batches, directory.resolve().name, parts_of(model), train)

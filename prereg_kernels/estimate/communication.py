@@ -31,11 +31,12 @@ class Sent:
 
     def seconds(self, device: Device) -> float:
         """The slowest way between two of the group decides."""
-        return (self.bytes + self.pre) / (device.link if self.group <= device.node else device.network)
+        way = device.link if self.group <= device.node else device.network
+        return (self.bytes + self.pre) / way
 
 
 def sent(structure: Structure, settings: Settings, visual: int, head: Head | None) -> list[Sent]:
-    """All of a step: a ring sends (g - 1) / g of what it gathers or scatters, and twice to do both."""
+    """All of a step: of what it gathers or scatters, a ring sends (g - 1) / g; both for a sum."""
     found: list[Sent] = []
     group, kind, itemsize = settings.replicas, settings.parallel, DTYPES[settings.weights]
     # What is gathered is of low precision, whatever is kept

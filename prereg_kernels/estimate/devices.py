@@ -44,7 +44,7 @@ DEVICES = {
     "h100": Device(80 * GIB, {2: 790e12, 4: SHARE * 67e12}, 3.0e12, SHARE * 450e9, SHARE * 50e9),
     # the same with 141 GB; 4.3 TB/s assumed
     "h200": Device(141e9, {2: 790e12, 4: SHARE * 67e12}, 4.3e12, SHARE * 450e9, SHARE * 50e9),
-    # 1550 TFLOP/s and 6.8 TB/s assumed; float32 80 TFLOP/s, NVLink 900 GB/s: sheet; 400 Gb/s network
+    # 1550 TFLOP/s and 6.8 TB/s assumed; float32 80 TFLOP/s, NVLink 900 GB/s: sheet; 400 Gb/s
     "b200": Device(180e9, {2: 1550e12, 4: SHARE * 80e12}, 6.8e12, SHARE * 900e9, SHARE * 50e9),
     # 260 TFLOP/s and 1.65 TB/s assumed; float32 19.5 TFLOP/s, NVLink 300 GB/s: sheet; 200 Gb/s
     "a100": Device(80 * GIB, {2: 260e12, 4: SHARE * 19.5e12}, 1.65e12, SHARE * 300e9, SHARE * 25e9),

@@ -106,9 +106,10 @@ def estimate(structure: Structure, settings: Settings) -> Estimate:
     }
     share = settings.images / settings.samples * settings.split  # of one GPU's are all of them
     flops = {part: x.flops * share for part, x in done.items() if x.flops}
+    head_flops = head.flops * settings.images / settings.samples
     return Estimate(
-        structure, settings, visual, head, flops, head.flops * settings.images / settings.samples, seconds, parts,
-        moments, exchanged, error,
+        structure, settings, visual, head, flops, head_flops, seconds, parts, moments, exchanged,
+        error,
     )  # fmt: skip
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from prereg_kernels.estimate.settings import DTYPES, Settings
 from prereg_kernels.estimate.structure import Structure
-from prereg_kernels.ops.chunking import CPU, ChunkBudget, choose_chunk_rows, gpu_budget, scratch_columns
-from prereg_kernels.ops.reference import eager_pre_loss
+from prereg_kernels.ops.chunking import (
+    CPU,
+    ChunkBudget,
+    choose_chunk_rows,
+    gpu_budget,
+    scratch_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def head_of(structure: Structure, settings: Settings, visual: int, memory: float
     widths = [width, *[inner] * (settings.depth - 1), width][: settings.depth + 1]
     if settings.depth:
         widths[-1] = width
-    shapes = tuple((out, columns) for columns, out in zip(widths, widths[1:], strict=False))
+    shapes = tuple((out, columns) for columns, out in pairwise(widths))
     rows = max(1, round(settings.samples * visual * settings.token_fraction))
     budget: ChunkBudget = CPU if memory is None else gpu_budget(int(memory))
     chunk = choose_chunk_rows(rows, width, shapes, structure.itemsize, budget)

@@ -112,7 +112,7 @@ def timeline(
     row = positions * structure.width * structure.itemsize
     total = structure.parameters()
     trained = structure.parameters(structure.trains)
-    ledger.add("weights", total * (shares.itemsize * shares.weights + shares.copies * shares.weights))
+    ledger.add("weights", total * shares.weights * (shares.itemsize + shares.copies))
     ledger.add("optimizer", trained * shares.state * shares.optimizer)
     if shares.buckets:
         ledger.add("gradients", shares.gradient(trained, True))
@@ -190,4 +190,3 @@ def _gathered(structure: Structure, shares: Shares) -> float:
 def peak(moments: Sequence[Moment]) -> Moment:
     """The moment with the most bytes, the first of several."""
     return max(moments, key=lambda moment: moment.total)
-

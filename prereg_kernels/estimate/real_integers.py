@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prereg_kernels._util import private
+
 aten = torch.ops.aten
 META = torch.device("meta")
 FACTORIES = {
@@ -21,6 +23,8 @@ FACTORIES = {
     aten.zeros.default, aten.ones.default, aten.full.default, aten.randint.default,
     aten.scalar_tensor.default, aten.eye.default, aten.tril_indices.default,
 }  # fmt: skip
+_ONES = {(True, False): 1.0, (False, True): True, (False, False): 1}
+"""{whether a number without data is of floating point, whether it is a bool: what it counts as}."""
 
 
 class RealIntegers(TorchDispatchMode):
@@ -31,7 +35,7 @@ class RealIntegers(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The operator, on the device that its arguments ask for."""
-        if func in FACTORIES or func is aten._to_copy.default:
+        if func in FACTORIES or func is private.TO_COPY:
             return self._made(func, args, kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if all(not x.is_meta for x in tensors):
@@ -40,8 +44,8 @@ class RealIntegers(TorchDispatchMode):
             if func is aten.histc.default:  # which CPUs have of floating point alone
                 return func(args[0].float(), *args[1:], **kwargs)
             return func(*args, **kwargs)
-        if func is aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else args[0].dtype.is_floating_point * 1.0 or 1
+        if func is private.ITEM:
+            return _ONES[args[0].dtype.is_floating_point, args[0].dtype == torch.bool]
         if func is aten.nonzero.default:
             return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.int64)
         if func in (aten.equal.default, aten.is_nonzero.default):
@@ -66,8 +70,7 @@ class RealIntegers(TorchDispatchMode):
         if dtype is None and isinstance(args[0], Tensor):
             dtype = args[0].dtype
         if dtype is None:
-            with torch.utils._python_dispatch._disable_current_modes():
-                dtype = func(*args, **{**kwargs, "device": META}).dtype
+            dtype = func(*args, **{**kwargs, "device": META}).dtype
         source = args[0] if isinstance(args[0], Tensor) else None
         if dtype.is_floating_point or dtype.is_complex or (source is not None and source.is_meta):
             return func(*tree_map(_to_meta, args), **kwargs)

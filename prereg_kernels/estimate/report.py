@@ -21,8 +21,8 @@ def describe(found: Estimate) -> str:
         f"PRe adds {found.time_share:.2%} to the time of a step, {found.flops_share:.2%} to its "
         f"FLOPs and {added / plain:+.2%} to the peak memory of a GPU.",
         "",
-        f"{found.structure.name}: {found.structure.parameters() / 1e9:.2f}e9 parameters, "
-        f"{found.structure.parameters(found.structure.trains) / 1e9:.2f}e9 of them train ({trains})",
+        f"{found.structure.name}: {_count(found.structure.parameters())} parameters, "
+        f"{_count(found.structure.parameters(found.structure.trains))} of them train ({trains})",
         f"{settings.images} samples a step of {found.visual_tokens} visual and {settings.tokens} "
         f"text tokens, {gpus}{', checkpointing' * settings.checkpointing}; PRe at layer "
         f"{found.head.layer} of {found.structure.layers}",
@@ -95,6 +95,10 @@ def _error_line(found: Estimate) -> str:
         f"error: 9 of 10 measured steps were within {found.error['seconds']:.0%} of the time and "
         f"{found.error['bytes']:.0%} of the memory, each by the rates of the others"
     )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}e9"
 
 
 def _time(seconds: float) -> str:

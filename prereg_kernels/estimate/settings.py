@@ -12,6 +12,7 @@ PARALLEL = ("ddp", "fsdp", "zero2", "zero3", "tp")
 DTYPES = {"bfloat16": 2, "float32": 4}
 OPTIMIZERS = {"adamw": 2, "sgd": 0}
 """{an optimizer: how many numbers it keeps for each that trains}."""
+COUNTS = ("images_per_step", "tokens", "visual_tokens", "gpus", "pre_layer", "head_features")
 MOST = 2**40
 
 
@@ -55,8 +56,7 @@ class Settings:
     token_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        counts = ("images_per_step", "tokens", "visual_tokens", "gpus", "pre_layer", "head_features")
-        for name in counts:
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST:
                 raise _wrong(name, "an integer of at least 1", value)

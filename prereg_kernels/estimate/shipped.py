@@ -1,4 +1,4 @@
-"""The models whose structure is known beforehand: `python -m prereg_kernels.estimate.ship` made it."""
+"""The models whose structure is known beforehand, by `python -m benchmarks.step.structures`."""
 
 from __future__ import annotations
 

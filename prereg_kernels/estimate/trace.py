@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from prereg_kernels._util import private
 from prereg_kernels.estimate.real_integers import RealIntegers
 from prereg_kernels.estimate.structure import Counts
 
@@ -47,11 +48,6 @@ PRODUCTS: dict[Any, Callable[[Any, Any], float]] = {
     aten.convolution_backward.default: _convolved_back,
 }
 """{an operator: floating-point operations by its arguments and result}."""
-GROUPED = {
-    function
-    for holder, name in ((torch, "_grouped_mm"), (F, "grouped_mm"))
-    if (function := getattr(holder, name, None)) is not None
-}
 
 
 @contextmanager
@@ -98,24 +94,24 @@ class _Recorder(RealIntegers):
         self.blocks: dict[str, Counts] = {}
         self.path = [""]
         self.begins: list[tuple[int, str]] = [(-1, "")]  # sequence numbers, of autograd's nodes
-        self.parameters = {_storage(p) for p in parameters}
+        self.parameters = {private.storage_of(p) for p in parameters}
         self.kept: dict[int, Any] = {}  # storages, alive so that no other takes their place
         self.hidden = False
 
     def enter(self, block: str) -> None:
         self.path.append(block)
-        self.begins.append((_next_node(), block))
+        self.begins.append((private.next_autograd_node(), block))
 
     def leave(self) -> None:
         self.path.pop()
-        self.begins.append((_next_node(), self.path[-1]))
+        self.begins.append((private.next_autograd_node(), self.path[-1]))
 
     def counts(self) -> tuple[Counts, bool]:
         """Of the block that runs, and whether it runs backward."""
-        node = torch._C._current_autograd_node()
+        node = private.current_autograd_node()
         block = self.path[-1]
         if node is not None:
-            place = bisect_right(self.begins, node._sequence_nr(), key=lambda begin: begin[0])
+            place = bisect_right(self.begins, private.node_number(node), key=lambda begin: begin[0])
             block = self.begins[place - 1][1]
         return self.blocks.setdefault(block, Counts()), node is not None
 
@@ -164,7 +160,7 @@ class _Recorder(RealIntegers):
             self.hidden = False
 
     def pack(self, tensor: Tensor) -> Tensor:
-        (counts, _), storage = self.counts(), _storage(tensor)
+        (counts, _), storage = self.counts(), private.storage_of(tensor)
         counts.again = counts.forward
         if storage not in self.parameters and storage not in self.kept:
             self.kept[storage] = tensor.untyped_storage()
@@ -183,7 +179,7 @@ class _Functions(TorchFunctionMode):
             names = ("query", "key", "value")
             given = (*args, *(kwargs[name] for name in names[len(args) :]))
             return self.recorder.alone(_Attention, *given[:3])
-        if func in GROUPED:
+        if func in private.GROUPED_PRODUCTS:
             return self.recorder.alone(_Grouped, *args[:2])
         if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
             made = func(*args, **{**kwargs, "device": None})
@@ -231,11 +227,3 @@ class _Grouped(torch.autograd.Function):
         with ctx.recorder.hiding():
             gradients = zip(ctx.saved_tensors, needed, strict=True)
             return None, *(torch.empty_like(x) if is_needed else None for x, is_needed in gradients)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _next_node() -> int:
-    return torch.autograd._get_sequence_nr()

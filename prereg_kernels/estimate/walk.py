@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels._util import private
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.estimate.structure import NAMES, PARTS, Block, Counts, Polynomial, Structure
 from prereg_kernels.estimate.trace import block_of, tracing
-from prereg_kernels.train.models import parts_of, set_trainable
 
 Batch = Mapping[str, Any]
 KEPT = 6
@@ -23,9 +23,10 @@ LONGER = (64, 256, 768)
 
 
 def walk(
-    model: nn.Module,
+    model: Any,
     batches: Sequence[Batch],
     name: str,
+    parts: Mapping[str, Sequence[str]],
     trains: Collection[str] = ("projector", "llm"),
     longer: Sequence[int] = LONGER,
 ) -> Structure:
@@ -36,22 +37,26 @@ def walk(
         batches: arguments of its forward, labels included, real tensors on the CPU. The first has
             images of the usual size. A second one, where an image of another size has other
             tokens, has such images.
-        trains: of "tower", "projector", "llm".
+        parts: {"tower", "projector", "llm": names of its parameters}.
+        trains: of these parts.
 
     Raises:
         ValueError: PRe does not know the model, or its step cannot be followed.
     """
-    set_trainable(model, trains)
+    of_parameter = {parameter: part for part, names in parts.items() for parameter in names}
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(of_parameter[parameter_name] in trains)
     family = resolve(model).family
     visual = [int(family.marked(model, batch).sum()) for batch in batches]
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        if hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "grouped_mm"
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, private.EXPERTS):
+            setattr(config, private.EXPERTS, "grouped_mm")
     small = batches[-1]
     rows, length = small["input_ids"].shape
     lengths = [length + more for more in longer]
-    layers, sizes, parts = str(family.layers), _sizes(model), _parts_of_blocks(model)
+    layers, sizes = str(family.layers), _sizes(model)
+    parts_of_blocks = _parts_of_blocks(model, of_parameter)
     with _fewer(model, family.layers_of(model), layers) as repeated:
         runs = [trace_step(model, lengthened(small, more)) for more in longer]
         images = [trace_step(model, lengthened(batch, longer[0])) for batch in batches[:-1]]
@@ -61,7 +66,7 @@ def walk(
     blocks = []
     paths = dict.fromkeys((*(p for p in runs[0] if p), *sizes, ""))
     for path in sorted(paths, key=lambda path: _place(path, layers, list(runs[0]))):
-        part = parts[path]
+        part = parts_of_blocks[path]
         if part == "llm":
             counts = _fitted([_scaled(run.get(path), 1 / rows) for run in runs], lengths)
         else:
@@ -145,9 +150,8 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def _parts_of_blocks(model: nn.Module) -> dict[str, str]:
+def _parts_of_blocks(model: nn.Module, of_parameter: Mapping[str, str]) -> dict[str, str]:
     """{block: its part}; what has parameters of several, or none, is the LLM's."""
-    of_parameter = {name: part for part, names in parts_of(model).items() for name in names}
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." * bool(path)
@@ -159,7 +163,7 @@ def _parts_of_blocks(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _fewer(model: nn.Module, layers: nn.ModuleList, path: str) -> Iterator[dict[str, str]]:
+def _fewer(model: Any, layers: nn.ModuleList, path: str) -> Iterator[dict[str, str]]:
     """Only the first decoder layers, where all are alike: {each other one: one that it is like}."""
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     shapes = {tuple((n, p.shape) for n, p in layer.named_parameters()) for layer in layers}

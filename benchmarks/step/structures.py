@@ -1,4 +1,4 @@
-"""Write the structures of the shipped models: `python -m prereg_kernels.estimate.ship [NAME ...]`.
+"""Write the structures of the shipped models: `python -m benchmarks.step.structures [NAME ...]`.
 
 Each model takes its steps on the meta device, for each set of parts that may train: minutes.
 """
@@ -17,6 +17,7 @@ from prereg_kernels.estimate.batches import made_up_batches
 from prereg_kernels.estimate.shipped import FOLDER, TRAINS, config_of, file_of, names
 from prereg_kernels.estimate.structure import Structure
 from prereg_kernels.estimate.walk import walk
+from prereg_kernels.train.models import parts_of
 
 
 def model_of(content: dict[str, Any]) -> nn.Module:
@@ -33,7 +34,8 @@ def walked(name: str, trains: Sequence[Sequence[str]] = TRAINS) -> list[Structur
     """The structures of a shipped model, as they are made now."""
     model = model_of(config_of(name))
     batches = made_up_batches(model, resolve(model).family)
-    return [walk(model, batches, name, parts) for parts in trains]
+    parts = parts_of(model)
+    return [walk(model, batches, name, parts, some) for some in trains]
 
 
 def main(chosen: Sequence[str]) -> None:
