@@ -5,8 +5,8 @@
     python -m benchmarks.step.cpu --table       # prints what is there, each row left out
 
 Each row is a process of its own: a LLaVA or a Qwen2.5-VL with random weights, one thread, with and
-without PRe, checkpointing and bfloat16. Its time is the median of its steps, its memory the peak
-of a step beyond what the process had before the model. Writes benchmarks/results/estimate_cpu.json
+without PRe, checkpointing and bfloat16. Its time is the processor's, the median of its steps, its
+memory the peak of a step beyond what the process had before the model. Writes benchmarks/results/estimate_cpu.json
 and, of the same content, the package's own copy.
 """
 
@@ -38,7 +38,7 @@ from prereg_kernels.train.models import parts_of
 OUT = RESULTS / "estimate_cpu.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MMAP_THRESHOLD = -3  # of glibc's mallopt
-STEPS, WARMUP = 5, 2
+STEPS, WARMUP = 3, 1
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ def seconds_of(case: Case) -> float:
     run = Run(case)
     times = []
     for _ in range(WARMUP + STEPS):
-        begin = time.perf_counter()
+        begin = time.process_time()
         run.step()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return statistics.median(times[WARMUP:])
 
 
@@ -241,13 +241,14 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     cases = TINY if options.size == "tiny" else CASES
-    rows = []
+    rows: list[Json] = []
+    results: Json = {"machine": describe_machine(torch.device("cpu"), None), "threads": 1}
     for case in cases:
         row = {"case": asdict(case), "seconds": in_a_process(seconds_of, case)}
         row["bytes"] = in_a_process(bytes_of, case)
         rows.append(row | in_a_process(counted, case))
-    results = {"machine": describe_machine(torch.device("cpu"), None), "threads": 1, "rows": rows}
-    write_json(results, options.out)
+        results["rows"] = rows
+        write_json(results, options.out)
     if options.size == "full":
         write_json(results, cpu.FILE)
     print(table(results))
