@@ -6,8 +6,8 @@
 
 Each row is a process of its own: a LLaVA or a Qwen2.5-VL with random weights, one thread, with and
 without PRe, checkpointing and bfloat16. Its time is the processor's, the median of its steps, its
-memory the peak of a step beyond what the process had before the model. Writes benchmarks/results/estimate_cpu.json
-and, of the same content, the package's own copy.
+memory the peak of a step beyond what the process had before the model. Writes
+benchmarks/results/estimate_cpu.json and, of the same content, the package's own copy.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ CASES = (
     Case("qwen", 768, 6, 2, 256, 16, "bfloat16"),
 )
 TINY = tuple(
-    replace(case, width=64, layers=2, samples=1, text=24, side=4, words=256)
-    for case in CASES[:8]
+    replace(case, width=64, layers=2, samples=1, text=24, side=4, words=256) for case in CASES[:8]
 )
 
 

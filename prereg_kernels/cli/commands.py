@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from prereg_kernels._util.files import printable
 from prereg_kernels._util.supported import too_old_to_train
 from prereg_kernels._version import __version__
-from prereg_kernels.cli.estimate import add_arguments as add_estimate_arguments
+from prereg_kernels.cli import estimate
 from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
 _OLD_NAME = "diagnose"
@@ -43,7 +43,7 @@ def main() -> None:
         _checkup(arguments)
         return
     if arguments.command == "estimate":
-        _estimate(arguments)
+        _guarded(lambda: estimate.run(arguments), "stopped")
         return
     if arguments.command in ("train", "assemble", "evaluate"):
         _train(arguments, flags)
@@ -114,19 +114,6 @@ def _checkup(arguments: argparse.Namespace) -> None:
         _fail(str(error))
 
 
-def _estimate(arguments: argparse.Namespace) -> None:
-    from prereg_kernels.cli.estimate import run
-
-    try:
-        run(arguments)
-    except ModuleNotFoundError as error:
-        _fail(f"{error}; a model of your own needs: pip install 'prereg-kernels[checkup]'")
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-
-
 def _doctor(arguments: argparse.Namespace) -> None:
     from prereg_kernels.cli.doctor import doctor
 
@@ -149,10 +136,14 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _build() -> None:
     from prereg_kernels.cli.build import build_libraries
 
+    _guarded(lambda: print(build_libraries()), "stopped; run again to go on")
+
+
+def _guarded(action: Callable[[], object], stopped: str) -> None:
     try:
-        print(build_libraries())
+        action()
     except KeyboardInterrupt:
-        _fail("stopped; run again to go on", 130)
+        _fail(stopped, 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
 
@@ -221,13 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
     _add_sweep(commands)
     _add_checkup(commands)
-    estimate = commands.add_parser(
-        "estimate",
-        help="what a training step with PRe takes: time, memory, FLOPs, communication",
-        description="Time, memory, FLOPs and communication of a training step, and PRe's share of "
-        "each, by a model's config. Nothing is downloaded, no weights are read, no GPU is needed.",
-    )
-    add_estimate_arguments(estimate)
+    estimate.add_parser(commands)
     doctor = commands.add_parser(
         "doctor",
         help="what is installed and runs here; whether a model is supported",

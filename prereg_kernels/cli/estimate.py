@@ -21,8 +21,14 @@ from prereg_kernels.estimate.structure import Structure
 ENDINGS = (".png", ".svg")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_parser(commands: Any) -> None:
     """The command's flags; they and `Settings` have the same names."""
+    parser = commands.add_parser(
+        "estimate",
+        help="what a training step with PRe takes: time, memory, FLOPs, communication",
+        description="Time, memory, FLOPs and communication of a training step, and PRe's share of "
+        "each, by a model's config. Nothing is downloaded, no weights are read, no GPU is needed.",
+    )
     names = ", ".join(shipped.names())
     parser.add_argument(
         "model", help=f"a config.json, a directory with one, or one of {names}. No weights are read"
@@ -98,7 +104,11 @@ def structure_of(model: str, train: Sequence[str]) -> Structure:
             f"{', '.join(shipped.names())}; got {printable(model)}"
         )
     print("prereg: the model takes some steps without weights first", file=sys.stderr)
-    return _walked(path, train)
+    try:
+        return _walked(path, train)
+    except ModuleNotFoundError as error:
+        needs = "pip install 'prereg-kernels[checkup]'"
+        raise ValueError(f"model: {error}; one of your own needs: {needs}") from None
 
 
 def _walked(directory: Path, train: Sequence[str]) -> Structure:

@@ -11,7 +11,7 @@ from torch import nn
 from prereg_kernels.attach.family import Family
 from prereg_kernels.estimate.trace import tracing
 
-GRIDS = ((64, 72), (32, 40))  # patches of an image, rows and columns; windows of 8 fit
+GRIDS = ((64, 72), (16, 24))  # patches of an image, rows and columns; windows of 8 fit
 SIDE = 336  # pixels, where the config does not say
 WORDS = 8
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prereg_kernels.estimate.devices import DEVICES
 from prereg_kernels.estimate.estimate import Estimate
-from prereg_kernels.estimate.memory import Moment, peak
+from prereg_kernels.estimate.memory import How, Moment, peak
 
 HOWS = ("fused", "eager")
 
@@ -46,12 +46,17 @@ def describe(found: Estimate) -> str:
     return "\n".join(lines)
 
 
-def short(found: Estimate) -> str:
-    """A line: time and memory."""
-    highest = peak(found.moments["fused"])
+def short(found: Estimate, how: How = "fused", times: int = 1) -> str:
+    """A line: time and memory of a step, of so many equal parts."""
+    highest = peak(found.moments[how])
+    share = f", of which PRe {found.time_share:.2%}" if how != "none" else ""
+    error = ""
+    if found.error is not None:
+        seconds, memory = found.error["seconds"], found.error["bytes"]
+        error = f"; 9 of 10 were within {seconds:.0%} and {memory:.0%}"
     return (
-        f"{_time(found.seconds['fused'])} a step, of which PRe {found.time_share:.2%}; "
-        f"{_bytes(highest.total)} of memory at its peak ({_place(highest)})"
+        f"{_time(times * found.seconds[how])} a step{share}, and {_bytes(highest.total)} of memory "
+        f"at its peak ({_place(highest)}){error}"
     )
 
 

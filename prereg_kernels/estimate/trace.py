@@ -193,7 +193,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recorder: _Recorder, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with recorder.hiding():
-            out = query.new_empty(*query.shape[:-1], value.shape[-1])
+            *outer, heads, length, _ = query.shape  # flash kernels write heads side by side
+            out = query.new_empty(*outer, length, heads, value.shape[-1]).transpose(-2, -3)
             rows = out.new_empty(out.shape[:-1]).float()
         ctx.save_for_backward(query, key, value, out, rows)
         pairs = 2.0 * query[..., 0].numel() * key.shape[-2]
