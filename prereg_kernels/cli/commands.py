@@ -43,8 +43,7 @@ def main() -> None:
         _checkup(arguments)
         return
     if arguments.command == "estimate":
-        _guarded(lambda: estimate.run(arguments), "stopped")
-        return
+        return _guarded(lambda: estimate.run(arguments), "stopped")
     if arguments.command in ("train", "assemble", "evaluate"):
         _train(arguments, flags)
         return

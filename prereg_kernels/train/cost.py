@@ -13,6 +13,7 @@ from prereg_kernels.attach.resolver import find_family
 from prereg_kernels.estimate.batches import made_up_batches
 from prereg_kernels.estimate.devices import DEVICES
 from prereg_kernels.estimate.estimate import estimate
+from prereg_kernels.estimate.memory import How
 from prereg_kernels.estimate.report import short
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.walk import walk
@@ -52,7 +53,7 @@ def _cost(config: TrainConfig, stage: StageConfig) -> str:
         found = estimate(structure, settings)
     except ValueError as error:
         return f"time and memory are not estimated: {error}"
-    how = "none" if config.pre_of(stage) is None else "fused"
+    how: How = "none" if config.pre_of(stage) is None else "fused"
     words = f"at most {short(found, how, arguments.gradient_accumulation_steps)}"
     return f"{words}; on {settings.gpu}, samples of {config.max_length} tokens"
 

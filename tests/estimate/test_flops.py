@@ -38,11 +38,11 @@ def counted(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
     if with_experts is not None:
         with_experts("eager")
     mapping = {torch.ops.aten.convolution_backward: convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        with sdpa_kernel(SDPBackend.MATH):
-            loss = model(**inputs).loss
-            forward = counter.get_total_flops()
-            loss.backward()
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(**inputs).loss
+        forward = counter.get_total_flops()
+        loss.backward()
     return forward, counter.get_total_flops()
 
 
