@@ -224,7 +224,7 @@ def table(results: Json) -> str:
             f"{name}: half of the rows within {calibration.median[name]:.1%}, nine tenths within "
             f"{calibration.error[name]:.1%}"
         )
-    lines.append(f"rates: {calibration.rates}, overhead {calibration.overhead / 2**20:.1f} MiB")
+    lines.append(f"rates: {calibration.rates}, overhead {calibration.overhead}")
     return "\n".join(lines)
 
 

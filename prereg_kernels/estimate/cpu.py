@@ -24,6 +24,7 @@ FEATURES = ("flops", "moved", "calls")
 LEAST = 3
 """Rows of a dtype, without which there are no rates."""
 Row = dict[str, Any]
+Rates = dict[int, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Calibration:
     Attributes:
         machine: its processor.
         rates: {bytes of an element: seconds for each of `FEATURES`}.
-        overhead: bytes of a process, beyond what the memory model counts.
+        overhead: {bytes of an element: bytes of a process, beyond what the memory model counts}.
         error: {"seconds", "bytes": what nine tenths of the rows, each left out, are closer than}.
         median: the same for half of them.
     """
 
     machine: str
     rates: dict[int, tuple[float, ...]]
-    overhead: float
+    overhead: dict[int, float]
     error: dict[str, float]
     median: dict[str, float]
 
@@ -76,10 +77,12 @@ def calibrated(results: dict[str, Any]) -> Calibration:
     )
 
 
-def guess(row: Row, rates: dict[int, tuple[float, ...]], overhead: float) -> dict[str, float]:
+def guess(
+    row: Row, rates: dict[int, tuple[float, ...]], overhead: dict[int, float]
+) -> dict[str, float]:
     """The row's time and memory, by rates of other rows."""
     seconds = sum(x * row[name] for x, name in zip(rates[row["itemsize"]], FEATURES, strict=True))
-    return {"seconds": seconds, "bytes": row["counted_bytes"] + overhead}
+    return {"seconds": seconds, "bytes": row["counted_bytes"] + overhead[row["itemsize"]]}
 
 
 def left_out(rows: Sequence[Row], number: int) -> dict[str, float]:
@@ -118,6 +121,9 @@ def _not_negative(shares: Any) -> tuple[float, ...]:
     return best[1]
 
 
-def _overhead(rows: Sequence[Row]) -> float:
-    """The median of what rows have beyond their counts."""
-    return float(np.median([row["bytes"] - row["counted_bytes"] for row in rows]))
+def _overhead(rows: Sequence[Row]) -> dict[int, float]:
+    """The median of what rows have beyond their counts: a matmul library's copies, code, caches."""
+    beyond: dict[int, list[float]] = {}
+    for row in rows:
+        beyond.setdefault(row["itemsize"], []).append(row["bytes"] - row["counted_bytes"])
+    return {itemsize: float(np.median(found)) for itemsize, found in beyond.items()}

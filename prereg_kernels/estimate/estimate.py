@@ -104,6 +104,9 @@ def estimate(structure: Structure, settings: Settings) -> Estimate:
         "fused": timeline(structure, settings, visual, head, "fused"),
         "eager": timeline(structure, settings, visual, head, "eager"),
     }
+    if device is None:
+        for moment in (moment for several in moments.values() for moment in several):
+            moment.bytes["process"] = calibration.overhead[itemsize]
     share = settings.images / settings.samples * settings.split  # of one GPU's are all of them
     flops = {part: x.flops * share for part, x in done.items() if x.flops}
     head_flops = head.flops * settings.images / settings.samples
