@@ -71,7 +71,7 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models
 
-test-estimate: $(READY)  ## FLOPs of every image-text model against torch's counter (about 15 minutes, not timed whole)
+test-estimate: $(READY)  ## FLOPs of every image-text model against torch's counter (5 minutes, not timed whole)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/estimate
 
 # What meets transformers, with every release but the environment's; the demo's numbers are of that one.

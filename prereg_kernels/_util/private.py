@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch, checkpoint
+from torch.utils import _python_dispatch, _pytree, checkpoint
 
 # Autograd.
 
@@ -61,6 +61,13 @@ def storage_of(x: Tensor) -> int:
 
 
 # Operators, as a mode sees them.
+
+DispatchMode = _python_dispatch.TorchDispatchMode
+"""The class of the modes that see each op."""
+leaves_of = _pytree.tree_leaves
+"""What is in lists, tuples and dicts within each other."""
+with_leaves = _pytree.tree_map
+"""The same with a function of each."""
 
 TO_COPY = torch.ops.aten._to_copy.default
 """Behind `x.to(...)`."""

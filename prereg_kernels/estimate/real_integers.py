@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from prereg_kernels._util import private
 
@@ -27,7 +25,7 @@ _ONES = {(True, False): 1.0, (False, True): True, (False, False): 1}
 """{whether a number without data is of floating point, whether it is a bool: what it counts as}."""
 
 
-class RealIntegers(TorchDispatchMode):
+class RealIntegers(private.DispatchMode):
     """Tensors of integers and bools are on the CPU, whatever device is asked for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,7 +35,7 @@ class RealIntegers(TorchDispatchMode):
         """The operator, on the device that its arguments ask for."""
         if func in FACTORIES or func is private.TO_COPY:
             return self._made(func, args, kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in private.leaves_of((args, kwargs)) if isinstance(x, Tensor)]
         if all(not x.is_meta for x in tensors):
             if kwargs.get("device") == META:
                 return self._made(func, args, kwargs)
@@ -55,7 +53,7 @@ class RealIntegers(TorchDispatchMode):
             return args[0].new_empty(count)
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             args = (args[0], _numbered(args[0], args[1]), *args[2:])
-        result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        result = func(*private.with_leaves(_to_meta, args), **private.with_leaves(_to_meta, kwargs))
         if func is aten.topk.default:
             return result[0], _even(result[1], args[0].shape[args[2] if len(args) > 2 else -1])
         return result
@@ -73,7 +71,7 @@ class RealIntegers(TorchDispatchMode):
             dtype = func(*args, **{**kwargs, "device": META}).dtype
         source = args[0] if isinstance(args[0], Tensor) else None
         if dtype.is_floating_point or dtype.is_complex or (source is not None and source.is_meta):
-            return func(*tree_map(_to_meta, args), **kwargs)
+            return func(*private.with_leaves(_to_meta, args), **kwargs)
         return func(*args, **{**kwargs, "device": torch.device("cpu")})
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from prereg_kernels._util import private
 from prereg_kernels.estimate.real_integers import RealIntegers
@@ -122,8 +121,8 @@ class _Recorder(RealIntegers):
         if func in PRODUCTS:
             self.product(PRODUCTS[func](args, result))
             return result
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        inputs = [x for x in private.leaves_of((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in private.leaves_of(result) if isinstance(x, Tensor)]
         if not func.is_view and any(x.is_floating_point() for x in outputs):
             counts, is_backward = self.counts()
             read = () if func is aten.embedding.default else inputs  # of a table, a few rows alone
