@@ -25,7 +25,7 @@ PACKAGES := .packages
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-transformers test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-estimate test-transformers test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -72,6 +72,9 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models
+
+test-estimate: $(READY)  ## FLOPs of every image-text model against torch's counter (5 minutes, not timed whole)
+	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/estimate
 
 # What meets transformers, with every release but the environment's; the demo's numbers are of that one.
 MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo

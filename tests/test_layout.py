@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "attach": {"ops", "_util"},
     "trainers": {"attach", "ops", "_util"},
     "checkup": {"attach", "ops", "_util"},
-    "train": {"trainers", "checkup", "attach", "ops", "_util"},
+    "train": {"estimate", "trainers", "checkup", "attach", "ops", "_util"},
+    "estimate": {"attach", "ops", "_util"},
     "demo": {"checkup", "attach", "ops", "_util"},
-    "cli": {"train", "demo", "checkup", "trainers", "attach", "ops", "_util"},
+    "cli": {"estimate", "train", "demo", "checkup", "trainers", "attach", "ops", "_util"},
 }
 # What version 0.1 had in modules that users import
 MOVED = {

@@ -14,12 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, profiler
-from torch.utils import _python_dispatch, checkpoint
+from torch.utils import _python_dispatch, _pytree, checkpoint
 
 # Autograd.
 
 current_autograd_node = torch._C._current_autograd_node
 """The node whose backward runs; None outside of backward."""
+
+next_autograd_node: Any = torch._C._autograd._get_sequence_nr
+"""The number of the next node of autograd's graph that this thread makes."""
+
+
+def node_number(node: Any) -> int:
+    """Of one that was made."""
+    return int(node._sequence_nr())
+
 
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 """Within backward: whether its graph stays for another one (`retain_graph=True`)."""
@@ -54,6 +63,32 @@ def profiler_runs() -> bool:
 def keep_address(x: Tensor) -> None:
     """As `torch._dynamo.mark_static_address`, which would load the compiler."""
     x._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+
+def storage_of(x: Tensor) -> int:
+    """Which memory a tensor has, on the meta device too, where none has an address."""
+    return int(x.untyped_storage()._cdata)
+
+
+# Operators, as a mode sees them.
+
+DispatchMode = _python_dispatch.TorchDispatchMode
+"""The class of the modes that see each op."""
+leaves_of = _pytree.tree_leaves
+"""What is in lists, tuples and dicts within each other."""
+with_leaves = _pytree.tree_map
+"""The same with a function of each."""
+
+TO_COPY = torch.ops.aten._to_copy.default
+"""Behind `x.to(...)`."""
+ITEM = torch.ops.aten._local_scalar_dense.default
+"""Behind `x.item()`, `bool(x)` and `int(x)`."""
+GROUPED_PRODUCTS = tuple(
+    getattr(holder, name)
+    for holder, name in ((torch, "_grouped_mm"), (nn.functional, "grouped_mm"))
+    if hasattr(holder, name)
+)
+"""Rows, each times the matrix of its group: of a mixture of experts."""
 
 
 # Checkpointing: the hooks of saved tensors, and the modes that see each op.
@@ -170,6 +205,8 @@ NAME_OR_PATH = "_name_or_path"
 """The entry of `config.to_dict()` that says where a config came from."""
 ATTENTION = "_attn_implementation"
 """A config's attribute: which code computes attention."""
+EXPERTS = "_experts_implementation"
+"""A config's attribute: which code computes experts."""
 RECORDED_OUTPUTS = "_can_record_outputs"
 """A model's attribute: the classes of the modules whose outputs transformers records, by kind."""
 DEVICE_MESH = "_device_mesh"
@@ -177,7 +214,7 @@ DEVICE_MESH = "_device_mesh"
 IMPLEMENTATIONS = (
     ATTENTION,
     "_attn_implementation_internal",
-    "_experts_implementation",
+    EXPERTS,
     "_experts_implementation_internal",
 )
 """Keys under which a config.json can name code to run."""

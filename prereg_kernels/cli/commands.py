@@ -1,4 +1,4 @@
-"""The command line: `prereg train`, `demo`, `sweep`, `checkup`, `doctor` and `build`."""
+"""The command line: `prereg train`, `demo`, `sweep`, `checkup`, `estimate`, `doctor`, `build`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from prereg_kernels._util.files import printable
 from prereg_kernels._util.supported import too_old_to_train
 from prereg_kernels._version import __version__
+from prereg_kernels.cli import estimate
 from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
 _OLD_NAME = "diagnose"
@@ -41,6 +42,8 @@ def main() -> None:
     if arguments.command in ("checkup", _OLD_NAME):
         _checkup(arguments)
         return
+    if arguments.command == "estimate":
+        return _guarded(lambda: estimate.run(arguments), "stopped")
     if arguments.command in ("train", "assemble", "evaluate"):
         _train(arguments, flags)
         return
@@ -132,10 +135,14 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _build() -> None:
     from prereg_kernels.cli.build import build_libraries
 
+    _guarded(lambda: print(build_libraries()), "stopped; run again to go on")
+
+
+def _guarded(action: Callable[[], object], stopped: str) -> None:
     try:
-        print(build_libraries())
+        action()
     except KeyboardInterrupt:
-        _fail("stopped; run again to go on", 130)
+        _fail(stopped, 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
 
@@ -204,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--weight", type=float, help="weight of the PRe loss")
     _add_sweep(commands)
     _add_checkup(commands)
+    estimate.add_parser(commands)
     doctor = commands.add_parser(
         "doctor",
         help="what is installed and runs here; whether a model is supported",

@@ -46,6 +46,16 @@ def check_batch(directory: Path, kind: Any, config: Any) -> tuple[dict[str, str]
     return facts, works
 
 
+def processed_batch(directory: Path, config: Any, model: Any) -> dict[str, Any]:
+    """What the directory's processor makes of an image and a question, as a step takes it.
+
+    Raises:
+        NotRunError: nothing.
+    """
+    batch = _batch(_processor(directory, config), model, resolve(model).family)
+    return {"labels": batch["input_ids"], **batch}
+
+
 def _checked(model: Any, batch: dict[str, Any]) -> tuple[str, bool]:
     """What `PRe.check` says, and whether it is content."""
     family = resolve(model).family

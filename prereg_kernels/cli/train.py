@@ -11,6 +11,7 @@ from prereg_kernels._util.files import printable
 from prereg_kernels.train.assemble import assemble
 from prereg_kernels.train.benchmarks import evaluate_tasks
 from prereg_kernels.train.config import DataConfig, load_config
+from prereg_kernels.train.cost import describe_cost
 from prereg_kernels.train.dry_run import describe_run
 from prereg_kernels.train.evaluate import evaluate
 from prereg_kernels.train.run import Stopped, train
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
     config = load_config(arguments.config, flags)
     if arguments.dry_run:
         print(describe_run(config))
+        print(describe_cost(config))
         return
     out = train(config, fresh=arguments.fresh)
     print(f"model: {printable(out)}")

@@ -47,6 +47,8 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "python -m benchmarks.studies.many_samples",
+        "python -m benchmarks.step.cpu",
+        "python -m benchmarks.step.structures",
         "python -m benchmarks.studies.input_pipeline",
         "python -m benchmarks.studies.watched_gradients",
         "make fuzz",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,4 +109,6 @@ def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     assert f"  1 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
     assert "stage align: 2 steps of 4 samples" in done.stdout
     assert "stage tune: 6 steps of 4 samples" in done.stdout
+    costs = re.findall(r"^stage (\w+): at most \S+ m?s a step.* of memory .*", done.stdout, re.M)
+    assert costs == ["align", "tune"]
     assert not (tmp_path / "out").exists()

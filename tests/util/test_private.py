@@ -55,6 +55,47 @@ def test_profiler_runs() -> None:
     assert not private.profiler_runs()
 
 
+def test_numbers_of_nodes() -> None:
+    x = leaf(3.0)
+    before = private.next_autograd_node()
+    y = x * 2
+    assert private.node_number(y.grad_fn) == before
+    assert private.next_autograd_node() == before + 1
+
+
+def test_storage_of() -> None:
+    x = torch.empty(4, device="meta")
+    assert private.storage_of(x) == private.storage_of(x[1:]) != private.storage_of(x + 1)
+
+
+def test_what_a_dispatch_mode_sees() -> None:
+    seen = []
+
+    class Mode(private.DispatchMode):  # type: ignore[misc, name-defined]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(1).to(torch.float64).item()
+    assert private.TO_COPY in seen and private.ITEM in seen
+
+
+def test_leaves() -> None:
+    assert private.leaves_of([1, {"a": (2, [3])}]) == [1, 2, 3]
+    assert private.with_leaves(lambda x: x + 1, [1, {"a": (2,)}]) == [2, {"a": (3,)}]
+
+
+def test_grouped_products() -> None:
+    rows, matrices = torch.ones(4, 16).bfloat16(), torch.ones(2, 16, 16).bfloat16()
+    offsets = torch.tensor([1, 4], dtype=torch.int32)
+    for function in private.GROUPED_PRODUCTS:
+        assert function(rows, matrices, offs=offsets).tolist() == [[16.0] * 16] * 4
+    assert private.GROUPED_PRODUCTS
+
+
 def test_after_backward() -> None:
     """Also what a backward pass within it asks for waits for the end of the outer one."""
     x, seen = leaf(1.0), list[str]()

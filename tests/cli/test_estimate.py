@@ -1,0 +1,89 @@
+"""`prereg estimate` answers quickly, and says in a line what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prereg_kernels.estimate import shipped
+from tests.cli.run import prereg
+from tests.zoo import sample
+
+CLUSTER = ("--gpus", "64", "--parallel", "zero3", "--checkpointing", "--gpu", "h200")
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_a_shipped_model_is_answered_at_once(name: str, tmp_path: Path) -> None:
+    """In less than 5 s of the processor, without transformers, for 64 GPUs."""
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "prereg_kernels",
+        "estimate",
+        name,
+        *CLUSTER,
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "prereg_kernels.estimate.shipped" in imported
+    assert not {n for n in imported if n.split(".")[0] in ("transformers", "matplotlib")}
+    assert done.stdout.startswith("PRe adds ")
+    assert "all-gather of weights" in done.stdout
+
+
+def test_json_and_picture(tmp_path: Path) -> None:
+    done = prereg("estimate", "llava-1.5-7b", "--json", "--picture", "memory.svg", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["parameters"] == 7_063_427_072
+    assert found["flops"]["pre"] == pytest.approx(16 * 576 * 6 * 2 * 4096**2)
+    assert found["pre"]["layer"] == 16
+    assert found["peak"]["fused"]["phase"] == "loss"
+    picture = (tmp_path / "memory.svg").read_text()
+    assert all(word in picture for word in ("PRe, layer 16", "optimizer", "with eager PRe"))
+
+
+def test_a_model_of_one_s_own(tmp_path: Path) -> None:
+    model = sample("llava").model
+    (tmp_path / "mine").mkdir()
+    model.config.save_pretrained(tmp_path / "mine")
+    done = prereg("estimate", "mine/config.json", "--gpu", "cpu", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert set(found["error"]) == {"seconds", "bytes"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("absent",), "model: expected a config.json"),
+        (("llava-1.5-7b", "--gpus", "0"), "--gpus: expected an integer of at least 1, got 0"),
+        (("llava-1.5-7b", "--gpus", "x"), "argument --gpus: invalid int value"),
+        (("llava-1.5-7b", "--gpu", "h1"), "argument --gpu: invalid choice"),
+        (("llava-1.5-7b", "--layer", "33"), "--layer: the decoder has 32 layers"),
+        (("llava-1.5-7b", "--tokens", "-1"), "--tokens: expected an integer of at least 1"),
+        (("llava-1.5-7b", "--token-fraction", "2"), "--token-fraction: expected a number"),
+        (("llava-1.5-7b", "--train", "head"), "--train: expected some of tower"),
+        (("llava-1.5-7b", "--gpus", "8", "--images-per-step", "4"), "--images-per-step: expected"),
+        (("llava-1.5-7b", "--picture", "x.gif"), "--picture: expected a .png or .svg, got x.gif"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = prereg("estimate", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"prereg: {message}")
+    assert done.stderr.count("\n") == 1 and not done.stdout
