@@ -76,11 +76,11 @@ test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 test-estimate: $(READY)  ## FLOPs of every image-text model against torch's counter (5 minutes, not timed whole)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/estimate
 
-# What meets transformers, with every release but the environment's; the demo's numbers are of that one.
-MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo
 test-triton: $(TRITON_ALL:%=$(TRITON)/%/.ready)  ## the kernels compiled with Triton 3.4 to 3.9 (10 minutes)
 	PREREG_AOT=versions $(BIN)/python -m pytest -n 2 tests/triton_aot
 
+# What meets transformers, with every release but the environment's; the demo's numbers are of that one.
+MEETS_TRANSFORMERS := attach checkup cli integrations models trainers util zoo
 test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformers 4.57 to the newest
 	for version in $(TRANSFORMERS); do \
 	    PYTHONPATH=.transformers/$$version:. $(BIN)/python -m pytest -n 2 --transformers $$version \
