@@ -1,6 +1,7 @@
-"""Write the structures of the shipped models: `python -m benchmarks.step.structures [NAME ...]`.
+"""Write the structures of the shipped models: `python -m benchmarks.step.structures`.
 
-Each model takes its steps on the meta device, for each set of parts that may train: minutes.
+Each model takes its steps on the meta device, for each set of parts that may train: minutes. Names
+of models after it choose some of them.
 """
 
 from __future__ import annotations
