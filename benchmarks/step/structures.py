@@ -1,11 +1,12 @@
-"""Write the structures of the shipped models: `python -m benchmarks.step.structures [NAME ...]`.
+"""Write the structures of the shipped models: `python -m benchmarks.step.structures`.
 
-Each model takes its steps on the meta device, for each set of parts that may train: minutes.
+Each model takes its steps on the meta device, for each set of parts that may train: minutes. Names
+of models after it choose some of them.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,12 +39,14 @@ def walked(name: str, trains: Sequence[Sequence[str]] = TRAINS) -> list[Structur
     return [walk(model, batches, name, parts, some) for some in trains]
 
 
-def main(chosen: Sequence[str]) -> None:
+def main() -> None:
     """Write them."""
-    for name in chosen or names():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="of models; default: all")
+    for name in parser.parse_args().names or names():
         (FOLDER / name / "structure.json").write_text(file_of(walked(name)))
         print(name)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,8 +1,8 @@
 """What devices reach: every constant of the time model, with its source.
 
 Nothing here was measured on a GPU. "Assumed" is what docs/performance.md assumes for its own
-predictions; "sheet" is the maker's data sheet, of which other figures take the share that the
-assumed matmuls take.
+predictions; "sheet" is the maker's data sheet, from memory, of which other figures take the share
+that the assumed matmuls take.
 """
 
 from __future__ import annotations

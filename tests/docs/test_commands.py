@@ -83,6 +83,7 @@ NOT_RUN = {
     "runs these tests": (
         "make test",
         "make test-models",
+        "make test-estimate",
         "make test-transformers",
         "make test-ranks",
         "make test-deepspeed",
