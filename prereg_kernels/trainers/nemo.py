@@ -35,6 +35,7 @@ else:
     _Base = object
 
 WHOLE = ("tp", "pp", "cp")  # dimensions of the device mesh
+OF_OPTIMIZER = ("head_learning_rate", "head_weight_decay")
 BUILD = "apply_model_infrastructure"  # what loads weights, adapters and shards go through
 
 
@@ -47,7 +48,8 @@ class PReRecipeMixin(_Base):
     - Metrics have "pre_loss", of the step, over all ranks, beside "loss", which stays L_LM.
     - A checkpoint's `model/` is the plain model, or adapter; `pre/` beside it has the heads.
 
-    Not supported: tensor, pipeline, context and expert parallelism, MegatronFSDP.
+    Not supported: `head_learning_rate` and `head_weight_decay`; tensor, pipeline, context and
+    expert parallelism, MegatronFSDP.
 
     Attributes:
         pre: PRe's handle on the model, once it is set up.
@@ -66,6 +68,12 @@ class PReRecipeMixin(_Base):
         given = given.to_dict() if hasattr(given, "to_dict") else given or {}
         settings = {**self.pre_settings, **given}
         check_settings(settings)
+        for name in OF_OPTIMIZER:
+            if settings.get(name) is not None:
+                raise ValueError(
+                    f"{name}: expected None in NeMo AutoModel, whose optimizer has one group of "
+                    f"parameters, got {settings[name]!r}"
+                )
         with _before_sharding(settings):
             super().setup()
 
