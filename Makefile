@@ -174,8 +174,8 @@ bench: $(READY)  ## the benchmarks on this machine (20 minutes); prints a table,
 	$(BIN)/python -m benchmarks.loss.cpu_table $(RESULTS)/cpu.json
 
 # Of both the rows are compiled first, the first time.
-BASE = $(error BASE=REVISION: against which?)
 bench-compare: $(READY)  ## time and memory against another revision, in turns (BASE=REV; 4 minutes)
+	@test -n "$(BASE)" || { echo "BASE=REVISION: against which?"; exit 2; }
 	$(BIN)/python -m benchmarks.compare $(BASE) --out $(RESULTS)/compare.json
 
 test-gpu-first: $(READY)  ## a dry run of gpu-first and gpu-second on the CPU (2 minutes)

@@ -19,7 +19,9 @@ import torch
 
 from prereg_kernels.cli.commands import main
 from prereg_kernels.ops import dtypes
+from prereg_kernels.ops.activations import ACTIVATIONS
 from prereg_kernels.ops.backends import registry
+from prereg_kernels.ops.losses import LOSSES
 from tests import workers
 
 PACKAGES = ("peft", "transformers")  # of which make runs the tests with several versions
@@ -75,6 +77,14 @@ def new_gradient_state() -> Iterator[None]:
     if (states := sys.modules.get("accelerate.state")) is not None:
         states.GradientState._reset_state()
         states.GradientState()  # for what still lives: all share one dict
+
+
+@pytest.fixture(autouse=True)
+def own_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers, as examples in docstrings do, is gone after it."""
+    for known in (LOSSES, ACTIVATIONS):
+        for name in ("_by_name", "_by_text"):
+            monkeypatch.setattr(known, name, dict(getattr(known, name)))
 
 
 @pytest.fixture(params=("native", "emulated"))

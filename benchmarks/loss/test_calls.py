@@ -1,7 +1,7 @@
 """What a call costs beside its arithmetic: forward and backward of few rows, of few features.
 
 One thread; on a GPU from an idle device, until it is idle again. Two revisions are compared by
-`make bench-compare`, as differences here are smaller than those between two processes.
+`make bench-compare BASE=REV`, as differences here are smaller than those between two processes.
 """
 
 from __future__ import annotations

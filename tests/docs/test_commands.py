@@ -84,6 +84,7 @@ NOT_RUN = {
         "make test",
         "make test-models",
         "make test-estimate",
+        "make test-triton",
         "make test-transformers",
         "make test-ranks",
         "make test-deepspeed",
