@@ -82,6 +82,7 @@ def test_what_fails_or_hangs_takes_no_other_along(tmp_path: Path) -> None:
     assert not is_alive(child)
 
 
+@pytest.mark.dry  # by the clock
 def test_time_that_is_left_goes_to_the_next(tmp_path: Path) -> None:
     """And what hangs takes none from the rest, which ends with the budget."""
     run = Run("first", tmp_path, budget=6.5)
@@ -91,7 +92,7 @@ def test_time_that_is_left_goes_to_the_next(tmp_path: Path) -> None:
     assert limits[0] == pytest.approx(2.4, abs=0.2)
     # its share is 1.2; the first took little of 2.4
     assert 1.3 < limits[1] <= 3.6 - short["seconds"] + 0.2
-    assert (deaf["status"], last["status"]) == (f"stopped after {limits[1]:.0f} s", "ok")
+    assert deaf["status"].startswith("stopped after") and last["status"] == "ok"
     assert deaf["seconds"] >= limits[1] + runner.GRACE - 0.2  # then it was killed
     assert limits[2] <= 2.4 - runner.GRACE + 0.2
     assert run.results["seconds"] < 6.5
