@@ -29,14 +29,15 @@ BYTES = {
     "token_losses": "2 e: reads z and the anchor",
     "token_losses_and_grad": "3 e: reads z and the anchor, writes dz over z; with column sums",
     "scatter_rows": "2 e: reads the values, writes into",
-    "scatter_rows, accumulate": "3 e: reads the values and into, writes into",
+    "scatter_rows, residual": "3 e: reads the values and the residual, writes into",
+    "start_rows": "1 e: reads the residual, writes into, in the half that the index leaves out",
 }
 
 
 class Case(NamedTuple):
     name: str
     primitive: str  # of BYTES
-    run: Callable[[], None]
+    run: Callable[[], object]
 
     def bytes(self, count: int, columns: int, dtype: torch.dtype) -> int:
         """That it has to move."""
@@ -84,7 +85,9 @@ def cases(rows: Backend, count: int, columns: int, dtype: torch.dtype) -> Iterat
         )
     yield Case("scatter_rows", "scatter_rows", lambda: rows.scatter_rows(a, b, index, None, None))
     yield Case(
-        "scatter_rows, accumulate, scale",
-        "scatter_rows, accumulate",
-        lambda: rows.scatter_rows(a, b, index, scale, b),
+        "scatter_rows, residual, scale",
+        "scatter_rows, residual",
+        lambda: rows.scatter_rows(a, out, index, scale, b),
     )
+    half = index[: count // 2]
+    yield Case("start_rows", "start_rows", lambda: rows.start_rows(out, half, b))

@@ -65,6 +65,7 @@ def row_kernels(rows: Backend, b: Buffers) -> list[Kernel]:
     b1, b2 = (rows.bias_left(bias, b.case.dtype) for bias in (b.b1, b.b2))
     dg = b.u.roll(1, 0)
     spec, act = b.spec, b.spec.activation
+    into, others = torch.empty_like(b.hidden), b.hidden.shape[0] - n
     return [
         Kernel(
             "gather_rows",
@@ -95,14 +96,20 @@ def row_kernels(rows: Backend, b: Buffers) -> list[Kernel]:
             3 * n * a * s + 16 * n,
         ),
         Kernel(
+            "start_rows",
+            lambda: rows.start_rows(into, b.index, b.hidden),
+            "2 (T - n) D s + 8 n + 2 T",
+            2 * others * d * s + 8 * n + 2 * b.hidden.shape[0],
+        ),
+        Kernel(
             "scatter_rows",
-            lambda: rows.scatter_rows(b.h, b.hidden, b.index, None, None),
+            lambda: rows.scatter_rows(b.h, into, b.index, None, None),
             "2 n D s + 8 n",
             2 * n * d * s + 8 * n,
         ),
         Kernel(
-            "scatter_rows, accumulate",
-            lambda: rows.scatter_rows(b.h, b.hidden, b.index, None, b.hidden),
+            "scatter_rows, residual",
+            lambda: rows.scatter_rows(b.h, into, b.index, None, b.hidden),
             "3 n D s + 8 n",
             3 * n * d * s + 8 * n,
         ),

@@ -34,7 +34,7 @@ from prereg_kernels.ops.backends.torch import TorchBackend
 PRIMITIVES = [case.name for case in primitives(TorchBackend(), 1, 1, torch.float32)]
 ROW_KERNELS = (
     "gather_rows", "activate", "activation_backward", "token_losses", "token_losses_and_grad",
-    "scatter_rows", "scatter_rows, accumulate",
+    "start_rows", "scatter_rows", "scatter_rows, residual",
 )  # fmt: skip
 STAGE_CASES = (cases.LLAVA, cases.QWEN, cases.SMALL_HEAD)
 STAGES = ("activate", "losses", "backward_activation", "backward_scatter")

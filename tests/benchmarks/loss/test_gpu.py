@@ -67,7 +67,7 @@ def test_file_has_what_it_promises(results: dict[str, Any]) -> None:
     assert set(fused["check"]["errors"]) == {"loss", "dhidden", "dW0", "dW1", "db0", "db1"}
     assert [kernel["name"] for kernel in results["row_kernels"]] == [
         "gather_rows", "activate", "activation_backward", "token_losses",
-        "token_losses_and_grad", "scatter_rows", "scatter_rows, accumulate",
+        "token_losses_and_grad", "start_rows", "scatter_rows", "scatter_rows, residual",
     ]  # fmt: skip
     assert all(kernel["gb_s"] > 0 for kernel in results["row_kernels"])
     assert len(results["launches"]) == 6
