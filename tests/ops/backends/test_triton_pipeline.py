@@ -13,7 +13,7 @@ import torch
 from prereg_kernels import fused_pre_loss
 from prereg_kernels.ops.backends.triton import backend as triton_backend
 from prereg_kernels.ops.backends.triton.backend import interpreting, unavailable
-from tests.helpers import check, check_tap, make_problem, residual_like, run
+from tests.helpers import check, check_tap, make_problem, residual_like, run, run_tap
 
 if not interpreting():
     pytest.skip("tests/gpu does this on GPUs", allow_module_level=True)
@@ -56,6 +56,41 @@ def test_tap_and_recomputation(small: bool, monkeypatch: pytest.MonkeyPatch) -> 
         residual = residual_like(problem.hidden)
         check_tap(problem, 0.37, residual, chunk_rows=3, backend="triton", compute_value=True)
         check(problem, factor=0.37, chunk_rows=3, backend="triton", recompute=True)
+
+
+@pytest.mark.parametrize(("chunk_rows", "chunks"), ((4, 1), (2, 2)))
+def test_launches(chunk_rows: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large batch's tap with a residual, in their order; small ones have no copy_kernel."""
+    from prereg_kernels.ops.backends.triton import (
+        activation,
+        copy,
+        gather,
+        loss,
+        scatter,
+        sums,
+    )  # fmt: skip
+
+    launched: list[str] = []
+
+    def recorded(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *args, **kwargs)
+
+    launch = gather.launch
+    for module in (activation, copy, gather, loss, scatter, sums):
+        monkeypatch.setattr(module, "launch", recorded)
+    chunk = [
+        "gather_kernel", "activate_kernel", "loss_row_kernel", "add_partials_kernel",
+        "activation_backward_kernel", "add_partials_kernel", "scatter_kernel",
+    ]  # fmt: skip
+    problem = make_problem(visual_index=INDEX)
+    for small in (False, True):
+        monkeypatch.setattr(triton_backend, "SMALL_COPY", 2**24 if small else 0)
+        launched.clear()
+        run_tap(
+            problem, 0.5, residual_like(problem.hidden), chunk_rows=chunk_rows, backend="triton"
+        )
+        assert launched == ["copy_kernel"] * (not small) + chunk * chunks
 
 
 def test_master_weights_and_no_tokens() -> None:
