@@ -55,6 +55,12 @@ def version_of(x: Tensor) -> int:
     return x._version
 
 
+def compiles_frames() -> bool:
+    """Whether torch.compile looks at each Python function that is called here, as a caller's
+    backward pass within a compiled function has it."""
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+
+
 def profiler_runs() -> bool:
     """Whether a profiler of torch's records, `torch.profiler.profile` or `emit_nvtx`."""
     return profiler._is_profiler_enabled

@@ -33,7 +33,7 @@ def is_plain(*tensors: Tensor) -> bool:
     return (
         all(type(x) in (Tensor, nn.Parameter) for x in tensors)
         and not (torch.compiler.is_compiling() or forgets_functions())
-        and not (private.dispatch_modes() or private.profiler_runs())
+        and not (private.dispatch_modes() or private.profiler_runs() or private.compiles_frames())
     )
 
 

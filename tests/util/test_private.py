@@ -55,6 +55,25 @@ def test_profiler_runs() -> None:
     assert not private.profiler_runs()
 
 
+def test_compiles_frames() -> None:
+    seen = []
+
+    def look(gradient: Tensor) -> None:
+        seen.append(private.compiles_frames())
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor) -> None:
+        torch._dynamo.graph_break()
+        x.exp().backward()
+
+    for function in (step, torch.compiler.disable(lambda x: x.exp().backward())):
+        x = leaf(3.0)
+        x.register_hook(look)
+        function(x[0])
+    assert seen == [True, False]
+    assert not private.compiles_frames()
+
+
 def test_numbers_of_nodes() -> None:
     x = leaf(3.0)
     before = private.next_autograd_node()
