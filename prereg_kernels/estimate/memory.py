@@ -127,8 +127,9 @@ def timeline(
         scratch = samples * 2 * counts.widest / settings.split + gathered
         ledger.note(block.name, "forward", block.layer, scratch)
         ledger.add("activations", row if redone else _saved(structure, settings, counts, positions))
-    if head is not None and not settings.checkpointing and structure.itemsize == 2:
-        ledger.add("pre", row)  # the layer's output, of which a norm keeps a float32 copy alone
+    # The layer's output, of which a norm keeps a float32 copy alone
+    kept = row if head and not settings.checkpointing and structure.itemsize == 2 else 0.0
+    ledger.add("pre", kept)
     words = float(positions) * structure.vocabulary / settings.split
     eager = head.eager_saved if head is not None and how == "eager" else 0.0
     ledger.add("activations", 4 * words)
@@ -146,6 +147,7 @@ def timeline(
         whole = trains * block.parameters * shares.itemsize / settings.split
         if head is not None and block.layer == head.layer:
             _tap(ledger, head, how, row, gradient_of_head)
+            ledger.add("pre", -kept)
         if not counts.backward and not counts.saved:
             continue
         busy = samples * 2 * counts.widest / settings.split + row

@@ -79,7 +79,6 @@ class Structure:
         layers: of the decoder.
         width: D, of the decoder.
         vocabulary: words.
-        anchor_width: of the features that enter the LLM.
         visual_tokens: of an image of the usual size.
         grows: whether a larger image has more tokens by itself, rather than in tiles.
         itemsize: bytes of an element of the weights and activations.
