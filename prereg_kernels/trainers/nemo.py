@@ -24,6 +24,7 @@ from nemo_automodel.recipes.vlm import finetune
 from torch import nn
 
 from prereg_kernels._util import private
+from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.handle import PRe, find_pre, state_of
 from prereg_kernels.attach.state import HEADS
 from prereg_kernels.attach.storage import PRE_DIR
@@ -35,7 +36,10 @@ else:
     _Base = object
 
 WHOLE = ("tp", "pp", "cp")  # dimensions of the device mesh
-OF_OPTIMIZER = ("head_learning_rate", "head_weight_decay")
+NOT_HERE = (
+    "head_learning_rate", "head_weight_decay", "weight_schedule", "weight_warmup_steps",
+    "gradient_ratio", "watch_steps",
+)  # fmt: skip
 BUILD = "apply_model_infrastructure"  # what loads weights, adapters and shards go through
 
 
@@ -48,8 +52,8 @@ class PReRecipeMixin(_Base):
     - Metrics have "pre_loss", of the step, over all ranks, beside "loss", which stays L_LM.
     - A checkpoint's `model/` is the plain model, or adapter; `pre/` beside it has the heads.
 
-    Not supported: `head_learning_rate` and `head_weight_decay`; tensor, pipeline, context and
-    expert parallelism, MegatronFSDP.
+    Not supported: the heads' own learning rate and decay, weight schedules, watched gradients;
+    tensor, pipeline, context and expert parallelism, MegatronFSDP.
 
     Attributes:
         pre: PRe's handle on the model, once it is set up.
@@ -68,11 +72,15 @@ class PReRecipeMixin(_Base):
         given = given.to_dict() if hasattr(given, "to_dict") else given or {}
         settings = {**self.pre_settings, **given}
         check_settings(settings)
-        for name in OF_OPTIMIZER:
-            if settings.get(name) is not None:
+        config = (settings.get("config") or PReConfig()).replace(
+            **{name: settings[name] for name in NOT_HERE if name in settings}
+        )
+        for name in NOT_HERE:
+            usual, value = getattr(PReConfig(), name), getattr(config, name)
+            if value != usual:
                 raise ValueError(
-                    f"{name}: expected None in NeMo AutoModel, whose optimizer has one group of "
-                    f"parameters, got {settings[name]!r}"
+                    f"{name}: expected {usual!r} in NeMo AutoModel, where the optimizer has one "
+                    f"group of parameters, and each step the same weight; got {value!r}"
                 )
         with _before_sharding(settings):
             super().setup()

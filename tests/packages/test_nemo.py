@@ -267,10 +267,16 @@ def test_a_checkpoint_is_a_plain_model_and_the_heads(model: Path, runs: dict[str
         assert torch.equal(x, end[name]), name
 
 
-def test_the_heads_own_rate_is_an_error(model: Path, tmp_path: Path) -> None:
-    pre = {"weight": WEIGHT, "layers": LAYERS, "head_learning_rate": 0.01}
-    run = train(model, tmp_path / "rate", fails=True, pre=pre)
-    assert "ValueError: head_learning_rate: expected None in NeMo AutoModel" in run.text
+@pytest.mark.parametrize(
+    ("name", "value", "usual"),
+    (("head_learning_rate", 0.01, None), ("weight_schedule", "cosine", "constant")),
+)
+def test_what_the_recipe_would_not_follow_is_an_error(
+    model: Path, tmp_path: Path, name: str, value: Any, usual: Any
+) -> None:
+    pre = {"weight": WEIGHT, "layers": LAYERS, name: value}
+    run = train(model, tmp_path / "refused", fails=True, pre=pre)
+    assert f"ValueError: {name}: expected {usual!r} in NeMo AutoModel" in run.text
 
 
 def test_parallelism_that_splits_a_sequence_is_an_error(model: Path, tmp_path: Path) -> None:
