@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 WRITING = ".writing"
 """Below a stage's folder: where a checkpoint is until it is whole."""
+HARDLY_ANY = 2**20
+"""Bytes that are free on a disk on which nothing could be written."""
 
 
 class RecipeTrainer(Trainer):
@@ -223,11 +225,17 @@ def _is_narrow(trainer: Trainer) -> bool:
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Raise OSError for a full disk, whatever safetensors and torch say of it."""
+    """Raise OSError for a full disk, whatever safetensors and torch say of it.
+
+    Torch says nothing: there it is one if there is hardly any space left.
+    """
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        is_full = "No space left" in str(error) or "inline_container" in str(error)
+        is_full = "No space left" in str(error)
+        if not is_full and "inline_container" in str(error):
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            is_full = shutil.disk_usage(there).free < HARDLY_ANY
         if not is_full:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error

@@ -14,7 +14,7 @@ import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
 from prereg_kernels.train import run as run_module
-from prereg_kernels.train.trainer import WRITING, RecipeTrainer
+from prereg_kernels.train.trainer import WRITING, RecipeTrainer, full_disk_named
 from tests.train.places import make_place, metrics
 from tests.train.test_run import heads, run, same, weights
 
@@ -62,6 +62,13 @@ def fails_at(disk: Path, stage: Path, share: float, size: int, write: Callable[[
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device"):
         write()
     filler.unlink()
+
+
+def test_another_error_of_writing_stays(tmp_path: Path) -> None:
+    """Torch's own, on a disk that has room."""
+    error = RuntimeError("[enforce fail at inline_container.cc:858] . unexpected pos 64 vs 0")
+    with pytest.raises(RuntimeError, match="unexpected pos"), full_disk_named(tmp_path / "new"):
+        raise error
 
 
 def test_at_any_byte(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
