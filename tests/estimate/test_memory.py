@@ -126,6 +126,8 @@ def test_nothing_is_left() -> None:
         assert last.bytes["gradients"] == pytest.approx(2 * trained)
         assert last.bytes["optimizer"] == 4 * trained
         assert abs(last.bytes["activations"]) < words
+        own = head.parameters * head.weight_itemsize
+        assert last.bytes["pre"] == pytest.approx(4 * own)  # with its gradient and two numbers
 
 
 @pytest.mark.parametrize(
