@@ -181,7 +181,7 @@ def load_preset(name: str) -> ExperimentConfig:
 
 def load_sweep(name: str) -> SweepConfig:
     """The sweep of that name, or of a YAML file, which names its experiment as `preset` and gives
-    `seeds` of its own.
+    `seeds`, `first_seed` and, under `experiment`, other settings of its own.
 
     Raises:
         ValueError: no such preset, or as in `load_config`.
@@ -197,11 +197,24 @@ def load_sweep(name: str) -> SweepConfig:
                     f"preset: expected a preset's name or a YAML file, got "
                     f"{shown(values.get('preset'))}"
                 )
-            experiment = to_dict(load_preset(values.pop("preset")))
-            experiment["seeds"] = values.pop("seeds", experiment["seeds"])
+            preset = to_dict(load_preset(values.pop("preset")))
+            experiment = _merged(preset, values.pop("experiment", {}))
+            for name in ("seeds", "first_seed"):
+                experiment[name] = values.pop(name, experiment[name])
             return from_dict(SweepConfig, {"experiment": experiment, **values})
         except ValueError as error:
             raise ValueError(f"{printable(path)}: {error}") from None
+
+
+def _merged(settings: dict[str, Any], changes: Any) -> dict[str, Any]:
+    """Settings with others in their place, mapping by mapping."""
+    if not isinstance(changes, dict):
+        raise ValueError(f"experiment: expected a mapping, got {shown(changes)}")
+    merged = dict(settings)
+    for name, value in changes.items():
+        inside = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if inside else value
+    return merged
 
 
 def _find(folder: str, name: str) -> Any:

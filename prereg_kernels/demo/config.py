@@ -16,7 +16,9 @@ from prereg_kernels.demo.data.scenes import SceneConfig
 from prereg_kernels.demo.model.llava import MODULES, ModelConfig
 
 PRECISIONS = ("fp32", "bf16")
-ANCHORS = ("pre_llm", "pre_projector", "other_scene")
+CONTROLS = {"pre_llm": "other_scene", "pre_projector": "other_scene_pre_projector"}
+"""Each anchor, and the control that has its statistics and another scene's content."""
+ANCHORS = (*CONTROLS, *CONTROLS.values())
 DATA = ("scenes", "text")
 
 
@@ -68,8 +70,8 @@ class PReSettings:
         weight: of L_PRe beside L_LM.
         layer: decoder layer whose output predicts, counted from 1.
         anchor: "pre_llm", the image's own features as they enter the LLM; "pre_projector", the
-            tower's output; or "other_scene", the features of another image as they enter the LLM: a
-            control with the right statistics and the wrong content.
+            tower's output; or the controls of either, with the right statistics and the wrong
+            content: "other_scene" and "other_scene_pre_projector", those of another image.
         token_fraction: part of the visual tokens that each step draws, in (0, 1].
     """
 
@@ -207,8 +209,9 @@ class RunConfig:
         require("checkup_scenes", self.checkup_scenes >= 8, "at least 8", self.checkup_scenes)
         distinct = self.distinct_scenes
         require("distinct_scenes", distinct is None or distinct >= 1, "None or >= 1", distinct)
-        other = any(stage.pre for stage in self.stages) and self.pre.anchor == "other_scene"
-        require("micro_batch", not other or self.micro_batch > 1, "at least 2 for other_scene", 1)
+        anchor = self.pre.anchor
+        other = any(stage.pre for stage in self.stages) and anchor in CONTROLS.values()
+        require("micro_batch", not other or self.micro_batch > 1, f"at least 2 for {anchor}", 1)
         require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}", self.precision)
         require("weight_decay", self.weight_decay >= 0, "at least 0", self.weight_decay)
         require("beta1", 0 <= self.beta1 < 1, "in [0, 1)", self.beta1)

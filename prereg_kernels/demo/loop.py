@@ -33,7 +33,7 @@ from prereg_kernels.demo.checkpoints.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from prereg_kernels.demo.config import RunConfig, StageConfig
+from prereg_kernels.demo.config import CONTROLS, RunConfig, StageConfig
 from prereg_kernels.demo.data.packing import IGNORE, Batch, Packer, TrainStream, build_tokenizer
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.metrics import MetricsLog, ProgressBar
@@ -318,8 +318,9 @@ def _attach_pre(
         pre.heads[config.pre.layer].requires_grad_(True)  # set_trainable froze all there was
         return pre
     anchor: Any = config.pre.anchor
-    if anchor == "other_scene":
-        anchor = other_scene_anchor(model)
+    if anchor in CONTROLS.values():
+        before = anchor == CONTROLS["pre_projector"]
+        anchor = other_scene_anchor(model, before_projector=before)
     return apply_pre(
         model,
         layers=[config.pre.layer],

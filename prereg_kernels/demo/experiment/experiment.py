@@ -1,14 +1,14 @@
 """The paired experiment: the same model trained with and without PRe, and what that changed.
 
 For each seed three runs see the same data from the same initial weights: the baseline; PRe; and a
-control whose target comes from another scene. Each is evaluated and measured; baseline and PRe then
-learn a kind of question that is new to them (the transfer test), PRe switched off.
+control whose target comes from another scene. Each is evaluated and measured, and then learns kinds
+of question that are new to it from few scenes (the transfer test), PRe switched off.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,54 +19,18 @@ from prereg_kernels._util.files import read_json, write_whole
 from prereg_kernels._util.settings import check_numbers, require, require_count
 from prereg_kernels._util.settings_file import from_dict, to_dict
 from prereg_kernels.demo.checkpoints.checkpoint import is_checkpoint
-from prereg_kernels.demo.config import RunConfig, StageConfig
-from prereg_kernels.demo.data.questions import COMMON_FAMILIES, FAMILIES, check_families
+from prereg_kernels.demo.config import CONTROLS, RunConfig
+from prereg_kernels.demo.data.questions import COMMON_FAMILIES, FAMILIES
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.experiment.results import claim, read_result, unit_names
+from prereg_kernels.demo.experiment.transfer import TransferConfig, lessons, transfer_test
 from prereg_kernels.demo.loop import RunResult, train
 from prereg_kernels.demo.measure import measure
-from prereg_kernels.demo.runs.runs import RESULT_FILE
+from prereg_kernels.demo.runs.runs import RESULT_FILE, Report
 
 VARIANTS = ("baseline", "pre", "other_scene")
-TRANSFERS = ("lower half frozen", "everything trainable")
 _NAMES = ("experiment.json", "cost.json", "summary.json", "report.html", "plots/")
-
-Report = Callable[[str, Path, int], None]
-"""Told of each phase of a unit: its name, the run's directory, its number of training steps."""
-
-
-@dataclass(frozen=True)
-class TransferConfig:
-    """The transfer test: a question family that training never asked.
-
-    Attributes:
-        family: the new family.
-        frozen_steps: of fine-tuning with the lower half frozen, which learns slowly.
-        steps: of fine-tuning with everything trainable.
-        lr: peak learning rate of both.
-        warmup: steps up to that peak.
-        questions_per_scene: in a sequence.
-        evaluation_scenes: test scenes that are asked about.
-    """
-
-    family: str = "tilt"
-    frozen_steps: int = 300
-    steps: int = 120
-    lr: float = 4e-3
-    warmup: int = 10
-    questions_per_scene: int = 16
-    evaluation_scenes: int = 512
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        check_families({self.family: 1.0})
-        for name in ("frozen_steps", "steps"):
-            require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("questions_per_scene", "evaluation_scenes"):
-            require_count(name, getattr(self, name))
-        require("lr", self.lr > 0, "a positive number", self.lr)
-        require("warmup", self.warmup >= 0, "at least 0", self.warmup)
 
 
 @dataclass(frozen=True)
@@ -75,7 +39,8 @@ class ExperimentConfig:
 
     Attributes:
         run: the PRe run; the other variants differ from it in PRe alone, the seeds in the seed.
-        seeds: 0 to seeds - 1.
+        seeds: how many.
+        first_seed: the first of them.
         transfer: the transfer test.
         evaluation_scenes: test scenes, a question of each family about each.
         probe_train_scenes: scenes whose objects train the probes.
@@ -86,6 +51,7 @@ class ExperimentConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     seeds: int = 3
+    first_seed: int = 0
     transfer: TransferConfig = field(default_factory=TransferConfig)
     evaluation_scenes: int = 384
     probe_train_scenes: int = 256
@@ -96,11 +62,19 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         require_count("seeds", self.seeds, 10_000)
+        require("first_seed", self.first_seed >= 0, "at least 0", self.first_seed)
+        anchor = self.run.pre.anchor
+        require("run.pre.anchor", anchor in CONTROLS, f"one of {tuple(CONTROLS)}", anchor)
         for name in ("evaluation_scenes", "probe_train_scenes", "probe_test_scenes"):
             require_count(name, getattr(self, name))
         require("cost_steps", self.cost_steps >= 2, "at least 2", self.cost_steps)
         if not any(stage.pre for stage in self.run.stages):
             raise ValueError("run.stages: expected a stage with pre: true, got none")
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds of the paired runs."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -121,9 +95,8 @@ class Unit:
 
 
 def units(config: ExperimentConfig) -> list[Unit]:
-    """All runs; those that go through the transfer test, the longest, come first."""
-    runs = [Unit(seed, variant) for seed in range(config.seeds) for variant in VARIANTS]
-    return sorted(runs, key=lambda unit: unit.variant == "other_scene")
+    """All runs."""
+    return [Unit(seed, variant) for seed in config.all_seeds for variant in VARIANTS]
 
 
 def run_config(config: ExperimentConfig, unit: Unit) -> RunConfig:
@@ -131,35 +104,9 @@ def run_config(config: ExperimentConfig, unit: Unit) -> RunConfig:
     run = replace(config.run, seed=unit.seed)
     if unit.variant == "baseline":
         return replace(run, stages=tuple(replace(stage, pre=False) for stage in run.stages))
-    return replace(run, pre=replace(run.pre, anchor=_ANCHORS[unit.variant]))
-
-
-_ANCHORS = {"pre": "pre_llm", "other_scene": "other_scene"}
-
-
-def transfer_config(
-    config: ExperimentConfig, seed: int, transfer: str, checkpoint: Path
-) -> RunConfig:
-    """The fine-tuning run on the new family, from a run's checkpoint, PRe switched off."""
-    settings = config.transfer
-    frozen = transfer == TRANSFERS[0]
-    stage = StageConfig(
-        name=f"transfer, {transfer}",
-        steps=settings.frozen_steps if frozen else settings.steps,
-        lr=settings.lr,
-        warmup=settings.warmup,
-        trainable=("llm",) if frozen else ("projector", "llm"),
-        frozen_layers=config.run.pre.layer if frozen else 0,
-    )
-    return replace(
-        config.run,
-        seed=seed + 1000,  # scenes that the first training did not see
-        stages=(stage,),
-        families={settings.family: 1.0},
-        questions_per_scene=settings.questions_per_scene,
-        init_from=str(checkpoint),
-        checkup_every=None,
-    )
+    if unit.variant == "other_scene":
+        return replace(run, pre=replace(run.pre, anchor=CONTROLS[run.pre.anchor]))
+    return run
 
 
 def run_unit(
@@ -172,12 +119,9 @@ def run_unit(
         return done
     run = run_config(config, unit)
     trained, measured = train_and_measure(config, run, directory, out / "cache", report, device)
-    result: dict[str, Any] = {"seed": unit.seed, "variant": unit.variant, **measured}
-    if unit.variant != "other_scene":
-        result["transfer"] = {
-            name: transfer_test(config, unit.seed, name, trained, directory, report, device)
-            for name in TRANSFERS
-        }
+    test = config.transfer
+    learned = transfer_test(run, test, lessons(test), trained.checkpoint, directory, report, device)
+    result = {"seed": unit.seed, "variant": unit.variant, **measured, "transfer": learned}
     write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
     return result
 
@@ -232,7 +176,7 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> Iterato
     """
     names = (*_NAMES, *unit_names(out))
     with held(out, "experiment", names, _is_old_experiment, is_checkpoint):
-        claim(out, "experiment", to_dict(config), free=("seeds",), fresh=fresh)
+        claim(out, "experiment", to_dict(config), free=("seeds", "first_seed"), fresh=fresh)
         yield
 
 
@@ -242,33 +186,3 @@ def _is_old_experiment(out: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def transfer_test(
-    config: ExperimentConfig,
-    seed: int,
-    transfer: str,
-    trained: RunResult,
-    directory: Path,
-    report: Report,
-    device: str,
-) -> dict[str, Any]:
-    """Fine-tune a trained run on the new family, one of `TRANSFERS`; what it then answers."""
-    run = transfer_config(config, seed, transfer, trained.checkpoint)
-    path = directory / f"transfer-{transfer.replace(' ', '-')}"
-    report(f"transfer, {transfer}", path, run.steps)
-    tuned = train(run, path, cache_dir=path, progress=False, tensorboard=False, device=device)
-    family = config.transfer.family
-    answers = evaluate(
-        tuned.model,
-        tuned.packer,
-        Scenes("test", seed, run.scenes),
-        [family],
-        n_scenes=config.transfer.evaluation_scenes,
-    )
-    return {
-        "family": family,
-        "accuracy": answers.accuracy[family],
-        "majority": answers.majority[family],
-        "lm_loss": answers.lm_loss,
-    }

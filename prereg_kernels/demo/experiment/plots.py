@@ -27,8 +27,15 @@ from prereg_kernels.checkup.report.style import (
 )
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, questions
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, PROPERTIES, Scenes
-from prereg_kernels.demo.experiment.experiment import TRANSFERS, VARIANTS, ExperimentConfig
-from prereg_kernels.demo.experiment.summary import Result, Results, at, unasked
+from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig
+from prereg_kernels.demo.experiment.summary import (
+    TRAINED,
+    Result,
+    Results,
+    at,
+    learned,
+    unasked,
+)
 from prereg_kernels.demo.metrics import read_metrics
 from prereg_kernels.demo.training_checkup import read_checkups
 
@@ -109,18 +116,21 @@ def answers(results: Results) -> Figure:
 
 
 def transfer(results: Results) -> Figure:
-    """Accuracy on the new question family, per way of learning it."""
-    figure, [axis] = panels(1, size=(6, 3.4))
+    """Accuracy on the new question families, per way of learning them."""
+    figure, [axis] = panels(1, size=(9, 3.4))
 
-    def get(name: str) -> Callable[[Result], float]:
-        return lambda r: 100 * r["transfer"][name]["accuracy"]
+    def get(frozen: str, scenes: str) -> Callable[[Result], float]:
+        return lambda r: 100 * learned(frozen, scenes)(r)
 
-    _bars(axis, results, ("baseline", "pre"), [(name, get(name)) for name in TRANSFERS])
-    first = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]
-    axis.axhline(100 * first["majority"], color="black", linestyle=":", linewidth=1.2)
-    axis.set_ylabel(f"right {first['family']} answers (%)")
+    groups = [(TRAINED[frozen], get(frozen, scenes)) for frozen, scenes in results.transfers]
+    _bars(axis, results, VARIANTS, groups)
+    for x, (frozen, scenes) in enumerate(results.transfers):
+        level = 100 * results.commonest(frozen, scenes)
+        axis.hlines(level, x - 0.45, x + 0.45, color="black", linestyle=":", linewidth=1.2)
+    families, scenes = ", ".join(results.new_families), results.transfers[0][1]
+    axis.set_ylabel("right answers (%)")
     axis.set_ylim(0, 105)
-    axis.set_title(f"learning {first['family']} questions afterwards")
+    axis.set_title(f"new kinds of question ({families}), learned afterwards from {scenes} scenes")
     legend(figure, axis)
     return figure
 

@@ -21,15 +21,17 @@ from prereg_kernels.checkup.intervals import Estimate
 from prereg_kernels.checkup.report.html import inlined, write_html
 from prereg_kernels.checkup.words import plus_minus, spread
 from prereg_kernels.demo.data.scenes import PROPERTIES
-from prereg_kernels.demo.experiment.experiment import TRANSFERS, ExperimentConfig, units
+from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig, units
 from prereg_kernels.demo.experiment.plots import plot_all
 from prereg_kernels.demo.experiment.results import read_result
 from prereg_kernels.demo.experiment.summary import (
+    TRAINED,
     Effect,
     Result,
     Results,
     at,
     headline,
+    learned,
     over_seeds,
     unasked,
 )
@@ -72,7 +74,8 @@ def write_report(
         "seeds": len(results.seeds),
         "steps": config.run.steps,
         "scenes a step": config.run.micro_batch * config.run.accumulation,
-        "PRe": f"layer {layer} of {config.run.model.decoder_layers}, weight {pre.weight:g}",
+        "PRe": f"layer {layer} of {config.run.model.decoder_layers}, weight {pre.weight:g}, "
+        f"anchor {pre.anchor}",
         "took": f"{seconds / 60:.1f} min",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
         + (f", {torch.cuda.get_device_name()}" if config.device.startswith("cuda") else ""),
@@ -135,25 +138,18 @@ def _structure(results: Results, layer: int) -> Table:
 
 def _transfer(results: Results) -> Table:
     rows = []
-    for name in TRANSFERS:
-        effect = results.effect(at("transfer", name, "accuracy"))
-        per_seed = [
-            ", ".join(
-                f"{100 * v:.1f}" for v in results.values(variant, at("transfer", name, "accuracy"))
-            )
-            for variant in ("baseline", "pre")
-        ]
-        rows.append(
-            [
-                name,
-                f"{_level(effect.before, 100, '.1f')} ({per_seed[0]})",
-                f"{_level(effect.after, 100, '.1f')} ({per_seed[1]})",
-                _difference(effect, 100, ".1f"),
-            ]
-        )
-    family = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]["family"]
-    columns = ("", "baseline (per seed)", "PRe (per seed)", "PRe − baseline")
-    return Table(f"Transfer: {family} questions, learned afterwards (%)", columns, rows)
+    for frozen, scenes in results.transfers:
+        get = learned(frozen, scenes)
+        levels = []
+        for variant in VARIANTS:
+            values = results.values(variant, get)
+            each = ", ".join(f"{100 * value:.1f}" for value in values)
+            levels.append(f"{_level(over_seeds(values), 100, '.1f')} ({each})")
+        name = f"{scenes} scenes, {TRAINED[frozen]}"
+        rows.append([name, *levels, _difference(results.effect(get), 100, ".1f")])
+    families = ", ".join(results.new_families)
+    columns = ("", "baseline (per seed)", "PRe (per seed)", "control (per seed)", "PRe − baseline")
+    return Table(f"Transfer: {families} questions, learned afterwards (%)", columns, rows)
 
 
 def _cost(cost: dict[str, Any]) -> Table:

@@ -16,7 +16,6 @@ from prereg_kernels.checkup.measures.measure import DEMO, STATES, STRUCTURE, Mea
 from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.words import plus_minus, verdict
 from prereg_kernels.demo.data.scenes import PROPERTIES
-from prereg_kernels.demo.experiment.experiment import TRANSFERS
 
 Result = dict[str, Any]
 
@@ -105,9 +104,47 @@ class Results:
         return list(self.by_variant["baseline"][0]["accuracy"])
 
     @property
+    def transfers(self) -> list[tuple[str, str]]:
+        """What was frozen, and how many scenes there were, of the transfer tests."""
+        first = self.by_variant["baseline"][0]["transfer"]
+        return [(frozen, scenes) for frozen, by_scenes in first.items() for scenes in by_scenes]
+
+    @property
+    def new_families(self) -> list[str]:
+        """The question families of the transfer tests."""
+        frozen, scenes = self.transfers[0]
+        return list(self.by_variant["baseline"][0]["transfer"][frozen][scenes])
+
+    def commonest(self, frozen: str, scenes: str) -> float:
+        """The accuracy of always the commonest answer there, a mean over families and seeds."""
+        return statistics.fmean(self.values("baseline", learned(frozen, scenes, "majority")))
+
+    @property
     def layers(self) -> int:
         """How many layers were measured, the input included."""
         return len(self.by_variant["baseline"][0]["probe"]["digit"])
+
+
+TRAINED = {"projector": "tower and projector frozen", "nothing": "the projector trained too"}
+"""How a transfer test is called, by what is frozen."""
+
+
+def learned(
+    frozen: str, scenes: int | str | None, name: str = "accuracy"
+) -> Callable[[Result], float]:
+    """A transfer test's accuracy, a mean over its families.
+
+    Args:
+        frozen: one of `FROZEN`.
+        scenes: how many, None where each was new.
+        name: "accuracy", "majority" (of always the commonest answer) or "lm_loss".
+    """
+
+    def get(result: Result) -> float:
+        families = result["transfer"][frozen][str(scenes)]
+        return statistics.fmean(answers[name] for answers in families.values())
+
+    return get
 
 
 def measures_in(results: Iterable[Result], place: str) -> list[Measure]:
@@ -165,14 +202,14 @@ def headline(results: Results, layer: int) -> list[str]:
             "makes no clear difference",
         ),
     ]
-    first = results.by_variant["baseline"][0]["transfer"][TRANSFERS[0]]
-    family, chance = first["family"], first["majority"]
-    for transfer in TRANSFERS:
+    families = ", ".join(results.new_families)
+    for frozen, scenes in results.transfers:
         sentences.append(
             _sentence(
-                f"Learning {family} questions afterwards with {transfer} (always the commonest "
-                f"answer: {100 * chance:.1f}%), the PRe model",
-                results.effect(at("transfer", transfer, "accuracy")),
+                f"Learning new kinds of question ({families}) afterwards from {scenes} scenes, "
+                f"{TRAINED[frozen]} (always the commonest answer: "
+                f"{100 * results.commonest(frozen, scenes):.1f}%), the PRe model",
+                results.effect(learned(frozen, scenes)),
                 "is not clearly different",
             )
         )

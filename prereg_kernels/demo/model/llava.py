@@ -141,14 +141,27 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     return torch.cat(list(getattr(features, "pooler_output", features)))
 
 
-def other_scene_anchor(model: LlavaForConditionalGeneration) -> Callable[[Batch], Tensor]:
-    """The control's target: for each image the features of the next one in the micro-batch.
+def tower_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """(B * P, D) visual features as they enter the projector, image by image."""
+    seen: list[Tensor] = []
+    projector = model.model.multi_modal_projector
+    with projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
+        image_features(model, pixel_values)
+    return seen[0].flatten(0, -2)
+
+
+def other_scene_anchor(
+    model: LlavaForConditionalGeneration, *, before_projector: bool
+) -> Callable[[Batch], Tensor]:
+    """The control's target: for each image the features of the next one in the micro-batch, as they
+    enter the LLM or, `before_projector`, as they leave the tower.
 
     It has the statistics of the right target and none of its content.
     """
+    features = tower_features if before_projector else image_features
 
     def anchor(batch: Batch) -> Tensor:
-        return image_features(model, batch["pixel_values"].roll(1, dims=0))
+        return features(model, batch["pixel_values"].roll(1, dims=0))
 
     return anchor
 

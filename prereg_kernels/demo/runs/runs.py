@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,10 @@ from prereg_kernels.demo.training_checkup import CHECKUPS_FILE
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
 ERROR_FILE = "error.log"
+
+Report = Callable[[str, Path, int], None]
+"""Told of each phase of a unit: its name, the run's directory, its number of training steps."""
+
 _NAMES = (CONFIG_FILE, METRICS_FILE, CHECKUPS_FILE, f"{TENSORBOARD}/", f"{CHECKPOINTS}/")
 
 

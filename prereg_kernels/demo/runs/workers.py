@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import statistics
 import sys
 import threading
 import traceback
@@ -20,11 +21,10 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from prereg_kernels.demo.experiment.experiment import Report
 from prereg_kernels.demo.loop import TrainingInterrupted
 from prereg_kernels.demo.metrics import METRICS_FILE
 from prereg_kernels.demo.runs.interrupts import sigint_ignored
-from prereg_kernels.demo.runs.runs import ERROR_FILE
+from prereg_kernels.demo.runs.runs import ERROR_FILE, Report
 
 
 class Unit(Protocol):
@@ -176,8 +176,10 @@ def _end_with_parent() -> None:
 def summary(result: dict[str, Any]) -> str:
     """A finished unit in a line."""
     parts = [f"answers {result['mean_accuracy']:.1%}"]
-    for name, found in result.get("transfer", {}).items():
-        parts.append(f"{found['family']} learned with {name} {found['accuracy']:.1%}")
+    for frozen, by_scenes in result.get("transfer", {}).items():
+        for scenes, found in by_scenes.items():
+            learned = statistics.fmean(answers["accuracy"] for answers in found.values())
+            parts.append(f"new questions from {scenes} scenes, {frozen} frozen, {learned:.1%}")
     return ", ".join(parts)
 
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import t
 
-from prereg_kernels.checkup.report.style import BLUE, GREEN, GREY, STYLE, legend, panels
-from prereg_kernels.demo.sweep.report import Column, SweepResults, answer_columns, probe_columns
+from prereg_kernels.checkup.report.style import BLUE, GREEN, GREY, ORANGE, STYLE, legend, panels
+from prereg_kernels.demo.config import CONTROLS
+from prereg_kernels.demo.experiment.summary import TRAINED, learned, over_seeds
+from prereg_kernels.demo.sweep.report import (
+    Column,
+    SweepResults,
+    answer_columns,
+    curve_columns,
+    probe_columns,
+    transfer_columns,
+)
 from prereg_kernels.demo.sweep.sweep import AXES, CENTRE, Point, axis_points
 
 
@@ -27,6 +39,15 @@ def plot_sweep(results: SweepResults, directory: Path) -> dict[str, Path]:
             figure = effects(results, axis, values)
             files[axis] = directory / f"{axis}.png"
             figure.savefig(files[axis])
+    with matplotlib.rc_context(STYLE):
+        drawn = {}
+        if results.config.curve_scenes:
+            drawn["curve"] = learning_curve(results)
+        if results.config.transfer:
+            drawn["trade"] = trade(results)
+        for name, figure in drawn.items():
+            files[name] = directory / f"{name}.png"
+            figure.savefig(files[name])
     return files
 
 
@@ -40,13 +61,89 @@ def effects(results: SweepResults, axis: str, values: dict[object, Point]) -> Fi
         ("probes of what is never asked (points)", probes[:2]),
         ("probe of the digit, asked (points)", probes[2:]),
     ]
-    figure, axes = panels(len(shown), size=(15, 3.3))
+    transfer = transfer_columns(results.config)
+    if transfer:
+        shown.append(("new questions, learned afterwards (points)", transfer))
+    figure, axes = panels(len(shown), size=(3.75 * len(shown), 3.3))
     for panel, (title, columns) in zip(axes, shown, strict=True):
         _panel(panel, results, axis, values, columns)
         panel.set_title(title, fontsize=10)
     legend(figure, axes[2], lambda label: label.partition(", ")[2])
     axes[0].set_ylabel("PRe - baseline")
     return figure
+
+
+def learning_curve(results: SweepResults) -> Figure:
+    """Right answers to new kinds of question over the number of scenes that they are learned from,
+    a line a setting: the mean over the seeds that it shares with the baseline, and its 95% t
+    interval."""
+    columns = curve_columns(results.config)
+    counts = [int(column.heading.split()[0]) for column in columns]
+    figure, [axis] = panels(1, size=(7, 4.4))
+    [baseline] = [point for point in results.baselines if not point.long_tail]
+    settings = [p for p in results.settings if p.name in results.config.curve_settings]
+    colours = (ORANGE, BLUE, GREEN, GREY)
+    for point, colour, marker in zip((baseline, *settings), colours, "sod^", strict=False):
+        runs = list(results.by_point[point.name].values())
+        levels = [over_seeds([column.measure(0)(run) for run in runs]) for column in columns]
+        half = float(t.ppf(0.975, len(runs) - 1)) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
+        axis.errorbar(
+            counts,
+            [100 * level.value for level in levels],
+            yerr=[100 * half * level.deviation if half else 0.0 for level in levels],
+            color=colour, marker=marker, markersize=5, capsize=3, label=_described(point),
+        )  # fmt: skip
+    first = results.config.experiment.transfer.frozen[0]
+    chance = [learned(first, n, "majority")(run) for n in counts for run in runs]
+    axis.axhline(100 * statistics.fmean(chance), color="black", linestyle=":", linewidth=1.2)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_xlabel("scenes that the new questions are learned from")
+    axis.set_ylabel("right answers (%)")
+    axis.set_title(f"new kinds of question, learned afterwards, {TRAINED[first]}", fontsize=10)
+    axis.legend(loc="upper left", frameon=False)
+    return figure
+
+
+def trade(results: SweepResults) -> Figure:
+    """What each setting gives and takes: new questions learned against common questions answered,
+    both as differences to the baseline with their 95% intervals."""
+    [gain, *_], cost = transfer_columns(results.config), answer_columns([])[0]
+    figure, [axis] = panels(1, size=(8, 5))
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axvline(0, color="black", linewidth=0.8)
+    for point in results.settings:
+        if point.long_tail:
+            continue
+        x, y = (
+            results.effect(point, column.measure(results.layer(point))).difference
+            for column in (cost, gain)
+        )
+        wrong = point.pre is not None and point.pre.anchor in CONTROLS.values()
+        colour = BLUE if point.name == CENTRE else GREY if wrong else GREEN
+        axis.errorbar(
+            100 * x.value, 100 * y.value, xerr=100 * x.half_width, yerr=100 * y.half_width,
+            color=colour, marker="o", markersize=5, linewidth=0.8, alpha=0.9,
+        )  # fmt: skip
+        axis.annotate(
+            _described(point), (100 * x.value, 100 * y.value), fontsize=8,
+            xytext=(4, 4), textcoords="offset points",
+        )  # fmt: skip
+    axis.set_xlabel("common questions: PRe - baseline (points)")
+    axis.set_ylabel("new questions learned: PRe - baseline (points)")
+    axis.set_title(f"what a setting gives and takes ({gain.heading})", fontsize=10)
+    return figure
+
+
+def _described(point: Point) -> str:
+    """A setting by what it is, not by how it is called in a sweep."""
+    if point.pre is None:
+        return "baseline"
+    if point.name == CENTRE:
+        return f"PRe, weight {point.pre.weight:g}, layer {point.pre.layer}, {point.pre.anchor}"
+    if point.pre.anchor in CONTROLS.values():
+        return "control: another scene's target"
+    return point.name
 
 
 def _panel(

@@ -15,8 +15,16 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels.checkup.measures.measure import SWEEP, Measure
 from prereg_kernels.checkup.words import plus_minus
-from prereg_kernels.demo.experiment.experiment import TRANSFERS
-from prereg_kernels.demo.experiment.summary import Effect, Result, at, holm, measures_in, unasked
+from prereg_kernels.demo.experiment.summary import (
+    TRAINED,
+    Effect,
+    Result,
+    at,
+    holm,
+    learned,
+    measures_in,
+    unasked,
+)
 from prereg_kernels.demo.sweep.sweep import (
     BASELINE,
     LONG_TAIL,
@@ -62,6 +70,24 @@ def probe_columns(last: int) -> list[Column]:
         Column("digit, its layer", lambda layer: at("probe", "digit", layer)),
         Column(f"digit, layer {last}", _fixed(at("probe", "digit", last))),
     ]
+
+
+def transfer_columns(config: SweepConfig) -> list[Column]:
+    """What was learned afterwards, for each part that stayed frozen; none without that test."""
+    if not config.transfer:
+        return []
+    test = config.experiment.transfer
+    return [Column(TRAINED[frozen], _fixed(learned(frozen, test.scenes))) for frozen in test.frozen]
+
+
+def curve_columns(config: SweepConfig) -> list[Column]:
+    """What was learned afterwards from so many scenes, ascending."""
+    test = config.experiment.transfer
+    frozen = test.frozen[0]
+    counts = set(config.curve_scenes)
+    if config.transfer and test.scenes is not None:
+        counts.add(test.scenes)
+    return [Column(f"{count} scenes", _fixed(learned(frozen, count))) for count in sorted(counts)]
 
 
 def measure_columns(results: SweepResults) -> list[Column]:
@@ -142,11 +168,15 @@ def tables(results: SweepResults) -> list[SweepTable]:
         ("Patch structure at the setting's layer", measure_columns(results)),
     ):
         shown.append(SweepTable(title, columns, own, common))
+    test = results.config.experiment.transfer
+    families = ", ".join(test.families)
     if results.config.transfer:
-        column = Column(TRANSFERS[0], _fixed(at("transfer", TRANSFERS[0], "accuracy")))
-        family = results.config.experiment.transfer.family
-        title = f"{family.capitalize()} questions, learned afterwards (%)"
-        shown.append(SweepTable(title, [column], own, common))
+        title = f"New questions ({families}), learned afterwards from {test.scenes} scenes (%)"
+        shown.append(SweepTable(title, transfer_columns(results.config), own, common))
+    if results.config.curve_scenes:
+        title = f"New questions, learned afterwards with {TRAINED[test.frozen[0]]} (%)"
+        with_curve = [p for p in common if p.name in results.config.curve_settings]
+        shown.append(SweepTable(title, curve_columns(results.config), own, with_curve))
     tail = [p for p in results.settings if p.name == LONG_TAIL]
     if tail:
         columns = answer_columns(results.families(tail[0]))
@@ -196,6 +226,8 @@ def _foot(
     results: SweepResults, effects: list[Effect], holds: list[bool], stamps: list[dict[str, Any]]
 ) -> str:
     pre = results.config.experiment.run.pre
+    there = {point.name for point in (*results.baselines, *results.settings)}
+    missing = [point.name for point in points(results.config) if point.name not in there]
     clear = sum(effect.difference.direction != 0 for effect in effects)
     star = "\\*"
     commits = sorted({f"{s['commit']}{' (dirty)' * bool(s['dirty'])}" for s in stamps})
@@ -207,7 +239,8 @@ def _foot(
         f"{pre.token_fraction:g}; the other rows differ from it in what they say. {star}: the "
         f"interval excludes 0, as {clear} of the {len(effects)} do; without any effect about "
         f"{0.05 * len(effects):.0f} would. {star}{star}: still clear after Holm's correction for "
-        f"all of them ({sum(holds)}). {results.config.experiment.run.steps} steps a run. "
+        f"all of them ({sum(holds)}). {'Not run: ' * bool(missing)}{', '.join(missing)}"
+        f"{'. ' * bool(missing)}{results.config.experiment.run.steps} steps a run. "
         f"{', '.join(devices)}, torch {', '.join(sorted({s['torch'] for s in stamps}))}, commit "
         f"{', '.join(commits)}."
     )

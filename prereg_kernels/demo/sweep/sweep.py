@@ -20,7 +20,7 @@ import torch
 from prereg_kernels._util.directories import held
 from prereg_kernels._util.files import read_json, write_whole
 from prereg_kernels._util.machine import describe_machine
-from prereg_kernels._util.settings import check_numbers
+from prereg_kernels._util.settings import check_numbers, require
 from prereg_kernels._util.settings_file import from_dict, to_dict
 from prereg_kernels.demo.checkpoints.checkpoint import (
     CHECKPOINTS,
@@ -28,17 +28,15 @@ from prereg_kernels.demo.checkpoints.checkpoint import (
     clear_checkpoints,
     is_checkpoint,
 )
-from prereg_kernels.demo.config import ANCHORS, PReSettings, RunConfig
+from prereg_kernels.demo.config import CONTROLS, PReSettings, RunConfig
 from prereg_kernels.demo.data.questions import check_families
 from prereg_kernels.demo.experiment.experiment import (
-    TRANSFERS,
     ExperimentConfig,
-    Report,
     train_and_measure,
-    transfer_test,
 )
 from prereg_kernels.demo.experiment.results import check_settings, claim, read_result, unit_names
-from prereg_kernels.demo.runs.runs import RESULT_FILE, remove_if_empty
+from prereg_kernels.demo.experiment.transfer import Lesson, lessons, transfer_test
+from prereg_kernels.demo.runs.runs import RESULT_FILE, Report, remove_if_empty
 
 _NAMES = ("sweep.json", "results.json", "tables.md", "plots/")
 AXES = {
@@ -48,6 +46,8 @@ AXES = {
     "token_fractions": "token_fraction",
 }
 """The sweep's lists, and the settings of PRe whose values they hold."""
+_SEEDS = ("seeds", "first_seed")
+_FREE = (*_SEEDS, *AXES, "curve_scenes", "curve_settings")  # they say what else is run
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class SweepConfig:
         token_fractions: values to try.
         long_tail: {question family: weight} of a second mix, on which a baseline and the centre are
             trained too; None: no such runs.
-        transfer: also run the transfer test with the lower half frozen, as deep as the centre's
-            layer whatever the setting's.
+        transfer: each setting also goes through the experiment's transfer test.
+        curve_scenes: numbers of scenes for a learning curve: the transfer test from so many, with
+            the first of its `frozen`.
+        curve_settings: names of the settings that have a curve beside the baseline, "weight 5".
     """
 
     experiment: ExperimentConfig
@@ -74,6 +76,8 @@ class SweepConfig:
     token_fractions: tuple[float, ...] = ()
     long_tail: Mapping[str, float] | None = None
     transfer: bool = False
+    curve_scenes: tuple[int, ...] = ()
+    curve_settings: tuple[str, ...] = ("centre",)
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -89,8 +93,16 @@ class SweepConfig:
         for layer in self.layers:
             if layer > depth:
                 raise ValueError(f"layers: expected at most {depth}, the depth, got {layer}")
-        if "other_scene" in self.anchors and self.experiment.run.micro_batch < 2:
-            raise ValueError(f"anchors: other_scene needs micro_batch >= 2; expected {ANCHORS[:2]}")
+        controls = set(self.anchors).intersection(CONTROLS.values())
+        if controls and self.experiment.run.micro_batch < 2:
+            raise ValueError(
+                f"anchors: {sorted(controls)[0]} needs micro_batch >= 2; expected {tuple(CONTROLS)}"
+            )
+        for count in self.curve_scenes:
+            require("curve_scenes", count >= 1, "at least 1", count)
+        names = {point.name for point in points(self)}
+        for name in self.curve_settings if self.curve_scenes else ():
+            require("curve_settings", name in names, f"some of {sorted(names)}", name)
 
 
 @dataclass(frozen=True)
@@ -158,8 +170,26 @@ def points(config: SweepConfig) -> list[Point]:
 
 def units(config: SweepConfig) -> list[SweepUnit]:
     """All runs: setting by setting, so that what a stopped sweep has is whole settings."""
-    seeds = range(config.experiment.seeds)
+    seeds = config.experiment.all_seeds
     return [SweepUnit(point, seed) for point in points(config) for seed in seeds]
+
+
+def lessons_of(config: SweepConfig, point: Point) -> list[Lesson]:
+    """What a setting's models learn afterwards."""
+    test = config.experiment.transfer
+    wanted = lessons(test) if config.transfer else []
+    if point.name == BASELINE or point.name in config.curve_settings:
+        wanted += lessons(test, frozen=test.frozen[:1], scenes=config.curve_scenes)
+    return list(dict.fromkeys(wanted))
+
+
+def _missing(wanted: list[Lesson], result: dict[str, Any]) -> list[Lesson]:
+    found = result.get("transfer", {})
+    return [
+        lesson
+        for lesson in wanted
+        if lesson.family not in found.get(lesson.frozen, {}).get(str(lesson.scenes), {})
+    ]
 
 
 def run_config(config: SweepConfig, unit: SweepUnit) -> RunConfig:
@@ -185,21 +215,26 @@ def run_unit(
 ) -> dict[str, Any]:
     """Train, evaluate and measure a unit; what `result.json` already has is not done again.
 
-    The checkpoint goes once the result is there: a sweep has many runs.
+    The checkpoint goes once the result is there: a sweep has many runs. Where only lessons of the
+    transfer test are missing, the model is trained anew for them.
     """
     directory = unit.directory(out)
+    wanted = lessons_of(config, unit.point)
     done = read_result(directory)
-    if done is not None:
+    todo = wanted if done is None else _missing(wanted, done)
+    if done is not None and not todo:
         return done
     experiment = config.experiment
     run = run_config(config, unit)
     trained, measured = train_and_measure(experiment, run, directory, out / "cache", report, device)
-    result = {"point": unit.point.name, "seed": unit.seed, **measured}
-    if config.transfer:
-        kind = TRANSFERS[0]
-        result["transfer"] = {
-            kind: transfer_test(experiment, unit.seed, kind, trained, directory, report, device)
-        }
+    result = done or {"point": unit.point.name, "seed": unit.seed, **measured}
+    test, start = experiment.transfer, trained.checkpoint
+    for frozen, by_scenes in transfer_test(
+        run, test, todo, start, directory, report, device
+    ).items():
+        for scenes, answers in by_scenes.items():
+            kind = result.setdefault("transfer", {}).setdefault(frozen, {})
+            kind.setdefault(scenes, {}).update(answers)
     result["stamp"] = describe_machine(torch.device(device), None)
     write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
     for run_dir in (directory, *directory.glob("transfer-*/")):
@@ -221,25 +256,27 @@ def open_sweep(config: SweepConfig, out: Path, fresh: bool) -> Iterator[None]:
         ValueError: what is there was made with other settings, or is somebody else's, or in use.
     """
     with held(out, "sweep", (*_NAMES, *unit_names(out)), _is_old_sweep, is_checkpoint):
-        claim(out, "sweep", _settings(config), free=("seeds", *AXES), fresh=fresh)
+        claim(out, "sweep", _settings(config), free=_FREE, fresh=fresh)
         yield
 
 
 def check_sweep(config: SweepConfig, out: Path) -> None:
     """Raise ValueError if what is in `out` was made with other settings; it may be in use."""
-    check_settings(out, "sweep", _settings(config), free=("seeds", *AXES))
+    check_settings(out, "sweep", _settings(config), free=_FREE)
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
     settings = to_dict(config)
-    settings["seeds"] = settings["experiment"].pop("seeds")
+    for name in _SEEDS:
+        settings[name] = settings["experiment"].pop(name)
     return settings
 
 
 def _is_old_sweep(out: Path) -> bool:
     try:
         values = read_json(out / _NAMES[0])
-        values["experiment"]["seeds"] = values.pop("seeds")
+        for name in _SEEDS:
+            values["experiment"][name] = values.pop(name)
         from_dict(SweepConfig, values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
