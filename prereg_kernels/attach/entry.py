@@ -1,4 +1,4 @@
-"""What enters the decoder: a sequence with visual features in it, which are the anchor."""
+"""Entry: takes the anchor from what enters the decoder, a sequence with visual features in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prereg_kernels.attach.state import State
 
 
 class Entry:
-    """Takes the anchor of a pass from it.
+    """Takes the anchor of a pass from what enters the decoder.
 
     Attributes:
         calls: those that the model is in. first_steps: which look at what enters.
@@ -33,7 +33,7 @@ class Entry:
         self._width, self._is_watching = llm_width(state.family.embeddings_of(state.model)), False
 
     def see(self, current: Pass, embeddings: Tensor | None) -> None:
-        """The language model is called with these `inputs_embeds`."""
+        """A hook: the language model is called with these `inputs_embeds`."""
         if embeddings is not None:
             check_sequence(current, embeddings)
         if self._enters_at is not None:

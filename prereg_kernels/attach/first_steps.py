@@ -1,13 +1,13 @@
-"""What the first steps show: whether the visual tokens are where the model's family says.
+"""FirstSteps: checks in the first steps that the visual tokens are where the model's family says.
 
-A model gets its visual features into its decoder in place of rows of its embedding table. So the
-rows that differ from that table are those of the visual tokens, and of other tokens with features.
-A training step that brings a new set of arguments is compared with what the embedding module
-returned in it, with images and without; later steps of that kind are not. In a graph of
-torch.compile nothing is.
+A model puts visual features into its decoder's input in place of rows of its embedding table. So
+the rows that differ from the table belong to visual tokens, or to other tokens with features. The
+first training step with each set of arguments is compared with what the embedding module returned
+in it, with images and without. Later steps of that kind are not compared. In a graph of
+torch.compile no step is.
 
-Some models change each row of their table on its way, as by a norm. There the same word has the
-same row wherever it stands, and the rows of placeholders with features differ.
+Some models change each row of the table on its way to the decoder, for instance by a norm. Then the
+same word has the same row wherever it stands, and the rows of placeholders with features differ.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_PIXELS = ("inputs_embeds", "attention", "audio", "input_features", "past_key_
 
 
 class FirstSteps:
-    """Which kinds of steps have been looked at."""
+    """The kinds of steps that have been compared already."""
 
     def __init__(self, state: State) -> None:
         self._state = state

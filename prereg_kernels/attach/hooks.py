@@ -1,9 +1,10 @@
-"""The hooks of a forward pass of a model with PRe attached.
+"""Hooks: what happens in a forward pass of a model with PRe attached, in this order.
 
-The model's call begins a forward pass and notes the visual tokens; the projector's call shows what
-the vision encoder made of them, where that is the anchor; the language model's call shows its input
-embeddings, where they are; each regularised decoder layer's output goes through the tap; the
-model's result gets the term added to its loss.
+1. The model's call begins a pass and notes the visual tokens.
+2. The projector's call has the vision encoder's output, if that is the anchor.
+3. The language model's call has the input embeddings, if they are the anchor.
+4. The output of each regularised decoder layer goes through the tap.
+5. The term is added to the loss in the model's result.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from prereg_kernels.ops.shares import share_of
 
 
 class Hooks:
-    """In the order in which a forward pass meets them."""
+    """The hooks, in the order in which a forward pass meets them."""
 
     def __init__(self, state: State) -> None:
         self._state = state

@@ -1,14 +1,14 @@
-"""Which visual token belongs to which image: for `level="global"`, told from the batch alone.
+"""Finds which visual token belongs to which image, for `level="global"`, from the batch alone.
 
-What an image is, in the tokens of a batch (`Family.images` says which of the two holds):
+`Family.images` says which of two rules holds:
 
-- "runs": visual tokens of one id side by side in a row of `input_ids`, with anything else, or the
-  row's border, at both ends. Processors put a token around every image, and transformers itself
-  numbers the positions of Qwen's by such runs. A run ends, too, where the next one of the sequences
-  begins that are packed into a row. So a video is one image, but for Qwen3-VL, which
-  writes a timestamp before every two frames; a crop or a frame that has tokens around it is one.
-- "equal": the visual tokens divided evenly among the images of the batch, in order, as in families
-  whose images have the same number of tokens each and may follow each other without a gap.
+- "runs": an image is visual tokens of one id, side by side in a row of `input_ids`. Anything else,
+  or the row's border, is at both ends. Processors put a token around every image, and transformers
+  itself numbers the positions of Qwen's images by such runs. In a packed row a run also ends where
+  the next sequence begins. So a crop or a frame with tokens around it is an image. A video is one
+  image, except for Qwen3-VL, which writes a timestamp before every two frames.
+- "equal": the visual tokens are divided evenly among the images of the batch, in order. This is for
+  families whose images have the same number of tokens and may follow each other without a gap.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ class Images:
     """The images of a batch.
 
     Attributes:
-        of_token: (N,) int64, the number of the image of each visual token; ascending.
-        count: how many there are.
-        shown: (count,) int64, which of the batch's images these are, where attention hides others.
-            None: all of them.
-        in_batch: how many the batch has.
+        of_token: (N,) int64, the image's number for each visual token, ascending.
+        count: the number of images that attention shows.
+        shown: (count,) int64, which of the batch's images these are. None: all of them.
+        in_batch: the number of images in the batch.
     """
 
     of_token: Tensor
@@ -72,17 +71,16 @@ def count_images(
 def find_images(
     family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, index: Tensor
 ) -> Images:
-    """The images of a batch that attention shows, in part at least.
+    """The images of a batch that attention shows, at least in part.
 
-    Two or three syncs, none of which has anything to wait for right after the one that found
-    `index`.
+    This takes two or three syncs. Right after the sync that found `index`, they wait for nothing.
 
     Args:
         batch, ids, by_id: as for `count_images`.
         index: (N,) int64, the visual positions in the flattened `ids`, ascending.
 
     Raises:
-        ValueError: what the batch holds does not agree with its visual tokens.
+        ValueError: the batch's images do not agree with its visual tokens.
     """
     if not index.numel():
         return Images(index, 0, None, 0)

@@ -1,4 +1,4 @@
-"""What is known of a call of a model with PRe attached, while it runs and after it."""
+"""Pass and Record: what is known of a call of a model with PRe, while it runs and after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prereg_kernels.ops.probe import TapProbe
 
 @dataclass
 class Pass:
-    """What one forward pass of the model needs to remember; gone when it ends."""
+    """What one forward pass of the model needs to remember. It is gone when the pass ends."""
 
     inputs: Mapping[str, Any]
     source: str  # what says where the visual tokens are: "input_ids", say,
@@ -113,12 +113,12 @@ class Record(NamedTuple):
     is_idle: bool  # none, as its weight was 0
 
     def sums(self) -> list[Tensor]:
-        """0-dim, for each layer: the sum of the loss over the rows."""
+        """The sum of the loss over the rows, for each layer, 0-dim."""
         divisor = self.rows if self.denominator is None else self.denominator
         return [value.to(self.rows) * divisor for value in self.values.values()]
 
     def gradient_sums(self) -> Tensor | None:
-        """(layers, 3): the sums of `TapProbe`, as estimated of all tokens; None: not watched."""
+        """The sums of `TapProbe`, (layers, 3), estimated for all tokens. None: not watched."""
         if not self.probes:
             return None
         nothing = self.tokens.new_zeros(3)
@@ -129,12 +129,12 @@ class Record(NamedTuple):
         return sums
 
     def is_complete(self) -> bool:
-        """Whether the values are there: in training, since backward has written them."""
+        """Whether the values are there. In training, backward writes them."""
         return not self.training or all(version_of(value) for value in self.values.values())
 
 
 class Collected(NamedTuple):
-    """A pass that went through the model while `PRe.collecting` was open."""
+    """A pass through the model while `PRe.collecting` was open."""
 
     term: Tensor | None  # weighted, with its graph; None: an evaluating pass
     record: Record
@@ -151,11 +151,11 @@ class Call:
 
 
 class Calls:
-    """The calls that this thread is in; other threads' calls of the same model are theirs.
+    """The calls that this thread is in. Each thread sees only its own calls of a model.
 
-    The first thread's are in a plain attribute: graphs of torch.compile keep up with nothing else
-    (with threading.local they lose what they write, after a graph break). A graph cannot ask for
-    its thread, and takes that attribute's for its own.
+    The first thread's calls are in a plain attribute, because graphs of torch.compile keep up with
+    nothing else: after a graph break they lose what they wrote into a threading.local. A graph
+    cannot ask for its thread, so it takes the first thread's calls for its own.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,12 @@
-"""Layers that run without grad first, and again in backward: reentrant checkpointing.
+"""Reentrant checkpointing: layers that run without grad first, and again with grad in backward.
 
-`torch.utils.checkpoint` with use_reentrant=True, and what DeepSpeed and Unsloth have in its place,
-run a layer under no_grad, keep its input, and in backward run it again with grad and differentiate
-it by itself. The layer's loss cannot hang on the graph of the first run. So it hangs on a leaf: as
-it is made last, backward comes to it first, and it keeps the gradient that comes. The second run's
-tap adds the term's gradient by that.
+`torch.utils.checkpoint` with use_reentrant=True runs a layer under no_grad and keeps its input. In
+backward it runs the layer again with grad, and differentiates it by itself. DeepSpeed and Unsloth
+have checkpoints of their own that do the same.
+
+The first run has no graph that could hold the layer's loss. So the loss is a leaf. It is made last,
+so backward comes to it first, and it keeps the gradient that arrives. The tap of the second run
+scales the term's gradient by that.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Finds a model's decoder layers, what feeds them, and the ids of its visual tokens.
 
-transformers' models say where their decoder is (`get_decoder`, or `get_encoder` where the pictures
-enter an encoder of text), how many layers it has (`config.num_hidden_layers`) and of which class
-(`_can_record_outputs`). In it the layers are the list of so many modules that is nested least. The
-module that holds the list takes `inputs_embeds`. Ids are where the config of nearly every family
-has them. What is found so is looked at in the first steps (`prereg_kernels.attach.first_steps`).
+transformers' models say where their decoder is: `get_decoder`, or `get_encoder` if the images enter
+a text encoder. They also say how many layers it has (`config.num_hidden_layers`), and of which
+class (`_can_record_outputs`). The layers are the least nested list of that many modules in it. The
+module that holds the list takes `inputs_embeds`. The ids are where the config of nearly every
+family has them. The first steps check what was found (`prereg_kernels.attach.first_steps`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LISTS = ("layers", "h", "block", "blocks", "layer")  # what lists of decoder lay
 
 
 class Resolution(NamedTuple):
-    """A family with nothing left to find.
+    """A complete family, and how it is known.
 
     Attributes:
         family: as given or listed, and completed.
-        origin: "given" by the caller, "listed" in the table, or all "found".
-        how: {field: what has been found there, and by what}; in order.
+        origin: "given" by the caller, "listed" in the table, or "found" altogether.
+        how: {field: what was found, and by what}, in order.
     """
 
     family: Family
@@ -45,14 +45,14 @@ class Resolution(NamedTuple):
 
 
 def resolve(model: nn.Module, given: Family | None = None) -> Resolution:
-    """Where a model keeps what PRe needs.
+    """Find where a model keeps what PRe needs.
 
     Args:
-        given: what the caller knows. None: as the table has it, or all to be found.
+        given: what the caller knows. None: the table's entry is completed, or all is found.
 
     Raises:
-        ValueError: something is not to be found, the model wraps one of its kind, or no visual
-            token enters its decoder; the message says what to do.
+        ValueError: something cannot be found, the model wraps another one, or no visual token
+            enters its decoder. The message says what to do.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     listed = None if given is not None else family_of_type(model_type)

@@ -1,8 +1,8 @@
-"""SequenceParallel: ranks that share each sequence of a batch, and which part of it this one has.
+"""SequenceParallel: ranks that share each sequence of a batch, and the part that this rank has.
 
-Of every row of a batch each rank of the group runs some positions through the decoder's layers, as
-under Ulysses, ring attention and context parallelism. L_PRe is a sum over tokens, so each rank
-computes that of its own.
+Each rank of the group runs some positions of every row through the decoder's layers, as in Ulysses,
+ring attention and context parallelism. L_PRe is a sum over tokens, so each rank computes the sum
+over its own.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class SequenceParallel:
         'zigzag'
 
     Attributes:
-        group: their process group; None: all ranks.
-        shard: None: the call gets the rank's part already, ids and all. Else it gets whole rows,
-            and its decoder a part of them: "contiguous", of `size` equal parts in the order of the
-            ranks, or "zigzag", of 2 * size parts those number r and 2 * size - 1 - r, each time
-            after padding at the end; or what a function does to an int64 Tensor, (rows, length),
-            which pads with 0: the one by which your code splits `position_ids`.
-        gradients: what your trainer does with those of the parameters over the group: "averaged",
-            as by DDP and FSDP; "summed"; "none", as in sequence-parallel regions of tensor
-            parallelism, where PRe sums those of its heads itself.
+        group: the process group of these ranks. None: all ranks.
+        shard: which part of whole rows this rank's decoder gets. None: the call gets the rank's
+            part already, ids and all. "contiguous": `size` equal parts in the order of the ranks.
+            "zigzag": of 2 * size parts, rank r has numbers r and 2 * size - 1 - r. Both pad at the
+            end. Or the function by which your code splits `position_ids`: it takes an int64 Tensor,
+            (rows, length), returns this rank's part of it, and pads with 0.
+        gradients: what your trainer does with the parameters' gradients over the group.
+            "averaged": as DDP and FSDP do. "summed". "none": as in sequence-parallel regions of
+            tensor parallelism, where PRe itself sums its heads' gradients.
     """
 
     group: Any

@@ -30,19 +30,18 @@ class State:
     """PRe on a model, from `apply_pre` to `remove_pre`.
 
     Attributes:
-        model, config, family: as `apply_pre` has resolved them. origin, how: as `Resolution`.
+        model, config, family: as `apply_pre` has resolved them. origin, how: see `Resolution`.
         anchor_features: A.
-        heads, weight, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
-        watches_gradients: as `PRe` says.
-        sequence_parallel: as `PRe` says.
-        given_group: `PRe.tensor_parallel_group`, where it was set.
-        next_mask: as `PRe.next_visual_mask`, and what became of those before.
-        batch: what a trainer computes a loss of, for calls that no longer have its ids; or None.
-        last: of the last training call; with `value_in_eval`, of an evaluating one too.
+        heads, weight, denominator, loss, loss_scale, add_to_loss, passes: see `PRe`.
+        watches_gradients, sequence_parallel: see `PRe`.
+        given_group: `PRe.tensor_parallel_group`, if it was set.
+        next_mask: `PRe.next_visual_mask`, and what became of the masks before.
+        batch: the batch of a trainer's step, for calls that no longer have its ids; or None.
+        last: the record of the last training call; with `value_in_eval`, of an evaluation too.
         collected: the passes so far while `PRe.collecting` is open; else None.
         shapes: {name inside of `model.pre_heads`: shape of the whole parameter}.
-        hooks: those on the model, to be removed.
-        is_attached: False after `detach`. is_checking: while `PRe.check` runs a batch.
+        hooks: the hooks on the model, to be removed.
+        is_attached: False after `detach`. is_checking: True while `PRe.check` runs a batch.
     """
 
     def __init__(self, model: Any, config: PReConfig, resolution: Resolution) -> None:

@@ -1,8 +1,8 @@
 """Taps: what the hooks of the regularised layers do.
 
-A layer's output goes through the head's tap, or, with level="global", its images' means are kept
-for the end of the pass. Gradient checkpointing runs a layer again in backward: then the tap brings
-back what it had saved, or, after a first run without grad, does what that one could not.
+A layer's output goes through the head's tap. With level="global" its images' means are kept for
+the end of the pass instead. Gradient checkpointing runs a layer again in backward. Then the tap
+brings back what it had saved, or, after a first run without grad, does what that run could not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from prereg_kernels.attach.watch import FORGOTTEN, Watch
 
 
 class Taps:
-    """Those of a model."""
+    """The taps of a model."""
 
     def __init__(self, state: State, calls: Calls, watch: Watch) -> None:
         self._state, self._calls, self._watch = state, calls, watch

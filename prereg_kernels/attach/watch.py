@@ -1,4 +1,4 @@
-"""What looks healthy and trains nothing: PRe says so in the first steps."""
+"""Watch: reports in the first steps a training that looks healthy, but trains no head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORGOTTEN = (
 
 
 class Watch:
-    """Looks at each call before it runs, without a sync; says each thing once."""
+    """Looks at each call before it runs, without a sync, and says each thing once."""
 
     def __init__(self, state: State) -> None:
         self._state = state

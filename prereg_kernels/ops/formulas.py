@@ -1,4 +1,4 @@
-"""Formulas that go by a name: what losses and activations have in common, and their registries."""
+"""Formulas with a name: what losses and activations have in common, and their registries."""
 
 from __future__ import annotations
 

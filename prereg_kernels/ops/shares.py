@@ -1,8 +1,8 @@
-"""Ranks that have the same hidden states, as under tensor parallelism: each does its share.
+"""Shares of the tokens for ranks that have the same hidden states, as in tensor parallelism.
 
 Of N tokens each rank of a group takes ceil(N / size), in the order of the ranks. The head's
-gradients of a share are part of a sum over the group; the hidden states' gradients are rows that
-the others lack. Sums of a group are the same bits on each of its ranks.
+gradients are then summed over the group. The hidden states' gradients are rows that the other ranks
+lack, so they are gathered. A group's sums are bitwise the same on each of its ranks.
 """
 
 from __future__ import annotations

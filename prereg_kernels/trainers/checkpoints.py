@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer whose model has PRe: a plain model, and its heads beside it."""
+"""Checkpoints of a Trainer whose model has PRe: a plain model, and the heads beside it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.get_logger(__name__)
 
 
 class Checkpoints(_Base):
-    """What makes a Trainer save the heads in `pre/` and read them there; part of PReTrainerMixin.
+    """The part of PReTrainerMixin that saves the heads in `pre/` and reads them there.
 
     Under FSDP with sharded checkpoints, and under DeepSpeed, the heads are part of what these save
-    and load; but for FSDP's of a PeftModel, beside which they are in `pre/`.
+    and load. FSDP's checkpoint of a PeftModel is the exception: there they are in `pre/` beside it.
     """
 
     _read_from: str | None = None  # the checkpoint that is being read
@@ -39,7 +39,7 @@ class Checkpoints(_Base):
 
     @property
     def pre(self) -> PRe:
-        """PRe's handle on the model."""
+        """The handle of PRe on the model."""
         return find_pre(self.model)
 
     def _save(

@@ -1,8 +1,8 @@
-"""PRe in NeMo AutoModel: a mixin for its recipes, and its recipe for multimodal models with it.
+"""PRe in NeMo AutoModel: a mixin for its recipes, and its multimodal recipe with that mixin.
 
-The recipe builds the model, shards it and makes the optimizer in one call, and computes its loss
-outside of the model. So PRe is attached between the first two, and backward adds its gradient by
-itself.
+The recipe builds the model, shards it and makes the optimizer in one call. So the mixin attaches
+PRe between building and sharding. The recipe computes its loss outside of the model, so backward
+adds PRe's gradient by itself.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ BUILD = "apply_model_infrastructure"  # what loads weights, adapters and shards 
 
 
 class PReRecipeMixin(_Base):
-    """To be put before a NeMo AutoModel recipe: `class MyRecipe(PReRecipeMixin, Recipe)`.
+    """Put it before a NeMo AutoModel recipe: `class MyRecipe(PReRecipeMixin, Recipe)`.
 
-    - PRe's settings are those of the YAML file's `pre:`, beside `pre_settings` of the class.
-    - L_PRe is the mean over the visual tokens of a whole step, as L_LM over its labels: all
-      micro-batches and ranks.
-    - Metrics have "pre_loss", of the step, over all ranks, beside "loss", which stays L_LM.
-    - A checkpoint's `model/` is the plain model, or adapter; `pre/` beside it has the heads.
+    - PRe's settings come from `pre:` in the YAML file, and from `pre_settings` of the class.
+    - L_PRe is the mean over the visual tokens of a whole step, over all micro-batches and ranks.
+      L_LM is the same mean over the labels.
+    - The metrics have the step's "pre_loss" over all ranks, beside "loss", which stays L_LM.
+    - A checkpoint's `model/` is the plain model or adapter. `pre/` beside it has the heads.
 
     Not supported: the heads' own learning rate and decay, weight schedules, watched gradients;
     tensor, pipeline, context and expert parallelism, MegatronFSDP.
 
     Attributes:
-        pre: PRe's handle on the model, once it is set up.
-        pre_settings: as `apply_pre` takes them; those of the file come after.
+        pre: the handle of PRe on the model, once it is set up.
+        pre_settings: settings as for `apply_pre`. Those of the file override them.
 
     Raises (by `setup`):
         TypeError, ValueError: a setting, or one of the above.
@@ -131,12 +131,12 @@ class PReRecipeMixin(_Base):
 
 
 class PReFinetuneRecipeForVLM(PReRecipeMixin, finetune.FinetuneRecipeForVLM):
-    """NeMo AutoModel's recipe with PRe: `recipe:` of a YAML file may name it."""
+    """NeMo AutoModel's multimodal recipe with PRe. A YAML file may name it as its `recipe:`."""
 
 
 @contextmanager
 def _before_sharding(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Meanwhile models that NeMo builds get PRe before they are sharded."""
+    """Inside this context, models that NeMo builds get PRe before they are sharded."""
     models = import_module(private.NEMO_MODELS)
     build: Callable[..., Any] = getattr(models, BUILD)
 
@@ -201,7 +201,7 @@ def _without_heads(pre: PRe) -> Iterator[None]:
 
 
 def main() -> None:
-    """For `automodel config.yaml` on several GPUs, which starts a recipe's file: it trains."""
+    """Train. On several GPUs `automodel config.yaml` runs the recipe's file, and so this."""
     recipe = PReFinetuneRecipeForVLM(finetune.parse_args_and_load_config())
     recipe.setup()
     recipe.run_train_validation_loop()

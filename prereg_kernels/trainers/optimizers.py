@@ -1,4 +1,4 @@
-"""The optimizer of a Trainer whose model has PRe: it has the heads, at their rate and decay."""
+"""The optimizer of a Trainer whose model has PRe. It has the heads, at their rate and decay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 
 
 class Optimizers(_Base):
-    """What makes and checks the optimizer; part of PReTrainerMixin."""
+    """The part of PReTrainerMixin that makes and checks the optimizer."""
 
     _is_optimizer_own = False  # made here, not given by the caller
 

@@ -1,4 +1,4 @@
-"""Parallelism: what a Trainer's ranks have in common, and so how its losses add up."""
+"""Parallelism: which ranks of a Trainer share tokens, and how their losses add up."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ else:
 
 
 class Parallelism(_Base):
-    """Of a PReTrainer: data, tensor, context and sequence parallelism.
+    """The part of a PReTrainer that knows data, tensor, context and sequence parallelism.
 
-    What accelerate sets up is in its `parallelism_config`. Each sequence is shared there by context
-    parallelism (cp), all of whose ranks load whole batches, or by DeepSpeed's Ulysses (sp), whose
-    loader deals out parts. What else does so says it in `pre.sequence_parallel`.
+    accelerate's `parallelism_config` says what accelerate has set up. Ranks share each sequence by
+    context parallelism (cp), whose ranks all load whole batches, or by DeepSpeed's Ulysses (sp),
+    whose loader deals out parts. For anything else `pre.sequence_parallel` says it.
     """
 
     @property

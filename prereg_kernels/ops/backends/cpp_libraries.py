@@ -1,4 +1,4 @@
-"""The libraries of the C++ rows: where they are, whether they run here, and why not."""
+"""The libraries of the C++ kernels: where they are, whether they run here, and why not."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def build_folders() -> tuple[Path, Path]:
 
 
 def warn_if_not_built() -> None:
-    """Say so where these rows do not run, but could be built."""
+    """Warn if these kernels do not run, but could be built."""
     libraries = find_libraries()
     if not libraries.is_stale:
         return
@@ -101,7 +101,7 @@ def warn_if_not_built() -> None:
     except BuildError:
         return
     warnings.warn(
-        f"PRe runs without its C++ rows on this CPU, and is slower: {libraries.reason}",
+        f"PRe runs without its C++ kernels on this CPU, and is slower: {libraries.reason}",
         stacklevel=2,
     )
 
