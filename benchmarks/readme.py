@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from benchmarks.loss.cpu_table import format_tables
@@ -21,6 +22,7 @@ from benchmarks.studies.token_fraction import format_table
 
 ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
+FEW_SHOT = RESULTS / "few_shot"
 
 
 def keep_demo(directory: Path, commit: str) -> None:
@@ -32,10 +34,12 @@ def keep_demo(directory: Path, commit: str) -> None:
 
 
 def keep_sweep(directory: Path) -> None:
-    """Copy a sweep's results, which say where they were made, and its pictures."""
-    shutil.copy(directory / "results.json", RESULTS / "fidelity.json")
-    for picture in (directory / "plots").glob("*.png"):
-        shutil.copy(picture, ROOT / "docs" / "images" / f"sweep-{picture.name}")
+    """Copy a sweep's settings and each finished run's result, which says where it was made. A sweep
+    that is begun in a copy of them goes on with what is missing."""
+    for path in (directory / "sweep.json", *directory.glob("seed-*/*/result.json")):
+        kept = FEW_SHOT / path.relative_to(directory)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept)
 
 
 def demo_section() -> str:
@@ -49,7 +53,7 @@ def demo_section() -> str:
     kept = [row for row in probes["rows"] if any(name in row[0] for name in wanted)]
     rows = [[f"probe, {row[0]}", *row[1:]] for row in kept]
     rows += [[f"answers, {row[0]}", *row[1:]] for row in answers["rows"] if row[0] == "mean"]
-    rows += [[f"new questions, {row[0]}", row[1], row[2], "", row[3]] for row in transfer["rows"]]
+    rows += [[f"new questions, {row[0]}", *row[1:]] for row in transfer["rows"]]
     facts, stamp = demo["facts"], demo["stamp"]
     lines = [f"- {sentence}" for sentence in demo["headline"]]
     lines += ["", "| % | baseline | PRe | control | PRe − baseline |", "|---|---|---|---|---|"]
@@ -70,13 +74,31 @@ def cpu_section() -> str:
     return format_tables(json.loads((RESULTS / "cpu.json").read_text())["benchmarks"])
 
 
+def few_shot_section() -> str:
+    """The tables of the demo's sweep; its pictures, into docs/images/."""
+    from prereg_kernels.cli.demo import load_sweep
+    from prereg_kernels.demo.sweep.plots import plot_sweep
+    from prereg_kernels.demo.sweep.report import SweepResults, markdown
+    from prereg_kernels.demo.sweep.sweep import check_sweep, finished
+
+    config = load_sweep("scenes")
+    check_sweep(config, FEW_SHOT)
+    runs = finished(config, FEW_SHOT)
+    results = SweepResults(config, runs)
+    with tempfile.TemporaryDirectory() as directory:
+        for name, picture in plot_sweep(results, Path(directory)).items():
+            shutil.copy(picture, ROOT / "docs" / "images" / f"few-shot-{name}.png")
+    return markdown(results, [run["stamp"] for run in runs])
+
+
 def sweep_section() -> str:
-    """The sweep's tables."""
+    """The tables of an earlier sweep, about another centre."""
     from prereg_kernels._util.settings_file import from_dict
     from prereg_kernels.demo.sweep.report import SweepResults, markdown
     from prereg_kernels.demo.sweep.sweep import SweepConfig
 
     stored = json.loads((RESULTS / "fidelity.json").read_text())
+    del stored["config"]["experiment"]["transfer"]  # of another kind then, and not run
     results = SweepResults(from_dict(SweepConfig, stored["config"]), stored["runs"])
     return markdown(results, [run["stamp"] for run in stored["runs"]])
 
@@ -111,6 +133,7 @@ def main() -> None:
         keep_sweep(options.keep_sweep)
     fill(ROOT / "README.md", "demo", demo_section())
     fill(ROOT / "README.md", "cpu-table", cpu_section())
+    fill(ROOT / "docs" / "fidelity.md", "few-shot", few_shot_section())
     fill(ROOT / "docs" / "fidelity.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 

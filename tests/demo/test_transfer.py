@@ -14,7 +14,13 @@ from prereg_kernels.cli.demo import load_preset, load_sweep
 from prereg_kernels.demo.config import CONTROLS, PReSettings
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
-from prereg_kernels.demo.experiment.experiment import ExperimentConfig, Unit, run_config, units
+from prereg_kernels.demo.experiment.experiment import (
+    ExperimentConfig,
+    Unit,
+    run_config,
+    steps_left,
+    units,
+)
 from prereg_kernels.demo.experiment.transfer import (
     Lesson,
     TransferConfig,
@@ -61,6 +67,7 @@ def test_a_control_is_no_experiment() -> None:
 def test_seeds_begin_where_they_are_told() -> None:
     config = ExperimentConfig(run=tiny_run(), seeds=2, first_seed=70)
     assert sorted({unit.seed for unit in units(config)}) == [70, 71]
+    assert steps_left(config, Path("nowhere")) == 6 * (tiny_run().steps + 4 * 60)
     sweep = sweeps.SweepConfig(config)
     assert [unit.name for unit in sweeps.units(sweep)[:2]] == [
         "seed 70, baseline", "seed 71, baseline",
@@ -153,10 +160,14 @@ def test_lessons_that_are_missing_are_made_up_for(tmp_path: Path) -> None:
     def run(config: sweeps.SweepConfig, name: str) -> dict[str, Any]:
         return sweeps.run_unit(config, by_name[name], tmp_path, report, "cpu")
 
+    steps, lesson = tiny_run().steps, TEST.steps
+    assert sweeps.steps_left(config, tmp_path) == 3 * (steps + lesson)
     first = run(config, "centre")
+    assert sweeps.steps_left(config, tmp_path) == 2 * (steps + lesson)
     assert first["transfer"].keys() == {"projector"}
     assert first["transfer"]["projector"].keys() == {"3"}
     assert not list(tmp_path.glob("seed-*/**/checkpoints"))
+    assert sweeps.steps_left(more, tmp_path) == 3 * steps + (2 + 1 + 1) * lesson
     again = run(more, "centre")
     assert again["transfer"]["projector"].keys() == {"2", "3"}
     assert again["transfer"]["projector"]["3"] == first["transfer"]["projector"]["3"]

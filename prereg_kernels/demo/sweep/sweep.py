@@ -190,6 +190,18 @@ def lessons_of(config: SweepConfig, point: Point) -> list[Lesson]:
     return list(dict.fromkeys(wanted))
 
 
+def steps_left(config: SweepConfig, out: Path) -> int:
+    """Training steps of what is not finished, the lessons' among them."""
+    run, test = config.experiment.run, config.experiment.transfer
+    left = 0
+    for unit in units(config):
+        wanted, done = lessons_of(config, unit.point), read_result(unit.directory(out))
+        todo = wanted if done is None else _missing(wanted, done)
+        if done is None or todo:
+            left += run.steps + len(todo) * test.steps
+    return left
+
+
 def _missing(wanted: list[Lesson], result: dict[str, Any]) -> list[Lesson]:
     found = result.get("transfer", {})
     return [
