@@ -1,4 +1,4 @@
-"""Where the anchor comes from, how wide it is, and what is checked about it."""
+"""The anchor: where it comes from, how wide it is, and what is checked about it."""
 
 from __future__ import annotations
 

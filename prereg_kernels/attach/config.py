@@ -255,7 +255,7 @@ class PReConfig:
         return numbers
 
     def head_dtype_on(self, dtype: torch.dtype, as_it_is: bool = False) -> torch.dtype:
-        """Of the heads of a model whose layers have this one; `as_it_is`: by default this too."""
+        """The heads' dtype on layers of this dtype, which is the default if `as_it_is`."""
         assert not isinstance(self.head_dtype, str)  # __post_init__ looked it up
         default = dtype if as_it_is or dtype == torch.float64 else torch.float32
         return self.head_dtype or default

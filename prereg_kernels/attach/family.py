@@ -239,7 +239,7 @@ class Family:
         return _ids_of(self.other_tokens, model, "other_tokens")
 
     def marked(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Bool, (rows, length): the visual positions of the decoder's sequence, hidden or not.
+        """The visual positions of the decoder's sequence, hidden or not: bool, (rows, length).
 
         Args:
             batch: the keyword arguments of the model's forward.
@@ -269,7 +269,7 @@ class Family:
         return mask
 
     def shown(self, marked: Tensor, attention_mask: Any) -> Tensor:
-        """Those of the marked positions that attention shows; `visual_mask` has no others."""
+        """The marked positions that attention shows. `visual_mask` marks no others."""
         return marked if self.visual_mask is not None else hide(marked, attention_mask)
 
     def entry_of(self, model: Any) -> int | None:
@@ -277,7 +277,7 @@ class Family:
         return self.enters_at(model.config) if callable(self.enters_at) else self.enters_at
 
     def states_of(self, output: Any, width: int) -> Tensor:
-        """(rows, length, D): of a decoder layer's output what PRe reads."""
+        """What PRe reads of a decoder layer's output: (rows, length, D)."""
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states if self.streams is None else self.streams(states, width)
 
@@ -332,7 +332,7 @@ def config_value(config: Any, path: str) -> Any:
 
 
 def names_of(module: nn.Module) -> str:
-    """Of a module's own submodules, for errors."""
+    """The names of a module's own submodules, for error messages."""
     names = list(private.submodules(module))
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return shown or "no submodules"

@@ -56,7 +56,7 @@ class Hooks:
         self._move_compiled_values = _outside_of_graphs(_move)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which a disabled function does not go into."""
+        """For copies and pickles, which cannot hold a disabled function."""
         state = dict(vars(self))
         del state["_move_compiled_values"]
         return state
@@ -93,7 +93,7 @@ class Hooks:
         return True
 
     def begin_inside(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Of a call that goes past the model, to its part that takes `input_ids`."""
+        """Begin a pass for a call that bypasses the model and goes to its part with `input_ids`."""
         if torch.compiler.is_compiling() or self._calls.current is not None:
             return
         inputs = self._named(None, inner, args) | kwargs
@@ -192,7 +192,7 @@ class Hooks:
         return current
 
     def _weigh(self, current: Pass) -> None:
-        """Nothing is computed for a weight of 0; else what is watched gets a probe."""
+        """Compute nothing for a weight of 0; otherwise give each watched layer a probe."""
         state = self._state
         if state.config.level != "patch" or torch.compiler.is_compiling():
             return
@@ -203,7 +203,7 @@ class Hooks:
             current.probes = {layer: TapProbe() for layer in state.heads}
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
-        """The same in each pass: a graph can write into its inputs alone."""
+        """The same tensors in each pass, because a graph can write only into its inputs."""
         if any(value.device != device for value in self._compiled_values.values()):
             self._move_compiled_values(self._compiled_values, device)
         return dict(self._compiled_values)
@@ -230,7 +230,7 @@ class Hooks:
             self._entry.see(current, embeddings)
 
     def watch_entry(self) -> None:
-        """Where a decoder layer is the first to see the visual features."""
+        """Watch the first decoder layer that sees the visual features, if the family names one."""
         entry = self._state.family.entry_of(self._state.model)
         if entry is not None:
             self._entry.watch(entry)
@@ -297,7 +297,7 @@ def _over_ranks(shared: SequenceParallel, rows: Tensor, part: Part | None) -> Te
 
 
 def _image_index(current: Pass, pooled: Tensor) -> Tensor | None:
-    """Of the means of images those whose loss this rank computes; None: all."""
+    """Which images' means this rank computes the loss of. None: all."""
     mine = current.image_rows
     return None if mine is None else torch.arange(mine.start, mine.stop, device=pooled.device)
 
@@ -308,7 +308,7 @@ def _move(values: dict[int, Tensor], device: torch.device) -> None:
 
 
 def _lasting(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
-    """Values that stay where they are: a CUDA graph that wrote to others would not be captured."""
+    """Values with a fixed address: a CUDA graph that wrote to others would not be captured."""
     values = zeros(layers, device)
     for value in values.values():
         private.keep_address(value)
@@ -316,5 +316,5 @@ def _lasting(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
 
 
 def _outside_of_graphs(function: Any) -> Any:
-    """Not a decorator: it would load the compiler with the package."""
+    """Disable the compiler for a function. As a decorator this would load it with the package."""
     return torch.compiler.disable(function)

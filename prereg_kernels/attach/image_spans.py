@@ -52,7 +52,7 @@ def check_images(family: Family) -> None:
 def count_images(
     family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, visual: Tensor
 ) -> Tensor:
-    """0-dim, int64: how many images have a visual token, without a sync.
+    """How many images have a visual token: 0-dim, int64, without a sync.
 
     Args:
         batch: the keyword arguments of the model's forward.
@@ -126,14 +126,14 @@ def _numbers(family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tenso
 
 
 def _starts(ids: Tensor, visual: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Bool, the shape of `ids`: the first token of each run."""
+    """The first token of each run: bool, the shape of `ids`."""
     changed = torch.ones_like(visual)
     changed[:, 1:] = (ids[:, 1:] != ids[:, :-1]) | _packed(batch, ids)[:, 1:]
     return visual & changed
 
 
 def _packed(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """Bool, the shape of `ids`: the first token of each but the first sequence of a row."""
+    """The first token of each packed sequence but a row's first: bool, the shape of `ids`."""
     begins = torch.zeros_like(ids, dtype=torch.bool)
     positions, numbers = batch.get("position_ids"), batch.get("seq_idx")
     if isinstance(positions, Tensor):  # those of an image's tokens may be all the same
@@ -149,7 +149,7 @@ def _packed(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
 
 
 def _counted(family: Family, batch: Mapping[str, Any]) -> int | None:
-    """The images by the arguments of the batch; None where these do not say."""
+    """The number of images by the batch's arguments. None: they do not say."""
     given = [len(batch[name]) for name in family.counted_by if batch.get(name) is not None]
     grids = [batch[name] for name in family.cut_by if batch.get(name) is not None]
     given += [int(grid[:, 0].sum()) for grid in grids]

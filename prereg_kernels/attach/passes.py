@@ -51,21 +51,21 @@ class Pass:
 
     @property
     def own_shape(self) -> torch.Size:
-        """(rows, length) of what goes through the decoder's layers."""
+        """The shape, (rows, length), of what goes through this rank's decoder layers."""
         return self.shape if self.part is None else self.part.shape
 
     @property
     def own_index(self) -> Tensor:
-        """As `index`, of that."""
+        """The visual positions in that, like `index`."""
         return self.index if self.part is None else self.part.index
 
     def own(self, rows: Tensor) -> Tensor:
-        """Of something for each visual token, that of this rank's."""
+        """The rows of this rank's visual tokens, out of the rows of all visual tokens."""
         return rows if self.part is None else rows[self.part.place.to(rows.device)]
 
     @property
     def tokens(self) -> Tensor:
-        """0-dim, float32: the visual tokens of this rank."""
+        """The number of this rank's visual tokens: 0-dim, float32."""
         index = self.own_index
         if index.dtype == torch.bool:
             return index.sum(dtype=torch.float32)
@@ -73,7 +73,7 @@ class Pass:
 
     @property
     def labels(self) -> Tensor | None:
-        """0-dim: the tokens with a label, each of which the token before it predicts."""
+        """The number of tokens with a label, which the token before predicts: 0-dim."""
         labels, shifted = self.inputs.get("labels"), self.inputs.get("shift_labels")
         if isinstance(shifted, Tensor) and labels is not None:  # those of a part of the sequence
             return (shifted != -100).sum()
@@ -85,7 +85,7 @@ class Pass:
         return 1 if ids is None else len(ids.flatten()[self.index].unique())
 
     def shown(self, rows: Tensor) -> Tensor:
-        """Of a row for each visual id, or image, of the batch those that attention shows."""
+        """The rows that attention shows, out of a row for each visual id or image of the batch."""
         tokens, images = self.index.numel(), self.images
         if self.by_id is not None and len(rows) not in (tokens, images and images.count):
             if images is not None and images.shown is not None and len(rows) == images.in_batch:
@@ -165,7 +165,7 @@ class Calls:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the calls that run are this one's."""
+        """For copies and pickles, which do not take over the calls that run."""
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class Calls:
 
     @property
     def current(self) -> Call | None:
-        """The innermost."""
+        """The innermost call."""
         if torch.compiler.is_compiling():
             return self._first
         thread = threading.get_ident()
@@ -195,13 +195,13 @@ class Calls:
                 self._others[thread] = call
 
     def enter(self, owner: nn.Module | None) -> Call:
-        """One more call, the innermost."""
+        """Begin one more call, the innermost."""
         call = Call(owner, self.current)
         self._put(call)
         return call
 
     def leave(self, owner: nn.Module | None) -> Pass | None:
-        """The pass of the innermost call, which ends, if that is the owner's."""
+        """End the innermost call, and return its pass, if the call is the owner's."""
         call = self.current
         if call is None or call.owner is not owner:
             return None

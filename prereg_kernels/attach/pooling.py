@@ -40,7 +40,7 @@ def pool_images(
 def _means(
     x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """(images, D) means in the dtype of `x`, and (images, 1) numbers of rows, at least 1."""
+    """The means (images, D), in the dtype of `x`, and the rows' counts (images, 1), at least 1."""
     rows = x.reshape(-1, x.shape[-1])
     dtype = torch.promote_types(x.dtype, torch.float32)
     numbers = torch.arange(images, device=x.device)

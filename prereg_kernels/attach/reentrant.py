@@ -86,13 +86,13 @@ class SecondRun:
 
 
 class SecondRuns:
-    """Those to come. The graph of what a first run left owns them, and they end with it."""
+    """The second runs to come. The graph of what a first run left owns them; they end with it."""
 
     def __init__(self) -> None:
         self._waiting: list[weakref.ref[SecondRun]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take none over."""
+        """For copies and pickles, which take over no second run."""
         return vars(SecondRuns())
 
     def leave(self, run: SecondRun, value: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def add_gradient(hidden: Tensor, pooled: Tensor, gradient: Tensor) -> Tensor:
 
 
 def source_of(args: tuple[Any, ...], layer: int) -> weakref.ref[Tensor] | None:
-    """Of a layer's arguments, the states, to be found again.
+    """The states among a layer's arguments, by which the second run is found.
 
     Raises:
         RuntimeError: they need no gradient, and so the layer will not run again.
@@ -155,7 +155,7 @@ def source_of(args: tuple[Any, ...], layer: int) -> weakref.ref[Tensor] | None:
 
 
 def _is_same(source: weakref.ref[Tensor] | None, states: Any) -> bool:
-    """By its memory: a checkpoint detaches what it is given."""
+    """Whether both are the same tensor, by memory: a checkpoint detaches what it is given."""
     known = None if source is None else source()
     if known is None or not isinstance(states, Tensor):
         return False

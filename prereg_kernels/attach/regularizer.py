@@ -174,7 +174,7 @@ def _layers_added_to(model: nn.Module) -> int:
 
 
 def _copied(see: Any, *args: Any) -> Any:
-    """What a layer's hook returns, as a tensor that may be written into: the tap's is a view."""
+    """A hook's result as a tensor that may be written into, because the tap's result is a view."""
     output = see(*args)
     if isinstance(output, tuple):
         return output[0].clone(), *output[1:]

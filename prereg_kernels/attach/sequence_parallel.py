@@ -43,7 +43,7 @@ class Part:
     place: Tensor
 
     def own(self, whole: Tensor) -> Tensor:
-        """(rows, length, ...), of a tensor of the whole; padding gets what position 0 has."""
+        """This rank's part, (rows, length, ...), of a whole tensor; padding is like position 0."""
         numbers = self.numbers.clamp(min=0).to(whole.device)
         return whole.flatten(0, 1)[numbers]
 
@@ -94,7 +94,7 @@ class SequenceParallel:
         return torch.distributed.get_world_size(self.group)
 
     def denominator(self, count: Tensor) -> Tensor:
-        """What makes the group's gradient the mean, of the `count` of all of its rows."""
+        """The denominator that makes the group's gradient the mean over all of its `count` rows."""
         return count / self.size if self.gradients == "averaged" else count
 
     def total(self, count: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class SequenceParallel:
         return count
 
     def part_of(self, mask: Tensor, *, in_graph: bool = False) -> Part:
-        """Of whole rows.
+        """This rank's part of whole rows.
 
         Args:
             mask: bool, (rows, length), their visual positions. in_graph: see `Part`.
@@ -137,7 +137,7 @@ class SequenceParallel:
 
 
 def _check_part(own: Any, numbers: Tensor) -> None:
-    """Of what a function made of the numbers of all positions, from 1 on."""
+    """Check what a function made of the numbers of all positions, which begin at 1."""
     if not isinstance(own, Tensor) or own.dtype != torch.int64 or own.dim() != 2:
         came = f"{own.dtype}, {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise TypeError(

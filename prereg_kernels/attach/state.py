@@ -97,7 +97,7 @@ class State:
         self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: a term that waits for backward belongs to this one alone."""
+        """For copies and pickles, which do not get a term that waits for backward."""
         return vars(self) | {"loss": None, "collected": None, "batch": None}
 
     @contextmanager
@@ -136,7 +136,7 @@ class State:
 
     @property
     def sequence_group(self) -> Any:
-        """Of the ranks that share each sequence."""
+        """The process group of the ranks that share each sequence."""
         assert self.sequence_parallel is not None
         return self.sequence_parallel.group
 
@@ -169,7 +169,7 @@ class State:
         return {} if torch.compiler.is_compiling() else {"group": self.tensor_group}
 
     def parameters(self) -> dict[str, Tensor]:
-        """{name inside of `model.pre_heads`: parameter}, as they are there, whole or not."""
+        """The heads' parameters, {name inside of `model.pre_heads`: parameter}, whole or not."""
         return dict(getattr(self.model, HEADS).named_parameters())
 
     def settings(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class State:
         check_stage(self.family.layers_of(self.model), max(self.heads), self._layer_count)
 
     def check_heads_train(self) -> None:
-        """As `PRe.check`."""
+        """Raise ValueError if a head is frozen."""
         for layer, head in self.heads.items():
             parameters = list(head.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
@@ -214,7 +214,7 @@ class State:
         return self._before.get(name)
 
     def detach(self) -> None:
-        """As `remove_pre`."""
+        """Take PRe off the model: see `remove_pre`."""
         for hook in self.hooks:
             hook.remove()
         delattr(self.model, HEADS)
@@ -245,7 +245,7 @@ class State:
         return head
 
     def _draw_heads(self, *_: Any) -> None:
-        """Where a state dict, by `assign=True`, left them alone on the meta device."""
+        """Draw the heads if a state dict, by `assign=True`, left only them on the meta device."""
         layers = self.family.layers_of(self.model)
         for number, head in self.heads.items():
             like = next(layers[number - 1].parameters())

@@ -109,7 +109,7 @@ class Taps:
         return self._pool(current.images, current.part, current.index, hidden)
 
     def _pool(self, images: Images, part: Part | None, index: Tensor, hidden: Tensor) -> Tensor:
-        """(images, D): the means of the images' tokens, those of other ranks among them."""
+        """The means of the images' tokens, those on other ranks included: (images, D)."""
         of_token, group = images.of_token, None
         if part is not None:
             of_token, index, group = of_token[part.place], part.index, self._state.sequence_group
@@ -239,6 +239,6 @@ class Taps:
 
 
 def _index(current: Pass, hidden: Tensor) -> Tensor:
-    """Of the tokens that L_PRe reads."""
+    """The index of the tokens that L_PRe reads."""
     index = current.own_index if current.chosen is None else current.own_index[current.chosen]
     return index.to(hidden.device)

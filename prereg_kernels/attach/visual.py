@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def find_marked(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """Bool, the shape of `input_ids`: where one of the ids is, hidden or not."""
+    """Where one of the ids is, hidden or not: bool, the shape of `input_ids`."""
     marked = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in tokens:
         marked |= input_ids == token

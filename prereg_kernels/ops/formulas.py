@@ -194,7 +194,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_equal(x: Any, y: Any) -> bool:
-    """Of functions: the same code, as when a cell of a notebook has run again."""
+    """Whether two functions have the same code, as when a cell of a notebook has run again."""
     if x is y:
         return True
     if type(x) is not type(y):

@@ -120,7 +120,7 @@ class PReHead(nn.Module):
 
     @property
     def _is_fsdp_managed_module(self) -> bool:
-        """What FSDP sets on each module that it takes charge of; `fully_shard`, once it has."""
+        """FSDP sets this on each module that it manages; `fully_shard` does so at its end."""
         return self._is_managed
 
     @_is_fsdp_managed_module.setter

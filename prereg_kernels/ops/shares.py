@@ -47,7 +47,7 @@ class Share:
         self.inputs = inputs._replace(select=share, token_weight=None, slots=len(share))
 
     def rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, D) hidden states and (n, A) anchors of the share."""
+        """The hidden states (n, D) and the anchors (n, A) of the share."""
         share, anchor = self.inputs.select, self.anchor
         if anchor.shape[:-1] == hidden.shape[:-1]:
             anchor = anchor.reshape(-1, anchor.shape[-1])[share]
@@ -76,7 +76,7 @@ class Share:
 
 
 def share_of(count: int, group: Any) -> slice:
-    """Of so many rows, which all ranks of the group have, those of this rank."""
+    """The rows of this rank, out of so many that all ranks of the group have."""
     each = _rounded_up(count, dist.get_world_size(group))
     start = min(dist.get_rank(group) * each, count)
     return slice(start, min(start + each, count))

@@ -86,7 +86,7 @@ class Attaching(PReTrainerMixin):
             raise
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As Trainer's, with PRe."""
+        """Trainer's method; the model gets PRe."""
         model: nn.Module = super().call_model_init(trial)
         attach(model, self.pre_settings)
         return model

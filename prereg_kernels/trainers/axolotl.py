@@ -29,7 +29,7 @@ OTHERS = ("rl", "reward_model", "process_reward_model")
 
 
 class PReArgs(BaseModel):
-    """What the plugin adds to axolotl's settings.
+    """The settings that the plugin adds to axolotl's.
 
     Attributes:
         pre: as `apply_pre` takes them.
@@ -59,7 +59,7 @@ class PRePlugin(BasePlugin):
         return f"{__name__}.{PReArgs.__name__}"
 
     def get_trainer_cls(self, cfg: Any) -> type[Any]:
-        """What axolotl would take, with PRe."""
+        """The class that axolotl would take, with PRe."""
         for name in OTHERS:
             if cfg[name]:
                 raise ValueError(

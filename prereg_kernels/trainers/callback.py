@@ -192,5 +192,5 @@ def _checkpoint_of(args: Any, state: TrainerState) -> Path:
 
 
 def _trace(state: TrainerState) -> str:
-    """What a run leaves in its state; as text, in which NaN is NaN."""
+    """What a run leaves in its state, as text, because in text NaN equals NaN."""
     return json.dumps([state.global_step, state.log_history])

@@ -94,7 +94,7 @@ class Checkpoints(_Base):
         return hasattr(inner, "peft_config") and "SHARDED" in kind
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the heads where nothing else writes them."""
+        """Trainer's method; it writes the heads if nothing else does."""
         super().save_model(output_dir, *args, **kwargs)
         if self._heads_are_apart():  # on all ranks, which have a part of them each
             self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR)
@@ -108,7 +108,7 @@ class Checkpoints(_Base):
             self._read_from = None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As if there were no heads, which have their own file."""
+        """Trainer's method, without the names of the heads, which have their own file."""
         model = state_of(self.pre).model
         if load_result.unexpected_keys and self._read_from is not None:
             load_result = load_weights(model, self._read_from)

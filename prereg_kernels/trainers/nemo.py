@@ -67,7 +67,7 @@ class PReRecipeMixin(_Base):
     pre_settings: ClassVar[Mapping[str, Any]] = {}
 
     def setup(self) -> None:
-        """As the recipe's, with PRe on the model before it is sharded and there is an optimizer."""
+        """The recipe's method; PRe is attached before sharding and before there is an optimizer."""
         given = self.cfg.get("pre", None)
         given = given.to_dict() if hasattr(given, "to_dict") else given or {}
         settings = {**self.pre_settings, **given}
@@ -86,7 +86,7 @@ class PReRecipeMixin(_Base):
             super().setup()
 
     def load_checkpoint(self, restore_from: str | None = None) -> None:
-        """As the recipe's, which calls it at the end of `setup`; and the heads."""
+        """The recipe's method, which `setup` calls at its end; it loads the heads, too."""
         self._check_parallelism()
         self.pre = find_pre(self.model_parts[0])
         self.pre.check()
@@ -94,12 +94,12 @@ class PReRecipeMixin(_Base):
             super().load_checkpoint(restore_from)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the recipe's; and the heads."""
+        """The recipe's method; it saves the heads, too."""
         with _heads_apart(self.pre, in_files=True):
             super().save_checkpoint(*args, **kwargs)
 
     def _run_train_optim_step(self, batches: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the recipe's, a step of these micro-batches, with the step's denominator."""
+        """The recipe's method, a step of these micro-batches; it sets the step's denominator."""
         pre = self.pre
         rows = torch.stack([pre.count(batch) for batch in batches]).sum().cpu()
         rows = super()._dp_allreduce(rows)
@@ -113,7 +113,7 @@ class PReRecipeMixin(_Base):
         return sample
 
     def _forward_backward_step(self, *args: Any, **kwargs: Any) -> None:
-        """As the recipe's, of a micro-batch."""
+        """The recipe's method, for a micro-batch."""
         super()._forward_backward_step(*args, **kwargs)
         record = state_of(self.pre).last
         if kwargs.get("is_train", True):
@@ -161,7 +161,7 @@ def _before_sharding(settings: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _heads_apart(pre: PRe, in_files: bool) -> Iterator[None]:
-    """Meanwhile NeMo writes and reads a model without heads.
+    """Inside this context, NeMo writes and reads a model without heads.
 
     Args:
         in_files: these go to `pre/` beside its `model/`, and come from there.

@@ -58,7 +58,7 @@ class Parallelism(_Base):
         return getattr(parallelism, f"{kind}_size", None) or 1
 
     def _counts_parts_of(self) -> SequenceParallel | None:
-        """Where the passes see a part of the sequences that `count_rows` gets: who has the rest."""
+        """The ranks that have the rest, if passes see a part of what `count_rows` gets; or None."""
         shared = self._shared
         if shared is not None and (shared.shard is not None or self._size("cp") > 1):
             return shared
@@ -91,7 +91,7 @@ class Parallelism(_Base):
         return ranks
 
     def _loss_scale(self, items: Any) -> int:
-        """What Trainer multiplies the loss by, so that averaging over ranks makes it a sum."""
+        """The factor by which Trainer multiplies the loss, so that the ranks' average is a sum."""
         known = self.args.average_tokens_across_devices and items is not None
         return self._losses() if known else 1
 

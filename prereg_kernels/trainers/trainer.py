@@ -130,7 +130,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's.
+        """Trainer's method.
 
         Raises:
             ValueError: a head is frozen, or not in the optimizer.
@@ -160,7 +160,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """As Trainer's: the micro-batches of a step, and their label tokens."""
+        """Trainer's method: the micro-batches of a step, and their label tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_optimizer_checked:  # in the first step of a run
             check_optimizer(self.optimizer, self.model)
@@ -198,7 +198,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """As Trainer's; in training, plus the term.
+        """Trainer's method; in training, it adds the term.
 
         Raises:
             RuntimeError: no training forward pass went through the model with PRe.
@@ -244,7 +244,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.training_step)
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's: the forward and backward passes of a micro-batch."""
+        """Trainer's method: the forward and backward passes of a micro-batch."""
         self._counted = self._counts.pop(0) if self._counts else None
         self._records, self._lm_loss = (), None
         loss = super().training_step(*args, **kwargs)
@@ -267,7 +267,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.log)
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; its regular figures get those of PRe beside them.
+        """Trainer's method; it puts PRe's figures beside Trainer's regular ones.
 
         Raises:
             ValueError: `count_rows` found none of the rows that the passes saw.
@@ -312,7 +312,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As Trainer's; with `value_in_eval` its metrics have those of PRe.
+        """Trainer's method; with `value_in_eval` the metrics have PRe's figures.
 
         Samples that a rank gets twice, to fill its last batch, count twice.
         """
@@ -330,7 +330,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.prediction_step)
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's."""
+        """Trainer's method."""
         inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
         with state_of(self.pre).computing_on(inputs), self.pre.collecting() as passes:
             result = super().prediction_step(*args, **kwargs)
@@ -369,5 +369,5 @@ class PReTrainer(PReTrainerMixin, Trainer):
 
 
 def _totals(record: Record) -> Tensor:
-    """(1 + layers,): the rows of a pass, and the sum of their losses for each layer."""
+    """The rows of a pass, and for each layer the sum of their losses: (1 + layers,)."""
     return torch.stack([record.rows, *record.sums()])

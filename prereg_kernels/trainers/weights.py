@@ -116,7 +116,7 @@ class LossWeight(TrainerCallback):
         return torch.where((lm > 0) & (pre > 0) & change.isfinite(), led, base)
 
     def end(self) -> None:
-        """Of a run: what comes after it has the weight of the settings."""
+        """End a run: what comes after it has the weight of the settings."""
         self._pre.watches_gradients = False
         if is_scheduled(self._pre.config):
             self._pre.weight = self._pre.config.weight
