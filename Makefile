@@ -27,7 +27,7 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-estimate test-transformers test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -88,6 +88,22 @@ test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformer
 	    PYTHONPATH=.transformers/$$version:. $(BIN)/python -m pytest -n 2 --transformers $$version \
 	        $(MEETS_TRANSFORMERS:%=tests/%) || exit 1; \
 	done
+
+# Without the pins, in an environment of its own: what the package asks for, on this PYTHON. -e builds
+# the C++ kernels against that torch, so this is for a clone; `prereg build` brings others' back.
+RELEASES ?= torch transformers
+VERSIONS := .versions
+IN_VERSIONS := ops attach trainers
+test-versions:  ## lint and tests on PYTHON with RELEASES="torch==2.8.0 transformers==4.57.6", unpinned
+	rm -rf $(VERSIONS)
+	$(PYTHON) -m venv $(VERSIONS)
+	$(VERSIONS)/bin/python -m pip install -q 'setuptools>=77' wheel ninja numpy $(RELEASES)
+	$(VERSIONS)/bin/python -m pip install -q --no-build-isolation -e '.[dev]' $(RELEASES)
+	$(VERSIONS)/bin/python -m pip list
+	$(VERSIONS)/bin/ruff check .
+	$(VERSIONS)/bin/ruff format --check .
+	$(VERSIONS)/bin/mypy
+	$(VERSIONS)/bin/python -m pytest -n 2 $(IN_VERSIONS:%=tests/%)
 
 # The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
 # with the line that repeats it, and is tried first the next time.
@@ -250,5 +266,5 @@ gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, wh
 	fi
 
 clean:  ## remove the environment, build products and caches (not runs/)
-	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) $(DOCS) .transformers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) $(DOCS) $(VERSIONS) .transformers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

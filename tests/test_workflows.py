@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,21 @@ def triggers(workflow: dict[Any, Any]) -> dict[str, Any]:
 
 
 def commands(job: dict[str, Any]) -> list[str]:
-    """What a job runs, once for each value of its matrix."""
-    matrix = job.get("strategy", {}).get("matrix", {"": [""]})
-    [(name, values)] = matrix.items()
+    """What a job runs, once for each row of its matrix."""
     lines = [step["run"] for step in job["steps"] if "run" in step]
-    return [line.replace(f"${{{{ matrix.{name} }}}}", str(x)) for x in values for line in lines]
+    return [
+        re.sub(r"\$\{\{ matrix\.(\w+) \}\}", lambda name, row=row: str(row[name[1]]), line)
+        for row in rows_of(job)
+        for line in lines
+    ]
+
+
+def rows_of(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a job's matrix, {name: value}; one without names where it has no matrix."""
+    matrix = job.get("strategy", {}).get("matrix", {})
+    if "include" in matrix:
+        return matrix["include"]
+    return [{name: x} for name, values in matrix.items() for x in values] or [{}]
 
 
 @pytest.mark.parametrize("name", ("ci.yml", "weekly.yml"))
@@ -55,12 +66,36 @@ def test_each_week_runs_every_other_target_and_release() -> None:
     [schedule] = triggers(workflow)["schedule"]
     assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", schedule["cron"])
     assert "workflow_dispatch" in triggers(workflow)
-    tests = {x for x in TARGETS if x.startswith("test-")} - {"test-transformers"}
+    alone = {"test-transformers", "test-versions"}
+    tests = {x for x in TARGETS if x.startswith("test-")} - alone
     assert commands(workflow["jobs"]["target"]) == [f"make {x}" for x in sorted(tests)]
     [releases] = re.findall(r"^TRANSFORMERS := (.*)$", MAKEFILE, re.M)
     assert commands(workflow["jobs"]["transformers"]) == [
         f"make test-transformers TRANSFORMERS={x}" for x in releases.split()
     ]
+
+
+def test_each_pair_of_oldest_and_newest_is_run() -> None:
+    """Of Python, torch and transformers: the lowest that pyproject.toml allows, and the newest."""
+    job, project = read("weekly.yml")["jobs"]["versions"], (ROOT / "pyproject.toml").read_text()
+    rows = [(row["python"], *row["releases"].split()) for row in rows_of(job)]
+    assert commands(job) == [f'make test-versions RELEASES="{" ".join(row[1:])}"' for row in rows]
+    oldest, newest = ("3.10", "torch==2.8.0", "transformers==4.57.6"), ("torch", "transformers")
+    for text in ('requires-python = ">=3.10"', '"torch>=2.8"', '"transformers>=4.57,<6"'):
+        assert text in project
+    for first, second in combinations(range(3), 2):
+        assert len({(row[first], row[second]) for row in rows}) == len(rows) == 4
+    for place, release in enumerate(oldest):
+        assert sum(row[place] == release for row in rows) == 2
+    assert {x for row in rows for x in row[1:]} == {*oldest[1:], *newest}
+    steps = [step.get("with", {}).get("python-version") for step in job["steps"]]
+    assert "${{ matrix.python }}" in steps
+
+
+def test_a_gpu_is_somebodys_own() -> None:
+    job = read("gpu.yml")["jobs"]["gpu"]
+    assert job["runs-on"] == ["self-hosted", "gpu"] and commands(job) == ["make gpu-check"]
+    assert triggers(read("gpu.yml")).keys() == {"workflow_dispatch"}  # no stranger's change runs
 
 
 def test_a_commit_meets_what_lint_checks() -> None:

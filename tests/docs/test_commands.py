@@ -89,6 +89,7 @@ NOT_RUN = {
         "make test-ranks",
         "make test-deepspeed",
         "make test-docs",
+        "make test-versions",
     ),
     "installs what builds the site": ("make docs",),
     "needs several machines": (
