@@ -151,8 +151,19 @@ class Measured:
         return probes, missing
 
     def unlabelled(self) -> list[str]:
-        """What is left out of a probe for want of a label, in sentences."""
+        """What is left out for want of labels or masks, and what would bring it, in sentences."""
         sentences = []
+        owned = bool(self._labels("object")[0])
+        if not owned and not any(self._labels("image")[0]):
+            sentences.append(
+                "No image has a class: a folder for each class, or a file of labels, brings a "
+                "probe of whole images."
+            )
+        if not owned:
+            sentences.append(
+                "No patch is known to be of an object: masks bring the contrast of patches and, "
+                "where the objects have classes, a probe of objects."
+            )
         for level in ("image", "object"):
             labels, _ = self._labels(level)
             for target in dict.fromkeys(name for row in labels for name in row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from prereg_kernels.checkup.images.coco import CocoImages
 from prereg_kernels.checkup.images.datasets import ImageFolder, Samples, Subset
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.loading import Loaded, load
-from prereg_kernels.checkup.report.findings import headline, middle_layer
+from prereg_kernels.checkup.report.findings import middle_layer, notes
 from prereg_kernels.checkup.report.page import NUMBERS
 from prereg_kernels.checkup.results import CheckupResults
 from prereg_kernels.checkup.run import checkup, report
@@ -58,10 +59,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             console.print(f"{printable(name)}: {printable(directory)}", highlight=False)
         results.append(_measure(directory, name, samples, arguments, console))
     page = report(arguments.out, results, _facts(results, arguments))
+    numbers = (arguments.out / NUMBERS).read_text(encoding="utf-8")
     if arguments.json:
-        console.out((arguments.out / NUMBERS).read_text(encoding="utf-8"), highlight=False)
+        console.out(numbers, highlight=False)
         return
-    _print(results, console)
+    _print(results, json.loads(numbers)["headline"], console)
     console.print(f"page: {printable(page)}", highlight=False)
 
 
@@ -193,10 +195,11 @@ def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
         yield update
 
 
-def _print(results: Sequence[CheckupResults], console: Console) -> None:
+def _print(results: Sequence[CheckupResults], headline: str, console: Console) -> None:
     layer = middle_layer(results[0].layers)
     last = results[0].layers - 1
-    table = Table(title=printable(headline(results[0])), title_justify="left")
+    console.print(printable(headline), highlight=False)
+    table = Table()
     table.add_column("")
     for model in results:
         for depth in dict.fromkeys((0, layer, last)):
@@ -216,6 +219,9 @@ def _print(results: Sequence[CheckupResults], console: Console) -> None:
                 f"{model.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
                 highlight=False,
             )
-        lines = [f"no probe of {target}: {reason}" for target, reason in model.missing.items()]
-        for line in (*lines, *model.notes):
-            console.print(printable(f"{model.name}: {line}"), highlight=False)
+        for target, reason in model.missing.items():
+            console.print(
+                printable(f"{model.name}: no probe of {target}: {reason}"), highlight=False
+            )
+    for note in notes(results):
+        console.print(printable(note), highlight=False)

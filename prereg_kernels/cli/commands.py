@@ -22,6 +22,9 @@ _OLD_NAME = "diagnose"
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
     parser = _parser()
+    if not sys.argv[1:]:
+        parser.print_help()
+        return
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         _launch(sys.argv[1], sys.argv[2:])
         return

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -23,16 +25,22 @@ from prereg_kernels.ops.dtypes import operand_dtype
 from prereg_kernels.ops.losses import LOSSES
 from prereg_kernels.ops.spec import Spec
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+PACKAGES = (
+    "torch", "torchvision", "triton", "transformers", "accelerate", "peft", "trl", "numpy",
+    "safetensors",
+)  # fmt: skip
+DISTRIBUTION = "prereg-kernels"
 Report = dict[str, dict[str, Any]]
 
 
 def examine() -> Report:
-    """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing here raises."""
+    """Facts by section: versions, extras, cpu, gpu, backends, cpp rows. JSON-ready; nothing here
+    raises."""
     return {
         "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES}
         | {"supported": _taken()},
+        "extras": _extras(),
         "cpu": _cpu(),
         "gpu": _gpu(),
         "backends": _backends(),
@@ -112,6 +120,42 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _extras() -> dict[str, str]:
+    """Of each extra of this package, whether all that it names is installed."""
+    try:
+        about = metadata.metadata(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return {"unknown": f"{DISTRIBUTION} runs from a folder, and is not installed"}
+    named = _named(about.get_all("Requires-Dist") or [])
+    facts = {}
+    for extra in about.get_all("Provides-Extra") or []:
+        missing = [name for name in named.get(extra, ()) if _version(name) == "not installed"]
+        facts[extra] = f"lacks {', '.join(missing)}" if missing else "installed"
+    return facts
+
+
+def _named(requirements: Sequence[str]) -> dict[str, list[str]]:
+    """{extra: the packages that it names}; an extra that names another has that one's, too."""
+    named: dict[str, list[str]] = {}
+    others: dict[str, str] = {}
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
+        inner = re.match(r"[\w.-]+\s*\[([^\]]+)\]", requirement)
+        if name is None or extra is None:
+            continue
+        if name[0].replace("_", "-") == DISTRIBUTION and inner is not None:
+            others[extra[1]] = inner[1]
+        else:
+            named.setdefault(extra[1], []).append(name[0])
+    for extra in others:
+        inside = others.get(extra)
+        while inside is not None:
+            named.setdefault(extra, []).extend(named.get(inside, ()))
+            inside = others.get(inside)
+    return {extra: list(dict.fromkeys(names)) for extra, names in named.items()}
 
 
 def _taken() -> str:

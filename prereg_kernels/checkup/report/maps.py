@@ -15,8 +15,10 @@ from torch import Tensor
 
 from prereg_kernels.checkup.measured import Shown
 from prereg_kernels.checkup.measures.tensors import check_features
+from prereg_kernels.checkup.report.pictures import Drawing
 from prereg_kernels.checkup.report.style import plain
 from prereg_kernels.checkup.results import CheckupResults
+from prereg_kernels.checkup.words import fixed
 
 COLUMNS = 7
 """Layers in a row of maps, at most."""
@@ -47,7 +49,7 @@ def chosen_patch(shown: Shown) -> int:
 
 def maps(
     models: Sequence[CheckupResults], shown: Sequence[Shown], colours: Mapping[str, str]
-) -> Figure:
+) -> Drawing:
     """One image, a column a layer. For each model, a row of similarities: the cosine of every patch
     to a chosen one, the mean patch (over all images) subtracted, since what all patches share would
     make every map bright; the scale is from -1 to 1 throughout. Then, for each model, a row of
@@ -57,15 +59,22 @@ def maps(
     sheet = _Sheet(2 * len(models), len(layers) + 1, shown[0])
     patch = chosen_patch(shown[0])
     drawn = None
+    words = [f"{shown[0].name}: mean cosine of its patches to the marked one"]
     for row, (model, image) in enumerate(zip(models, shown, strict=True)):
         mean = model.measured.mean()
+        means = []
         sheet.picture(row, image, patch)
         for column, layer in enumerate(layers, start=1):
             x = image.patches[layer].double() - mean[layer]
             similar = torch.nn.functional.cosine_similarity(x, x[patch : patch + 1], dim=1)
+            means.append(float(similar.mean()))
             axis = sheet.axes[row][column]
             drawn = _overlay(axis, image, similar.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             _mark(axis, image, patch)
+        levels = (
+            f"{fixed(value, 2)} {_place(at)}" for value, at in zip(means, layers, strict=True)
+        )
+        words.append(f"{model.name}: {', '.join(levels)}")
     first: Tensor | None = None
     for row, (model, image) in enumerate(zip(models, shown, strict=True), start=len(models)):
         scores = aligned_components(model, image, layers, first)
@@ -76,13 +85,17 @@ def maps(
     names = [plain(model.name) if len(models) > 1 else "" for model in models]
     kinds = ("similarity", "components")
     sheet.label(
-        ["image", *(f"layer {layer}" if layer else "input" for layer in layers)],
+        ["image", *map(_place, layers)],
         [f"{name}\n{kind}".strip() for kind in kinds for name in names],
         colours,
     )
     assert drawn is not None
     sheet.scale(drawn, len(models), "cosine to the marked patch", colours)
-    return sheet.figure
+    return Drawing(sheet.figure, [". ".join(words) + "."])
+
+
+def _place(layer: int) -> str:
+    return f"layer {layer}" if layer else "input"
 
 
 def aligned_components(
