@@ -1,4 +1,4 @@
-"""Where the anchor comes from, how wide it is, and what is checked about it."""
+"""The anchor: where it comes from, how wide it is, and what is checked about it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def anchor_width(config: PReConfig, family: Family, model: Any) -> int:
 
 
 def llm_width(embeddings: nn.Module) -> int:
-    """Of the LLM's input, as the embedding says it: ZeRO-3 leaves its weight without a shape."""
+    """The width of the LLM's input, from the embedding: under ZeRO-3 its weight has no shape."""
     width = getattr(embeddings, "embedding_dim", None)
     return width if isinstance(width, int) else next(embeddings.parameters()).shape[1]
 
 
 def _input_width(family: Family, projector: nn.Module) -> int:
-    """By the first of its modules that knows: a projector begins with a norm or a matrix."""
+    """The width that its first norm or matrix takes: a projector begins with one of them."""
     for module in projector.modules():
         features = getattr(module, "in_features", None)
         shape = getattr(module, "normalized_shape", None)
@@ -56,17 +56,17 @@ def projector_rows(
     shown: Callable[[Tensor], Tensor],
     kinds: Callable[[], int],
 ) -> Tensor:
-    """(N, A): what entered the projector, a row for each visual token, in their order.
+    """The projector's inputs, (N, A): a row for each visual token, in their order.
 
     Args:
-        seen: (..., A) each, the projector's inputs in the order of its calls.
+        seen: the projector's inputs in the order of its calls, (..., A) each.
         tokens: N.
-        like: its dtype and device are those of the result where there are no visual tokens.
-        shown: takes out the rows of tokens that attention hides.
-        kinds: counts the ids of the visual tokens, as of images and videos.
+        like: gives the dtype and device of the result if there are no visual tokens.
+        shown: removes the rows of tokens that attention hides.
+        kinds: counts the ids of the visual tokens, such as one of images and one of videos.
 
     Raises:
-        ValueError: other than a row for each visual token, or rows in an order that is not known.
+        ValueError: there is not one row for each visual token, or the rows' order is not known.
     """
     if not tokens:
         return like.new_zeros(0, width)
@@ -95,17 +95,17 @@ def function_rows(
     finite: bool,
     shown: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """What an anchor function returned, checked.
+    """The result of an anchor function, checked.
 
     Args:
-        tokens: N. images: their number, where the anchor may have a row for each; else None.
+        tokens: N. images: their number, if the anchor may have a row for each; otherwise None.
         device: of the batch.
         finite: also look for NaN and infinity, which is a sync.
-        shown: takes out the rows of tokens and images that attention hides.
+        shown: removes the rows of tokens and images that attention hides.
 
     Raises:
-        TypeError: no Tensor, or not of floating numbers.
-        ValueError: another shape or device, or numbers that are not finite.
+        TypeError: the result is no Tensor, or has no floating-point numbers.
+        ValueError: it has another shape or device, or numbers that are not finite.
     """
     if not isinstance(anchor, Tensor):
         raise TypeError(f"anchor: expected the function to return a Tensor, got {anchor!r:.80}")

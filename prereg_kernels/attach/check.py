@@ -1,4 +1,4 @@
-"""A look at a batch without a step: `PRe.check`."""
+"""`PRe.check`: looks at a batch without a training step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prereg_kernels.attach.state import State
 
 
 def run(state: State, batch: Mapping[str, Any]) -> None:
-    """The first steps look at it (`prereg_kernels.attach.first_steps`); nothing stays of it."""
+    """Let the first steps look at the batch (`prereg_kernels.attach.first_steps`); keep nothing."""
     model: nn.Module = state.model
     modes = {module: module.training for module in model.modules()}
     before = state.last, state.loss, state.collected, state.next_mask.mask

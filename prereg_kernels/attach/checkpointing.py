@@ -1,4 +1,4 @@
-"""Gradient checkpointing: stepping out of it, and telling whether backward runs something again."""
+"""Gradient checkpointing: how to step out of it, and whether backward runs something again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from prereg_kernels._util import private
 
 @contextmanager
 def outside_checkpoint() -> Iterator[None]:
-    """Within the innermost non-reentrant checkpoint: save for backward as its caller would.
+    """Inside this context, tensors are saved as outside of the innermost non-reentrant checkpoint.
 
-    That is by reference, or as the hooks around the checkpoint have it, such as `save_on_cpu`. The
-    recomputation then stops before what is saved here. Elsewhere this changes nothing.
+    They are saved by reference, or as hooks around the checkpoint save, such as `save_on_cpu`. The
+    recomputation then stops before what is saved here. Without a checkpoint nothing changes.
     """
     hooks = private.top_saved_tensors_hooks()
     if hooks is None or hooks[0].__module__ != private.CHECKPOINT:
@@ -30,10 +30,10 @@ def outside_checkpoint() -> Iterator[None]:
 
 @contextmanager
 def outside_selection() -> Iterator[None]:
-    """Within selective checkpointing: unseen by it.
+    """Inside this context, selective checkpointing does not see the ops.
 
-    Its recomputation expects the ops of the first run one by one, and PRe's differ: backward shows
-    the tap no visual token. Elsewhere this changes nothing.
+    Its recomputation expects exactly the ops of the first run. PRe's differ, because in backward
+    the tap gets no visual token. Without selective checkpointing nothing changes.
     """
     modes = private.dispatch_modes()
     if not any(map(private.is_selection, modes)):
@@ -54,23 +54,23 @@ def outside_selection() -> Iterator[None]:
 
 
 def is_called_within_checkpoint(layer: nn.Module) -> bool:
-    """Whether a layer of transformers is checkpointed with its hooks.
+    """Whether a layer of transformers is checkpointed together with its hooks.
 
-    From 5.24 on its forward is, which leaves hooks outside.
+    From 5.24 on only its forward is checkpointed, which leaves the hooks outside.
     """
     by_call = type(layer).__call__ is not nn.Module.__call__
     return by_call and bool(getattr(layer, "gradient_checkpointing", False))
 
 
 def is_in_backward() -> bool:
-    """Whether autograd is running this, as checkpoints do that compute something again."""
+    """Whether a backward pass runs this, as when a checkpoint computes something again."""
     return private.current_autograd_node() is not None
 
 
 def is_recomputation() -> bool:
     """Whether a checkpoint around the model's call runs it again in backward, for its graph.
 
-    Not so with use_reentrant=True, where the call in backward is the first one with grad.
+    With use_reentrant=True this is False, because the call in backward is the first with grad.
     """
     node = private.current_autograd_node()
     return node is not None and node.name() != private.REENTRANT_NODE

@@ -35,61 +35,62 @@ HEAD_SETTINGS = ("layers", "share_head", "head_features", "depth", "activation")
 class PReConfig:
     """How PRe is attached; the defaults are those of the paper (arXiv 2603.20808).
 
-    docs/anchors.md says more about `anchor`, `level` and `token_fraction`.
+    docs/anchors.md has the exact meaning of `anchor`, `level`, `token_fraction` and the heads.
 
     Attributes:
         layers: which hidden states to regularise, an int or several, counted as the paper does:
             16 is the output of the 16th decoder layer. None: the middle one.
-        weight: lambda in `L = L_LM + lambda * L_PRe`, at least 0. Several layers share it: L_PRe
-            is their mean. With 0 L_PRe is not computed: see `PRe.weight`.
-        anchor: "pre_llm", the visual features as they enter the LLM; "pre_projector", as they
-            leave the vision encoder, for families with a visual token for each of the encoder's
-            rows; or a function that gets the keyword arguments of the model's forward and returns
-            (N, A), floating, on the batch's device: a row for each visual token in the order of
-            `input_ids`, or, with level="global", for each image. It runs without grad. Its numbers
-            are checked to be finite in the first pass with images only.
-        anchor_features: A; needed with an anchor function, else found on the model.
-        level: "patch", each visual token predicts its own anchor; or "global", the mean over each
-            image's visual tokens predicts the mean of their anchors: a row for each image, and
-            L_PRe is their mean.
-        token_fraction: in (0, 1]: the part of the visual tokens, drawn anew in every training
-            pass, whose gradient is computed. Its expectation is that of all of them.
+        weight: lambda in `L = L_LM + lambda * L_PRe`, at least 0. With several layers, L_PRe is
+            the mean over them. With a weight of 0, L_PRe is not computed: see `PRe.weight`.
+        anchor: what the head predicts. "pre_llm": the visual features as they enter the LLM.
+            "pre_projector": the vision encoder's output, for families in which each of its rows
+            becomes one visual token. Or a function, which gets the keyword arguments of the
+            model's forward. It returns (N, A), floating, on the batch's device: a row for each
+            visual token in the order of `input_ids`, or, with level="global", for each image. It
+            runs without grad. The first pass with images checks that its numbers are finite.
+        anchor_features: A. Needed with an anchor function; otherwise found on the model.
+        level: "patch": each visual token predicts its own anchor. "global": for each image, the
+            mean over its visual tokens predicts the mean of their anchors, and L_PRe is the mean
+            over the images.
+        token_fraction: in (0, 1]: the part of the visual tokens for which the gradient is
+            computed. Every training pass draws them anew. The gradient's expectation is that of
+            all tokens.
         share_head: True: one head for all of the layers. False: one for each.
         head_features: M, the width inside the head. None: the LLM's width.
-        depth: matrices in the head. activation: between them.
+        depth: how many matrices the head has. activation: the function between them.
         loss, normalize: as for `fused_pre_loss`.
-        value_in_forward: also compute the value of L_PRe in the training forward, and add it to
-            the loss's value, at two more matmuls a step. By default the value of the loss is L_LM
-            and only its gradient is that of the sum; `metrics()` has L_PRe after backward.
-        gradient: how the term's gradient reaches the parameters. "loss": through the loss that the
-            term is added to, the model's or, by `pre.loss`, yours. "tap": backward adds it by
-            itself at layer l, whatever loss you differentiate, times `pre.loss_scale`; the model's
-            loss is left alone. (Megatron-LM treats the losses of its routers so.) "auto": "loss",
-            but where a call gets no labels, and your loss does not hold `pre.loss`, "tap". A
-            backward pass that keeps its graph may be one of several, and then adds nothing.
-        value_in_eval: compute L_PRe for `metrics()` in evaluation too, of all visual tokens; of
-            what generation appends to a prompt there is none. Nor is there any of a prompt whose
-            images were encoded before its call, as transformers 5.24's `generate` does, with
-            level="global" or another anchor than "pre_llm".
-        seed: of the heads' initialisation, so that it leaves the global generator alone, and of
-            `token_fraction`'s draws. At least 0.
+        value_in_forward: True: the training forward also computes the value of L_PRe and adds it
+            to the loss's value, at two more matmuls a step. False: the loss's value is L_LM, only
+            its gradient is that of the sum, and `metrics()` has L_PRe after backward.
+        gradient: how the term's gradient reaches the parameters. "loss": through the loss that
+            holds the term, the model's or, by `pre.loss`, yours. "tap": backward adds it by itself
+            at layer l, times `pre.loss_scale`, whatever loss you differentiate. The model's loss
+            is then left alone, as in Megatron-LM with its routers' losses. "auto": "tap" where a
+            call gets no labels and your loss does not hold `pre.loss`, otherwise "loss". A
+            backward pass that keeps its graph may be one of several, so it adds nothing by itself.
+        value_in_eval: compute L_PRe for `metrics()` in evaluation too, over all visual tokens.
+            There is none for tokens that generation appends. With level="global", or an anchor
+            other than "pre_llm", there is none for a prompt whose images were encoded before its
+            call, as `generate` of transformers 5.24 does.
+        seed: at least 0. For the heads' initialisation, which leaves the global generator alone,
+            and for the draws of `token_fraction`.
         head_dtype: of the heads' parameters, a torch.dtype or its name. None: float32, or float64
-            where the model is: a step of 1e-5, a learning rate of full fine-tuning, leaves every
-            bfloat16 weight above 1/256 as it was. The matmuls run in the dtype of the hidden
-            states whatever this is.
-        head_learning_rate, head_weight_decay: of the heads, at least 0; biases have no decay of
-            their own. None: the model's. PReTrainer's optimizer has them, and so have the groups
-            of `pre.parameter_groups`; another optimizer does not know of them.
-        weight_schedule: how the weight goes down to 0 by the end of the run, as learning rates do:
-            "constant", not at all; "linear"; "cosine". PReTrainer follows this and the next three;
-            PReCallback all but `gradient_ratio`; another loop sets `pre.weight` to
-            `config.weight_at(step, steps)`.
-        weight_warmup_steps: in how many steps the weight first rises from 0; below 1: a share of
+            on a float64 model, because a step of 1e-5, a learning rate of full fine-tuning, leaves
+            every bfloat16 weight above 1/256 as it was. The matmuls run in the dtype of the hidden
+            states in any case.
+        head_learning_rate, head_weight_decay: for the heads, at least 0. Biases have no decay.
+            None: the model's. PReTrainer's optimizer and `pre.parameter_groups` follow them;
+            another optimizer does not know of them.
+        weight_schedule: how the weight falls to 0 by the end of the run: "constant" (it does not),
+            "linear" or "cosine", as for learning rates. PReTrainer follows this and the next three
+            settings; PReCallback follows all but `gradient_ratio`. Another loop sets `pre.weight`
+            to `config.weight_at(step, steps)`.
+        weight_warmup_steps: in how many steps the weight first rises from 0. Below 1: a share of
             the run's steps.
-        gradient_ratio: the norm of weight * L_PRe's gradient at the layer's states as a share of
-            that of L_LM's there. The weight is led towards it, from `weight` on, by what is
-            measured every `watch_steps`; the schedule multiplies it. None: `weight` stays.
-        watch_steps: every so many steps, and in the first, the logs get the norms of both
+        gradient_ratio: the target for the norm of weight * L_PRe's gradient at the layer's states,
+            as a share of the norm of L_LM's. The weight starts from `weight` and is adjusted by
+            what is measured every `watch_steps`. The schedule multiplies it. None: no adjustment.
+        watch_steps: in the first step and every so many steps, the logs get the norms of both
             gradients and their cosine, as `PRe.metrics` says. None: never.
 
     Example:
@@ -254,7 +255,7 @@ class PReConfig:
         return numbers
 
     def head_dtype_on(self, dtype: torch.dtype, as_it_is: bool = False) -> torch.dtype:
-        """Of the heads of a model whose layers have this one; `as_it_is`: by default this too."""
+        """The heads' dtype on layers of this dtype, which is the default if `as_it_is`."""
         assert not isinstance(self.head_dtype, str)  # __post_init__ looked it up
         default = dtype if as_it_is or dtype == torch.float64 else torch.float32
         return self.head_dtype or default

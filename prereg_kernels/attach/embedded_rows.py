@@ -1,4 +1,4 @@
-"""Which rows of a decoder's input are those of the embedding table, and which hold features."""
+"""Tells which rows of a decoder's input come from the embedding table, and which hold features."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def differs_from(states: Tensor, tables: list[Tensor]) -> Tensor:
-    """Bool, (rows, length): where a row is that of no table.
+    """Where a row is in no table: bool, (rows, length).
 
-    In those of the same shape its own is looked at; where there is none, all.
+    In a table of the same shape, a row is compared with the one at its place. If no table has that
+    shape, it is compared with all rows.
     """
     whole = [(states != table).any(dim=-1) for table in tables if table.shape == states.shape]
     if whole:
@@ -29,10 +30,10 @@ def _numbers(rows: Tensor) -> Tensor:
 
 
 def varies_by_place(states: Tensor, ids: Any, visible: Tensor, visual: Tensor) -> Tensor | None:
-    """Bool, (rows, length): where an id has other rows at other places.
+    """Where an id has different rows at different places: bool, (rows, length).
 
-    A visual id that stands at one place counts among them. None: the ids do not tell, as the rows
-    of most words vary too, or as those of no id do.
+    A visual id that stands at one place only counts among them. None: the ids say nothing, because
+    the rows of most words vary too, or because no id's rows vary.
     """
     if not isinstance(ids, Tensor) or ids.shape != states.shape[:-1]:
         return None

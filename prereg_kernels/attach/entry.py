@@ -1,4 +1,4 @@
-"""What enters the decoder: a sequence with visual features in it, which are the anchor."""
+"""Entry: takes the anchor from what enters the decoder, a sequence with visual features in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prereg_kernels.attach.state import State
 
 
 class Entry:
-    """Takes the anchor of a pass from it.
+    """Takes the anchor of a pass from what enters the decoder.
 
     Attributes:
         calls: those that the model is in. first_steps: which look at what enters.
@@ -33,7 +33,7 @@ class Entry:
         self._width, self._is_watching = llm_width(state.family.embeddings_of(state.model)), False
 
     def see(self, current: Pass, embeddings: Tensor | None) -> None:
-        """The language model is called with these `inputs_embeds`."""
+        """A hook: the language model is called with these `inputs_embeds`."""
         if embeddings is not None:
             check_sequence(current, embeddings)
         if self._enters_at is not None:
@@ -45,7 +45,9 @@ class Entry:
             self._find_first_layer(current)
 
     def _find_first_layer(self, current: Pass) -> None:
-        """Of a language model without `inputs_embeds`: it merges features, or the batch has none.
+        """Watch the first layer, for a language model that is called without `inputs_embeds`.
+
+        Such a model merges the features itself, or the batch has none.
 
         Raises:
             ValueError: a module in it is nearer to the layers and takes them.
@@ -95,12 +97,12 @@ class Entry:
         return None if call is None else call.current
 
     def _states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """(rows, length, D), of a layer's arguments."""
+        """The hidden states among a layer's arguments, (rows, length, D)."""
         states = args[0] if args else kwargs["hidden_states"]
         return self._state.family.states_of(states, self._width)
 
     def take(self, current: Pass, states: Tensor, is_input: bool) -> None:
-        """The decoder gets these, with the visual features in them."""
+        """Take the anchor from the states that enter the decoder, with visual features in them."""
         compiled = torch.compiler.is_compiling()
         with torch.no_grad(), nullcontext() if compiled else outside_selection():
             states = states.detach()
@@ -111,7 +113,7 @@ class Entry:
             current.anchor = self._anchor(current, states)
 
     def _anchor(self, current: Pass, embeddings: Tensor) -> Tensor:
-        """For each row that L_PRe reads, or, for what entered the LLM, of the whole batch."""
+        """The anchor of each row that L_PRe reads; for "pre_llm", of the whole batch."""
         state, source, images = self._state, self._state.config.anchor, current.images
         tokens, width = current.index.numel(), state.anchor_features
         count = None if images is None else images.count

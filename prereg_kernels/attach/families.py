@@ -1,7 +1,7 @@
-"""What cannot be found on a model: a table of the families of transformers.
+"""The table of transformers' families, with what cannot be found on a model.
 
-An entry says where the anchor "pre_projector" comes from and how a batch tells images apart, and
-what a family does otherwise than others. `prereg_kernels.attach.resolver` finds the rest.
+An entry says where the anchor "pre_projector" comes from, how a batch tells images apart, and what
+sets the family apart from others. `prereg_kernels.attach.resolver` finds the rest on the model.
 """
 
 from __future__ import annotations
@@ -73,22 +73,22 @@ _QWEN_IMAGES: dict[str, Any] = {
 
 
 def _first_stream(states: Tensor, width: int) -> Tensor:
-    """Of (streams, rows, length, D)."""
+    """The first stream of states that are (streams, rows, length, D)."""
     return states[0]
 
 
 def _mean_of_streams(states: Tensor, width: int) -> Tensor:
-    """Of (rows, length, streams, D)."""
+    """The mean of the streams of states that are (rows, length, streams, D)."""
     return states.mean(dim=-2)
 
 
 def _mean_of_joined_streams(states: Tensor, width: int) -> Tensor:
-    """Of (rows, length, streams * D)."""
+    """The same for states that are (rows, length, streams * D)."""
     return states.unflatten(-1, (-1, width)).mean(dim=-2)
 
 
 def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
-    """Its ids of an image's tokens are words like others."""
+    """The ids of Kosmos-2's image tokens are ordinary words, so its batch has a mask."""
     mask, ids = batch.get("image_embeds_position_mask"), batch.get("input_ids")
     if mask is None:
         like = batch["inputs_embeds"][..., 0] if ids is None else ids
@@ -97,7 +97,7 @@ def _mask_of_kosmos(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _codes_of(prefix: str) -> Callable[[Any], list[int]]:
-    """The ids of the words that begin so."""
+    """A function from the config to the ids of the words that begin with this prefix."""
 
     def codes(config: Any) -> list[int]:
         return [id for word, id in config.vocabulary_map.items() if word.startswith(prefix)]
@@ -106,7 +106,7 @@ def _codes_of(prefix: str) -> Callable[[Any], list[int]]:
 
 
 def _first_of_granite(config: Any) -> int:
-    """Its features go to several layers, the first of them before all others."""
+    """The first of the layers that get features of Granite 4 Vision's encoder."""
     layers = [layer for _, layer in config.deepstack_layer_map or ()]
     return min(*layers, *config.spatial_target_layers)
 

@@ -24,9 +24,9 @@ class Family:
     """The few facts that PRe and the checkup need about a family of multimodal models.
 
     `apply_pre` finds most of them on a model of transformers (`prereg_kernels.attach.resolver`).
-    Give it those that it does not find, or finds wrong: `apply_pre(model, family=Family(...))`.
-    Paths are names of registered submodules, dotted, from the model that `apply_pre` gets. That, or
-    its language model, needs `get_input_embeddings`, as those of transformers have it.
+    Pass those that it does not find, or finds wrong: `apply_pre(model, family=Family(...))`.
+    A path is the dotted name of a registered submodule, relative to the model that `apply_pre`
+    gets. That model, or its language model, needs `get_input_embeddings`, as in transformers.
 
     Example:
         >>> family = Family("mine", layers="model.language_model.layers", visual_tokens=(50,))
@@ -38,48 +38,52 @@ class Family:
     Attributes:
         name: as people call it.
         model_types: the `config.model_type` values that belong to it.
-        refused: why PRe cannot work on it: the end of a sentence that its name begins. None: it
-            can.
+        refused: the reason why PRe cannot work on it, which follows the family's name in the
+            error. None: PRe can.
         language_model: path of the module whose forward gets the merged `inputs_embeds`. None:
-            to be found.
+            `apply_pre` finds it.
         layers: path of the decoder layers, an `nn.ModuleList`. A layer returns its hidden states,
-            or a tuple that begins with them. None: to be found.
-        visual_tokens: ids of visual tokens, or the names under which the model's config has one or
-            several, dotted where they are in a part of it. None: to be found, but where
-        visual_mask: says which positions are visual: a function from the keyword arguments of the
-            model's forward to a bool mask of the decoder's sequence, (rows, length). It leaves
-            out what attention hides: that mask may be of another sequence.
-        other_tokens: as `visual_tokens`, of tokens that get features and are not visual, as of
-            audio, beside those that are found.
+            or a tuple that begins with them. None: `apply_pre` finds it.
+        visual_tokens: ids of visual tokens, or names of the config attributes that hold one or
+            several ids; a dotted name leads into a part of the config. None: `apply_pre` finds
+            them, unless there is a `visual_mask`.
+        visual_mask: a function that says which positions are visual. It takes the keyword
+            arguments of the model's forward, and returns a bool mask of the decoder's sequence,
+            (rows, length). It has to leave out what attention hides, because the attention mask
+            may be of another sequence.
+        other_tokens: like `visual_tokens`, for tokens that get features and are not visual, such as
+            audio. They are added to those that `apply_pre` finds.
         enters_at: index of the decoder layer whose input is the first to hold the visual features,
-            or a function from the config to it. Its input is the anchor "pre_llm". None: the
-            `inputs_embeds` hold them; or, where there are none, the first layer's input.
-        streams: what PRe reads where a layer's output is several residual streams: a function from
-            that output and the width D to (rows, length, D). None: the output has that shape.
+            or a function from the config to it. That input is the anchor "pre_llm". None: the
+            `inputs_embeds` hold them, or, if there are none, the first layer's input.
+        streams: a function for layers whose output is several residual streams. It takes the
+            output and the width D, and returns what PRe reads, (rows, length, D). None: the output
+            has that shape.
         codes: a function from the config to the ids of words that are codes of pictures. A batch
             may have them in place of pixels; then `PRe.next_visual_mask` has to say where.
-        starts_at_zero: whether a fresh projector gives zeros.
-        projector: path of the module that takes the vision encoder's rows, one for each visual
-            token in the order of `input_ids`, as its first argument: the source of the anchor
-            "pre_projector". None: there is no such module,
-        regroups: and this is why; it follows the family's name in an error.
+        starts_at_zero: whether a projector that has not been trained gives zeros.
+        projector: path of the module that receives the vision encoder's output as its first
+            argument, one row for each visual token in the order of `input_ids`. It is the source
+            of the anchor "pre_projector". None: the encoder's rows do not map one to one to
+            visual tokens.
+        regroups: the reason for that, shown after the family's name in the error message.
         images: how `level="global"` tells images apart, "runs" or "equal" (see
             `prereg_kernels.attach.image_spans`). None: a batch does not say.
-        counted_by: names of those arguments of the model's forward that have an entry for each
-            image or video. cut_by: of those that have a (t, h, w) for each video which is laid out
-            as t runs of tokens, each of them an image.
+        counted_by: the arguments of the model's forward that have an entry for each image or
+            video. cut_by: those that have a (t, h, w) for each video that is laid out as t runs of
+            tokens, each of them an image.
 
-    What follows is for the checkup of image files. PRe needs none of it.
+    The checkup of image files needs the following. PRe needs none of it.
 
     Attributes:
-        layout: where an image's tokens lie. "crop": a token a patch of the resized and cropped
-            image, row by row. "tiles": LLaVA-NeXT's. "blocks": a token a block of merged patches
-            of the image at its own size. Or a function of the model's config, its image processor,
-            the (height, width) of an image and what the processor made of it, to a `TokenGrid`.
-            None: not known, and image files cannot be measured.
-        towers: `model_type`s of the vision encoders that the layout was tested with; empty: any.
-        processor: from the model's config to the name and the settings of the image processor that
-            the family usually has, for directories without one.
+        layout: where an image's tokens lie. "crop": a token for each patch of the resized and
+            cropped image, row by row. "tiles": as LLaVA-NeXT. "blocks": a token for each block of
+            merged patches of the image at its own size. Or a function that returns a `TokenGrid`.
+            It takes the model's config, its image processor, the (height, width) of an image, and
+            the processor's output for it. None: not known, so image files cannot be measured.
+        towers: `model_type`s of the vision encoders that the layout was tested with. Empty: any.
+        processor: a function from the model's config to the name and the settings of the family's
+            usual image processor, for directories without one.
         markers: names of the config attributes with the ids before and after an image's tokens.
         token_types: name of the argument of the model's forward that is 1 at image tokens.
     """
@@ -235,7 +239,7 @@ class Family:
         return _ids_of(self.other_tokens, model, "other_tokens")
 
     def marked(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Bool, (rows, length): the visual positions of the decoder's sequence, hidden or not.
+        """The visual positions of the decoder's sequence, hidden or not: bool, (rows, length).
 
         Args:
             batch: the keyword arguments of the model's forward.
@@ -265,7 +269,7 @@ class Family:
         return mask
 
     def shown(self, marked: Tensor, attention_mask: Any) -> Tensor:
-        """Those of the marked positions that attention shows; `visual_mask` has no others."""
+        """The marked positions that attention shows. `visual_mask` marks no others."""
         return marked if self.visual_mask is not None else hide(marked, attention_mask)
 
     def entry_of(self, model: Any) -> int | None:
@@ -273,7 +277,7 @@ class Family:
         return self.enters_at(model.config) if callable(self.enters_at) else self.enters_at
 
     def states_of(self, output: Any, width: int) -> Tensor:
-        """(rows, length, D): of a decoder layer's output what PRe reads."""
+        """What PRe reads of a decoder layer's output: (rows, length, D)."""
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states if self.streams is None else self.streams(states, width)
 
@@ -328,7 +332,7 @@ def config_value(config: Any, path: str) -> Any:
 
 
 def names_of(module: nn.Module) -> str:
-    """Of a module's own submodules, for errors."""
+    """The names of a module's own submodules, for error messages."""
     names = list(private.submodules(module))
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return shown or "no submodules"

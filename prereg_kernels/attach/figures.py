@@ -10,7 +10,7 @@ from prereg_kernels.attach.passes import Record
 
 
 def figures_of(last: Record, level: str, copies: int) -> dict[str, float]:
-    """As `PRe.metrics` says; a collective, where torch.distributed runs.
+    """The figures that `PRe.metrics` returns. Under torch.distributed this is a collective.
 
     Args:
         level: of the PReConfig.

@@ -1,13 +1,13 @@
-"""What the first steps show: whether the visual tokens are where the model's family says.
+"""FirstSteps: checks in the first steps that the visual tokens are where the model's family says.
 
-A model gets its visual features into its decoder in place of rows of its embedding table. So the
-rows that differ from that table are those of the visual tokens, and of other tokens with features.
-A training step that brings a new set of arguments is compared with what the embedding module
-returned in it, with images and without; later steps of that kind are not. In a graph of
-torch.compile nothing is.
+A model puts visual features into its decoder's input in place of rows of its embedding table. So
+the rows that differ from the table belong to visual tokens, or to other tokens with features. The
+first training step with each set of arguments is compared with what the embedding module returned
+in it, with images and without. Later steps of that kind are not compared. In a graph of
+torch.compile no step is.
 
-Some models change each row of their table on its way, as by a norm. There the same word has the
-same row wherever it stands, and the rows of placeholders with features differ.
+Some models change each row of the table on its way to the decoder, for instance by a norm. Then the
+same word has the same row wherever it stands, and the rows of placeholders with features differ.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_PIXELS = ("inputs_embeds", "attention", "audio", "input_features", "past_key_
 
 
 class FirstSteps:
-    """Which kinds of steps have been looked at."""
+    """The kinds of steps that have been compared already."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -94,7 +94,7 @@ class FirstSteps:
         self._compare(current, embedded, states, is_input)
 
     def end(self, current: Pass, is_whole: bool) -> None:
-        """Leave nothing of the pass, and take its kind for seen.
+        """Keep nothing of the pass, and count its kind as compared.
 
         Args:
             is_whole: no error ended it; a step that is tried again is looked at again.
@@ -166,7 +166,7 @@ class FirstSteps:
         self._look_at_codes(current)
 
     def look_before(self, current: Pass, states: Tensor, is_input: bool) -> None:
-        """See that what comes before `family.enters_at` holds no visual features.
+        """Check that what comes before `family.enters_at` holds no visual features.
 
         Args:
             states: (rows, length, D). is_input: the `inputs_embeds`, not the first layer's input.
@@ -219,7 +219,7 @@ class FirstSteps:
         )
 
     def _compare_with_listed(self, current: Pass, visual: Tensor, visible: Tensor) -> None:
-        """Where rows show little, a family that the caller gave beside that of the model's type."""
+        """Compare the caller's family with that of the model's type, if the rows show little."""
         model: Any = self._state.model
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         is_told = self._state.origin != "given" or current.source == "next_visual_mask"
@@ -306,7 +306,7 @@ class FirstSteps:
             )
 
     def _look_at_positions(self, strange: Tensor, current: Pass) -> None:
-        """Where no ids say what stands at a position, count the other tokens with features."""
+        """Count the other tokens with features, if no ids say what stands at a position."""
         if current.source != "family.visual_mask":
             return
         ids, count = current.inputs.get("input_ids"), int(strange.sum())
@@ -320,7 +320,7 @@ class FirstSteps:
             )
 
     def _others(self, ids: Tensor) -> Tensor:
-        """Bool, the shape of `ids`: tokens that get features and are not visual."""
+        """Tokens that get features and are not visual: bool, the shape of `ids`."""
         return find_marked(ids, self._state.family.other_token_ids(self._state.model))
 
     def _look_at_codes(self, current: Pass) -> None:
@@ -336,7 +336,7 @@ class FirstSteps:
             )
 
     def _codes(self, current: Pass) -> Tensor | None:
-        """Bool, the shape of the batch's ids: which are codes of pictures."""
+        """Which ids of the batch are codes of pictures: bool, in their shape."""
         codes, ids = self._state.family.codes, current.inputs.get("input_ids")
         if codes is None or not isinstance(ids, Tensor):
             return None
@@ -344,13 +344,13 @@ class FirstSteps:
 
 
 def _kind(current: Pass) -> tuple[frozenset[str], bool]:
-    """Of a step: the arguments that it has, and whether there is a visual token."""
+    """The kind of a step: which arguments it has, and whether it has a visual token."""
     given = frozenset(name for name, value in current.inputs.items() if value is not None)
     return given, bool(current.index.numel())
 
 
 def _own(current: Pass, part: Part) -> Pass:
-    """What is known of a pass, of this rank's part of its sequences."""
+    """The pass, reduced to this rank's part of its sequences."""
     inputs, ids = dict(current.inputs), current.inputs.get("input_ids")
     everywhere = torch.ones(current.shape, dtype=torch.bool, device=part.numbers.device)
     if current.source != "family.visual_mask":  # attention's mask may be of another sequence
@@ -362,14 +362,14 @@ def _own(current: Pass, part: Part) -> Pass:
 
 
 def _visual(current: Pass) -> Tensor:
-    """Bool, (rows, length): the visual positions that attention shows."""
+    """The visual positions that attention shows: bool, (rows, length)."""
     visual = torch.zeros(current.shape, dtype=torch.bool, device=current.index.device)
     visual.view(-1)[current.index] = True
     return visual
 
 
 def _has_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether an argument may be images: an array of numbers that is not of text or sound."""
+    """Whether an argument may be images: an array of numbers, neither text nor sound."""
     arrays = (x for name, x in inputs.items() if not any(word in name for word in NO_PIXELS))
     return any(
         isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.is_floating_point())
@@ -378,7 +378,7 @@ def _has_pixels(inputs: Mapping[str, Any]) -> bool:
 
 
 def _name(model: Any, token: int) -> str:
-    """Of an id in the model's config, in brackets; "" where it has none."""
+    """The name of an id in the model's config, in brackets; "" if it has none."""
     config: Any = getattr(model, "config", None)
     values: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     names = [name for name, value in values.items() if type(value) is int and value == token]

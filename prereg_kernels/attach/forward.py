@@ -1,4 +1,4 @@
-"""The model's `forward` while PRe is attached, and what its arguments say."""
+"""ModelForward: the model's `forward` while PRe is attached; and what a call's arguments say."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class ModelForward:
-    """In place of the model's `forward`: a pass begins in it, unless a hook has begun one.
+    """Replaces the model's `forward`, and begins a pass unless a hook has begun one.
 
-    Hooks run when the model is called. `model.forward(...)` goes past them, and so does PEFT before
-    0.21. Hooks are needed as well, since others put a `forward` of theirs in this one's place.
+    Hooks run when the model is called. `model.forward(...)` bypasses them, and so does PEFT before
+    0.21. Hooks are needed as well, because other code may replace this `forward` by its own.
     """
 
     def __init__(self, hooks: Hooks, before: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 
 def gradient_figures(sums: Mapping[int, Sequence[float]], ranks: float = 1.0) -> dict[str, float]:
-    """As `PRe.metrics` says; of a layer without a gradient, nothing.
+    """The figures that `PRe.metrics` names. A layer without a gradient has none.
 
     Args:
         sums: {layer: those of `TapProbe`, over all micro-batches and ranks}.

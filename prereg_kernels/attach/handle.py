@@ -31,7 +31,7 @@ ATTRIBUTE = "_prereg"  # the attribute of the model that holds the handle
 
 
 def get_pre(model: nn.Module) -> PRe | None:
-    """The PRe that is attached to a model, or to one inside of a wrapper (DDP, PEFT); or None."""
+    """The PRe on a model, or on the model in a wrapper (DDP, PEFT); None if there is none."""
     for module in model.modules():
         if ATTRIBUTE in vars(module):
             return vars(module)[ATTRIBUTE]
@@ -39,7 +39,7 @@ def get_pre(model: nn.Module) -> PRe | None:
 
 
 def find_pre(model: nn.Module) -> PRe:
-    """As `get_pre`.
+    """The PRe on a model, or on the model inside of a wrapper (DDP, PEFT).
 
     Raises:
         ValueError: none is attached.
@@ -59,12 +59,12 @@ def find_pre(model: nn.Module) -> PRe:
 
 
 def state_of(pre: PRe) -> State:
-    """What stands behind the handle, for trainers and other parts of the package."""
+    """The state behind the handle, for trainers and other parts of the package."""
     return pre._state
 
 
 class PRe(LoopSettings):
-    """PRe on a model: made by `apply_pre`, taken off by `remove_pre`.
+    """PRe on a model: `apply_pre` returns it, and `remove_pre` takes it off.
 
     Example:
         >>> pre = apply_pre(model, layers=[1, 3], level="global")
@@ -109,9 +109,9 @@ class PRe(LoopSettings):
     def weight(self) -> float | Tensor:
         """lambda of the next training calls: a number or 0-dim Tensor, at least 0.
 
-        At first it is that of the settings. A training loop with a schedule sets it every step, as
-        PReTrainer does. For a weight of 0, a number, L_PRe is not computed, and the heads get
-        gradients of 0 (with level="global" and in graphs of torch.compile it is computed).
+        It starts as the weight of the settings. A training loop with a schedule sets it every
+        step, as PReTrainer does. If it is the number 0, L_PRe is not computed, and the heads get
+        gradients of 0. With level="global" and in graphs of torch.compile L_PRe is computed.
 
         Example:
             >>> pre = apply_pre(model, weight=0.5, weight_schedule="linear")
@@ -135,10 +135,10 @@ class PRe(LoopSettings):
 
     @property
     def watches_gradients(self) -> bool:
-        """True: `metrics` has what L_LM and L_PRe do to the layers' states, of the next passes.
+        """Whether the next passes measure the gradients of L_LM and L_PRe, for `metrics`.
 
-        It costs two thirds of the tap's work once more, and no sync. Set it for one pass in many.
-        Not with level="global"; in graphs of torch.compile there are no such figures.
+        That costs two thirds of the tap's work once more, and no sync. Set it for one pass in many.
+        It does not work with level="global". Graphs of torch.compile have no such figures.
         """
         return self._state.watches_gradients
 
@@ -152,24 +152,25 @@ class PRe(LoopSettings):
         self._state.watches_gradients = bool(value)
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the last training call; with `value_in_eval`, of an evaluating one too.
+        """Figures of the last training call; with `value_in_eval`, of an evaluation call too.
+
+        Under torch.distributed the figures are reduced over all ranks, so call this on every rank.
+        Ranks that share a batch count once.
 
         Returns:
-            "pre_loss": L_PRe, averaged over the visual tokens, or images (and the layers; each
-            layer has "pre_loss/layer_16" too where there are several), once backward has computed
-            it, with `token_fraction` as estimated from those drawn; "lm_loss", where the model
-            computed it, averaged over the tokens with a label; "visual_tokens"; "images" with
-            level="global". Under torch.distributed
-            these are reduced over all ranks, so call it on every rank; ranks that share a batch
-            count once. Empty before the first call.
+            "pre_loss": L_PRe, averaged over the visual tokens or images, and over the layers.
+            Several layers have "pre_loss/layer_16" each, too. It is there once backward has
+            computed it. With `token_fraction` it is an estimate from the drawn tokens.
+            "lm_loss", averaged over the tokens with a label, if the model computed it.
+            "visual_tokens", and with level="global" "images". Empty before the first call.
 
-            With `watches_gradients`, after backward, of the objective's gradient with respect to
-            the layer's states at the visual tokens: "lm_hidden_grad_norm", the norm of what comes
-            from L_LM (below the last of several layers: from L_LM and from L_PRe of those above
-            it), "pre_hidden_grad_norm", of what weight * L_PRe adds at this layer, and
-            "hidden_grad_cosine" between both: below 0, PRe pulls against L_LM. Several layers have
-            "hidden_grad_cosine/layer_16" each, and so on. The norms have the scale of the loss that
-            is differentiated, averaged over data-parallel ranks.
+            With `watches_gradients`, after backward, there are three figures of the gradients
+            with respect to the layer's states at the visual tokens. "lm_hidden_grad_norm" is the
+            norm of what comes from L_LM; with several layers, L_PRe of the layers above is part
+            of it. "pre_hidden_grad_norm" is the norm of what weight * L_PRe adds at this layer.
+            "hidden_grad_cosine" is the cosine between both: below 0, PRe pulls against L_LM.
+            Several layers have "hidden_grad_cosine/layer_16" each, and so on. The norms have the
+            scale of the loss that is differentiated, averaged over data-parallel ranks.
 
         Example:
             >>> pre = apply_pre(model)
@@ -186,9 +187,9 @@ class PRe(LoopSettings):
         """Sums over the rows of the last training call, without a sync or a collective.
 
         Returns:
-            (1 + layers,), float32, on the device: the number of rows, which are visual tokens or,
-            with level="global", images; and for each layer the sum over them of the row's loss.
-            None until backward has computed them.
+            (1 + layers,), float32, on the device: the number of rows, and for each layer the sum
+            of the rows' losses. Rows are visual tokens, or images with level="global". None until
+            backward has computed the losses.
 
         Example:
             >>> pre = apply_pre(model)
@@ -204,10 +205,10 @@ class PRe(LoopSettings):
 
     @contextmanager
     def collecting(self) -> Iterator[list[Collected]]:
-        """For a loss of several forward passes: the list that is given gets each one of them.
+        """Collect several forward passes for one loss, in the list that the context returns.
 
-        Meanwhile the model's loss stays L_LM, and `loss` None, whatever `add_to_loss` is: add the
-        terms in the list to your loss. Evaluating passes are there with `value_in_eval`.
+        Meanwhile the model's loss stays L_LM and `loss` is None, whatever `add_to_loss` is. Add the
+        terms in the list to your loss. With `value_in_eval` evaluation passes are in it too.
 
         Example:
             >>> pre = apply_pre(model)
@@ -225,10 +226,10 @@ class PRe(LoopSettings):
             state.collected = before
 
     def count(self, batch: Mapping[str, Any]) -> Tensor:
-        """0-dim, int64: the rows that L_PRe of a batch is the mean over, without a sync.
+        """How many rows L_PRe of a batch is the mean over: 0-dim, int64, without a sync.
 
-        These are its visual tokens, whatever `token_fraction` is, or with level="global" its
-        images. What a step divides by is the sum over its micro-batches and ranks.
+        The rows are its visual tokens, whatever `token_fraction` is, or with level="global" its
+        images. A step's denominator is the sum over its micro-batches and ranks.
 
         Args:
             batch: the keyword arguments of the model's forward.
@@ -251,7 +252,7 @@ class PRe(LoopSettings):
         """Where the visual tokens are: bool, the shape of `input_ids`.
 
         Args:
-            attention_mask: as the model takes it; a token that it hides is padding, not visual.
+            attention_mask: as the model takes it. A token that it hides is padding, not visual.
 
         Example:
             >>> pre = apply_pre(model)
@@ -263,21 +264,21 @@ class PRe(LoopSettings):
         return self.family.shown(marked, attention_mask)
 
     def check(self, batch: Mapping[str, Any] | None = None) -> None:
-        """See that the heads train and, on a batch, that the visual tokens are where PRe has them.
+        """Check that the heads train and, on a batch, that PRe has the right visual tokens.
 
-        The first training steps look at that by themselves, but in a graph of torch.compile. Here
-        the model runs the batch in eval mode, without grad and uncompiled; nothing stays of it.
+        The first training steps check that by themselves, except in a graph of torch.compile. Here
+        the model runs the batch in eval mode, without grad and uncompiled. No state is kept.
 
         Args:
             batch: keyword arguments of the model's forward, with images.
 
         Raises:
-            ValueError: a frozen head; visual positions without visual features; a sequence or
-                layers of another shape.
+            ValueError: a head is frozen, visual positions have no visual features, or the sequence
+                or layers have another shape.
 
         Warns:
-            UserWarning: tokens that get features and are not counted as visual; or nothing can be
-                seen, as the model changes every row of its embedding table.
+            UserWarning: some tokens get features and are not counted as visual, or nothing can be
+                compared, because the model changes every row of its embedding table.
 
         Example:
             >>> pre = apply_pre(model)
@@ -295,13 +296,13 @@ class PRe(LoopSettings):
     def parameter_groups(
         self, learning_rate: float, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Groups for an optimizer: of what trains in the model, and of the heads.
+        """Parameter groups for an optimizer: what trains in the model, and the heads.
 
-        As those of transformers' Trainer, biases and norms have no decay. The heads have
-        `head_learning_rate` and `head_weight_decay`, where the settings give them.
+        Biases and norms have no decay, as in transformers' Trainer. The heads have
+        `head_learning_rate` and `head_weight_decay`, if the settings give them.
 
         Args:
-            learning_rate, weight_decay: of the model.
+            learning_rate, weight_decay: for the model.
 
         Example:
             >>> pre = apply_pre(model, head_learning_rate=1e-3)
@@ -315,16 +316,16 @@ class PRe(LoopSettings):
     def save(self, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
         """Write the heads and the settings into the directory `path`, into one file.
 
-        It appears whole or not at all. Where the heads are sharded (DTensor), all ranks have to
-        call this, and rank 0 writes. Elsewhere whoever calls it writes: under DDP one rank is
-        enough, and several do no harm.
+        The file appears whole or not at all. If the heads are sharded (DTensor), all ranks have to
+        call this, and rank 0 writes. Otherwise each caller writes. Under DDP one rank is enough,
+        and several do no harm.
 
         Args:
-            heads: what to write in place of the model's own parameters:
+            heads: the parameters to write in place of the model's own:
                 {name inside of `model.pre_heads`: whole parameter}.
 
         Raises:
-            ValueError: parameters that are not whole, as with DeepSpeed ZeRO-3 and FSDP1.
+            ValueError: the parameters are not whole, as with DeepSpeed ZeRO-3 and FSDP1.
 
         Example:
             >>> pre = apply_pre(model, layers=3)
@@ -338,13 +339,13 @@ class PRe(LoopSettings):
     def load(self, path: str | Path) -> None:
         """Read the heads that `save` wrote to the directory `path`, or to `path/pre`.
 
-        They keep the dtype and device that they have on the model; on the meta device they get the
-        values as they leave it.
+        The heads keep the dtype and device that they have on the model. On the meta device they
+        get the values when they leave it.
 
         Raises:
-            FileNotFoundError: there are none.
-            ValueError: they cannot be read, or do not fit: other layers, shapes or settings; or the
-                model's are not whole (see `save`).
+            FileNotFoundError: there are no heads.
+            ValueError: the heads cannot be read, or have other layers, shapes or settings, or the
+                model's own heads are not whole (see `save`).
 
         Example:
             >>> pre = apply_pre(model)
@@ -360,7 +361,7 @@ class PRe(LoopSettings):
     if not TYPE_CHECKING:  # type checkers report these names, as any other that is not there
 
         def __getattr__(self, name: str) -> Any:
-            """What version 0.1 had here."""
+            """Attributes that version 0.1 had here."""
             if name not in _MOVED:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             instead, read = _MOVED[name]

@@ -23,20 +23,23 @@ PASSES = EXTRA_STATE
 
 
 class Heads(nn.ModuleDict):
-    """{name: head} of the PRe `owner`, which has the number of training passes."""
+    """The heads by name. Their `owner`, the state of PRe, has the number of training passes."""
 
     def __init__(self, heads: Mapping[str, nn.Module], owner: Any) -> None:
         super().__init__(heads)
         self._owner = owner
 
     def get_extra_state(self) -> Tensor:
-        """0-dim, int64: safetensors keeps tensors alone, and FSDP2's loaders ask for a mesh."""
+        """The number of passes, as a 0-dim int64 Tensor.
+
+        safetensors keeps only tensors, and FSDP2's loaders ask for a mesh.
+        """
         passes = torch.tensor(self._owner.passes, device="cpu")
         like = next(chain(self.parameters(), self._owner.model.parameters()), None)
         return distributed.replicated(passes, like) if distributed.is_sharded(like) else passes
 
     def set_extra_state(self, state: Tensor) -> None:
-        """As `load_state_dict` does."""
+        """Take the number of passes from `load_state_dict`."""
         if not state.is_meta:
             self._owner.passes = int(distributed.whole(state))
 

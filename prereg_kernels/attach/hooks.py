@@ -1,9 +1,10 @@
-"""The hooks of a forward pass of a model with PRe attached.
+"""Hooks: what happens in a forward pass of a model with PRe attached, in this order.
 
-The model's call begins a forward pass and notes the visual tokens; the projector's call shows what
-the vision encoder made of them, where that is the anchor; the language model's call shows its input
-embeddings, where they are; each regularised decoder layer's output goes through the tap; the
-model's result gets the term added to its loss.
+1. The model's call begins a pass and notes the visual tokens.
+2. The projector's call has the vision encoder's output, if that is the anchor.
+3. The language model's call has the input embeddings, if they are the anchor.
+4. The output of each regularised decoder layer goes through the tap.
+5. The term is added to the loss in the model's result.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from prereg_kernels.ops.shares import share_of
 
 
 class Hooks:
-    """In the order in which a forward pass meets them."""
+    """The hooks, in the order in which a forward pass meets them."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -55,7 +56,7 @@ class Hooks:
         self._move_compiled_values = _outside_of_graphs(_move)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which a disabled function does not go into."""
+        """For copies and pickles, which cannot hold a disabled function."""
         state = dict(vars(self))
         del state["_move_compiled_values"]
         return state
@@ -92,7 +93,7 @@ class Hooks:
         return True
 
     def begin_inside(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Of a call that goes past the model, to its part that takes `input_ids`."""
+        """Begin a pass for a call that bypasses the model and goes to its part with `input_ids`."""
         if torch.compiler.is_compiling() or self._calls.current is not None:
             return
         inputs = self._named(None, inner, args) | kwargs
@@ -191,7 +192,7 @@ class Hooks:
         return current
 
     def _weigh(self, current: Pass) -> None:
-        """Nothing is computed for a weight of 0; else what is watched gets a probe."""
+        """Compute nothing for a weight of 0; otherwise give each watched layer a probe."""
         state = self._state
         if state.config.level != "patch" or torch.compiler.is_compiling():
             return
@@ -202,7 +203,7 @@ class Hooks:
             current.probes = {layer: TapProbe() for layer in state.heads}
 
     def _values_in_graph(self, device: torch.device) -> dict[int, Tensor]:
-        """The same in each pass: a graph can write into its inputs alone."""
+        """The same tensors in each pass, because a graph can write only into its inputs."""
         if any(value.device != device for value in self._compiled_values.values()):
             self._move_compiled_values(self._compiled_values, device)
         return dict(self._compiled_values)
@@ -229,7 +230,7 @@ class Hooks:
             self._entry.see(current, embeddings)
 
     def watch_entry(self) -> None:
-        """Where a decoder layer is the first to see the visual features."""
+        """Watch the first decoder layer that sees the visual features, if the family names one."""
         entry = self._state.family.entry_of(self._state.model)
         if entry is not None:
             self._entry.watch(entry)
@@ -296,7 +297,7 @@ def _over_ranks(shared: SequenceParallel, rows: Tensor, part: Part | None) -> Te
 
 
 def _image_index(current: Pass, pooled: Tensor) -> Tensor | None:
-    """Of the means of images those whose loss this rank computes; None: all."""
+    """Which images' means this rank computes the loss of. None: all."""
     mine = current.image_rows
     return None if mine is None else torch.arange(mine.start, mine.stop, device=pooled.device)
 
@@ -307,7 +308,7 @@ def _move(values: dict[int, Tensor], device: torch.device) -> None:
 
 
 def _lasting(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
-    """Values that stay where they are: a CUDA graph that wrote to others would not be captured."""
+    """Values with a fixed address: a CUDA graph that wrote to others would not be captured."""
     values = zeros(layers, device)
     for value in values.values():
         private.keep_address(value)
@@ -315,5 +316,5 @@ def _lasting(layers: Iterable[int], device: torch.device) -> dict[int, Tensor]:
 
 
 def _outside_of_graphs(function: Any) -> Any:
-    """Not a decorator: it would load the compiler with the package."""
+    """Disable the compiler for a function. As a decorator this would load it with the package."""
     return torch.compiler.disable(function)

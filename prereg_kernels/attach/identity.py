@@ -1,4 +1,4 @@
-"""Identities that put something into the graph of what a model returns."""
+"""Identities that add something to the graph of what a model returns."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def use(hidden: Tensor, *parameters: Tensor) -> Tensor:
-    """`hidden`, whose graph reaches the parameters and has no gradient for them.
+    """`hidden`, with the parameters in its graph, but without a gradient for them.
 
-    DDP looks for what a step uses in the graph of what the model returns. The tap puts a head's
-    parameters there; with level="global" nothing that is returned needs to depend on them.
+    DDP looks in the graph of the model's result for the parameters that a step uses. The tap puts a
+    head's parameters there. With level="global" the result need not depend on them otherwise.
     """
     return _Identity.apply(False, hidden, *parameters)
 

@@ -1,14 +1,14 @@
-"""Which visual token belongs to which image: for `level="global"`, told from the batch alone.
+"""Finds which visual token belongs to which image, for `level="global"`, from the batch alone.
 
-What an image is, in the tokens of a batch (`Family.images` says which of the two holds):
+`Family.images` says which of two rules holds:
 
-- "runs": visual tokens of one id side by side in a row of `input_ids`, with anything else, or the
-  row's border, at both ends. Processors put a token around every image, and transformers itself
-  numbers the positions of Qwen's by such runs. A run ends, too, where the next one of the sequences
-  begins that are packed into a row. So a video is one image, but for Qwen3-VL, which
-  writes a timestamp before every two frames; a crop or a frame that has tokens around it is one.
-- "equal": the visual tokens divided evenly among the images of the batch, in order, as in families
-  whose images have the same number of tokens each and may follow each other without a gap.
+- "runs": an image is visual tokens of one id, side by side in a row of `input_ids`. Anything else,
+  or the row's border, is at both ends. Processors put a token around every image, and transformers
+  itself numbers the positions of Qwen's images by such runs. In a packed row a run also ends where
+  the next sequence begins. So a crop or a frame with tokens around it is an image. A video is one
+  image, except for Qwen3-VL, which writes a timestamp before every two frames.
+- "equal": the visual tokens are divided evenly among the images of the batch, in order. This is for
+  families whose images have the same number of tokens and may follow each other without a gap.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ class Images:
     """The images of a batch.
 
     Attributes:
-        of_token: (N,) int64, the number of the image of each visual token; ascending.
-        count: how many there are.
-        shown: (count,) int64, which of the batch's images these are, where attention hides others.
-            None: all of them.
-        in_batch: how many the batch has.
+        of_token: (N,) int64, the image's number for each visual token, ascending.
+        count: the number of images that attention shows.
+        shown: (count,) int64, which of the batch's images these are. None: all of them.
+        in_batch: the number of images in the batch.
     """
 
     of_token: Tensor
@@ -53,7 +52,7 @@ def check_images(family: Family) -> None:
 def count_images(
     family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, visual: Tensor
 ) -> Tensor:
-    """0-dim, int64: how many images have a visual token, without a sync.
+    """How many images have a visual token: 0-dim, int64, without a sync.
 
     Args:
         batch: the keyword arguments of the model's forward.
@@ -72,17 +71,16 @@ def count_images(
 def find_images(
     family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tensor, index: Tensor
 ) -> Images:
-    """The images of a batch that attention shows, in part at least.
+    """The images of a batch that attention shows, at least in part.
 
-    Two or three syncs, none of which has anything to wait for right after the one that found
-    `index`.
+    This takes two or three syncs. Right after the sync that found `index`, they wait for nothing.
 
     Args:
         batch, ids, by_id: as for `count_images`.
         index: (N,) int64, the visual positions in the flattened `ids`, ascending.
 
     Raises:
-        ValueError: what the batch holds does not agree with its visual tokens.
+        ValueError: the batch's images do not agree with its visual tokens.
     """
     if not index.numel():
         return Images(index, 0, None, 0)
@@ -128,14 +126,14 @@ def _numbers(family: Family, batch: Mapping[str, Any], ids: Tensor, by_id: Tenso
 
 
 def _starts(ids: Tensor, visual: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Bool, the shape of `ids`: the first token of each run."""
+    """The first token of each run: bool, the shape of `ids`."""
     changed = torch.ones_like(visual)
     changed[:, 1:] = (ids[:, 1:] != ids[:, :-1]) | _packed(batch, ids)[:, 1:]
     return visual & changed
 
 
 def _packed(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """Bool, the shape of `ids`: the first token of each but the first sequence of a row."""
+    """The first token of each packed sequence but a row's first: bool, the shape of `ids`."""
     begins = torch.zeros_like(ids, dtype=torch.bool)
     positions, numbers = batch.get("position_ids"), batch.get("seq_idx")
     if isinstance(positions, Tensor):  # those of an image's tokens may be all the same
@@ -151,7 +149,7 @@ def _packed(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
 
 
 def _counted(family: Family, batch: Mapping[str, Any]) -> int | None:
-    """The images by the arguments of the batch; None where these do not say."""
+    """The number of images by the batch's arguments. None: they do not say."""
     given = [len(batch[name]) for name in family.counted_by if batch.get(name) is not None]
     grids = [batch[name] for name in family.cut_by if batch.get(name) is not None]
     given += [int(grid[:, 0].sum()) for grid in grids]

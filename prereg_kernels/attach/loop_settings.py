@@ -12,16 +12,17 @@ from prereg_kernels.attach.state import State
 
 
 class LoopSettings:
-    """Those of PRe's handle; `prereg_kernels.attach.state` keeps them."""
+    """These settings of PRe's handle. `prereg_kernels.attach.state` keeps them."""
 
     _state: State
 
     @property
     def denominator(self) -> float | Tensor | None:
-        """None, or what `count` gives for the whole optimizer step: a number or 0-dim Tensor.
+        """What L_PRe of a call is divided by: a number, a 0-dim Tensor, or None.
 
-        Sum it over micro-batches and ranks. L_PRe of each call is then a sum over its visual tokens
-        (or images) divided by this. A training loop that accumulates gradients sets it every step.
+        Set it to the sum of `count` over a step's micro-batches and ranks. L_PRe of each call is
+        then the sum over its visual tokens (or images) divided by this. A training loop that
+        accumulates gradients sets it every step. None: L_PRe is the mean of each call.
         """
         return self._state.denominator
 
@@ -31,11 +32,11 @@ class LoopSettings:
 
     @property
     def loss(self) -> Tensor | None:
-        """The weighted term of the last training call, where the model's loss does not have it.
+        """The weighted term of the last training call, if the model's loss does not hold it.
 
-        The model got no labels and so computed none, or `add_to_loss` is False. Add the term to
-        your loss. Where you do not, and the call had no labels, backward adds its gradient by
-        itself (`PReConfig.gradient`). None otherwise.
+        That is so if the call had no labels, or if `add_to_loss` is False. Add the term to your
+        loss. If you do not, and the call had no labels, backward adds its gradient by itself
+        (`PReConfig.gradient`). If the model's loss holds the term, this is None.
         """
         return self._state.loss
 
@@ -45,9 +46,9 @@ class LoopSettings:
 
     @property
     def add_to_loss(self) -> bool:
-        """False: leave the model's loss alone.
+        """Whether PRe adds its term to the model's loss.
 
-        That is for loops that compute their own from other outputs, and add `loss` to it.
+        Set it to False in a loop that computes a loss of its own and adds `loss` to that.
         """
         return self._state.add_to_loss
 
@@ -57,10 +58,10 @@ class LoopSettings:
 
     @property
     def loss_scale(self) -> float | Tensor:
-        """What your loop multiplies its loss by before backward: a number or 0-dim Tensor.
+        """The factor by which your loop multiplies its loss before backward.
 
-        Such as a GradScaler's scale or 1 / accumulation steps. It scales the gradient that backward
-        adds by itself, which is in no loss of yours.
+        It is a number or 0-dim Tensor, such as a GradScaler's scale or 1 / accumulation steps. It
+        scales the gradient that backward adds by itself, which is in no loss of yours.
         """
         return self._state.loss_scale
 
@@ -70,9 +71,9 @@ class LoopSettings:
 
     @property
     def passes(self) -> int:
-        """Training calls so far, by which `token_fraction` draws.
+        """The number of training calls so far. The draws of `token_fraction` depend on it.
 
-        Saved with the heads, and part of the model's `state_dict`.
+        It is saved with the heads, and is part of the model's `state_dict`.
         """
         return self._state.passes
 
@@ -82,13 +83,13 @@ class LoopSettings:
 
     @property
     def next_visual_mask(self) -> Tensor | None:
-        """Where the visual tokens of the next forward pass are; None: where their ids are.
+        """The mask of the next forward pass's visual tokens. None: their ids say where they are.
 
         Set it before a call whose `input_ids` do not say so, or that has `inputs_embeds` alone. It
-        is bool, of the shape of `input_ids`, (rows, length), or, where the model makes a sequence
-        of another length, of that; and on the device of the batch. The next pass uses it, training
-        or evaluating, and then it is None again. A token that the attention mask hides is padding.
-        `count` goes by ids.
+        is bool, on the batch's device, with the shape of `input_ids`, (rows, length), or of the
+        longer or shorter sequence that the model makes of them. The next pass uses it, in training
+        or evaluation, and then it is None again. A token that the attention mask hides is padding.
+        `count` still goes by ids.
         """
         return self._state.next_mask.mask
 
@@ -98,7 +99,7 @@ class LoopSettings:
 
     @property
     def sequence_parallel(self) -> SequenceParallel | None:
-        """How ranks share each sequence, as under Ulysses, ring attention, context parallelism.
+        """How ranks share each sequence, as in Ulysses, ring attention or context parallelism.
 
         None: each rank has whole sequences. Without `denominator`, L_PRe of a call is the mean over
         the visual tokens (or images) of all ranks of the group.
@@ -116,11 +117,12 @@ class LoopSettings:
 
     @property
     def tensor_parallel_group(self) -> Any:
-        """The process group of the ranks that have the same hidden states; None: there is none.
+        """The process group of the ranks that have the same hidden states, or None.
 
-        It is found where transformers has split the model (`tp_plan`). Set it where other code has;
-        None then turns the sharing off. Each rank does its share of the visual tokens, and all get
-        the gradients of all of them. In graphs of torch.compile each does all the work.
+        If transformers has split the model (`tp_plan`), PRe finds the group. If other code has, set
+        it. Each rank then does its share of the visual tokens, and all ranks get the gradients of
+        all tokens. Set None to turn the sharing off. In graphs of torch.compile each rank does all
+        the work.
         """
         return self._state.tensor_group
 

@@ -37,11 +37,11 @@ class NextMask:
         self._is_of_backward = False  # a checkpointed function sets it again as backward runs it
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take no pass over."""
+        """For copies and pickles, which take over no pass."""
         return vars(NextMask())
 
     def put(self, mask: Tensor | None) -> None:
-        """For the next pass.
+        """Set the mask of the next pass.
 
         Raises:
             TypeError: it is no Tensor of bool.
@@ -62,7 +62,7 @@ class NextMask:
         self._is_of_backward = not torch.compiler.is_compiling() and is_in_backward()
 
     def take(self, inputs: Mapping[str, Any], training: bool) -> Tensor | None:
-        """For the pass of a call with these arguments; None: its ids say where the tokens are.
+        """The mask for the pass of a call with these arguments. None: its ids say it.
 
         Args:
             training: of the module; backward runs no other call again.
@@ -92,7 +92,7 @@ class NextMask:
         return mask
 
     def _entry(self, batch: Tensor) -> Kept | None:
-        """By its memory: a checkpoint with use_reentrant=True detaches what it is given."""
+        """The entry of this batch, found by its memory: a reentrant checkpoint detaches it."""
         for entry in self.kept:
             known = entry.batch()
             if known is None or (known.dtype, known.device) != (batch.dtype, batch.device):

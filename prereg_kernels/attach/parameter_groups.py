@@ -1,4 +1,4 @@
-"""An optimizer's parameter groups, with the heads' apart: their learning rate, their decay."""
+"""Parameter groups for an optimizer, in which the heads have their own rate and decay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prereg_kernels.attach.state import State
 def parameter_groups(
     state: State, learning_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """As `PRe.parameter_groups`."""
+    """The groups that `PRe.parameter_groups` returns."""
     from transformers import Trainer
 
     # A method of Trainer that asks the trainer for nothing
@@ -31,7 +31,7 @@ def parameter_groups(
 
 
 def take_heads(groups: Iterable[dict[str, Any]], state: State) -> list[dict[str, Any]]:
-    """Take the heads out of the groups; returns groups for them, else as those they were in.
+    """Take the heads out of the groups. Return groups for them with otherwise the same options.
 
     A bias has no decay of its own.
     """

@@ -1,4 +1,4 @@
-"""What is known of a call of a model with PRe attached, while it runs and after it."""
+"""Pass and Record: what is known of a call of a model with PRe, while it runs and after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prereg_kernels.ops.probe import TapProbe
 
 @dataclass
 class Pass:
-    """What one forward pass of the model needs to remember; gone when it ends."""
+    """What one forward pass of the model needs to remember. It is gone when the pass ends."""
 
     inputs: Mapping[str, Any]
     source: str  # what says where the visual tokens are: "input_ids", say,
@@ -51,21 +51,21 @@ class Pass:
 
     @property
     def own_shape(self) -> torch.Size:
-        """(rows, length) of what goes through the decoder's layers."""
+        """The shape, (rows, length), of what goes through this rank's decoder layers."""
         return self.shape if self.part is None else self.part.shape
 
     @property
     def own_index(self) -> Tensor:
-        """As `index`, of that."""
+        """The visual positions in that, like `index`."""
         return self.index if self.part is None else self.part.index
 
     def own(self, rows: Tensor) -> Tensor:
-        """Of something for each visual token, that of this rank's."""
+        """The rows of this rank's visual tokens, out of the rows of all visual tokens."""
         return rows if self.part is None else rows[self.part.place.to(rows.device)]
 
     @property
     def tokens(self) -> Tensor:
-        """0-dim, float32: the visual tokens of this rank."""
+        """The number of this rank's visual tokens: 0-dim, float32."""
         index = self.own_index
         if index.dtype == torch.bool:
             return index.sum(dtype=torch.float32)
@@ -73,7 +73,7 @@ class Pass:
 
     @property
     def labels(self) -> Tensor | None:
-        """0-dim: the tokens with a label, each of which the token before it predicts."""
+        """The number of tokens with a label, which the token before predicts: 0-dim."""
         labels, shifted = self.inputs.get("labels"), self.inputs.get("shift_labels")
         if isinstance(shifted, Tensor) and labels is not None:  # those of a part of the sequence
             return (shifted != -100).sum()
@@ -85,7 +85,7 @@ class Pass:
         return 1 if ids is None else len(ids.flatten()[self.index].unique())
 
     def shown(self, rows: Tensor) -> Tensor:
-        """Of a row for each visual id, or image, of the batch those that attention shows."""
+        """The rows that attention shows, out of a row for each visual id or image of the batch."""
         tokens, images = self.index.numel(), self.images
         if self.by_id is not None and len(rows) not in (tokens, images and images.count):
             if images is not None and images.shown is not None and len(rows) == images.in_batch:
@@ -113,12 +113,12 @@ class Record(NamedTuple):
     is_idle: bool  # none, as its weight was 0
 
     def sums(self) -> list[Tensor]:
-        """0-dim, for each layer: the sum of the loss over the rows."""
+        """The sum of the loss over the rows, for each layer, 0-dim."""
         divisor = self.rows if self.denominator is None else self.denominator
         return [value.to(self.rows) * divisor for value in self.values.values()]
 
     def gradient_sums(self) -> Tensor | None:
-        """(layers, 3): the sums of `TapProbe`, as estimated of all tokens; None: not watched."""
+        """The sums of `TapProbe`, (layers, 3), estimated for all tokens. None: not watched."""
         if not self.probes:
             return None
         nothing = self.tokens.new_zeros(3)
@@ -129,12 +129,12 @@ class Record(NamedTuple):
         return sums
 
     def is_complete(self) -> bool:
-        """Whether the values are there: in training, since backward has written them."""
+        """Whether the values are there. In training, backward writes them."""
         return not self.training or all(version_of(value) for value in self.values.values())
 
 
 class Collected(NamedTuple):
-    """A pass that went through the model while `PRe.collecting` was open."""
+    """A pass through the model while `PRe.collecting` was open."""
 
     term: Tensor | None  # weighted, with its graph; None: an evaluating pass
     record: Record
@@ -151,11 +151,11 @@ class Call:
 
 
 class Calls:
-    """The calls that this thread is in; other threads' calls of the same model are theirs.
+    """The calls that this thread is in. Each thread sees only its own calls of a model.
 
-    The first thread's are in a plain attribute: graphs of torch.compile keep up with nothing else
-    (with threading.local they lose what they write, after a graph break). A graph cannot ask for
-    its thread, and takes that attribute's for its own.
+    The first thread's calls are in a plain attribute, because graphs of torch.compile keep up with
+    nothing else: after a graph break they lose what they wrote into a threading.local. A graph
+    cannot ask for its thread, so it takes the first thread's calls for its own.
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class Calls:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the calls that run are this one's."""
+        """For copies and pickles, which do not take over the calls that run."""
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class Calls:
 
     @property
     def current(self) -> Call | None:
-        """The innermost."""
+        """The innermost call."""
         if torch.compiler.is_compiling():
             return self._first
         thread = threading.get_ident()
@@ -195,13 +195,13 @@ class Calls:
                 self._others[thread] = call
 
     def enter(self, owner: nn.Module | None) -> Call:
-        """One more call, the innermost."""
+        """Begin one more call, the innermost."""
         call = Call(owner, self.current)
         self._put(call)
         return call
 
     def leave(self, owner: nn.Module | None) -> Pass | None:
-        """The pass of the innermost call, which ends, if that is the owner's."""
+        """End the innermost call, and return its pass, if the call is the owner's."""
         call = self.current
         if call is None or call.owner is not owner:
             return None

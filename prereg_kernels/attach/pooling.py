@@ -1,4 +1,4 @@
-"""pool_images: the mean of each image's rows, in float32, with no activation kept for backward."""
+"""pool_images: the mean of each image's rows, in float32. Backward needs no activation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def pool_images(
     Args:
         x: (..., D), of any floating dtype.
         image_of_row: (N,) int64 in [0, images), the image of each row.
-        images: how many.
+        images: their number.
         index: (N,) int64, unique: which rows of the flattened `x` these are. None: all of them.
-        group: a process group whose ranks have other rows of the same images. The means are of the
-            rows of all of them, and so are the gradients, in backward on each of them.
+        group: a process group whose ranks have other rows of the same images. The means, and in
+            backward the gradients, are over the rows of all ranks.
 
     Returns:
-        (images, D), in the dtype of `x`, zeros for an image without rows; computed in float32, for
-        float64 in float64. The same on every run: the sums are matrix products, without atomics.
+        (images, D), in the dtype of `x`, with zeros for an image without rows. Computed in float32,
+        or in float64 for float64. Every run gives the same: the sums are matrix products, without
+        atomics.
     """
     if forgets_functions():
         return _means(x, image_of_row, images, index, group)[0]
@@ -39,7 +40,7 @@ def pool_images(
 def _means(
     x: Tensor, image_of_row: Tensor, images: int, index: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """(images, D) means in the dtype of `x`, and (images, 1) numbers of rows, at least 1."""
+    """The means (images, D), in the dtype of `x`, and the rows' counts (images, 1), at least 1."""
     rows = x.reshape(-1, x.shape[-1])
     dtype = torch.promote_types(x.dtype, torch.float32)
     numbers = torch.arange(images, device=x.device)

@@ -1,10 +1,12 @@
-"""Layers that run without grad first, and again in backward: reentrant checkpointing.
+"""Reentrant checkpointing: layers that run without grad first, and again with grad in backward.
 
-`torch.utils.checkpoint` with use_reentrant=True, and what DeepSpeed and Unsloth have in its place,
-run a layer under no_grad, keep its input, and in backward run it again with grad and differentiate
-it by itself. The layer's loss cannot hang on the graph of the first run. So it hangs on a leaf: as
-it is made last, backward comes to it first, and it keeps the gradient that comes. The second run's
-tap adds the term's gradient by that.
+`torch.utils.checkpoint` with use_reentrant=True runs a layer under no_grad and keeps its input. In
+backward it runs the layer again with grad, and differentiates it by itself. DeepSpeed and Unsloth
+have checkpoints of their own that do the same.
+
+The first run has no graph that could hold the layer's loss. So the loss is a leaf. It is made last,
+so backward comes to it first, and it keeps the gradient that arrives. The tap of the second run
+scales the term's gradient by that.
 """
 
 from __future__ import annotations
@@ -84,13 +86,13 @@ class SecondRun:
 
 
 class SecondRuns:
-    """Those to come. The graph of what a first run left owns them, and they end with it."""
+    """The second runs to come. The graph of what a first run left owns them; they end with it."""
 
     def __init__(self) -> None:
         self._waiting: list[weakref.ref[SecondRun]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take none over."""
+        """For copies and pickles, which take over no second run."""
         return vars(SecondRuns())
 
     def leave(self, run: SecondRun, value: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ def add_gradient(hidden: Tensor, pooled: Tensor, gradient: Tensor) -> Tensor:
 
 
 def source_of(args: tuple[Any, ...], layer: int) -> weakref.ref[Tensor] | None:
-    """Of a layer's arguments, the states, to be found again.
+    """The states among a layer's arguments, by which the second run is found.
 
     Raises:
         RuntimeError: they need no gradient, and so the layer will not run again.
@@ -153,7 +155,7 @@ def source_of(args: tuple[Any, ...], layer: int) -> weakref.ref[Tensor] | None:
 
 
 def _is_same(source: weakref.ref[Tensor] | None, states: Any) -> bool:
-    """By its memory: a checkpoint detaches what it is given."""
+    """Whether both are the same tensor, by memory: a checkpoint detaches what it is given."""
     known = None if source is None else source()
     if known is None or not isinstance(states, Tensor):
         return False

@@ -32,30 +32,30 @@ def apply_pre(
 ) -> PRe:
     """Attach PRe: `model(**batch).loss` then carries the gradient of `L_LM + weight * L_PRe`.
 
-    The heads become parameters of the model: call this before building the optimizer. In training
-    the *value* of the loss stays L_LM, unless `value_in_forward=True`; in evaluation nothing
-    changes. So call `model.train()`, as `from_pretrained` returns a model in eval mode.
+    The heads become parameters of the model, so call this before you build the optimizer. In
+    training the *value* of the loss stays L_LM, unless `value_in_forward=True`. In evaluation
+    nothing changes. `from_pretrained` returns a model in eval mode, so call `model.train()`.
     `model.save_pretrained` writes a plain model, as before, and the heads to `pre/` beside it.
 
     Args:
         model: a supported Hugging Face model, such as `LlavaForConditionalGeneration`, or a
-            PeftModel around one. Not one in another wrapper: call this before
+            PeftModel around one. Other wrappers come later: call this before
             DistributedDataParallel, FSDP and torch.compile.
-        config: settings; None: the paper's. overrides: single fields of it.
-        family: where the model keeps its parts; None, or what it leaves out: to be found.
-        from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote: take
-            the settings and heads there. Overrides change what does not make other heads: the
-            weight, say, but not the layers. An anchor function has to be given again. The heads get
-            the dtype that new ones would.
+        config: the settings. None: the paper's. overrides: single fields of it.
+        family: where the model keeps its parts. PRe finds what it leaves out. None: all of it.
+        from_pretrained: a local directory that `pre.save` or `model.save_pretrained` wrote. The
+            settings and heads are read from there. Overrides may change whatever leaves the heads
+            as they are, such as the weight, but not the layers. Pass an anchor function again. The
+            heads get the dtype that new heads would get.
 
     Returns:
         The handle: heads, metrics, save and load.
 
     Raises:
-        ValueError: unsupported or wrapped model, a family that does not fit it, PRe attached
-            already, a layer that does not exist, settings or heads that do not fit what was saved.
+        ValueError: the model is unsupported or wrapped, the family does not fit it, PRe is
+            attached already, a layer does not exist, or settings do not fit the saved heads.
         FileNotFoundError: there are no heads at `from_pretrained`.
-        TypeError: an unknown setting.
+        TypeError: a setting is unknown.
 
     Example:
         >>> pre = apply_pre(model, layers=2, weight=0.5)
@@ -100,7 +100,7 @@ def remove_pre(model: nn.Module) -> None:
     """Detach PRe; the model is what it was: state_dict keys, hooks, outputs.
 
     Args:
-        model: the one that `apply_pre` was given, or one around it.
+        model: the model that was passed to `apply_pre`, or a wrapper around it.
 
     Raises:
         ValueError: PRe is not attached.
@@ -174,7 +174,7 @@ def _layers_added_to(model: nn.Module) -> int:
 
 
 def _copied(see: Any, *args: Any) -> Any:
-    """What a layer's hook returns, as a tensor that may be written into: the tap's is a view."""
+    """A hook's result as a tensor that may be written into, because the tap's result is a view."""
     output = see(*args)
     if isinstance(output, tuple):
         return output[0].clone(), *output[1:]

@@ -1,10 +1,10 @@
 """Finds a model's decoder layers, what feeds them, and the ids of its visual tokens.
 
-transformers' models say where their decoder is (`get_decoder`, or `get_encoder` where the pictures
-enter an encoder of text), how many layers it has (`config.num_hidden_layers`) and of which class
-(`_can_record_outputs`). In it the layers are the list of so many modules that is nested least. The
-module that holds the list takes `inputs_embeds`. Ids are where the config of nearly every family
-has them. What is found so is looked at in the first steps (`prereg_kernels.attach.first_steps`).
+transformers' models say where their decoder is: `get_decoder`, or `get_encoder` if the images enter
+a text encoder. They also say how many layers it has (`config.num_hidden_layers`), and of which
+class (`_can_record_outputs`). The layers are the least nested list of that many modules in it. The
+module that holds the list takes `inputs_embeds`. The ids are where the config of nearly every
+family has them. The first steps check what was found (`prereg_kernels.attach.first_steps`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LISTS = ("layers", "h", "block", "blocks", "layer")  # what lists of decoder lay
 
 
 class Resolution(NamedTuple):
-    """A family with nothing left to find.
+    """A complete family, and how it is known.
 
     Attributes:
         family: as given or listed, and completed.
-        origin: "given" by the caller, "listed" in the table, or all "found".
-        how: {field: what has been found there, and by what}; in order.
+        origin: "given" by the caller, "listed" in the table, or "found" altogether.
+        how: {field: what was found, and by what}, in order.
     """
 
     family: Family
@@ -45,14 +45,14 @@ class Resolution(NamedTuple):
 
 
 def resolve(model: nn.Module, given: Family | None = None) -> Resolution:
-    """Where a model keeps what PRe needs.
+    """Find where a model keeps what PRe needs.
 
     Args:
-        given: what the caller knows. None: as the table has it, or all to be found.
+        given: what the caller knows. None: the table's entry is completed, or all is found.
 
     Raises:
-        ValueError: something is not to be found, the model wraps one of its kind, or no visual
-            token enters its decoder; the message says what to do.
+        ValueError: something cannot be found, the model wraps another one, or no visual token
+            enters its decoder. The message says what to do.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     listed = None if given is not None else family_of_type(model_type)
@@ -74,7 +74,7 @@ def find_family(model: nn.Module) -> Family:
 
 
 def _complete_layers(model: Any, family: Family, how: dict[str, str], is_given: bool) -> Family:
-    """With `layers` and `language_model`."""
+    """The family with `layers` and `language_model`."""
 
     def unfound(problem: str, field: str = "layers") -> ValueError:
         return ValueError(_unfound(model, field, problem, is_given))
@@ -140,7 +140,7 @@ def _check_nesting(model: Any, family: Family) -> None:
 
 
 def _complete_tokens(model: Any, family: Family, how: dict[str, str], is_given: bool) -> Family:
-    """With `visual_tokens` and `other_tokens`."""
+    """The family with `visual_tokens` and `other_tokens`."""
     config = getattr(model, "config", None)
     if family.visual_tokens is None and family.visual_mask is None:
         names = token_names(config, VISUAL_TOKENS)
@@ -168,7 +168,7 @@ def _complete_tokens(model: Any, family: Family, how: dict[str, str], is_given: 
 
 
 def token_names(config: Any, names: tuple[str, ...] = VISUAL_TOKENS) -> tuple[str, ...]:
-    """Those of the names under which the config has an id, one for each id."""
+    """The names under which the config has an id, one name for each id."""
     by_id: dict[int, str] = {}
     for name in names:
         value = config_value(config, name)
@@ -178,7 +178,7 @@ def token_names(config: Any, names: tuple[str, ...] = VISUAL_TOKENS) -> tuple[st
 
 
 def _decoder_of(model: Any) -> tuple[nn.Module, str]:
-    """What `get_decoder` or `get_encoder` leads to, and which of them."""
+    """The module that `get_decoder` or `get_encoder` returns, and which of the two it was."""
     config = model.config
     text = config.get_text_config(decoder=True)
     reads_text = any(getattr(c, "is_encoder_decoder", False) for c in (config, text))
@@ -232,7 +232,7 @@ def _layer_counts(config: Any, decoder: Any) -> Iterator[int]:
 
 
 def _classes_of_layers(decoder: nn.Module) -> tuple[type[nn.Module], ...]:
-    """Of the decoder's layers, as transformers records their outputs; () where it does not say."""
+    """The classes of the decoder's layers, by the outputs that transformers records; or ()."""
     recorded = (getattr(decoder, private.RECORDED_OUTPUTS, None) or {}).get("hidden_states")
     entries = recorded if isinstance(recorded, (list, tuple)) else [recorded]
     classes = [getattr(entry, "target_class", entry) for entry in entries]
@@ -273,7 +273,7 @@ def _refuse(model: nn.Module) -> NoReturn:
 
 
 def _unfound(model: nn.Module, field: str, problem: str, is_given: bool) -> str:
-    """Of what is neither found nor in the family that the caller gave."""
+    """The message for a part that is neither found nor in the family that the caller gave."""
     if is_given:
         return f"family.{field}: expected it to be given or to be found on the model, but {problem}"
     return _unsupported(model, problem)

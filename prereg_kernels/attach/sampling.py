@@ -1,12 +1,13 @@
 """choose_tokens: the random subset of the visual tokens that a forward pass regularises.
 
-K of the N visual tokens of a micro-batch are drawn without replacement, each subset as likely as
-any other, so the mean over the K is an unbiased estimate of the mean over the N. Where the loss is
-divided by a denominator, the visual tokens of the whole step, the sum over the K is weighted by
-N / K (Horvitz and Thompson 1952: each token was drawn with probability K / N), which makes it an
-unbiased estimate of the sum over the N, and the step's term, a sum of these, one of the step's
-mean. To divide by the number of drawn tokens of the step instead would weight the micro-batches by
-K, which is rounded, in place of N.
+K of the N visual tokens of a micro-batch are drawn without replacement. Each subset is as likely as
+any other, so the mean over the K is an unbiased estimate of the mean over the N.
+
+If the loss is divided by a denominator, the visual tokens of the whole step, the sum over the K is
+weighted by N / K (Horvitz and Thompson 1952: each token was drawn with probability K / N). That
+makes it an unbiased estimate of the sum over the N. The step's term is a sum of these, so it is an
+unbiased estimate of the step's mean. Dividing by the step's number of drawn tokens would be biased:
+it would weight the micro-batches by K, which is rounded, in place of N.
 """
 
 from __future__ import annotations

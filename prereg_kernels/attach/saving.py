@@ -24,7 +24,7 @@ from prereg_kernels.attach.storage import (
 
 
 def save(state: State, path: str | Path, heads: Mapping[str, Tensor] | None = None) -> None:
-    """As `PRe.save`."""
+    """See `PRe.save`."""
     own = state.parameters()
     whole = {n: distributed.whole(x) for n, x in (own if heads is None else heads).items()}
     _check_whole(state, whole)
@@ -39,14 +39,14 @@ def save(state: State, path: str | Path, heads: Mapping[str, Tensor] | None = No
 
 
 def load(state: State, path: str | Path) -> None:
-    """As `PRe.load`."""
+    """See `PRe.load`."""
     saved = load_heads(path)
     check_settings(saved, state.settings(), path)
     fill(state, saved, path)
 
 
 def fill(state: State, saved: Saved, path: str | Path) -> None:
-    """As `load`, of what was read there, whatever the settings that do not shape the heads."""
+    """Fill the heads with what was read. Settings that do not shape them may differ."""
     _check_whole(state, state.parameters())
     check_shapes(saved, state.settings(), state.shapes, path)
     state.passes = saved.passes
@@ -94,7 +94,7 @@ def _check_whole(state: State, heads: Mapping[str, Tensor]) -> None:
 
 
 def _upload(folder: Path, options: Mapping[str, Any]) -> None:
-    """To where `save_pretrained(push_to_hub=True)` has put the model, in a commit of its own."""
+    """Upload the folder to where `push_to_hub=True` has put the model, in a second commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=options.get("token"))

@@ -1,8 +1,8 @@
-"""SequenceParallel: ranks that share each sequence of a batch, and which part of it this one has.
+"""SequenceParallel: ranks that share each sequence of a batch, and the part that this rank has.
 
-Of every row of a batch each rank of the group runs some positions through the decoder's layers, as
-under Ulysses, ring attention and context parallelism. L_PRe is a sum over tokens, so each rank
-computes that of its own.
+Each rank of the group runs some positions of every row through the decoder's layers, as in Ulysses,
+ring attention and context parallelism. L_PRe is a sum over tokens, so each rank computes the sum
+over its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Part:
     place: Tensor
 
     def own(self, whole: Tensor) -> Tensor:
-        """(rows, length, ...), of a tensor of the whole; padding gets what position 0 has."""
+        """This rank's part, (rows, length, ...), of a whole tensor; padding is like position 0."""
         numbers = self.numbers.clamp(min=0).to(whole.device)
         return whole.flatten(0, 1)[numbers]
 
@@ -57,15 +57,15 @@ class SequenceParallel:
         'zigzag'
 
     Attributes:
-        group: their process group; None: all ranks.
-        shard: None: the call gets the rank's part already, ids and all. Else it gets whole rows,
-            and its decoder a part of them: "contiguous", of `size` equal parts in the order of the
-            ranks, or "zigzag", of 2 * size parts those number r and 2 * size - 1 - r, each time
-            after padding at the end; or what a function does to an int64 Tensor, (rows, length),
-            which pads with 0: the one by which your code splits `position_ids`.
-        gradients: what your trainer does with those of the parameters over the group: "averaged",
-            as by DDP and FSDP; "summed"; "none", as in sequence-parallel regions of tensor
-            parallelism, where PRe sums those of its heads itself.
+        group: the process group of these ranks. None: all ranks.
+        shard: which part of whole rows this rank's decoder gets. None: the call gets the rank's
+            part already, ids and all. "contiguous": `size` equal parts in the order of the ranks.
+            "zigzag": of 2 * size parts, rank r has numbers r and 2 * size - 1 - r. Both pad at the
+            end. Or the function by which your code splits `position_ids`: it takes an int64 Tensor,
+            (rows, length), returns this rank's part of it, and pads with 0.
+        gradients: what your trainer does with the parameters' gradients over the group.
+            "averaged": as DDP and FSDP do. "summed". "none": as in sequence-parallel regions of
+            tensor parallelism, where PRe itself sums its heads' gradients.
     """
 
     group: Any
@@ -94,7 +94,7 @@ class SequenceParallel:
         return torch.distributed.get_world_size(self.group)
 
     def denominator(self, count: Tensor) -> Tensor:
-        """What makes the group's gradient the mean, of the `count` of all of its rows."""
+        """The denominator that makes the group's gradient the mean over all of its `count` rows."""
         return count / self.size if self.gradients == "averaged" else count
 
     def total(self, count: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class SequenceParallel:
         return count
 
     def part_of(self, mask: Tensor, *, in_graph: bool = False) -> Part:
-        """Of whole rows.
+        """This rank's part of whole rows.
 
         Args:
             mask: bool, (rows, length), their visual positions. in_graph: see `Part`.
@@ -137,7 +137,7 @@ class SequenceParallel:
 
 
 def _check_part(own: Any, numbers: Tensor) -> None:
-    """Of what a function made of the numbers of all positions, from 1 on."""
+    """Check what a function made of the numbers of all positions, which begin at 1."""
     if not isinstance(own, Tensor) or own.dtype != torch.int64 or own.dim() != 2:
         came = f"{own.dtype}, {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Stages of a pipeline: ranks that have some of the decoder's layers each, which PRe refuses.
+"""Pipeline stages, which PRe refuses: each rank has only some of the decoder's layers.
 
 The anchor enters the first layer, and the head reads a later one. Both have to be on one rank.
 """
@@ -14,10 +14,10 @@ SAME_STAGE = (
 
 
 def check_stage(layers: nn.ModuleList, last: int, count: int) -> None:
-    """See that the layers from the first to number `last` are there.
+    """Check that the layers from the first to number `last` are there.
 
     Args:
-        count: how many the decoder has.
+        count: how many layers the decoder has.
 
     Raises:
         ValueError: this is a stage of a pipeline.

@@ -30,19 +30,18 @@ class State:
     """PRe on a model, from `apply_pre` to `remove_pre`.
 
     Attributes:
-        model, config, family: as `apply_pre` has resolved them. origin, how: as `Resolution`.
+        model, config, family: as `apply_pre` has resolved them. origin, how: see `Resolution`.
         anchor_features: A.
-        heads, weight, denominator, loss, loss_scale, add_to_loss, passes: as `PRe` says.
-        watches_gradients: as `PRe` says.
-        sequence_parallel: as `PRe` says.
-        given_group: `PRe.tensor_parallel_group`, where it was set.
-        next_mask: as `PRe.next_visual_mask`, and what became of those before.
-        batch: what a trainer computes a loss of, for calls that no longer have its ids; or None.
-        last: of the last training call; with `value_in_eval`, of an evaluating one too.
+        heads, weight, denominator, loss, loss_scale, add_to_loss, passes: see `PRe`.
+        watches_gradients, sequence_parallel: see `PRe`.
+        given_group: `PRe.tensor_parallel_group`, if it was set.
+        next_mask: `PRe.next_visual_mask`, and what became of the masks before.
+        batch: the batch of a trainer's step, for calls that no longer have its ids; or None.
+        last: the record of the last training call; with `value_in_eval`, of an evaluation too.
         collected: the passes so far while `PRe.collecting` is open; else None.
         shapes: {name inside of `model.pre_heads`: shape of the whole parameter}.
-        hooks: those on the model, to be removed.
-        is_attached: False after `detach`. is_checking: while `PRe.check` runs a batch.
+        hooks: the hooks on the model, to be removed.
+        is_attached: False after `detach`. is_checking: True while `PRe.check` runs a batch.
     """
 
     def __init__(self, model: Any, config: PReConfig, resolution: Resolution) -> None:
@@ -98,7 +97,7 @@ class State:
         self.hooks.append(model.register_load_state_dict_post_hook(self._draw_heads))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: a term that waits for backward belongs to this one alone."""
+        """For copies and pickles, which do not get a term that waits for backward."""
         return vars(self) | {"loss": None, "collected": None, "batch": None}
 
     @contextmanager
@@ -137,7 +136,7 @@ class State:
 
     @property
     def sequence_group(self) -> Any:
-        """Of the ranks that share each sequence."""
+        """The process group of the ranks that share each sequence."""
         assert self.sequence_parallel is not None
         return self.sequence_parallel.group
 
@@ -170,7 +169,7 @@ class State:
         return {} if torch.compiler.is_compiling() else {"group": self.tensor_group}
 
     def parameters(self) -> dict[str, Tensor]:
-        """{name inside of `model.pre_heads`: parameter}, as they are there, whole or not."""
+        """The heads' parameters, {name inside of `model.pre_heads`: parameter}, whole or not."""
         return dict(getattr(self.model, HEADS).named_parameters())
 
     def settings(self) -> dict[str, Any]:
@@ -193,7 +192,7 @@ class State:
         check_stage(self.family.layers_of(self.model), max(self.heads), self._layer_count)
 
     def check_heads_train(self) -> None:
-        """As `PRe.check`."""
+        """Raise ValueError if a head is frozen."""
         for layer, head in self.heads.items():
             parameters = list(head.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
@@ -215,7 +214,7 @@ class State:
         return self._before.get(name)
 
     def detach(self) -> None:
-        """As `remove_pre`."""
+        """Take PRe off the model: see `remove_pre`."""
         for hook in self.hooks:
             hook.remove()
         delattr(self.model, HEADS)
@@ -246,7 +245,7 @@ class State:
         return head
 
     def _draw_heads(self, *_: Any) -> None:
-        """Where a state dict, by `assign=True`, left them alone on the meta device."""
+        """Draw the heads if a state dict, by `assign=True`, left only them on the meta device."""
         layers = self.family.layers_of(self.model)
         for number, head in self.heads.items():
             like = next(layers[number - 1].parameters())

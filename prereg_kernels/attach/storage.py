@@ -1,7 +1,7 @@
 """The file that keeps PRe's heads and settings beside a plain model.
 
-One file, so that an interruption cannot leave the settings of one run beside the heads of another:
-the settings are JSON in the metadata of the safetensors, and so is a checksum of all that is there.
+There is one file, so that an interruption cannot leave the settings of one run beside the heads of
+another. The safetensors file holds the settings as JSON in its metadata, with a checksum of all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def save_heads(path: Path, saved: Saved) -> None:
     """Write into the directory `path`; the file appears whole or not at all.
 
     Raises:
-        ValueError: a head's dtype is none that heads train in.
+        ValueError: heads cannot train in a head's dtype.
     """
     path.mkdir(parents=True, exist_ok=True)
     facts = {"config": saved.config, "passes": saved.passes}
@@ -49,8 +49,8 @@ def load_heads(path: str | Path) -> Saved:
     """Read the directory `path`, or `path/pre`.
 
     Raises:
-        FileNotFoundError: neither has the file.
-        ValueError: it cannot be read.
+        FileNotFoundError: neither directory has the file.
+        ValueError: the file cannot be read.
     """
     files = [Path(path) / HEADS_FILE, Path(path) / PRE_DIR / HEADS_FILE]
     file = next((file for file in files if file.is_file()), None)
@@ -72,7 +72,7 @@ def load_heads(path: str | Path) -> Saved:
 
 
 def check_settings(saved: Saved, config: Mapping[str, Any], path: Any) -> None:
-    """Raise ValueError unless the heads were trained to do what they would do by `config`."""
+    """Raise ValueError unless the heads were trained for what `config` would use them for."""
     for name in ("layers", "share_head", "anchor", "level", "depth", "activation", "loss",
                  "normalize"):  # fmt: skip
         if saved.config.get(name) != config[name]:

@@ -1,8 +1,8 @@
 """Taps: what the hooks of the regularised layers do.
 
-A layer's output goes through the head's tap, or, with level="global", its images' means are kept
-for the end of the pass. Gradient checkpointing runs a layer again in backward: then the tap brings
-back what it had saved, or, after a first run without grad, does what that one could not.
+A layer's output goes through the head's tap. With level="global" its images' means are kept for
+the end of the pass instead. Gradient checkpointing runs a layer again in backward. Then the tap
+brings back what it had saved, or, after a first run without grad, does what that run could not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from prereg_kernels.attach.watch import FORGOTTEN, Watch
 
 
 class Taps:
-    """Those of a model."""
+    """The taps of a model."""
 
     def __init__(self, state: State, calls: Calls, watch: Watch) -> None:
         self._state, self._calls, self._watch = state, calls, watch
@@ -109,7 +109,7 @@ class Taps:
         return self._pool(current.images, current.part, current.index, hidden)
 
     def _pool(self, images: Images, part: Part | None, index: Tensor, hidden: Tensor) -> Tensor:
-        """(images, D): the means of the images' tokens, those of other ranks among them."""
+        """The means of the images' tokens, those on other ranks included: (images, D)."""
         of_token, group = images.of_token, None
         if part is not None:
             of_token, index, group = of_token[part.place], part.index, self._state.sequence_group
@@ -239,6 +239,6 @@ class Taps:
 
 
 def _index(current: Pass, hidden: Tensor) -> Tensor:
-    """Of the tokens that L_PRe reads."""
+    """The index of the tokens that L_PRe reads."""
     index = current.own_index if current.chosen is None else current.own_index[current.chosen]
     return index.to(hidden.device)

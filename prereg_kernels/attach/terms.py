@@ -27,10 +27,10 @@ def label_share(current: Pass) -> float | Tensor:
 
 
 def carry_of(state: State, current: Pass) -> float | Tensor | None:
-    """The gradient of a layer's loss where no loss of the caller's holds it; None: one has to.
+    """The gradient of a layer's loss, if no loss of the caller's holds it. None: one has to.
 
     Raises:
-        ValueError: it depends on the step's labels, which the call does not show.
+        ValueError: the gradient depends on the step's labels, which the call does not show.
     """
     inputs, gradient = current.inputs, state.config.gradient
     has_labels = inputs.get("labels") is not None
@@ -47,7 +47,7 @@ def carry_of(state: State, current: Pass) -> float | Tensor | None:
 
 
 def record_of(current: Pass, output: Any) -> Record:
-    """What the handle keeps of a pass."""
+    """The record of a pass, which the handle keeps."""
     tokens, labels = current.tokens, current.labels
     rows = tokens
     if current.images is not None:
@@ -86,7 +86,7 @@ def record_of(current: Pass, output: Any) -> Record:
 
 
 def add_to_loss(output: Any, term: Tensor) -> Any:
-    """The model's output, its loss plus the term. TypeError where it has no loss."""
+    """The model's output, with the term added to its loss. TypeError if it has no loss."""
     if isinstance(output, tuple):
         return (output[0] + term.to(output[0].device), *output[1:])
     loss = _loss_of(output)
@@ -103,14 +103,14 @@ def add_to_loss(output: Any, term: Tensor) -> Any:
 
 
 def _loss_of(output: Any) -> Any:
-    """Of a model's output, which code outside of transformers may return as a plain dict."""
+    """The loss of a model's output, which is a plain dict in some code outside of transformers."""
     if isinstance(output, tuple):
         return output[0]
     return output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
 
 
 def carry_in(output: Any, tapped: Sequence[Tensor]) -> Any:
-    """The model's output, whose graph reaches the taps, whatever of it a loss is computed from."""
+    """The model's output, from any part of which the graph reaches the taps."""
     if not tapped:
         return output
 

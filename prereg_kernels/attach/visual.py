@@ -1,4 +1,4 @@
-"""Which positions of a batch are visual tokens: by their ids, but for what attention hides."""
+"""Finds the visual tokens of a batch: positions with their ids that attention does not hide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def find_marked(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """Bool, the shape of `input_ids`: where one of the ids is, hidden or not."""
+    """Where one of the ids is, hidden or not: bool, the shape of `input_ids`."""
     marked = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in tokens:
         marked |= input_ids == token
@@ -18,10 +18,10 @@ def find_marked(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
 
 
 def hide(marked: Tensor, attention_mask: Any) -> Tensor:
-    """Those of the marked positions that take part in the model.
+    """The marked positions that attention shows.
 
-    A position that the attention mask hides is padding, whatever its id: some trainers append an
-    image to every batch of text alone, for their vision tower's sake, and hide it.
+    A position that the attention mask hides is padding, whatever its id. Some trainers append an
+    image to every batch of text alone, so that their vision tower runs, and hide it.
 
     Args:
         marked: bool, (rows, length). attention_mask: as the model's forward takes it, see
@@ -32,13 +32,13 @@ def hide(marked: Tensor, attention_mask: Any) -> Tensor:
 
 
 def find_visible(attention_mask: Any, input_ids: Tensor) -> Tensor | None:
-    """Bool, the shape of `input_ids`: what the attention mask shows. None: it hides nothing.
+    """What the attention mask shows: bool, the shape of `input_ids`. None: it hides nothing.
 
     Args:
-        attention_mask: (rows, keys), 0 where a position is hidden; or (rows, heads, queries, keys),
-            bool or added to the scores, where a position is hidden that no query sees; or a mapping
-            of such masks by the kind of attention, of which the fullest counts. The last keys are
-            those of `input_ids`. Other kinds, which say nothing by position, hide nothing.
+        attention_mask: (rows, keys), 0 where a position is hidden. Or (rows, heads, queries, keys),
+            bool or added to the scores; a position is hidden if no query sees it. Or a mapping of
+            such masks by the kind of attention, of which the fullest counts. The last keys are
+            those of `input_ids`. Other kinds of masks say nothing by position, and hide nothing.
     """
     if isinstance(attention_mask, Mapping):
         attention_mask = attention_mask.get("full_attention")

@@ -1,4 +1,4 @@
-"""What looks healthy and trains nothing: PRe says so in the first steps."""
+"""Watch: reports in the first steps a training that looks healthy, but trains no head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORGOTTEN = (
 
 
 class Watch:
-    """Looks at each call before it runs, without a sync; says each thing once."""
+    """Looks at each call before it runs, without a sync, and says each thing once."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -45,7 +45,7 @@ class Watch:
         _look_at_steps(self)
 
     def training(self) -> None:
-        """Of a training call.
+        """Look at a training call.
 
         Raises:
             RuntimeError: the last one's term was lost.
@@ -55,7 +55,7 @@ class Watch:
         self._look_at_ddp()
 
     def evaluated(self, module: nn.Module, output: Any) -> None:
-        """Of a call in eval mode: its loss is not meant to be trained by."""
+        """Look at a call in eval mode, whose loss is not meant for training."""
         loss = getattr(output, "loss", None)
         if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].dim():
             loss = output[0]  # without labels the logits come first
@@ -69,7 +69,7 @@ class Watch:
         )
 
     def bypassed(self, layer: int, module: nn.Module, source: Any) -> None:
-        """Of a layer that runs outside of any call of the model, with this input."""
+        """Look at a layer that runs outside of any call of the model, with this input."""
         # A reentrant checkpoint runs it without grad
         trains = torch.is_grad_enabled() or getattr(source, "requires_grad", False)
         if module.training and trains and not is_in_backward():
@@ -80,7 +80,7 @@ class Watch:
             )
 
     def gradient(self, tapped: Tensor, current: Pass) -> None:
-        """When backward comes to the layer, see that it has brought the term's gradient."""
+        """Check, when backward reaches the layer, that it has reached the term before."""
         state = self._state
         is_owed = (
             state.config.gradient == "auto" and current.carry is None and state.collected is None
@@ -91,7 +91,7 @@ class Watch:
             tapped.register_hook(partial(_reach_layer, current.reached, raises))
 
     def term(self, term: Tensor, current: Pass) -> None:
-        """Note when backward comes to the term; not in a graph, which has no hooks."""
+        """Note when backward reaches the term. A graph has no hooks, so it notes nothing."""
         if term.requires_grad and not torch.compiler.is_compiling():
             term.register_hook(partial(_reach_term, current.reached))
 
@@ -119,7 +119,7 @@ class Watch:
         self._ddp = ddp
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Of an optimizer that is about to take a step."""
+        """Look at an optimizer that is about to take a step."""
         if self._steps_without_heads is None or not self._state.is_attached:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -146,7 +146,7 @@ class Watch:
 
 
 def _look_at_steps(watch: Watch) -> None:
-    """Of every optimizer, as none knows its model, for as long as the watch lives."""
+    """Look at every optimizer's steps while the watch lives, as no optimizer knows its model."""
     reference = weakref.ref(watch)
 
     def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""`prereg build`: compiles the C++ rows against the torch that is installed."""
+"""`prereg build`: compiles the C++ kernels against the torch that is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def build_libraries() -> str:
         ValueError: no variant runs here after it, and why.
     """
     if not CSRC.is_dir():
-        raise ValueError(f"the sources of the C++ rows are not there: {CSRC}")
+        raise ValueError(f"the sources of the C++ kernels are not there: {CSRC}")
     folder, objects = build_folders()
     record = build(CSRC, folder, objects)
     lines = [f"{name} left out: {reason}" for name, reason in record["failed"].items()]

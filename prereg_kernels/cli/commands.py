@@ -235,8 +235,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser(
         "build",
-        help="compile the C++ rows for CPUs",
-        description="Compile the C++ rows for CPUs against the torch that is installed. Needs a "
+        help="compile the C++ kernels for CPUs",
+        description="Compile the C++ kernels for CPUs against the torch that is installed. Needs a "
         "C++ compiler. In a checkout the libraries go into the package, otherwise into "
         "TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. What is up to date is kept.",
     )

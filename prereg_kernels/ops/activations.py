@@ -1,6 +1,6 @@
 """The activations between the head's matrices: each a name and its definition in PyTorch.
 
-One that is registered here works everywhere, as a loss does: see `losses.py`.
+An activation that is registered here works everywhere, as a loss does: see `losses.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Activation(Formula):
     """`formula(u, **parameters)`, element by element.
 
     Attributes:
-        into: (u, g) that writes act(u) to g, which may be u: for plain PyTorch, without parameters.
-        backward_into: (dg, u) that writes dg * act'(u) over dg. Both or neither: None leaves the
-            derivative to autograd.
+        into: a function of (u, g) for plain PyTorch, without parameters. It writes act(u) to g,
+            which may be u.
+        backward_into: a function of (dg, u) that writes dg * act'(u) over dg. Give both or
+            neither. None leaves the derivative to autograd.
 
     Example:
         >>> from prereg_kernels.ops import Activation
@@ -52,13 +53,13 @@ def register_activation(activation: Activation) -> Activation:
     """Make an activation known by its name, for `activation=` and for files that name it.
 
     Args:
-        activation: its formula is tried on a few numbers.
+        activation: its formula is tried out on a few numbers.
 
     Returns:
         The activation, which `activation=` takes too.
 
     Raises:
-        ValueError: the name belongs to another formula, or this one changes the shape.
+        ValueError: the name belongs to another formula, or the formula changes the shape.
 
     Example:
         >>> from prereg_kernels.ops import Activation, register_activation

@@ -1,8 +1,8 @@
-"""What the pipeline decides from shapes and dtypes alone: how many rows a chunk has.
+"""Chunking: how many rows a chunk has, decided from shapes and dtypes alone.
 
-Each chunk reads and writes the weight gradients once more, in float32: 8 bytes an element, against
-the 2 n flops an element of each of a layer's three matmuls. So a chunk needs enough rows to hide
-this traffic, and not more than the scratch budget allows.
+Each chunk reads and writes the weight gradients once more, in float32. That is 8 bytes for each
+element, against 2 n flops for each element in each of a layer's three matmuls. So a chunk needs
+enough rows to hide this traffic, but not more than the scratch budget allows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ MIB = 2**20
 
 
 def gpu_budget(total_memory: int) -> ChunkBudget:
-    """Of a GPU with so many bytes in all. What is free changes, and the plan would with it.
+    """The budget of a GPU with this much memory in total.
 
-    A hundredth of them, within bounds. The lower one is above LLaVA's 32 images: one chunk needs no
-    sums of weight gradients in float32. On small GPUs it is a 32nd of their memory.
+    Free memory is not read, because it changes, and the plan would change with it. Scratch gets a
+    hundredth of the total, within bounds. The lower bound holds LLaVA's 32 images in one chunk,
+    which needs no sums of weight gradients in float32. A small GPU gives a 32nd of its memory.
     """
     scratch = min(max(total_memory // 100, 640 * MIB), 1024 * MIB, total_memory // 32)
     # 790 TFLOP/s of bf16 and 4.3 TB/s (an H200): 4,900 rows for 5%

@@ -1,4 +1,4 @@
-"""Formulas that go by a name: what losses and activations have in common, and their registries."""
+"""Formulas with a name: what losses and activations have in common, and their registries."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_equal(x: Any, y: Any) -> bool:
-    """Of functions: the same code, as when a cell of a notebook has run again."""
+    """Whether two functions have the same code, as when a cell of a notebook has run again."""
     if x is y:
         return True
     if type(x) is not type(y):

@@ -24,19 +24,19 @@ class PReHead(nn.Module):
     Args:
         in_features: D, the width of the hidden states.
         out_features: A, the width of the anchor.
-        hidden_features: M, the width in between; None: `in_features`.
-        depth: matrices in the head, 0 (no head; then D == A) to any number.
+        hidden_features: M, the width in between. None: `in_features`.
+        depth: how many matrices the head has. 0: no head, and then D == A.
         activation: "gelu", "gelu_tanh", "silu" or "relu", or an `Activation`, between the matrices.
         bias: whether every layer has a bias.
-        seed: of the initialisation: the same numbers on every device, which move no generator.
-            None: torch's own generator, as for `nn.Linear`.
+        seed: of the initialisation. It gives the same numbers on every device, and leaves torch's
+            generators alone. None: torch's own generator, as for `nn.Linear`.
         device, dtype: of the parameters, as for `nn.Linear`, whose initialisation this uses.
 
-    On the meta device the parameters have no values; once they leave it they are drawn, as no
-    checkpoint of a plain model has them. So they are whenever `to_empty` leaves them without.
+    On the meta device the parameters have no values. When they leave it, or when `to_empty` leaves
+    them without values, they are drawn, because no checkpoint of a plain model has them.
 
-    The parameters belong to this module itself, not to submodules: FSDP and ZeRO gather a module's
-    own parameters when its forward is called, and no submodule's forward ever is.
+    The parameters belong to this module itself, not to submodules. FSDP and ZeRO gather a module's
+    own parameters when its forward is called, and no submodule's forward would ever be called.
 
     Example:
         >>> head = PReHead(8, 6, seed=0)
@@ -93,8 +93,8 @@ class PReHead(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, uniformly in +-1/sqrt(in_features) as `nn.Linear` does.
 
-        With a seed the numbers are the same each time. Where `fill` gave values while there was no
-        memory for them, they are these.
+        With a seed the numbers are the same each time. If `fill` gave values while there was no
+        memory for them, the parameters get these values instead.
         """
         if self._waiting is not None:
             self.fill(self._waiting)
@@ -113,14 +113,14 @@ class PReHead(nn.Module):
                     distributed.fill(parameter, whole, same_everywhere=True)
 
     def fill(self, values: Mapping[str, Tensor]) -> None:
-        """Copy whole parameters in, by name; on the meta device, once the parameters leave it."""
+        """Copy whole parameters in, by name. On the meta device that waits until they leave it."""
         self._waiting = values if self._is_meta() else None
         for name, parameter in self.named_parameters(recurse=False):
             distributed.fill(parameter, values[name])
 
     @property
     def _is_fsdp_managed_module(self) -> bool:
-        """What FSDP sets on each module that it takes charge of; `fully_shard`, once it has."""
+        """FSDP sets this on each module that it manages; `fully_shard` does so at its end."""
         return self._is_managed
 
     @_is_fsdp_managed_module.setter
@@ -154,7 +154,7 @@ class PReHead(nn.Module):
         """`fused_pre_loss` with this head's parameters, or `pre_tap` if `tap`.
 
         Args:
-            hidden, anchor, options: as for those functions, but for weights, biases, activation.
+            hidden, anchor, options: as for those functions, without weights, biases, activation.
         """
         if any(weight.is_meta for weight in self.weights) and not hidden.is_meta:
             raise ValueError(
@@ -214,9 +214,9 @@ _probes = itertools.count()
 
 
 def _keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether what is applied to a module's tensors leaves their values, as `to_empty` does not.
+    """Whether the function that a module applies to its tensors keeps values; `to_empty` does not.
 
-    Each probe differs from the ones before it, whose memory `fn` may be given.
+    Each probe has new values, because `fn` may get the memory of an earlier probe.
     """
     probe = torch.arange(8, dtype=torch.float32, device="cpu") + next(_probes) % 128
     found = fn(probe)

@@ -43,7 +43,7 @@ def is_turned(x: Tensor, select: Tensor | None) -> bool:
 
 
 def rows_of(x: Tensor, turned: bool) -> Tensor:
-    """(T, D): the rows of (..., D), or those of (B, S, D) in the order of (S, B)."""
+    """The rows of (..., D), or those of (B, S, D) in the order of (S, B): (T, D)."""
     return (x.transpose(0, 1) if turned else x).reshape(-1, x.shape[-1])
 
 

@@ -43,57 +43,63 @@ def fused_pre_loss(
 ) -> Tensor:
     """Predictive Regularization (arXiv 2603.20808): `-mean_i cos(f(hidden_i), anchor_i)`.
 
-    `f` is an MLP given by `weights` and `biases`; i runs over the visual tokens. Runs in chunks of
-    rows, six matmuls for the paper's two-layer head, forward and backward together.
+    `f` is an MLP given by `weights` and `biases`, and i runs over the visual tokens. The loss is
+    computed in chunks of rows, forward and backward together. For the paper's two-layer head that
+    takes six matmuls.
 
     Args:
         hidden: (..., D), any strides: hidden states after a middle layer. float16, bfloat16,
             float32 or float64.
-        anchor: (..., A) with the same leading shape, or (N, A), a row per visual token (where both
-            readings fit, the leading shape is meant). A constant: no gradient flows into it. Any
-            floating dtype.
-        weights: the head's matrices in `nn.Linear` layout, the activation between them: () no head
-            (then D == A), one a linear head, two the paper's (M, D) and (A, M), or more. They may
-            have another dtype than `hidden` (float32 master weights).
-        biases: None, or one entry per weight, a Tensor (out_features,) or None.
+        anchor: (..., A) with the same leading shape, or (N, A), one row for each visual token. If
+            both readings fit, the leading shape is meant. A constant: no gradient flows into it.
+            Any floating dtype.
+        weights: the head's matrices in `nn.Linear` layout, with the activation between them. ()
+            is no head (then D == A), one matrix is a linear head, and two are the paper's (M, D)
+            and (A, M). More are allowed. Their dtype may differ from that of `hidden`, as with
+            float32 master weights.
+        biases: None, or one entry per weight: a Tensor (out_features,) or None.
         visual_mask: bool, the leading shape: which positions are visual tokens.
-        visual_index: int64 (N,), unique, into the flattened leading dimensions; instead of a mask,
-            and free of the device synchronisation that a mask needs. Neither: every position.
-        token_weight: non-negative, the leading shape or (N,); where both fit, the leading shape.
-            A constant, as the denominator is: no gradient flows into it.
-        layout: "bsh", or "sbh" where `hidden` is (S, B, D), as in Megatron, and so `anchor`, but
-            for one of (N, A). All else is as with "bsh", (B, S) for "the leading shape", and the
-            result is bitwise the same. What a mask or an index selects is read where it lies.
+        visual_index: int64 (N,), unique, into the flattened leading dimensions. It replaces the
+            mask, and saves the device synchronisation that a mask needs. With neither, every
+            position is a visual token.
+        token_weight: non-negative, the leading shape or (N,). If both fit, the leading shape is
+            meant. A constant, like the denominator: no gradient flows into it.
+        layout: "bsh", or "sbh" if `hidden` is (S, B, D), as in Megatron. Then `anchor` is (S, B,
+            A) or (N, A). Everything else is as with "bsh", with (B, S) for "the leading shape",
+            and the result is bitwise the same. Rows that a mask or an index selects are read
+            in place.
         activation: "gelu" (erf), "gelu_tanh", "silu" or "relu"; or an `Activation` of your own.
-        loss: "cosine" (its negative, `F.cosine_similarity`'s value); or "mse", "smooth_l1" (beta
-            1), "l1" or "huber" (`F.huber_loss` with delta 0.5), averaged over the features; or a
+        loss: "cosine" (the negative of `F.cosine_similarity`); or "mse", "smooth_l1" (beta 1),
+            "l1" or "huber" (`F.huber_loss` with delta 0.5), averaged over the features; or a
             `Loss` of your own.
-        normalize: "none", "l2" or "layer" (zero mean, unit variance, no affine): applied to
+        normalize: "none", "l2" or "layer" (zero mean, unit variance, no affine). It is applied to
             prediction and anchor before any loss but the cosine.
         reduction: "mean", "sum", or "none" for (N,) losses in index order.
         denominator: what "mean" divides by, a positive number or a 0-dim Tensor: the visual-token
             count of the global batch under data parallelism or gradient accumulation. None: the
-            sum of the token weights (N where there are none). A Tensor may be 0, as in a step
-            without visual tokens. With visual tokens that is an error on the CPU; elsewhere, where
-            the value cannot be seen without waiting, the loss and its gradients are 0.
-        eps: positive; norms are clamped from below by it, variances are increased by it.
-        recompute: False computes the gradients together with the loss (six matmuls; holds them
-            until backward, which multiplies them by the upstream factor: one more rounding in
-            bfloat16 and float16, unless it is a power of two). True computes them in backward
-            (eight matmuls, holds nothing). reduction="none" always does the latter.
-        chunk_rows: rows a chunk; None leaves the choice to a heuristic.
-        backend: "auto" (the fastest one that runs on the device and has kernels for the loss and
-            the activation), "triton" (GPUs), "cpp" (CPUs) or "torch", which takes everything.
+            sum of the token weights (N without weights). A Tensor may be 0, as in a step without
+            visual tokens. With visual tokens a 0 is an error on the CPU. Elsewhere the value
+            cannot be read without waiting, so the loss and its gradients are then 0.
+        eps: positive. Norms are clamped from below by it, and variances are increased by it.
+        recompute: False computes the gradients together with the loss. That takes six matmuls, and
+            holds the gradients until backward, which multiplies them by the upstream factor. In
+            bfloat16 and float16 this is one more rounding, unless the factor is a power of two.
+            True computes the gradients in backward, which takes eight matmuls and holds nothing.
+            reduction="none" always does the latter.
+        chunk_rows: rows in a chunk. None leaves the choice to a heuristic.
+        backend: "auto", "triton" (GPUs), "cpp" (CPUs) or "torch", which takes everything. "auto" is
+            the fastest that runs on the device and has kernels for the loss and the activation.
 
     Returns:
         The loss, float32 (float64 for float64 `hidden`), 0-dim, or (N,) for reduction="none".
         Without visual tokens it is exactly 0, with zero gradients for `hidden` and every weight.
-        Within torch.func's transforms (grad, vjp, jacrev, vmap) `eager_pre_loss` computes it.
+        In torch.func's transforms (grad, vjp, jacrev, vmap) `eager_pre_loss` computes it.
 
     Raises:
-        TypeError, ValueError, IndexError: naming the argument, what came and what was expected.
-            Values (weights, indices, the denominator) are looked at on the CPU only.
-        RuntimeError: for forward-mode derivatives and double backward: use `eager_pre_loss`.
+        TypeError, ValueError, IndexError: an argument is wrong. The message names it, what came
+            and what was expected. Values (weights, indices, the denominator) are checked on the
+            CPU only.
+        RuntimeError: forward-mode derivatives or double backward. Use `eager_pre_loss` for them.
 
     Example:
         >>> hidden = torch.tensor([[3.0, 4.0], [0.0, 2.0]], requires_grad=True)

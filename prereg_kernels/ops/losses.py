@@ -1,8 +1,8 @@
 """The losses of a token: each a name and its definition in PyTorch.
 
-A loss that is registered here works everywhere: in `eager_pre_loss`, which computes by the
-definition, on plain PyTorch, which differentiates it, and with every other backend on "auto", which
-leaves to plain PyTorch what it has no kernel for.
+A loss that is registered here works everywhere. `eager_pre_loss` computes it by the definition.
+Plain PyTorch differentiates it. With backend="auto", plain PyTorch also runs what the other
+backends have no kernel for.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ ByHand = Callable[[Tensor, Tensor, str, float, bool], tuple[Tensor, Tensor]]
 class Loss(Formula):
     """The loss of a token: `formula(p, q, **parameters)` of predictions and targets.
 
-    They are (n, A), normalised; the formula returns (n,), each row's by itself.
+    Predictions and targets are (n, A) and normalised already. The formula returns (n,), and each
+    row's loss depends on that row alone.
 
     Attributes:
-        normalizations: what `normalize=` may ask for; "none" is always allowed.
-        own_normalization: the one that belongs to the loss, where the caller asks for "none".
-        by_hand: losses and gradient of rows that are not normalised, for plain PyTorch, without
-            parameters. None: autograd differentiates the formula.
+        normalizations: what `normalize=` may ask for. "none" is always allowed.
+        own_normalization: the normalisation of the loss itself, if the caller asks for "none".
+        by_hand: a function for plain PyTorch that returns losses and gradient of rows that are not
+            normalised. It takes no parameters. None: autograd differentiates the formula.
 
     Example:
         >>> from prereg_kernels.ops import Loss
@@ -73,13 +74,14 @@ def register_loss(loss: Loss) -> Loss:
     """Make a loss known by its name, for `loss=` and for files that name it.
 
     Args:
-        loss: its formula is tried on a few rows.
+        loss: its formula is tried out on a few rows.
 
     Returns:
         The loss, which `loss=` takes too.
 
     Raises:
-        ValueError: the name belongs to another formula, or this one does not give a loss a row.
+        ValueError: the name belongs to another formula, or the formula does not return one loss
+            for each row.
 
     Example:
         >>> from prereg_kernels.ops import Loss, register_loss
@@ -91,7 +93,7 @@ def register_loss(loss: Loss) -> Loss:
 
 
 def _cosine(p: Tensor, q: Tensor) -> Tensor:
-    """The value of `F.cosine_similarity` with the clamp's true gradient, its sign turned."""
+    """The negative of `F.cosine_similarity`, with the clamp's true gradient."""
     return -(p * q).sum(dim=-1)
 
 

@@ -29,14 +29,14 @@ class _Options(TypedDict, total=False):
 
 
 class LossOptions(_Options, total=False):
-    """Of `fused_pre_loss`, but for the head's activation."""
+    """The options of `fused_pre_loss`, without the head's activation."""
 
     reduction: ReductionName
     recompute: bool
 
 
 class TapOptions(_Options, total=False):
-    """Of `pre_tap`, but for the head's activation."""
+    """The options of `pre_tap`, without the head's activation."""
 
     compute_value: bool
     value_out: Tensor | None

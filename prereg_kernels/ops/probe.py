@@ -38,9 +38,9 @@ class TapProbe:
         self._clock: tuple[Any, Any] | None = None
 
     def seconds(self) -> float | None:
-        """Of the backward pass, but for the probe's own work; a sync. None where it is not known.
+        """The seconds of the backward pass, without the probe's own work. This is a sync.
 
-        It is known on CPUs and on CUDA's and ROCm's devices.
+        They are known on CPUs and on CUDA's and ROCm's devices; elsewhere this is None.
         """
         if self._clock is None:
             return None

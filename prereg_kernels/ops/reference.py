@@ -2,8 +2,8 @@
 
     u = W1 h + b1,   g = act(u),   z = W2 g + b2,   loss = -cos(z, t)
 
-for the paper's head, where h are the visual tokens' hidden states after layer l and the anchor t
-is the features that entered the LLM, held constant.
+for the paper's head. h are the visual tokens' hidden states after layer l. The anchor t is the
+features that entered the LLM, held constant.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def eager_pre_loss(
     eps: float = 1e-8,
     upcast: torch.dtype | None = None,
 ) -> Tensor:
-    """The PRe loss by ordinary autograd: same arguments and result as `fused_pre_loss`.
+    """The PRe loss by ordinary autograd, with the arguments and the result of `fused_pre_loss`.
 
     Args:
-        upcast: compute everything in this dtype (`torch.float64` makes the reference that the
-            tests measure against); None: the matmuls in the dtype of `hidden` or of autocast,
-            the loss in float32 (float64 for float64 inputs).
+        upcast: compute everything in this dtype. `torch.float64` makes the reference that the
+            tests measure against. None: the matmuls run in the dtype of `hidden` or of autocast,
+            and the loss in float32 (float64 for float64 inputs).
 
     Example:
         >>> hidden, anchor = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])

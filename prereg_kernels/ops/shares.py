@@ -1,8 +1,8 @@
-"""Ranks that have the same hidden states, as under tensor parallelism: each does its share.
+"""Shares of the tokens for ranks that have the same hidden states, as in tensor parallelism.
 
 Of N tokens each rank of a group takes ceil(N / size), in the order of the ranks. The head's
-gradients of a share are part of a sum over the group; the hidden states' gradients are rows that
-the others lack. Sums of a group are the same bits on each of its ranks.
+gradients are then summed over the group. The hidden states' gradients are rows that the other ranks
+lack, so they are gathered. A group's sums are bitwise the same on each of its ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Share:
         self.inputs = inputs._replace(select=share, token_weight=None, slots=len(share))
 
     def rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, D) hidden states and (n, A) anchors of the share."""
+        """The hidden states (n, D) and the anchors (n, A) of the share."""
         share, anchor = self.inputs.select, self.anchor
         if anchor.shape[:-1] == hidden.shape[:-1]:
             anchor = anchor.reshape(-1, anchor.shape[-1])[share]
@@ -76,7 +76,7 @@ class Share:
 
 
 def share_of(count: int, group: Any) -> slice:
-    """Of so many rows, which all ranks of the group have, those of this rank."""
+    """The rows of this rank, out of so many that all ranks of the group have."""
     each = _rounded_up(count, dist.get_world_size(group))
     start = min(dist.get_rank(group) * each, count)
     return slice(start, min(start + each, count))

@@ -1,8 +1,8 @@
 """pre_tap: the identity on the hidden states, which adds PRe's gradient in the backward pass.
 
-The gradient of the loss needs nothing from upstream but a scalar, so all of the work can wait until
-the backward pass reaches layer l: six matmuls, no recomputation, nothing held in between, and the
-scratch lives where the activations of all later layers are already freed.
+The gradient of the loss needs only a scalar from upstream. So all of the work can wait until the
+backward pass reaches layer l. It takes six matmuls, recomputes nothing, and holds nothing in
+between. Its scratch is allocated when the activations of all later layers are already freed.
 """
 
 from __future__ import annotations
@@ -65,26 +65,27 @@ def pre_tap(
         (lm_loss + 0.5 * pre).backward()
 
     Args:
-        compute_value: False: the scalar is 0 in the forward pass, and holds the loss once backward
-            has been through it, so combine it linearly, by factors that are not trained. True: it
-            holds the loss at once, at two more matmuls. The gradient is the same. Within
-            torch.func's transforms and torch.export it is always True.
+        compute_value: whether the scalar holds the loss at once, at two more matmuls. False: it is
+            0 in the forward pass, and holds the loss once backward has been through it. So combine
+            it linearly, by factors that are not trained. The gradient is the same. In torch.func's
+            transforms and torch.export this is always True.
         value_out: a 0-dim Tensor without gradient that backward writes the loss into. Under
-            torch.compile this is the one way to read it, as the scalar itself stays as it was.
-        carry: a number or 0-dim Tensor: the gradient of your objective with respect to the loss,
-            for where you do not use the loss. Backward then adds `carry * dL/dhidden` by itself, as
-            long as `hidden` is used. A backward pass that keeps the graph, and so may be one of
-            several, adds nothing. None: what is not used has no gradient.
-        carry_always: the loss is for reading: backward adds `carry * dL/dhidden` always, and the
-            loss itself has no gradient. So it is under torch.compile, too, where `carry` is given.
-        group: a process group of ranks with the same parameters, whose gradients nobody else
-            reduces over them, as those of tensor parallelism. All of them have to come here, and in
-            backward. None: this rank alone.
-        same_hidden: they have the same `hidden` and anchor, too. Each does its share of the tokens,
-            and all get the gradients and the loss of all of them, the same bits. False: each has
-            tokens of its own, as where tensor parallelism leaves the ranks parts of the sequence.
-            The head's gradients are summed over the group; `denominator` is of all of its tokens,
-            and the loss that of this rank's.
+            torch.compile only this gives the loss, because the scalar itself does not change.
+        carry: a number or 0-dim Tensor for code that does not use the loss: the gradient of your
+            objective with respect to it. Backward then adds `carry * dL/dhidden` by itself, as
+            long as `hidden` is used. A backward pass that keeps the graph may be one of several,
+            so it adds nothing. None: an unused loss has no gradient.
+        carry_always: True: the loss is only for reading. Backward always adds `carry * dL/dhidden`,
+            and the loss itself has no gradient. Under torch.compile that holds whenever `carry`
+            is given.
+        group: a process group of ranks with the same parameters, over which nobody else reduces
+            the gradients, as in tensor parallelism. All of its ranks have to make this call and
+            its backward. None: this rank alone.
+        same_hidden: True: the ranks have the same `hidden` and anchor, too. Each does its share of
+            the tokens, and all get bitwise the same loss and gradients, those of all tokens.
+            False: each has its own tokens, as in sequence-parallel regions of tensor parallelism.
+            The head's gradients are summed over the group, `denominator` is for all of its tokens,
+            and the loss is that of this rank's.
         The others: as for `fused_pre_loss` with reduction="mean".
 
     Returns:
@@ -92,8 +93,8 @@ def pre_tap(
         float64 `hidden`).
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as `fused_pre_loss`. RuntimeError in
-            backward, too: if a tensor that it reads was changed in place since. RuntimeError: a
+        TypeError, ValueError, IndexError, RuntimeError: as for `fused_pre_loss`. Also RuntimeError
+            in backward, if a tensor that it reads was changed in place in the meantime; and for a
             `group` or `probe` under torch.compile, torch.export or torch.func.
 
     Example:

@@ -1,7 +1,7 @@
 """What torch does with a function besides calling it: torch.func, forward mode, torch.export.
 
-The fused loss has one derivative, in reverse mode. For the others, torch takes what runs below
-autograd for a constant: each of them needs code of plain operations, or an error.
+The fused loss has one derivative, in reverse mode. For any other derivative, torch treats what runs
+below autograd as a constant. So each of them needs code of plain operations, or an error.
 """
 
 from __future__ import annotations

@@ -19,23 +19,24 @@ T = TypeVar("T", bound=Trainer)
 
 
 def with_pre(trainer: type[T], **settings: Unpack[AttachSettings]) -> type[T]:
-    """A subclass of a Trainer's class that attaches PRe to its model, and is a PReTrainerMixin.
+    """Make a subclass of a Trainer's class that attaches PRe to its model.
 
-    It does so before there is an optimizer, to a model that is given, made by `model_init`, or
-    loaded by the trainer from a name. PRe goes on the model inside of a PeftModel. Heads that the
-    trainer has frozen, as by `peft_config=`, train again. A model that has PRe already is left as
-    it is, and no settings are given then.
+    The subclass is a PReTrainerMixin. It attaches PRe before there is an optimizer, to a model that
+    you pass, that `model_init` makes, or that the trainer loads from a name. PRe goes on the model
+    inside of a PeftModel. Heads that the trainer has frozen, as by `peft_config=`, are unfrozen. A
+    model that has PRe already is left as it is; then pass no settings.
 
     Args:
         trainer: transformers' Trainer, or a subclass, such as TRL's SFTTrainer.
-        settings: as `apply_pre` takes them.
+        settings: as for `apply_pre`.
 
     Returns:
         A class of the name PRe<name>. To pickle it, keep it under that name in your module.
 
     Raises:
-        TypeError: no such class, or an unknown setting.
-        ValueError: a setting's value. When a trainer is made: as `apply_pre` and PReTrainerMixin.
+        TypeError: `trainer` is no such class, or a setting is unknown.
+        ValueError: a setting has a wrong value. When you make a trainer, the class raises what
+            `apply_pre` and PReTrainerMixin raise.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -66,7 +67,7 @@ def with_pre(trainer: type[T], **settings: Unpack[AttachSettings]) -> type[T]:
 
 
 class Attaching(PReTrainerMixin):
-    """What `with_pre` puts before a trainer's class."""
+    """The base class that `with_pre` puts before a trainer's class."""
 
     pre_settings: ClassVar[Mapping[str, Any]] = {}
 
@@ -85,7 +86,7 @@ class Attaching(PReTrainerMixin):
             raise
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As Trainer's, with PRe."""
+        """Trainer's method; the model gets PRe."""
         model: nn.Module = super().call_model_init(trial)
         attach(model, self.pre_settings)
         return model

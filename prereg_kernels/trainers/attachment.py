@@ -1,4 +1,4 @@
-"""PRe on a trainer's model, by settings that were given before there was one."""
+"""Attaches PRe to a trainer's model, by settings that were given before the model was there."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def read_settings(written: Any, name: str = "pre") -> AttachSettings:
     """The settings that a file or a command line has under this name, checked.
 
     Args:
-        written: a mapping of plain values, as YAML has them, or None: no settings. A number may be
-            text, as PyYAML reads 1e-3.
+        written: a mapping of plain values, as in YAML. None: no settings. A number may be text,
+            because PyYAML reads 1e-3 as text.
 
     Raises:
-        ValueError: it is none, or one of them is unknown or wrong.
+        ValueError: it is no mapping, or a setting is unknown or wrong.
     """
     if written is None:
         return {}
@@ -70,10 +70,10 @@ def _number(value: Any) -> Any:
 
 
 def attach(model: nn.Module, settings: Mapping[str, Any]) -> PRe:
-    """PRe of a trainer's model: as it is there, or by the settings.
+    """The PRe that the model has already, or one attached by the settings.
 
     Raises:
-        ValueError: it is there, and there are settings.
+        ValueError: the model has PRe, and there are settings.
     """
     pre = get_pre(model)
     if pre is None:

@@ -1,4 +1,4 @@
-"""PRe in axolotl: two entries of its YAML file, and `axolotl train x.yml` as ever.
+"""PRe in axolotl: add two entries to its YAML file, and run `axolotl train x.yml` as before.
 
 plugins: [prereg_kernels.trainers.axolotl.PRePlugin]
 pre: {weight: 0.3}  # as `apply_pre` takes them; may be left out
@@ -29,7 +29,7 @@ OTHERS = ("rl", "reward_model", "process_reward_model")
 
 
 class PReArgs(BaseModel):
-    """What the plugin adds to axolotl's settings.
+    """The settings that the plugin adds to axolotl's.
 
     Attributes:
         pre: as `apply_pre` takes them.
@@ -45,13 +45,13 @@ class PReArgs(BaseModel):
 
 
 class PRePlugin(BasePlugin):
-    """Trains with PRe: the trainer's class, or that of another plugin, is one of `with_pre`.
+    """Trains with PRe: it passes axolotl's trainer class, or another plugin's, through `with_pre`.
 
     Each checkpoint has the heads in `pre/`, and so has the output directory at the end.
 
     Raises (when a trainer is made):
-        ValueError: a kind of training that reads no images, or a plugin before this one that has
-            a trainer of its own.
+        ValueError: this kind of training reads no images, or a plugin before this one has a
+            trainer of its own.
     """
 
     def get_input_args(self) -> str:
@@ -59,7 +59,7 @@ class PRePlugin(BasePlugin):
         return f"{__name__}.{PReArgs.__name__}"
 
     def get_trainer_cls(self, cfg: Any) -> type[Any]:
-        """What axolotl would take, with PRe."""
+        """The class that axolotl would take, with PRe."""
         for name in OTHERS:
             if cfg[name]:
                 raise ValueError(
@@ -69,7 +69,7 @@ class PRePlugin(BasePlugin):
         return with_pre(self._trainer(cfg), **read_settings(cfg.pre))
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """See that axolotl took that class: it takes the first that a plugin names."""
+        """Check that axolotl took that class: it takes the first that a plugin names."""
         if not isinstance(trainer, PReTrainerMixin):
             raise ValueError(
                 "plugins: expected PRePlugin before those that have a trainer of their own, got "

@@ -1,4 +1,4 @@
-"""PReCallback: PRe in a trainer that takes callbacks and no other class."""
+"""PReCallback: PRe in a trainer whose class you cannot choose, but which takes callbacks."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ STATE = "trainer_state.json"  # of a checkpoint
 
 
 class PReCallback(TrainerCallback):
-    """Attaches PRe to the model of a transformers Trainer, when that is made.
+    """Attaches PRe to the model of a transformers Trainer when the trainer is made.
 
-    Where you may choose the trainer's class, `with_pre` does more. This one's limits:
+    If you can choose the trainer's class, `with_pre` does more. The callback has these limits:
 
     - L_PRe. As with a plain Trainer, each micro-batch's mean is weighted by its share of the
-      labels. That is exact where it is also its share of the visual tokens; it is logged, once.
+      labels. That is exact if it is also the share of the visual tokens. The log says so once.
     - Losses that are computed outside of the model, as TRL's are, need `gradient="tap"`.
-    - Logs. "pre_loss", "lm_loss" and, where `watch_steps` has watched the step, the norms of both
-      gradients are those of the last micro-batch. They are in `log_history` and reach the callbacks
-      after this one. Trainer's own reports, such as to TensorBoard, come before it.
-    - Resuming. The heads come back from `pre/` in the checkpoint, which has to be in the output
-      directory, or in `TrainingArguments(resume_from_checkpoint=...)`; else it is an error. Of most
-      multimodal models Trainer (5.17) restores no weight, and says so in a warning.
-      `load_best_model_at_end` leaves the last heads.
-    - The trainer must not make another model (`model_init`) or have an optimizer before.
+    - Logs. "pre_loss" and "lm_loss" are those of the last micro-batch. If `watch_steps` has
+      watched the step, so are the norms of both gradients. They are in `log_history` and reach the
+      callbacks after this one. Trainer's own reports, such as to TensorBoard, come before it.
+    - Resuming. The heads come back from `pre/` in the checkpoint. The checkpoint has to be in the
+      output directory, or in `TrainingArguments(resume_from_checkpoint=...)`; otherwise it is an
+      error. For most multimodal models Trainer (5.17) restores no weight, and says so in a
+      warning. `load_best_model_at_end` leaves the last heads.
+    - The trainer must not make another model (`model_init`), or have an optimizer beforehand.
       `head_learning_rate` and `head_weight_decay` need an optimizer of `pre.parameter_groups`.
 
-    In a PReTrainer it attaches PRe and leaves the rest to it. Under FSDP and DeepSpeed the heads
-    are part of what these save and load.
+    In a PReTrainer the callback attaches PRe, and the trainer does the rest. Under FSDP and
+    DeepSpeed the heads are part of what these save and load.
 
     Attributes:
         pre: the handle; None before there is a trainer.
@@ -69,7 +69,7 @@ class PReCallback(TrainerCallback):
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Attach."""
+        """Attach PRe to the model."""
         self.pre = attach(model, self._settings)
         thaw(self.pre)
 
@@ -82,7 +82,7 @@ class PReCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """See that the heads will train, and go on with those of a checkpoint."""
+        """Check that the heads will train, and continue with the heads of a checkpoint."""
         pre = get_pre(model)
         if self.pre is None:
             raise ValueError(
@@ -167,7 +167,7 @@ def _folder_of(args: Any, state: TrainerState) -> Path:
 
 
 def _checkpoint_of(args: Any, state: TrainerState) -> Path:
-    """The checkpoint that this state was read from, which Trainer does not tell.
+    """The checkpoint that this state was read from, which Trainer does not name.
 
     Raises:
         ValueError: it is in none of the places where it can be.
@@ -192,5 +192,5 @@ def _checkpoint_of(args: Any, state: TrainerState) -> Path:
 
 
 def _trace(state: TrainerState) -> str:
-    """What a run leaves in its state; as text, in which NaN is NaN."""
+    """What a run leaves in its state, as text, because in text NaN equals NaN."""
     return json.dumps([state.global_step, state.log_history])

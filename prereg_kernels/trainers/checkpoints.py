@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer whose model has PRe: a plain model, and its heads beside it."""
+"""Checkpoints of a Trainer whose model has PRe: a plain model, and the heads beside it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.get_logger(__name__)
 
 
 class Checkpoints(_Base):
-    """What makes a Trainer save the heads in `pre/` and read them there; part of PReTrainerMixin.
+    """The part of PReTrainerMixin that saves the heads in `pre/` and reads them there.
 
     Under FSDP with sharded checkpoints, and under DeepSpeed, the heads are part of what these save
-    and load; but for FSDP's of a PeftModel, beside which they are in `pre/`.
+    and load. FSDP's checkpoint of a PeftModel is the exception: there they are in `pre/` beside it.
     """
 
     _read_from: str | None = None  # the checkpoint that is being read
@@ -39,7 +39,7 @@ class Checkpoints(_Base):
 
     @property
     def pre(self) -> PRe:
-        """PRe's handle on the model."""
+        """The handle of PRe on the model."""
         return find_pre(self.model)
 
     def _save(
@@ -94,7 +94,7 @@ class Checkpoints(_Base):
         return hasattr(inner, "peft_config") and "SHARDED" in kind
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the heads where nothing else writes them."""
+        """Trainer's method; it writes the heads if nothing else does."""
         super().save_model(output_dir, *args, **kwargs)
         if self._heads_are_apart():  # on all ranks, which have a part of them each
             self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR)
@@ -108,7 +108,7 @@ class Checkpoints(_Base):
             self._read_from = None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As if there were no heads, which have their own file."""
+        """Trainer's method, without the names of the heads, which have their own file."""
         model = state_of(self.pre).model
         if load_result.unexpected_keys and self._read_from is not None:
             load_result = load_weights(model, self._read_from)

@@ -1,8 +1,8 @@
-"""PRe in NeMo AutoModel: a mixin for its recipes, and its recipe for multimodal models with it.
+"""PRe in NeMo AutoModel: a mixin for its recipes, and its multimodal recipe with that mixin.
 
-The recipe builds the model, shards it and makes the optimizer in one call, and computes its loss
-outside of the model. So PRe is attached between the first two, and backward adds its gradient by
-itself.
+The recipe builds the model, shards it and makes the optimizer in one call. So the mixin attaches
+PRe between building and sharding. The recipe computes its loss outside of the model, so backward
+adds PRe's gradient by itself.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ BUILD = "apply_model_infrastructure"  # what loads weights, adapters and shards 
 
 
 class PReRecipeMixin(_Base):
-    """To be put before a NeMo AutoModel recipe: `class MyRecipe(PReRecipeMixin, Recipe)`.
+    """Put it before a NeMo AutoModel recipe: `class MyRecipe(PReRecipeMixin, Recipe)`.
 
-    - PRe's settings are those of the YAML file's `pre:`, beside `pre_settings` of the class.
-    - L_PRe is the mean over the visual tokens of a whole step, as L_LM over its labels: all
-      micro-batches and ranks.
-    - Metrics have "pre_loss", of the step, over all ranks, beside "loss", which stays L_LM.
-    - A checkpoint's `model/` is the plain model, or adapter; `pre/` beside it has the heads.
+    - PRe's settings come from `pre:` in the YAML file, and from `pre_settings` of the class.
+    - L_PRe is the mean over the visual tokens of a whole step, over all micro-batches and ranks.
+      L_LM is the same mean over the labels.
+    - The metrics have the step's "pre_loss" over all ranks, beside "loss", which stays L_LM.
+    - A checkpoint's `model/` is the plain model or adapter. `pre/` beside it has the heads.
 
     Not supported: the heads' own learning rate and decay, weight schedules, watched gradients;
     tensor, pipeline, context and expert parallelism, MegatronFSDP.
 
     Attributes:
-        pre: PRe's handle on the model, once it is set up.
-        pre_settings: as `apply_pre` takes them; those of the file come after.
+        pre: the handle of PRe on the model, once it is set up.
+        pre_settings: settings as for `apply_pre`. Those of the file override them.
 
     Raises (by `setup`):
         TypeError, ValueError: a setting, or one of the above.
@@ -67,7 +67,7 @@ class PReRecipeMixin(_Base):
     pre_settings: ClassVar[Mapping[str, Any]] = {}
 
     def setup(self) -> None:
-        """As the recipe's, with PRe on the model before it is sharded and there is an optimizer."""
+        """The recipe's method; PRe is attached before sharding and before there is an optimizer."""
         given = self.cfg.get("pre", None)
         given = given.to_dict() if hasattr(given, "to_dict") else given or {}
         settings = {**self.pre_settings, **given}
@@ -86,7 +86,7 @@ class PReRecipeMixin(_Base):
             super().setup()
 
     def load_checkpoint(self, restore_from: str | None = None) -> None:
-        """As the recipe's, which calls it at the end of `setup`; and the heads."""
+        """The recipe's method, which `setup` calls at its end; it loads the heads, too."""
         self._check_parallelism()
         self.pre = find_pre(self.model_parts[0])
         self.pre.check()
@@ -94,12 +94,12 @@ class PReRecipeMixin(_Base):
             super().load_checkpoint(restore_from)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the recipe's; and the heads."""
+        """The recipe's method; it saves the heads, too."""
         with _heads_apart(self.pre, in_files=True):
             super().save_checkpoint(*args, **kwargs)
 
     def _run_train_optim_step(self, batches: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the recipe's, a step of these micro-batches, with the step's denominator."""
+        """The recipe's method, a step of these micro-batches; it sets the step's denominator."""
         pre = self.pre
         rows = torch.stack([pre.count(batch) for batch in batches]).sum().cpu()
         rows = super()._dp_allreduce(rows)
@@ -113,7 +113,7 @@ class PReRecipeMixin(_Base):
         return sample
 
     def _forward_backward_step(self, *args: Any, **kwargs: Any) -> None:
-        """As the recipe's, of a micro-batch."""
+        """The recipe's method, for a micro-batch."""
         super()._forward_backward_step(*args, **kwargs)
         record = state_of(self.pre).last
         if kwargs.get("is_train", True):
@@ -131,12 +131,12 @@ class PReRecipeMixin(_Base):
 
 
 class PReFinetuneRecipeForVLM(PReRecipeMixin, finetune.FinetuneRecipeForVLM):
-    """NeMo AutoModel's recipe with PRe: `recipe:` of a YAML file may name it."""
+    """NeMo AutoModel's multimodal recipe with PRe. A YAML file may name it as its `recipe:`."""
 
 
 @contextmanager
 def _before_sharding(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Meanwhile models that NeMo builds get PRe before they are sharded."""
+    """Inside this context, models that NeMo builds get PRe before they are sharded."""
     models = import_module(private.NEMO_MODELS)
     build: Callable[..., Any] = getattr(models, BUILD)
 
@@ -161,7 +161,7 @@ def _before_sharding(settings: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _heads_apart(pre: PRe, in_files: bool) -> Iterator[None]:
-    """Meanwhile NeMo writes and reads a model without heads.
+    """Inside this context, NeMo writes and reads a model without heads.
 
     Args:
         in_files: these go to `pre/` beside its `model/`, and come from there.
@@ -201,7 +201,7 @@ def _without_heads(pre: PRe) -> Iterator[None]:
 
 
 def main() -> None:
-    """For `automodel config.yaml` on several GPUs, which starts a recipe's file: it trains."""
+    """Train. On several GPUs `automodel config.yaml` runs the recipe's file, and so this."""
     recipe = PReFinetuneRecipeForVLM(finetune.parse_args_and_load_config())
     recipe.setup()
     recipe.run_train_validation_loop()

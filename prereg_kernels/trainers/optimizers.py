@@ -1,4 +1,4 @@
-"""The optimizer of a Trainer whose model has PRe: it has the heads, at their rate and decay."""
+"""The optimizer of a Trainer whose model has PRe. It has the heads, at their rate and decay."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ else:
 
 
 class Optimizers(_Base):
-    """What makes and checks the optimizer; part of PReTrainerMixin."""
+    """The part of PReTrainerMixin that makes and checks the optimizer."""
 
     _is_optimizer_own = False  # made here, not given by the caller
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, with groups for the heads where they have a rate or decay of their own.
+        """Trainer's method; the heads get groups if they have a rate or decay of their own.
 
         Raises:
             ValueError: they have, and a given optimizer has another one for them, or none.
@@ -86,7 +86,7 @@ class HeadNorm(TrainerCallback):
         self._norm: Tensor | None = None  # as the optimizer gets it, clipped
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Where gradients are whole: DeepSpeed and FSDP1 have parts of them on each rank."""
+        """Measure the norm if gradients are whole: DeepSpeed and FSDP1 leave parts on each rank."""
         trainer = self._trainer
         heads = state_of(find_pre(trainer.model)).parameters().values()
         gradients = [p.grad for p in heads if p.grad is not None]
@@ -96,7 +96,7 @@ class HeadNorm(TrainerCallback):
             self._norm = torch.nn.utils.get_total_norm(gradients)
 
     def take(self, logs: dict[str, float]) -> Tensor:
-        """(1,): before clipping, as "grad_norm" in the logs is; NaN where it is not known."""
+        """The norm before clipping, as "grad_norm" in the logs: (1,), NaN if it is not known."""
         norm, total = self._norm, logs.get("grad_norm")
         self._norm = None
         if norm is None or total is None:

@@ -1,4 +1,4 @@
-"""Parallelism: what a Trainer's ranks have in common, and so how its losses add up."""
+"""Parallelism: which ranks of a Trainer share tokens, and how their losses add up."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ else:
 
 
 class Parallelism(_Base):
-    """Of a PReTrainer: data, tensor, context and sequence parallelism.
+    """The part of a PReTrainer that knows data, tensor, context and sequence parallelism.
 
-    What accelerate sets up is in its `parallelism_config`. Each sequence is shared there by context
-    parallelism (cp), all of whose ranks load whole batches, or by DeepSpeed's Ulysses (sp), whose
-    loader deals out parts. What else does so says it in `pre.sequence_parallel`.
+    accelerate's `parallelism_config` says what accelerate has set up. Ranks share each sequence by
+    context parallelism (cp), whose ranks all load whole batches, or by DeepSpeed's Ulysses (sp),
+    whose loader deals out parts. For anything else `pre.sequence_parallel` says it.
     """
 
     @property
@@ -58,7 +58,7 @@ class Parallelism(_Base):
         return getattr(parallelism, f"{kind}_size", None) or 1
 
     def _counts_parts_of(self) -> SequenceParallel | None:
-        """Where the passes see a part of the sequences that `count_rows` gets: who has the rest."""
+        """The ranks that have the rest, if passes see a part of what `count_rows` gets; or None."""
         shared = self._shared
         if shared is not None and (shared.shard is not None or self._size("cp") > 1):
             return shared
@@ -91,7 +91,7 @@ class Parallelism(_Base):
         return ranks
 
     def _loss_scale(self, items: Any) -> int:
-        """What Trainer multiplies the loss by, so that averaging over ranks makes it a sum."""
+        """The factor by which Trainer multiplies the loss, so that the ranks' average is a sum."""
         known = self.args.average_tokens_across_devices and items is not None
         return self._losses() if known else 1
 

@@ -1,19 +1,20 @@
 """PReTrainer: transformers' Trainer, with PRe's mean over the whole step, its figures, its heads.
 
-A plain `transformers.Trainer` trains a model with PRe attached, too, with three differences:
+A plain `transformers.Trainer` trains a model with PRe attached, too. There are three differences:
 
-- L_PRe. The plain Trainer knows the step's label tokens, not its visual tokens. Each micro-batch's
-  mean of L_PRe is weighted by its share of the labels, so the term has the right magnitude always,
-  and is exact where that share is also its share of the visual tokens. (Qwen2.5-VL and others with
-  `accepts_loss_kwargs = False` get the mean over the micro-batches, as their L_LM does.) Over ranks
-  it is the same. PReTrainer counts the visual tokens of the step, over micro-batches and ranks.
-- Checkpoints. They hold a plain model, and the heads in `pre/`, which a plain Trainer that resumes
-  does not read: attach PRe by `apply_pre(model, from_pretrained=checkpoint)` then. And of most
+- L_PRe. The plain Trainer knows the step's label tokens, but not its visual tokens. It weights each
+  micro-batch's mean of L_PRe by the micro-batch's share of the labels. So the term always has the
+  right magnitude. It is exact if that share is also the share of the visual tokens. Over ranks it
+  is the same. (Qwen2.5-VL and others with `accepts_loss_kwargs = False` get the mean over the
+  micro-batches, as their L_LM does.) PReTrainer counts the visual tokens of the step, over
+  micro-batches and ranks.
+- Checkpoints. They hold a plain model, and the heads in `pre/`. A plain Trainer that resumes does
+  not read `pre/`: attach PRe by `apply_pre(model, from_pretrained=checkpoint)` then. For most
   multimodal models Trainer (5.17) restores no weight at all, and says so in a warning about missing
-  keys; PReTrainer restores them.
+  keys. PReTrainer restores both.
 - Losses that Trainer computes itself from the logits, with `label_smoothing_factor` or
-  `compute_loss_func`, do not hold the term, and PRe raises an error. TRL's SFTTrainer computes its
-  own loss always.
+  `compute_loss_func`, do not hold the term, and PRe raises an error. TRL's SFTTrainer always
+  computes its own loss. PReTrainer adds the term to whatever loss Trainer computes.
 """
 
 from __future__ import annotations
@@ -47,40 +48,42 @@ def _as(original: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, 
 
 
 class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
-    """What makes a Trainer a PReTrainer; put it first: `class My(PReTrainerMixin, SFTTrainer)`.
+    """The mixin behind PReTrainer. Put it first: `class My(PReTrainerMixin, SFTTrainer)`.
 
-    - The gradient of a step is that of `L_LM + weight * L_PRe`, with L_PRe the mean over all visual
-      tokens (with level="global", images) of the step, over its micro-batches and all ranks; 1 x 8
-      and 4 x 2 are equal.
-    - This holds for whatever loss the trainer below computes; that loss need not come from the
-      model, and may be of several forward passes: L_PRe of its micro-batch is then the mean over
-      what all of them saw.
-    - Where a micro-batch cannot be counted before its passes (`count_rows`), as GRPO's prompts, its
-      L_PRe is the mean over what they saw on all ranks, and a step's the mean of its micro-batches.
-    - The logs have "lm_loss", what the loss would be without PRe, and "pre_loss", over the steps
-      since the last log, all ranks, and, for the latter, averaged over these; several
-      layers have "pre_loss/layer_16" each, too. By default "loss" is "lm_loss"; with
-      `value_in_forward` it holds the weighted term. "pre_grad_norm" is the heads' part of
-      "grad_norm", before clipping, too. With `watch_steps` there are the gradients at the layers'
-      states, as `PRe.metrics` names them, of the step's whole objective and over all ranks, and
-      "pre_seconds", the time of PRe's part of that step's backward passes. "pre_weight" is there
-      where it changes: by `weight_schedule`, `weight_warmup_steps` and `gradient_ratio`.
-      With `value_in_eval` the metrics of `evaluate`
-      and `predict` have "eval_pre_loss" and so on, over all visual tokens (or images) evaluated.
-    - The heads have `head_learning_rate` and `head_weight_decay`, where the settings give them, in
-      the optimizer that the trainer makes; one that is given has to have them.
-    - Checkpoints and `save_model` write a plain model, and the heads to `pre/` inside of it;
+    - Gradient. A step's gradient is that of `L_LM + weight * L_PRe`. L_PRe is the mean over all
+      visual tokens of the step (with level="global", its images), over its micro-batches and all
+      ranks. So 1 x 8 and 4 x 2 are equal.
+    - Losses. This holds for whatever loss the trainer below computes. That loss need not come from
+      the model, and may be of several forward passes: L_PRe of its micro-batch is then the mean
+      over what all of them saw.
+    - Other batches. If `count_rows` cannot count a micro-batch before its passes, as with GRPO's
+      prompts, its L_PRe is the mean over what they saw on all ranks. L_PRe of the step is then the
+      mean over its micro-batches.
+    - Logs. "lm_loss" is what the loss would be without PRe. "pre_loss" is the mean of
+      L_PRe over the steps since the last log, over all ranks and layers. Several layers have
+      "pre_loss/layer_16" each, too. By default "loss" is "lm_loss"; with `value_in_forward` it
+      holds the weighted term.
+      "pre_grad_norm" is the heads' part of "grad_norm", before clipping. "pre_weight" is there if
+      it changes: by `weight_schedule`, `weight_warmup_steps` or `gradient_ratio`.
+    - Watched steps. With `watch_steps` the logs have the gradients at the layers' states, as
+      `PRe.metrics` names them, for the step's whole objective and over all ranks. "pre_seconds" is
+      the time of PRe's part of that step's backward passes.
+    - Evaluation. With `value_in_eval` the metrics of `evaluate` and `predict` have "eval_pre_loss"
+      and so on, over all visual tokens (or images) evaluated.
+    - Optimizer. The one that the trainer makes gives the heads `head_learning_rate` and
+      `head_weight_decay`, if the settings have them. One that you pass has to do so itself.
+    - Checkpoints and `save_model` write a plain model, and the heads to `pre/` inside of it.
       `resume_from_checkpoint` and `load_best_model_at_end` read them. (Under FSDP with sharded
       checkpoints, and under DeepSpeed, the heads are part of what these save and load.)
+    - Shared sequences. If ranks share each sequence, by accelerate's context or sequence
+      parallelism or as `pre.sequence_parallel` says, each computes L_PRe of its own tokens, and all
+      of the above holds.
 
-    - Where ranks share each sequence, as accelerate's context and sequence parallelism have it, or
-      `pre.sequence_parallel` says, each computes L_PRe of its own tokens, and all of this holds.
-
-    Not supported: `nn.DataParallel`; level="global" with accelerate's context and sequence
+    Not supported: `nn.DataParallel`, and level="global" with accelerate's context and sequence
     parallelism, which do not say where images are cut.
 
     Raises (when made):
-        ValueError: a model without PRe, or one of the above.
+        ValueError: the model has no PRe, or one of the above is asked for.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -119,7 +122,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         self.add_callback(self._loss_weight)
 
     def _find_model(self) -> None:
-        """The trainer below has made, loaded or wrapped it: see that it has PRe."""
+        """Check that the model has PRe, once the trainer below has made, loaded or wrapped it."""
         find_pre(self.model)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PReCallback):
@@ -127,7 +130,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's.
+        """Trainer's method.
 
         Raises:
             ValueError: a head is frozen, or not in the optimizer.
@@ -144,10 +147,10 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
     # The step: its denominator, its loss, its figures.
 
     def count_rows(self, batch: Any) -> Tensor | None:
-        """0-dim, int64: as `pre.count`, of a micro-batch before it is given to `training_step`.
+        """The rows of a micro-batch before `training_step` gets it: 0-dim, int64, as `pre.count`.
 
-        None where it does not say: it is no mapping with "input_ids", and the family has no mask
-        function. Override this for a batch of another form.
+        None if the micro-batch does not say: it is no mapping with "input_ids", and the family has
+        no mask function. Override this for a batch of another form.
         """
         if not isinstance(batch, Mapping):
             return None
@@ -157,7 +160,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """As Trainer's: the micro-batches of a step, and their label tokens."""
+        """Trainer's method: the micro-batches of a step, and their label tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_optimizer_checked:  # in the first step of a run
             check_optimizer(self.optimizer, self.model)
@@ -195,7 +198,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """As Trainer's; in training, plus the term.
+        """Trainer's method; in training, it adds the term.
 
         Raises:
             RuntimeError: no training forward pass went through the model with PRe.
@@ -221,9 +224,9 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         return (loss, outputs) if return_outputs else loss
 
     def _weigh(self, terms: Tensor, records: Sequence[Record]) -> Tensor:
-        """One term for the passes of a micro-batch: their rows' mean, by its weight in the step.
+        """One term for the passes of a micro-batch: the mean of their rows, weighted in the step.
 
-        Each pass's own is its rows' sum over the denominator, or, without one, their mean.
+        Each pass's own term is the sum of its rows over the denominator, or, without one, the mean.
         """
         rows = torch.stack([record.rows for record in records]).to(terms.device)
         seen = rows.sum()
@@ -241,7 +244,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.training_step)
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's: the forward and backward passes of a micro-batch."""
+        """Trainer's method: the forward and backward passes of a micro-batch."""
         self._counted = self._counts.pop(0) if self._counts else None
         self._records, self._lm_loss = (), None
         loss = super().training_step(*args, **kwargs)
@@ -264,7 +267,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.log)
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; its regular figures get those of PRe beside them.
+        """Trainer's method; it puts PRe's figures beside Trainer's regular ones.
 
         Raises:
             ValueError: `count_rows` found none of the rows that the passes saw.
@@ -309,7 +312,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As Trainer's; with `value_in_eval` its metrics have those of PRe.
+        """Trainer's method; with `value_in_eval` the metrics have PRe's figures.
 
         Samples that a rank gets twice, to fill its last batch, count twice.
         """
@@ -327,7 +330,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     @_as(Trainer.prediction_step)
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's."""
+        """Trainer's method."""
         inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
         with state_of(self.pre).computing_on(inputs), self.pre.collecting() as passes:
             result = super().prediction_step(*args, **kwargs)
@@ -366,5 +369,5 @@ class PReTrainer(PReTrainerMixin, Trainer):
 
 
 def _totals(record: Record) -> Tensor:
-    """(1 + layers,): the rows of a pass, and the sum of their losses for each layer."""
+    """The rows of a pass, and for each layer the sum of their losses: (1 + layers,)."""
     return torch.stack([record.rows, *record.sums()])

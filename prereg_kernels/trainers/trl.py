@@ -1,4 +1,4 @@
-"""TRL's trainers with PRe, at the paper's settings; for others `with_pre(SFTTrainer, weight=0.3)`.
+"""TRL's trainers with PRe, at the paper's settings. For others: `with_pre(SFTTrainer, weight=0.3)`.
 
 from prereg_kernels.trainers.trl import PReSFTTrainer
 

@@ -1,4 +1,4 @@
-"""The weight of L_PRe step by step, and what it does to the gradients at the layers' states."""
+"""The weight of L_PRe in each step, and what L_PRe does to the gradients at the layers' states."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def is_scheduled(config: PReConfig) -> bool:
 
 
 class LossWeight(TrainerCallback):
-    """Of a PReTrainer: the weight, and the figures of the last watched step."""
+    """The weight of a PReTrainer, and the figures of the last watched step."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -116,7 +116,7 @@ class LossWeight(TrainerCallback):
         return torch.where((lm > 0) & (pre > 0) & change.isfinite(), led, base)
 
     def end(self) -> None:
-        """Of a run: what comes after it has the weight of the settings."""
+        """End a run: what comes after it has the weight of the settings."""
         self._pre.watches_gradients = False
         if is_scheduled(self._pre.config):
             self._pre.weight = self._pre.config.weight

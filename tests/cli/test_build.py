@@ -83,5 +83,5 @@ def test_a_package_without_sources(
     monkeypatch.setattr(build, "CSRC", tmp_path / "csrc")
     with pytest.raises(SystemExit):
         run(monkeypatch)
-    told = f"prereg: the sources of the C++ rows are not there: {tmp_path / 'csrc'}\n"
+    told = f"prereg: the sources of the C++ kernels are not there: {tmp_path / 'csrc'}\n"
     assert capsys.readouterr().err == told

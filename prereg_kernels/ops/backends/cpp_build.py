@@ -91,7 +91,7 @@ def build(csrc: Path, folder: Path, objects: Path) -> dict[str, Any]:
 
 
 def digest(csrc: Path) -> str:
-    """Of the sources: libraries of another one are stale."""
+    """The digest of the sources. Libraries of another digest are stale."""
     content = hashlib.sha256()
     for path in sorted([*csrc.glob("*.cpp"), *csrc.glob("*.h")]):
         content.update(path.read_bytes())
@@ -104,7 +104,7 @@ def library(variant: str) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `build` has written there; empty if it has not run."""
+    """The record that `build` has written there; empty if it has not run."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -148,7 +148,7 @@ def find_torch() -> dict[str, Any]:
 
 
 def find_ninja() -> str:
-    """Its path.
+    """The path of ninja.
 
     Raises:
         BuildError: there is none.
@@ -249,7 +249,7 @@ def _reason(output: str, compiler: str) -> str:
 
 @contextmanager
 def _locked(objects: Path) -> Iterator[int]:
-    """Within: no other build in that directory."""
+    """Inside this context, no other build runs in that directory."""
     with (objects / "lock").open("w") as file:
         if sys.platform == "linux":
             import fcntl

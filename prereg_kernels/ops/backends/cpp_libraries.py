@@ -1,4 +1,4 @@
-"""The libraries of the C++ rows: where they are, whether they run here, and why not."""
+"""The libraries of the C++ kernels: where they are, whether they run here, and why not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUNNABLE = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 
 @dataclass(frozen=True)
 class Libraries:
-    """What a build has left in a directory, and whether it runs here.
+    """The libraries that a build has left in a directory, and whether they run here.
 
     variants: those that this CPU can run, the fastest first. reason: why none runs, in one line;
     None: the first does. is_stale: `prereg build` would make others.
@@ -46,7 +46,7 @@ class Libraries:
 
 @cache
 def find_libraries() -> Libraries:
-    """Those of the installation if they run here, otherwise those of `prereg build`."""
+    """The installation's libraries if they run here, otherwise those of `prereg build`."""
     installed = _look_into(PACKAGE)
     if installed.reason is None:
         return installed
@@ -92,7 +92,7 @@ def build_folders() -> tuple[Path, Path]:
 
 
 def warn_if_not_built() -> None:
-    """Say so where these rows do not run, but could be built."""
+    """Warn if these kernels do not run, but could be built."""
     libraries = find_libraries()
     if not libraries.is_stale:
         return
@@ -101,7 +101,7 @@ def warn_if_not_built() -> None:
     except BuildError:
         return
     warnings.warn(
-        f"PRe runs without its C++ rows on this CPU, and is slower: {libraries.reason}",
+        f"PRe runs without its C++ kernels on this CPU, and is slower: {libraries.reason}",
         stacklevel=2,
     )
 
@@ -148,5 +148,5 @@ def _cache_folder() -> Path:
 
 
 def _release(version: str) -> str:
-    """Without the local part: "2.13.0+cpu" and "2.13.0+cu130" have the same CPU interface."""
+    """The version without its local part: +cpu and +cu130 builds have the same CPU interface."""
     return version.partition("+")[0]

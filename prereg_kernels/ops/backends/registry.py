@@ -87,7 +87,7 @@ def _note_absence(name: str, device: torch.device, reason: str) -> None:
 
 @cache
 def _log(name: str, reason: str) -> None:
-    """Once for each backend and reason."""
+    """Log once for each backend and reason."""
     logger.debug("backend %s is passed over: it %s", name, reason)
 
 

@@ -1,4 +1,4 @@
-"""The build of the C++ rows: what is compiled again, what fails, and what stays as it was.
+"""The build of the C++ kernels: what is compiled again, what fails, and what stays as it was.
 
 The sources are tiny, and two libraries without content stand for torch's.
 """

@@ -1,4 +1,4 @@
-"""Which libraries of the C++ rows are used, why none is, and what a user is told to run."""
+"""Which libraries of the C++ kernels are used, why none is, and what a user is told to run."""
 
 from __future__ import annotations
 
