@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -139,23 +139,20 @@ def _extras() -> dict[str, str]:
 def _named(requirements: Sequence[str]) -> dict[str, list[str]]:
     """{extra: the packages that it names}; an extra that names another has that one's, too."""
     named: dict[str, list[str]] = {}
-    others: dict[str, str] = {}
     for requirement in requirements:
-        name = re.match(r"[\w.-]+", requirement)
-        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
-        inner = re.match(r"[\w.-]+\s*\[([^\]]+)\]", requirement)
-        if name is None or extra is None:
-            continue
-        if name[0].replace("_", "-") == DISTRIBUTION and inner is not None:
-            others[extra[1]] = inner[1]
-        else:
-            named.setdefault(extra[1], []).append(name[0])
-    for extra in others:
-        inside = others.get(extra)
-        while inside is not None:
-            named.setdefault(extra, []).extend(named.get(inside, ()))
-            inside = others.get(inside)
-    return {extra: list(dict.fromkeys(names)) for extra, names in named.items()}
+        what, _, condition = requirement.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", condition)
+        if extra is not None:
+            named.setdefault(extra[1], []).append(what.strip())
+    return {extra: _packages(extra, named) for extra in named}
+
+
+def _packages(extra: str, named: Mapping[str, Sequence[str]]) -> list[str]:
+    packages: list[str] = []
+    for what in named[extra]:
+        name, inner = re.match(r"([\w.-]+)(?:\[([^\]]+)\])?", what).groups()  # type: ignore[union-attr]
+        packages += _packages(inner, named) if name == DISTRIBUTION else [name]
+    return packages
 
 
 def _taken() -> str:

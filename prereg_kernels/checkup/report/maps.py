@@ -47,22 +47,47 @@ def chosen_patch(shown: Shown) -> int:
     return int(candidates[((places - centre) ** 2).sum(axis=0).argmin()])
 
 
+def patch_at(shown: Shown, pixel: tuple[int, int]) -> int:
+    """The token whose box a pixel (x, y) of the image is in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    assert shown.boxes is not None and shown.places is not None and shown.picture is not None
+    x, y = (place + 0.5 for place in pixel)
+    top, left, bottom, right = shown.boxes.T
+    inside = (left <= x) & (x < right) & (top <= y) & (y < bottom) & (shown.places[0] >= 0)
+    if not inside.any():
+        height, width = shown.picture.shape[:2]
+        raise ValueError(
+            f"{shown.name}: expected a pixel x,y of its {width} x {height} that a patch covers, "
+            f"got {pixel[0]},{pixel[1]}"
+        )
+    return int(inside.argmax())
+
+
 def maps(
-    models: Sequence[CheckupResults], shown: Sequence[Shown], colours: Mapping[str, str]
+    models: Sequence[CheckupResults],
+    shown: Sequence[Shown],
+    colours: Mapping[str, str],
+    pixel: tuple[int, int] | None = None,
 ) -> Drawing:
     """One image, a column a layer. For each model, a row of similarities: the cosine of every patch
     to a chosen one, the mean patch (over all images) subtracted, since what all patches share would
     make every map bright; the scale is from -1 to 1 throughout. Then, for each model, a row of
     patches coloured by `aligned_components`.
+
+    Args:
+        pixel: (x, y) in the patch that is marked; None: that of `chosen_patch`.
     """
     layers = layers_shown(models[0].layers)
     sheet = _Sheet(2 * len(models), len(layers) + 1, shown[0])
-    patch = chosen_patch(shown[0])
     drawn = None
     words = [f"{shown[0].name}: mean cosine of its patches to the marked one"]
     for row, (model, image) in enumerate(zip(models, shown, strict=True)):
         mean = model.measured.mean()
         means = []
+        patch = chosen_patch(image) if pixel is None else patch_at(image, pixel)
         sheet.picture(row, image, patch)
         for column, layer in enumerate(layers, start=1):
             x = image.patches[layer].double() - mean[layer]

@@ -37,6 +37,7 @@ def write_page(
     models: Sequence[CheckupResults],
     differences: Mapping[str, Curve],
     facts: Mapping[str, Any],
+    pixels: Mapping[str, tuple[int, int]],
 ) -> Path:
     """Write checkup.json, plots/ and checkup.html into `out`.
 
@@ -44,6 +45,7 @@ def write_page(
         models: one model, or two to compare.
         differences: second - first, if there are two.
         facts: what was measured, on what: for the page's first lines.
+        pixels: {name of an image: where the patch is whose maps are drawn}, as `report` takes it.
 
     Returns:
         The page.
@@ -54,7 +56,7 @@ def write_page(
     with warnings.catch_warnings():
         # names of models and images in scripts that the font does not have
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        pictures = draw_all(partial(_drawings, models), out / PLOTS)
+        pictures = draw_all(partial(_drawings, models, pixels), out / PLOTS)
     measured = models[0].measured
     values = {
         "headline": numbers["headline"],
@@ -155,14 +157,16 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _drawings(models: Sequence[CheckupResults], colours: Colours) -> Iterator[tuple[str, Drawing]]:
+def _drawings(
+    models: Sequence[CheckupResults], pixels: Mapping[str, tuple[int, int]], colours: Colours
+) -> Iterator[tuple[str, Drawing]]:
     for picture, draw in CURVES.items():
         drawing = draw(models, colours)
         if drawing is not None:
             yield picture, drawing
     for i, shown in enumerate(zip(*(d.measured.shown() for d in models), strict=True)):
         if all(drawable(image) for image in shown):
-            yield f"maps-{i}", maps(models, shown, colours)
+            yield f"maps-{i}", maps(models, shown, colours, pixels.get(shown[0].name))
 
 
 def _table(d: CheckupResults) -> dict[str, Any]:
