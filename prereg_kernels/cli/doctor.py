@@ -34,13 +34,12 @@ Report = dict[str, dict[str, Any]]
 
 
 def examine() -> Report:
-    """Facts by section: versions, extras, cpu, gpu, backends, cpp rows. JSON-ready; nothing here
-    raises."""
+    """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing
+    here raises."""
     return {
         "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES}
-        | {"supported": _taken()},
-        "extras": _extras(),
+        | {"supported": _taken(), "extras": _extras()},
         "cpu": _cpu(),
         "gpu": _gpu(),
         "backends": _backends(),

@@ -316,7 +316,7 @@ def test_the_page_needs_no_network(reported: Path) -> None:
     page = (reported / "checkup.html").read_text()
     assert "no probe of image: breed: train_y: expected at least 2" in page
     assert "://" not in re.sub(r"base64,[^\"]+", "", page)
-    assert page.count("<picture>") == 6  # four of curves, two of images
+    assert page.count("<picture>") == 17  # panels: 2 + 5 + 4 + 4; and two images
     for name in ("probes", "structure", "resemblance", "tokens", "maps-0", "maps-1"):
         for ending in (".png", "-dark.png"):
             assert (reported / "plots" / f"{name}{ending}").stat().st_size > 5000
