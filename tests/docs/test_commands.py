@@ -89,6 +89,7 @@ NOT_RUN = {
         "make test-ranks",
         "make test-deepspeed",
     ),
+    "needs a browser, which it installs": ("make test-pages",),
     "needs several machines": (
         "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         "-m prereg_kernels train recipe.yaml",
