@@ -14,13 +14,23 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.loss.cpu_table import format_tables
 from benchmarks.studies.token_fraction import format_table
+from prereg_kernels._util.settings_file import from_dict
+from prereg_kernels.checkup.words import plus_minus, verdict
+from prereg_kernels.cli.demo import load_sweep
+from prereg_kernels.demo.experiment.summary import TRAINED, Result, at, learned, unasked
+from prereg_kernels.demo.sweep.plots import plot_sweep
+from prereg_kernels.demo.sweep.report import SweepResults, markdown
+from prereg_kernels.demo.sweep.sweep import CENTRE, SweepConfig, check_sweep, finished, points
 
 ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
+FEW_SHOT = RESULTS / "few_shot"
 
 
 def keep_demo(directory: Path, commit: str) -> None:
@@ -32,10 +42,96 @@ def keep_demo(directory: Path, commit: str) -> None:
 
 
 def keep_sweep(directory: Path) -> None:
-    """Copy a sweep's results, which say where they were made, and its pictures."""
-    shutil.copy(directory / "results.json", RESULTS / "fidelity.json")
-    for picture in (directory / "plots").glob("*.png"):
-        shutil.copy(picture, ROOT / "docs" / "images" / f"sweep-{picture.name}")
+    """Copy a sweep's settings and each finished run's result, which says where it was made. A sweep
+    that is begun in a copy of them goes on with what is missing."""
+    for path in (directory / "sweep.json", *directory.glob("seed-*/*/result.json")):
+        kept = FEW_SHOT / path.relative_to(directory)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept)
+
+
+def cost_sentence() -> str:
+    """What PRe costs, from the demo's training step and the benchmark of the loss."""
+    cost = json.loads((RESULTS / "demo.json").read_text())["cost"]
+    extra = (cost["peak_bytes"]["pre"] - cost["peak_bytes"]["baseline"]) / 2**20
+    found = [b["extra_info"] for b in json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]]
+    ratios = [
+        info["ratio_to_floor"]
+        for info in found
+        if info["implementation"] == "tap" and "ratio_to_floor" in info
+    ]
+    peaks = {info["implementation"]: info["peak_bytes"] for info in found if "peak_bytes" in info}
+    return (
+        f"On a CPU, a training step of the demo's small LLaVA takes "
+        f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
+        f"{100 * cost['step_ratio_error']:.1f}%) and {extra:.0f} MiB more memory. The loss with "
+        f"its gradients takes {min(ratios):.2f} to {max(ratios):.2f} times as long as its six "
+        f"matmuls alone, and {peaks['eager'] / peaks['tap']:.0f} times less memory than eager "
+        "PyTorch."
+    )
+
+
+def _few_shot() -> SweepResults:
+    """The demo's sweep, as far as it was run."""
+    config = load_sweep("scenes")
+    check_sweep(config, FEW_SHOT)
+    return SweepResults(config, finished(config, FEW_SHOT))
+
+
+def _claims(results: SweepResults) -> dict[str, Callable[[Result], float]]:
+    """README's rows: what is said, and where it is in a result."""
+    test, layer = results.config.experiment.transfer, results.config.experiment.run.pre.layer
+    new = f"new questions from {test.scenes} scenes"
+    return {
+        **{f"{new}, {TRAINED[kind]}": learned(kind, test.scenes) for kind in test.frozen},
+        "the common questions": at("mean_accuracy"),
+        f"linear probes at layer {layer}: what no question asks": unasked(layer),
+    }
+
+
+def gain_sentence() -> str:
+    """What PRe gives, in words."""
+    results = _few_shot()
+    [_, centre] = points(results.config)[:2]
+    new, *_ = _claims(results).values()
+    effect = results.effect(centre, new)
+    scenes = results.config.experiment.transfer.scenes
+    words = verdict(
+        effect.difference, "is learned better", "is learned worse", "is not clearly learned better"
+    )
+    return (
+        f"In a small LLaVA, a new kind of question {words} from {scenes} scenes after training "
+        f"with PRe, tower and projector frozen: {100 * effect.before.value:.1f}% right without, "
+        f"{100 * effect.after.value:.1f}% with "
+        f"({plus_minus(effect.difference, 100, '.1f')} points, {results.seeds(centre)} paired "
+        "seeds)."
+    )
+
+
+def claim_section() -> str:
+    """README's table: the centre of the demo's sweep, and its control."""
+    results = _few_shot()
+    by_name = {point.name: point for point in results.settings}
+    centre, control = by_name[CENTRE], by_name["anchor other_scene_pre_projector"]
+    pre = results.config.experiment.run.pre
+    lines = ["| % | baseline | PRe | PRe - baseline | another scene's target - baseline |"]
+    lines.append("|---|---|---|---|---|")
+    for label, get in _claims(results).items():
+        effect, other = results.effect(centre, get), results.effect(control, get)
+        levels = (f"{100 * x.value:.1f}" for x in (effect.before, effect.after))
+        differences = (plus_minus(x.difference, 100, ".1f") for x in (effect, other))
+        lines.append(f"| {label} | {' | '.join([*levels, *differences])} |")
+    families = ", ".join(results.config.experiment.transfer.families)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Means over {results.seeds(centre)} paired seeds, "
+            f"{results.config.experiment.run.steps} steps; after ± half the 95% t interval. "
+            f"PRe: weight {pre.weight:g}, layer {pre.layer} of {results.last}, anchor "
+            f"{pre.anchor}. New questions: {families}, each learned by itself, PRe switched off.",
+        ]
+    )
 
 
 def demo_section() -> str:
@@ -49,7 +145,7 @@ def demo_section() -> str:
     kept = [row for row in probes["rows"] if any(name in row[0] for name in wanted)]
     rows = [[f"probe, {row[0]}", *row[1:]] for row in kept]
     rows += [[f"answers, {row[0]}", *row[1:]] for row in answers["rows"] if row[0] == "mean"]
-    rows += [[f"new questions, {row[0]}", row[1], row[2], "", row[3]] for row in transfer["rows"]]
+    rows += [[f"new questions, {row[0]}", *row[1:]] for row in transfer["rows"]]
     facts, stamp = demo["facts"], demo["stamp"]
     lines = [f"- {sentence}" for sentence in demo["headline"]]
     lines += ["", "| % | baseline | PRe | control | PRe − baseline |", "|---|---|---|---|---|"]
@@ -70,13 +166,20 @@ def cpu_section() -> str:
     return format_tables(json.loads((RESULTS / "cpu.json").read_text())["benchmarks"])
 
 
-def sweep_section() -> str:
-    """The sweep's tables."""
-    from prereg_kernels._util.settings_file import from_dict
-    from prereg_kernels.demo.sweep.report import SweepResults, markdown
-    from prereg_kernels.demo.sweep.sweep import SweepConfig
+def few_shot_section() -> str:
+    """The tables of the demo's sweep; its pictures, into docs/images/."""
+    results = _few_shot()
+    runs = finished(results.config, FEW_SHOT)
+    with tempfile.TemporaryDirectory() as directory:
+        for name, picture in plot_sweep(results, Path(directory)).items():
+            shutil.copy(picture, ROOT / "docs" / "images" / f"few-shot-{name}.png")
+    return markdown(results, [run["stamp"] for run in runs])
 
+
+def sweep_section() -> str:
+    """The tables of an earlier sweep, about another centre."""
     stored = json.loads((RESULTS / "fidelity.json").read_text())
+    del stored["config"]["experiment"]["transfer"]  # of another kind then, and not run
     results = SweepResults(from_dict(SweepConfig, stored["config"]), stored["runs"])
     return markdown(results, [run["stamp"] for run in stored["runs"]])
 
@@ -88,12 +191,11 @@ def token_fraction_section() -> str:
 
 def fill(path: Path, marker: str, content: str) -> None:
     """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`."""
-    pattern = re.compile(rf"<!-- {marker} -->.*?<!-- /{marker} -->", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {marker} -->\n?).*?(\n?<!-- /{marker} -->)", re.DOTALL)
     text = path.read_text()
     if not pattern.search(text):
         raise ValueError(f"{path}: no <!-- {marker} --> ... <!-- /{marker} -->")
-    block = f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->"
-    path.write_text(pattern.sub(lambda _: block, text))
+    path.write_text(pattern.sub(lambda found: found[1] + content + found[2], text))
 
 
 def main() -> None:
@@ -109,8 +211,12 @@ def main() -> None:
         keep_demo(options.keep_demo, options.commit or found.stdout.strip())
     if options.keep_sweep:
         keep_sweep(options.keep_sweep)
-    fill(ROOT / "README.md", "demo", demo_section())
-    fill(ROOT / "README.md", "cpu-table", cpu_section())
+    fill(ROOT / "README.md", "cost", cost_sentence())
+    fill(ROOT / "README.md", "gain", gain_sentence())
+    fill(ROOT / "README.md", "claim", claim_section())
+    fill(ROOT / "docs" / "demo.md", "demo", demo_section())
+    fill(ROOT / "docs" / "performance.md", "cpu-table", cpu_section())
+    fill(ROOT / "docs" / "fidelity.md", "few-shot", few_shot_section())
     fill(ROOT / "docs" / "fidelity.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 

@@ -130,10 +130,12 @@ def compare(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     assert ours.keys() == expected.keys()
     assert sum(x.norm().item() > 1e-6 for x in expected.values()) > 20
     for name, x in expected.items():
-        if x.norm() > 1e-6:
+        # A key's bias moves all scores of a query alike, and softmax does not see that.
+        rounding = 1e-4 if name.endswith(("k_proj.bias", "key.bias")) else 1e-6
+        if x.norm() > rounding:
             assert relative_error(ours[name], x) < 2e-4, name
         else:
-            assert ours[name].norm() < 1e-5, name
+            assert ours[name].norm() < 10 * rounding, name
 
 
 def both(

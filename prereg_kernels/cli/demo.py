@@ -22,11 +22,12 @@ from prereg_kernels.cli.settings import override, show
 from prereg_kernels.demo.config import RunConfig
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
-from prereg_kernels.demo.experiment.cost import measure_cost
+from prereg_kernels.demo.experiment.cost import measure_cost, step_seconds
 from prereg_kernels.demo.experiment.experiment import (
     ExperimentConfig,
     open_experiment,
     run_unit,
+    steps_left,
     units,
 )
 from prereg_kernels.demo.experiment.report import write_report
@@ -37,6 +38,7 @@ from prereg_kernels.demo.runs.workers import run_units
 from prereg_kernels.demo.sweep.report import write_sweep
 from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, open_sweep
 from prereg_kernels.demo.sweep.sweep import run_unit as run_sweep_unit
+from prereg_kernels.demo.sweep.sweep import steps_left as sweep_steps_left
 from prereg_kernels.demo.sweep.sweep import units as sweep_units
 
 
@@ -70,6 +72,8 @@ def sweep(arguments: argparse.Namespace, flags: Sequence[str], console: Console)
     else:
         with open_sweep(settings, out, arguments.fresh):
             _tower(settings.experiment, out, devices[0], console)
+            steps = sweep_steps_left(settings, out)
+            _forecast(settings.experiment, out, steps, len(devices), console)
             run = partial(run_sweep_unit, settings)
             run_units(sweep_units(settings), run, out, devices, console)
             path, text = write_sweep(settings, out, devices[0])
@@ -110,6 +114,7 @@ def _experiment(arguments: argparse.Namespace, flags: Sequence[str], console: Co
     out = arguments.out or Path("runs") / Path(arguments.preset).stem
     with open_experiment(settings, out, arguments.fresh):
         _tower(settings, out, devices[0], console)
+        _forecast(settings, out, steps_left(settings, out), len(devices), console)
         run_units(units(settings), partial(run_unit, settings), out, devices, console)
         with console.status("measuring what a step costs"):
             cost = measure_cost(settings, out)
@@ -125,6 +130,20 @@ def _tower(settings: ExperimentConfig, out: Path, device: str, console: Console)
         tower = trained_tower(run.model, run.scenes, run.tower, out / "cache", device=device)
     seen = ", ".join(f"{name} {share:.1%}" for name, share in tower.accuracy.items())
     console.print(f"vision tower ({tower.seconds:.0f} s): {seen}", highlight=False)
+
+
+def _forecast(
+    settings: ExperimentConfig, out: Path, steps: int, workers: int, console: Console
+) -> None:
+    """Say how long what is left will train, before it is begun."""
+    if steps:
+        hours = steps * step_seconds(settings, out) / workers / 3600
+        time_left = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+        console.print(
+            f"{steps:,} steps to train: about {time_left} with workers: {workers}, and a part of "
+            "that again for what is measured",
+            highlight=False,
+        )
 
 
 def _devices(meant_for: str, arguments: argparse.Namespace) -> list[str]:

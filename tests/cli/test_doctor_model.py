@@ -333,6 +333,12 @@ def test_every_type_of_the_zoo(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="requires the timm library"):
             examine_model(tmp_path)
         return
+    read = AutoConfig.from_pretrained(tmp_path)
+    if name == "granite4_vision" and read.qformer_config.num_attention_heads == 0:
+        # From 5.24 it is set to the tower's width / 64 as a config is read: 0 for one this small.
+        with pytest.raises(ValueError, match="cannot build one of it: ZeroDivisionError"):
+            examine_model(tmp_path)
+        return
     report, works = examine_model(tmp_path)
     facts = report["model"]
     assert facts["class"] == type(model).__name__

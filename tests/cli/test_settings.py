@@ -70,9 +70,9 @@ def test_flags_win_over_the_file() -> None:
 
 def test_flags_of_a_sweep() -> None:
     sweep = load_sweep("scenes")
-    flags = ["--weights", "0.5", "2", "--layers", "--long_tail", "None", "--transfer"]
+    flags = ["--weights", "0.5", "2", "--layers", "--long_tail", "None", "--no_transfer"]
     found = override(sweep, flags)
-    assert found == replace(sweep, weights=(0.5, 2.0), layers=(), long_tail=None, transfer=True)
+    assert found == replace(sweep, weights=(0.5, 2.0), layers=(), long_tail=None, transfer=False)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_flags_of_a_sweep() -> None:
         ("--run.pre.weight nan", "--run.pre.weight: expected a finite number, got nan"),
         (
             "--run.pre.anchor x",
-            "--run.pre.anchor: expected one of ('pre_llm', 'pre_projector', 'other_scene'), got",
+            "--run.pre.anchor: expected one of ('pre_llm', 'pre_projector', 'other_scene', ",
         ),
         ("--run.pre.layer 7", "--run.pre.layer: expected at most 6, the decoder's depth, got 7"),
         ("--run.stages.1.lr 0", "--run.stages.1.lr: expected a positive number, got 0.0"),

@@ -10,7 +10,8 @@ import pytest
 
 from prereg_kernels._util.settings_file import from_dict, load_config, parse, to_dict
 from prereg_kernels.demo.config import PReSettings, RunConfig, StageConfig, TowerConfig, save_config
-from prereg_kernels.demo.experiment.experiment import ExperimentConfig, TransferConfig
+from prereg_kernels.demo.experiment.experiment import ExperimentConfig
+from prereg_kernels.demo.experiment.transfer import TransferConfig
 from prereg_kernels.demo.model.llava import ModelConfig
 
 

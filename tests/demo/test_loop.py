@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels.attach.regularizer import apply_pre
 from prereg_kernels.demo.checkpoints.checkpoint import latest_checkpoint
-from prereg_kernels.demo.config import PReSettings, StageConfig, save_config
+from prereg_kernels.demo.config import CONTROLS, PReSettings, StageConfig, save_config
 from prereg_kernels.demo.data.packing import IGNORE, Packer, TrainStream, build_tokenizer
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES
 from prereg_kernels.demo.data.scenes import SceneConfig, Scenes
@@ -31,7 +31,12 @@ from prereg_kernels.demo.loop import (
     train,
 )
 from prereg_kernels.demo.metrics import read_metrics
-from prereg_kernels.demo.model.llava import build_model, other_scene_anchor, set_trainable
+from prereg_kernels.demo.model.llava import (
+    build_model,
+    image_features,
+    other_scene_anchor,
+    set_trainable,
+)
 from prereg_kernels.demo.schedule import cosine_with_warmup
 from prereg_kernels.ops.reference import eager_pre_loss
 from tests.demo.tiny import MODEL, signal_in_step, tiny_run
@@ -291,15 +296,22 @@ def test_control_anchor_is_the_next_scene() -> None:
     model = build_model(MODEL, SceneConfig(), packer.tokenizer, seed=0).eval()
     with torch.no_grad():
         out = model(**batch).image_hidden_states
-        anchor = other_scene_anchor(model)(batch).view(3, 36, -1)
-    own = out.reshape(3, 36, -1)
-    for scene in range(3):
-        torch.testing.assert_close(anchor[scene], own[(scene - 1) % 3])
-        assert not torch.allclose(anchor[scene], own[scene])
+        states = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
+        seen = states.hidden_states[model.config.vision_feature_layer][:, 1:]
+        for before, own in ((False, out.reshape(3, 36, -1)), (True, seen)):
+            anchor = other_scene_anchor(model, before_projector=before)(batch).view(3, 36, -1)
+            for scene in range(3):
+                torch.testing.assert_close(anchor[scene], own[(scene - 1) % 3])
+                assert not torch.allclose(anchor[scene], own[scene])
+    assert image_features(model, batch["pixel_values"]).shape == anchor.flatten(0, 1).shape
+    assert not torch.allclose(out.reshape(3, 36, -1), seen)
 
 
-def test_control_run_differs_from_pre(tmp_path: Path, cache_dir: Path, unbroken: Path) -> None:
-    config = tiny_run(pre=PReSettings(layer=1, anchor="other_scene"))
+@pytest.mark.parametrize("anchor", CONTROLS.values())
+def test_control_run_differs_from_pre(
+    tmp_path: Path, cache_dir: Path, unbroken: Path, anchor: str
+) -> None:
+    config = tiny_run(pre=PReSettings(layer=1, anchor=anchor))
     train(config, tmp_path, cache_dir=cache_dir, progress=False, tensorboard=False)
     control, pre = read_metrics(tmp_path), read_metrics(unbroken)
     assert [line["lm_loss"] for line in control[:4]] == [line["lm_loss"] for line in pre[:4]]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from prereg_kernels.demo.data.scenes import PROPERTIES
-from prereg_kernels.demo.experiment.experiment import TRANSFERS
 from prereg_kernels.demo.experiment.summary import (
     Effect,
     Results,
@@ -18,6 +17,7 @@ from prereg_kernels.demo.experiment.summary import (
     over_seeds,
     unasked,
 )
+from prereg_kernels.demo.experiment.transfer import FROZEN
 
 
 def test_effect_is_a_paired_t_interval() -> None:
@@ -84,10 +84,11 @@ def result(seed: int, variant: str, kept: float, answers: float, moved: float) -
         "accuracy": {"count": answers},
         "mean_accuracy": answers,
     }
-    if variant != "other_scene":
-        found["transfer"] = {
-            name: {"family": "tilt", "accuracy": moved, "majority": 0.36} for name in TRANSFERS
-        }
+    families = {
+        "tilt": {"accuracy": moved - 0.1, "majority": 0.30},
+        "texture": {"accuracy": moved + 0.1, "majority": 0.42},
+    }
+    found["transfer"] = {frozen: {"64": families} for frozen in FROZEN}
     return found
 
 
@@ -108,5 +109,7 @@ def test_headline_follows_the_numbers() -> None:
     assert "keeps more of it" in kept and "80.1 to 90.2% (+10.1" in kept
     assert "content matters" in control
     assert "makes no clear difference" in answers
-    assert len(transfers) == len(TRANSFERS)
-    assert all("is worse" in sentence for sentence in transfers)
+    assert len(transfers) == len(FROZEN)
+    assert all("is worse: 50.0 to 39.9% (-10.1" in sentence for sentence in transfers)
+    assert all("(tilt, texture) afterwards from 64 scenes" in sentence for sentence in transfers)
+    assert all("commonest answer: 36.0%" in sentence for sentence in transfers)

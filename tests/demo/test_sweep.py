@@ -17,7 +17,7 @@ from prereg_kernels.cli.commands import main
 from prereg_kernels.demo.config import PReSettings
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import ExperimentConfig
-from prereg_kernels.demo.experiment.summary import Effect, at, unasked
+from prereg_kernels.demo.experiment.summary import Effect, at, learned, unasked
 from prereg_kernels.demo.metrics import read_metrics
 from prereg_kernels.demo.sweep.report import SweepResults, answer_columns, markdown, probe_columns
 from prereg_kernels.demo.sweep.sweep import (
@@ -41,6 +41,7 @@ layers: [2]
 anchors: [other_scene]
 long_tail: {count: 1.0, tilt: 0.25}
 transfer: true
+curve_scenes: [5]
 """
 POINTS = ["baseline", "centre", "weight 0.5", "layer 2", "anchor other_scene"]
 TAIL = ["long tail, baseline", "long tail, centre"]
@@ -170,6 +171,7 @@ def test_a_setting_is_compared_at_its_own_layer_over_the_seeds_it_shares() -> No
     half = 4.302653 * statistics.stdev(differences) / math.sqrt(3)  # t(0.975, 2)
     cell = f"{100 * statistics.fmean(differences):+.1f} ± {100 * half:.1f} \\*"
     assert f"| centre | 3 | {cell} | {cell} |" in page
+    assert "Not run: weight 7. " in page
     # three seeds are too few for any of 24 tests to stay clear
     assert "\\*\\*: still clear after Holm's correction for all of them (0)" in page
     assert "| baseline | 3 | 51.3 | 51.3 | 0.513 |" in page
@@ -201,7 +203,12 @@ def test_it_writes_what_it_found(swept: tuple[Path, str]) -> None:
     assert set(by_point["long tail, centre"][0]["accuracy"]) == {
         "count", "read", "presence", "comparison", "tilt",
     }  # fmt: skip
-    assert all(set(run["transfer"]) == {"lower half frozen"} for run in stored["runs"])
+    for run in stored["runs"]:
+        curve = run["point"] in ("baseline", "centre")
+        assert set(run["transfer"]) == {"projector", "nothing"}
+        assert set(run["transfer"]["projector"]) == ({"3", "5"} if curve else {"3"})
+        assert set(run["transfer"]["nothing"]) == {"3"}
+    gain = Effect.of(*([learned("projector", 5)(r) for r in by_point[p]] for p in POINTS[:2]))
     norms = [by_point[name][0]["states"]["norm"][-1] for name in POINTS]
     assert len(set(norms)) == len(POINTS)  # they are other models
 
@@ -216,7 +223,8 @@ def test_it_writes_what_it_found(swept: tuple[Path, str]) -> None:
         row = [line for line in page.splitlines() if line.startswith(f"| {name} | 2 |")]
         assert any(text in line for line in row), (text, row)
     assert "**Answers after a long-tailed mix (%)**" in output
-    for axis in ("weights", "layers", "anchors"):
+    assert f" {100 * gain.difference.value:+.1f} ± " in page.partition("| 3 scenes | 5 scenes |")[2]
+    for axis in ("weights", "layers", "anchors", "curve", "trade"):
         assert (out / "plots" / f"{axis}.png").stat().st_size > 5000
     assert not (out / "plots" / "token_fractions.png").exists()
     assert not list(out.glob("seed-*/**/checkpoints"))

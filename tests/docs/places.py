@@ -99,13 +99,12 @@ def checkout(place: Path) -> None:
     shutil.copy(ROOT / "README.md", place)
     results = place / "benchmarks" / "results"
     demo, sweep = place / "runs" / "scenes", place / "runs" / "sweep-scenes"
-    (sweep / "plots").mkdir(parents=True)
-    demo.mkdir()
+    demo.mkdir(parents=True)
+    shutil.copytree(results / "few_shot", sweep)
     commit = ["commit", "-q", "--allow-empty", "-m", "A checkout"]
     for arguments in (["init", "-q"], ["-c", "user.name=A", "-c", "user.email=a@b.c", *commit]):
         subprocess.run(["git", *arguments], cwd=place, check=True)
     shutil.copy(results / "demo.json", demo / "summary.json")
-    shutil.copy(results / "fidelity.json", sweep / "results.json")
     shutil.copy(results / "cpu.json", place / "FILE.json")
     curves = {"lm_loss": {"eager": [2.0, 1.0, 0.5], "fused": [2.0, 1.1, 0.4]}}
     (place / "FILE").write_text(json.dumps({"window": 2, "curves": curves}))

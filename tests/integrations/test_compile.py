@@ -232,8 +232,10 @@ def test_its_own_layer_compiled_in_a_reentrant_checkpoint_raises() -> None:
         apply_pre(plain)
         compare(ours, train(plain, plain, batch)[1])
         return
+    # In the first step if dynamo runs the layer's hook as it is, else in the second
     with pytest.raises(RuntimeError, match="so the heads do not train"):
-        model(**batch).loss.backward()
+        for _ in range(2):
+            model(**batch).loss.backward()
 
 
 @pytest.mark.filterwarnings("ignore:PRe. .* positions of the batch")

@@ -94,7 +94,8 @@ class SmartCheckpoint(torch.autograd.Function):
 
 def unsloth_checkpoint(function: Any, *args: Any, use_reentrant: Any = None, **kwargs: Any) -> Any:
     """Reentrant whatever it is asked for; called with a layer and its states."""
-    layer = function.func.__self__
+    # transformers gives the layer's bound call, from 5.24 its forward and the layer
+    layer = getattr(function.func, "__self__", None) or function.args[0]
     is_last = getattr(layer.self_attn, "layer_idx", -1) == 3
     return SmartCheckpoint.apply(function, is_last, *args)
 

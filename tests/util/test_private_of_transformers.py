@@ -116,8 +116,11 @@ def test_what_trainer_calls(tmp_path: Path) -> None:
         "_load_from_checkpoint",
         "_issue_warnings_after_load",
     ]
-    every = private.TRAINER_METHODS | private.RECIPE_METHODS
-    assert {*first.calls, *again.calls} == every
+    # `prereg train` asks for a newer release than the trainers do
+    recipe = (
+        private.RECIPE_METHODS if HERE >= (5, 6) else private.RECIPE_METHODS - {"_get_grad_norm"}
+    )
+    assert {*first.calls, *again.calls} == private.TRAINER_METHODS | recipe
 
 
 @pytest.mark.parametrize(

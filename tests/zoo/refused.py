@@ -25,7 +25,7 @@ from tests.zoo.parts import (
     tiny_config,
     tiny_model,
 )
-from tests.zoo.sample import CASES
+from tests.zoo.qwen_like import qwen2_5_omni_thinker, qwen3_omni_moe_thinker
 
 REFUSED: dict[str, Callable[[], nn.Module]] = {}
 NAMES: set[str] = set()  # those too that this release of transformers lacks
@@ -161,7 +161,7 @@ def pi0() -> nn.Module:
 @refused("qwen2_5_omni")
 def qwen2_5_omni() -> nn.Module:
     # A shell without a forward: its part `thinker` is the model that trains.
-    thinker = CASES["qwen2_5_omni_thinker"]().model.config.to_dict()
+    thinker = qwen2_5_omni_thinker().model.config.to_dict()
     config = hf.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
     return tiny_model(config, "Qwen2_5OmniForConditionalGeneration")
 
@@ -169,6 +169,6 @@ def qwen2_5_omni() -> nn.Module:
 @refused("qwen3_omni_moe")
 def qwen3_omni_moe() -> nn.Module:
     # A shell without a forward: its part `thinker` is the model that trains.
-    thinker = CASES["qwen3_omni_moe_thinker"]().model.config.to_dict()
+    thinker = qwen3_omni_moe_thinker().model.config.to_dict()
     config = hf.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
     return tiny_model(config, "Qwen3OmniMoeForConditionalGeneration")

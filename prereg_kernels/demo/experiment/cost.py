@@ -52,6 +52,12 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
     return cost
 
 
+def step_seconds(config: ExperimentConfig, out: Path) -> float:
+    """The median of a few training steps with PRe here and now, in seconds, in this process."""
+    stepper = _stepper(config, out, "pre")
+    return statistics.median([stepper(step) for step in range(_WARMUP_STEPS + 2)][2:])
+
+
 def _read(path: Path) -> dict[str, Any]:
     cost = read_json(path)
     names = {"step_seconds", "step_ratio", "step_ratio_error", "steps", "device", "peak_bytes"}

@@ -99,6 +99,13 @@ def units(config: ExperimentConfig) -> list[Unit]:
     return [Unit(seed, variant) for seed in config.all_seeds for variant in VARIANTS]
 
 
+def steps_left(config: ExperimentConfig, out: Path) -> int:
+    """Training steps of the runs that are not finished, their lessons' among them."""
+    todo = [unit for unit in units(config) if read_result(unit.directory(out)) is None]
+    test = config.transfer
+    return len(todo) * (config.run.steps + len(lessons(test)) * test.steps)
+
+
 def run_config(config: ExperimentConfig, unit: Unit) -> RunConfig:
     """The unit's run."""
     run = replace(config.run, seed=unit.seed)

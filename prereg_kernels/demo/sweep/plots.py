@@ -19,6 +19,7 @@ from prereg_kernels.demo.sweep.report import (
     SweepResults,
     answer_columns,
     curve_columns,
+    curve_points,
     probe_columns,
     transfer_columns,
 )
@@ -41,7 +42,7 @@ def plot_sweep(results: SweepResults, directory: Path) -> dict[str, Path]:
             figure.savefig(files[axis])
     with matplotlib.rc_context(STYLE):
         drawn = {}
-        if results.config.curve_scenes:
+        if curve_points(results):
             drawn["curve"] = learning_curve(results)
         if results.config.transfer:
             drawn["trade"] = trade(results)
@@ -80,10 +81,8 @@ def learning_curve(results: SweepResults) -> Figure:
     columns = curve_columns(results.config)
     counts = [int(column.heading.split()[0]) for column in columns]
     figure, [axis] = panels(1, size=(7, 4.4))
-    [baseline] = [point for point in results.baselines if not point.long_tail]
-    settings = [p for p in results.settings if p.name in results.config.curve_settings]
     colours = (ORANGE, BLUE, GREEN, GREY)
-    for point, colour, marker in zip((baseline, *settings), colours, "sod^", strict=False):
+    for point, colour, marker in zip(curve_points(results), colours, "sod^", strict=False):
         runs = list(results.by_point[point.name].values())
         levels = [over_seeds([column.measure(0)(run) for run in runs]) for column in columns]
         half = float(t.ppf(0.975, len(runs) - 1)) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0

@@ -80,6 +80,23 @@ def transfer_columns(config: SweepConfig) -> list[Column]:
     return [Column(TRAINED[frozen], _fixed(learned(frozen, test.scenes))) for frozen in test.frozen]
 
 
+def curve_points(results: SweepResults) -> list[Point]:
+    """The baseline and the settings whose runs all have the learning curve; none where the
+    baseline's have not."""
+    config = results.config
+    frozen, counts = config.experiment.transfer.frozen[0], set(map(str, config.curve_scenes))
+    shown = [
+        point
+        for point in (*results.baselines, *results.settings)
+        if counts
+        and all(
+            counts <= run.get("transfer", {}).get(frozen, {}).keys()
+            for run in results.by_point[point.name].values()
+        )
+    ]
+    return shown if any(point.name == BASELINE for point in shown) else []
+
+
 def curve_columns(config: SweepConfig) -> list[Column]:
     """What was learned afterwards from so many scenes, ascending."""
     test = config.experiment.transfer
@@ -173,9 +190,9 @@ def tables(results: SweepResults) -> list[SweepTable]:
     if results.config.transfer:
         title = f"New questions ({families}), learned afterwards from {test.scenes} scenes (%)"
         shown.append(SweepTable(title, transfer_columns(results.config), own, common))
-    if results.config.curve_scenes:
-        title = f"New questions, learned afterwards with {TRAINED[test.frozen[0]]} (%)"
-        with_curve = [p for p in common if p.name in results.config.curve_settings]
+    with_curve = curve_points(results)[1:]  # behind the baseline
+    if with_curve:
+        title = f"New questions, learned afterwards, {TRAINED[test.frozen[0]]} (%)"
         shown.append(SweepTable(title, curve_columns(results.config), own, with_curve))
     tail = [p for p in results.settings if p.name == LONG_TAIL]
     if tail:

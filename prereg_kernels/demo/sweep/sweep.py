@@ -66,7 +66,8 @@ class SweepConfig:
         transfer: each setting also goes through the experiment's transfer test.
         curve_scenes: numbers of scenes for a learning curve: the transfer test from so many, with
             the first of its `frozen`.
-        curve_settings: names of the settings that have a curve beside the baseline, "weight 5".
+        curve_settings: names of the settings that have a curve beside the baseline, such as
+            "weight 5", where they are in the sweep.
     """
 
     experiment: ExperimentConfig
@@ -100,9 +101,10 @@ class SweepConfig:
             )
         for count in self.curve_scenes:
             require("curve_scenes", count >= 1, "at least 1", count)
-        names = {point.name for point in points(self)}
-        for name in self.curve_settings if self.curve_scenes else ():
-            require("curve_settings", name in names, f"some of {sorted(names)}", name)
+        kinds = [CENTRE, *(_short(field) for field in AXES.values())]
+        for name in self.curve_settings:
+            known = name.partition(" ")[0] in kinds
+            require("curve_settings", known, f"one of {kinds}, and a value", name)
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,14 @@ def axis_points(config: SweepConfig, axis: str) -> dict[Any, Point]:
     settings = {}
     for value in ordered:
         text = f"{value:g}" if isinstance(value, float) else str(value)
-        name = CENTRE if value == own else f"{field} {text}"
-        settings[value] = Point(name.replace("token_", ""), replace(centre, **{field: value}))
+        name = CENTRE if value == own else f"{_short(field)} {text}"
+        settings[value] = Point(name, replace(centre, **{field: value}))
     return settings
+
+
+def _short(field: str) -> str:
+    """What a setting of PRe is called in names."""
+    return field.removeprefix("token_")
 
 
 def points(config: SweepConfig) -> list[Point]:
@@ -181,6 +188,18 @@ def lessons_of(config: SweepConfig, point: Point) -> list[Lesson]:
     if point.name == BASELINE or point.name in config.curve_settings:
         wanted += lessons(test, frozen=test.frozen[:1], scenes=config.curve_scenes)
     return list(dict.fromkeys(wanted))
+
+
+def steps_left(config: SweepConfig, out: Path) -> int:
+    """Training steps of what is not finished, the lessons' among them."""
+    run, test = config.experiment.run, config.experiment.transfer
+    left = 0
+    for unit in units(config):
+        wanted, done = lessons_of(config, unit.point), read_result(unit.directory(out))
+        todo = wanted if done is None else _missing(wanted, done)
+        if done is None or todo:
+            left += run.steps + len(todo) * test.steps
+    return left
 
 
 def _missing(wanted: list[Lesson], result: dict[str, Any]) -> list[Lesson]:
