@@ -22,15 +22,12 @@ _OLD_NAME = "diagnose"
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
     parser = _parser()
-    if not sys.argv[1:]:
-        parser.print_help()
-        return
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         _launch(sys.argv[1], sys.argv[2:])
         return
     if sys.argv[1:2] == ["train"] and "--preset" in sys.argv:  # as in version 0.1
         parser.error("--preset: the digits are another command: prereg demo --preset scenes")
-    arguments, flags = parser.parse_known_args()
+    arguments, flags = parser.parse_known_args(sys.argv[1:] or ["--help"])
     if flags and arguments.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if arguments.command == "doctor":
