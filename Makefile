@@ -22,10 +22,12 @@ TRANSFORMERS_NEED_4.57.6 := accelerate==1.11.0 tokenizers==0.22.2 huggingface_hu
 TRANSFORMERS_NEED_5.6.0 := accelerate==1.11.0 tokenizers==0.22.2
 # Real trainers, in the versions that they pin: tests/packages/NAME.txt.
 PACKAGES := .packages
+# What builds the documentation's site: docs/site/requirements.txt.
+DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-estimate test-transformers test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-estimate test-transformers test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -148,7 +150,18 @@ test-pages: $(PACKAGES)/pages/.ready  ## the checkup's page and the demo's in a 
 	command -v "$${CHROMIUM:-chromium}" >/dev/null || { \
 	    sudo=$$(test "$$(id -u)" = 0 || echo sudo); $$sudo apt-get -qq update && \
 	    $$sudo apt-get -qq install --no-install-recommends chromium >/dev/null; }
-	PYTHONPATH=$(PACKAGES)/pages:. $(BIN)/python -m pytest -m pages tests/pages
+	PYTHONPATH=$(CURDIR)/$(PACKAGES)/pages:$(CURDIR) $(BIN)/python -m pytest -m pages tests/pages
+
+$(DOCS)/.ready: docs/site/requirements.txt | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) -r $<
+	touch $@
+
+docs: $(DOCS)/.ready  ## the documentation as a site, in build/site (1 minute)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(DOCS):. $(BIN)/python -m mkdocs build -q --strict
+
+test-docs: docs  ## the site's pages are whole, and load nothing from elsewhere (1 minute)
+	$(BIN)/python -m pytest -m "site or not site" tests/docs/test_site.py
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)
@@ -244,5 +257,5 @@ gpu-sanitize:  ## compute-sanitizer's memcheck and racecheck on a small case, wh
 	fi
 
 clean:  ## remove the environment, build products and caches (not runs/)
-	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) .transformers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEFT) $(PACKAGES) $(DOCS) .transformers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

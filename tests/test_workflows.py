@@ -61,3 +61,16 @@ def test_each_week_runs_every_other_target_and_release() -> None:
     assert commands(workflow["jobs"]["transformers"]) == [
         f"make test-transformers TRANSFORMERS={x}" for x in releases.split()
     ]
+
+
+def test_a_commit_meets_what_lint_checks() -> None:
+    """And spelling. Each hook runs a program of the environment, but for those it brings along."""
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    entries = [hook["entry"].replace(" --force-exclude", "") for hook in repository["hooks"]]
+    [lint] = re.findall(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)
+    checks = [
+        line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .").removesuffix(" --check")
+        for line in lint.splitlines()
+    ]
+    assert entries == [*checks, "codespell"]

@@ -91,11 +91,9 @@ def docstrings(path: Path) -> str:
 @cache
 def pages() -> tuple[Page, ...]:
     """All of them."""
-    markdown = [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").rglob("*.md")),
-    ]
+    readme = ROOT / "README.md"
+    others = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
+    markdown = dict.fromkeys((readme, *others))
     folders = (ROOT / name for name in ("prereg_kernels", "examples", "benchmarks"))
     python = sorted(path for folder in folders for path in folder.rglob("*.py"))
     texts = {path: path.read_text() for path in markdown}

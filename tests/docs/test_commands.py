@@ -88,8 +88,10 @@ NOT_RUN = {
         "make test-transformers",
         "make test-ranks",
         "make test-deepspeed",
+        "make test-docs",
     ),
     "needs a browser, which it installs": ("make test-pages",),
+    "installs what builds the site": ("make docs",),
     "needs several machines": (
         "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         "-m prereg_kernels train recipe.yaml",
