@@ -27,7 +27,7 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -160,6 +160,13 @@ test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU rank
 
 test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_lmms_eval.py
+
+# Debian's Chromium; elsewhere CHROMIUM names one. Where neither is there, the tests fail.
+test-pages: $(PACKAGES)/pages/.ready  ## the checkup's page and the demo's in a browser (2 minutes)
+	command -v "$${CHROMIUM:-chromium}" >/dev/null || { \
+	    sudo=$$(test "$$(id -u)" = 0 || echo sudo); $$sudo apt-get -qq update && \
+	    $$sudo apt-get -qq install --no-install-recommends chromium >/dev/null; }
+	PYTHONPATH=$(CURDIR)/$(PACKAGES)/pages:$(CURDIR) $(BIN)/python -m pytest -m pages tests/pages
 
 $(DOCS)/.ready: docs/site/requirements.txt | $(READY)
 	rm -rf $(@D)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from prereg_kernels._util import private
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.resolver import resolve
-from prereg_kernels.checkup.batches import Batch, Batches, ImageFacts
+from prereg_kernels.checkup.batches import Batch, Batches
 from prereg_kernels.checkup.features import visual_features, visual_mask
 from prereg_kernels.checkup.measures.lens import LensSums
 from prereg_kernels.checkup.measures.measure import Counted, PerImage, Tokens
@@ -32,6 +33,8 @@ from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.model_files import in_words
 from prereg_kernels.checkup.shards import Shards
 
+Which = int | Sequence[str]
+"""How many of the first images, or the names of images."""
 Progress = Callable[[int, int], None]
 """Gets (batches done, batches in all), both passes counted."""
 
@@ -96,7 +99,7 @@ def collect(
     shards: Shards,
     *,
     images: int,
-    shown: int,
+    shown: Which,
     family: Family | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
@@ -105,27 +108,39 @@ def collect(
     Args:
         images: in all batches together, at most.
         family: of a model outside of the table.
-        shown: of so many of the first usable images every patch is kept, for the page.
+        shown: of so many of the first usable images, or of the images of these names, every patch
+            is kept, for the page. The other shards do not depend on it.
 
     Raises:
-        ValueError: features that are not finite, facts that do not fit the tokens, or no images.
+        ValueError: features that are not finite, facts that do not fit the tokens, no images, or
+            none of a name in `shown`.
         OSError: a shard cannot be written.
     """
     per_image = max(1, math.ceil(ROWS / max(1, images)))
     total = 2 * len(batches)
-    left = shown
+    names: list[str] = []
     for index in range(len(batches)):
         name = first_pass(index)
+        run = None
         if not shards.has(name):
             batch = batches[index]
             run = _run(model, batch, family)
             if run is None:
                 shards.write(name, {}, {"images": [], "skipped": batch.skipped})
             else:
-                tensors, facts = _first(run, logit_lens_of(model, family), per_image, left)
+                tensors, facts = _first(run, logit_lens_of(model, family), per_image)
                 shards.write(name, tensors, facts)
-        left -= len(shards.facts(name).get("shown", []))
+        here = shards.facts(name)["images"]
+        for b in chosen(shown, here, len(names)):
+            if not shards.has(map_of(index, b)):
+                run = run or _run(model, batches[index], family)
+                assert run is not None
+                shards.write(map_of(index, b), _mapped(run, b), {})
+        names += here
         progress(index + 1, total)
+    absent = () if isinstance(shown, int) else sorted(set(shown) - set(names))
+    if absent:
+        raise ValueError(f"shown: expected names of measured images, got {', '.join(absent)}")
     mean = mean_patch(shards, len(batches))
     for index in range(len(batches)):
         name = second_pass(index)
@@ -143,6 +158,18 @@ def collect(
 def first_pass(index: int) -> str:
     """The name of a batch's first shard."""
     return f"states-{index:06d}"
+
+
+def map_of(index: int, b: int) -> str:
+    """The name of the shard of an image that is shown: the `b`-th usable one of a batch."""
+    return f"map-{index:06d}-{b:03d}"
+
+
+def chosen(shown: Which, names: Sequence[str], before: int) -> list[int]:
+    """Which images of a batch are shown, after so many in the batches before."""
+    if isinstance(shown, int):
+        return list(range(min(len(names), max(0, shown - before))))
+    return [b for b, name in enumerate(names) if name in shown]
 
 
 def second_pass(index: int) -> str:
@@ -174,7 +201,9 @@ def mean_patch(shards: Shards, count: int) -> Tensor:
 def _run(model: nn.Module, batch: Batch, family: Family | None) -> _Run | None:
     if not batch.images:
         return None
-    device = next(model.parameters()).device
+    devices = (parameter.device for parameter in model.parameters())
+    # accelerate keeps weights of other places on the meta device, and moves inputs itself
+    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
     inputs = {
         name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.inputs.items()
     }
@@ -214,7 +243,7 @@ def _run(model: nn.Module, batch: Batch, family: Family | None) -> _Run | None:
 
 
 def _first(
-    run: _Run, lens: Callable[[Tensor], LensSums], per_image: int, shown: int
+    run: _Run, lens: Callable[[Tensor], LensSums], per_image: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is kept of a batch after the first pass."""
     images = range(len(run.batch.images))
@@ -228,23 +257,19 @@ def _first(
     objects, labels, owner = _objects(run)
     stacks: dict[str, list[Tensor]] = defaultdict(list)
     for layer in run.layers:
-        stacks["image_means"].append(pool(layer, run.image)[0])
-        stacks["object_means"].append(pool(layer, objects)[0])
-        stacks["sample"].append(layer[picked])
+        # layers may be on several devices
+        stacks["image_means"].append(pool(layer, run.image)[0].cpu())
+        stacks["object_means"].append(pool(layer, objects)[0].cpu())
+        stacks["sample"].append(layer[picked].cpu())
     tensors = {name: torch.stack(parts) for name, parts in stacks.items()}
     tensors.update(run.parts(lens))
     tensors["tokens"] = torch.tensor([len(r) for r in rows])
     tensors["object_owner"] = owner
-    shown_now = list(images)[:shown]
-    for b in shown_now:
-        tensors[f"patches_{b}"] = torch.stack([layer[rows[b]].float() for layer in run.layers])
-        tensors.update(_drawn(run.batch.images[b], b))
     facts = {
         "images": [f.name for f in run.batch.images],
         "labels": [dict(f.labels) for f in run.batch.images],
         "objects": labels,
         "skipped": run.batch.skipped,
-        "shown": shown_now,
     }
     return tensors, facts
 
@@ -281,25 +306,36 @@ def logit_lens_of(model: Any, family: Family | None = None) -> Callable[[Tensor]
     assert isinstance(norm, nn.Module)
 
     def lens(features: Tensor) -> LensSums:
-        device = head.weight.device
-        return LensSums(norm, head.weight, head.bias).update(features.to(device))
+        with _there(head):
+            device = head.weight.device
+            return LensSums(norm, head.weight, head.bias).update(features.to(device))
 
     return lens
 
 
-def _drawn(facts: ImageFacts, b: int) -> Mapping[str, Tensor]:
-    """What the page needs to draw an image."""
+def _there(module: nn.Module) -> AbstractContextManager[object]:
+    """Its weights, where accelerate keeps them somewhere else until its forward."""
+    if all(parameter.device.type != "meta" for parameter in module.parameters()):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return cast("AbstractContextManager[object]", align_module_device(module))
+
+
+def _mapped(run: _Run, b: int) -> dict[str, Tensor]:
+    """What the page needs to draw an image: all its patches, and where they are."""
+    rows, facts = run.rows(b), run.batch.images[b]
     arrays: dict[str, NDArray[Any]] = {}
     if facts.picture is not None:
-        arrays[f"picture_{b}"] = facts.picture
+        arrays["picture"] = facts.picture
     if facts.grid is not None:
-        arrays[f"boxes_{b}"] = facts.grid.boxes
-        arrays[f"places_{b}"] = np.stack([facts.grid.row, facts.grid.column])
-        arrays[f"grid_{b}"] = np.array(facts.grid.shape)
+        arrays["boxes"] = facts.grid.boxes
+        arrays["places"] = np.stack([facts.grid.row, facts.grid.column])
+        arrays["grid"] = np.array(facts.grid.shape)
     if facts.objects is not None:
-        arrays[f"objects_{b}"] = facts.objects
-    # copies: images may share an array, which safetensors refuses to write twice
-    return {name: torch.from_numpy(x.copy()) for name, x in arrays.items()}
+        arrays["objects"] = facts.objects
+    patches = torch.stack([layer[rows].float().cpu() for layer in run.layers])
+    return {"patches": patches, **{name: torch.from_numpy(x.copy()) for name, x in arrays.items()}}
 
 
 def _draw(name: str, count: int, wanted: int) -> Tensor:

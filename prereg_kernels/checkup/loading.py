@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from torch import nn
 from prereg_kernels._util.files import read_json
 from prereg_kernels.checkup.images.layouts import family_with_layout
 from prereg_kernels.checkup.images.processing import pillow_class, place
-from prereg_kernels.checkup.model_files import check_weights, naming, offline, read_config
+from prereg_kernels.checkup.model_files import (
+    QUANTISED,
+    check_weights,
+    naming,
+    offline,
+    read_config,
+)
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -49,12 +55,17 @@ def load(
     processor: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    bits: int | None = None,
 ) -> Loaded:
     """Load a local model directory. Nothing is downloaded, and no code in it runs.
 
     Args:
         processor: another directory to take the image processor from.
         dtype: of the weights; None: as they are stored, but float32 on a CPU.
+        device_map: how accelerate spreads the layers over devices, such as "auto"; instead of
+            `device`.
+        bits: 4 or 8: bitsandbytes rounds the weights of the linear layers as they are loaded.
 
     Raises:
         ValueError: no such directory, a family or processor that is not supported, or weights that
@@ -65,8 +76,13 @@ def load(
     config, left_out = read_config(directory)
     check_weights(directory, config)
     local = {"config": config, "local_files_only": True, "trust_remote_code": False}
-    if dtype is None and torch.device(device).type == "cpu":
+    if dtype is None and device_map is None and torch.device(device).type == "cpu":
         dtype = torch.float32
+    placed: dict[str, Any] = {}
+    if device_map is not None or bits is not None:
+        placed["device_map"] = device_map or {"": device}
+    if bits is not None:
+        placed["quantization_config"] = _rounded(directory, config, bits, dtype)
     with quiet(), offline(), naming(directory):
         model, loading = AutoModelForImageTextToText.from_pretrained(
             directory,
@@ -74,6 +90,7 @@ def load(
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **placed,
             **local,
         )
     missing = sorted(loading["missing_keys"])
@@ -86,6 +103,8 @@ def load(
         f"{', '.join(left_out)} in config.json may name code, and was left out: attention and "
         "everything else are transformers' own."
     ] * bool(left_out)
+    if bits is not None:
+        notes.append(f"Loaded in {bits} bits by bitsandbytes: the numbers are of rounded weights.")
     tokenizer = None
     if (directory / "tokenizer_config.json").is_file():
         with quiet(), offline(), naming(directory):
@@ -100,9 +119,26 @@ def load(
             f"{processor}: expected an image processor, {' or '.join(_PROCESSOR_FILES)}, got none"
         )
     image_processor, note = _image_processor(processor or directory, config)
-    with naming(directory):
-        model.eval().to(device)
+    model.eval()
+    if not placed:
+        with naming(directory):
+            model.to(device)
     return Loaded(model, image_processor, tokenizer, (*notes, *note))
+
+
+def _rounded(directory: Path, config: Any, bits: int, dtype: torch.dtype | None) -> Any:
+    """What transformers takes to load in so many bits."""
+    from transformers import BitsAndBytesConfig
+
+    if bits not in (4, 8):
+        raise ValueError(f"bits: expected 4 or 8, got {bits}")
+    if getattr(config, QUANTISED, None) is not None:
+        raise ValueError(
+            f"{directory}: expected weights of a floating dtype to round to {bits} bits"
+        )
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
 
 
 def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]]:

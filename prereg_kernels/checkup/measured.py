@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prereg_kernels._util.files import printable
-from prereg_kernels.checkup.collect import first_pass, mean_patch, second_pass
+from prereg_kernels.checkup.collect import (
+    Which,
+    chosen,
+    first_pass,
+    map_of,
+    mean_patch,
+    second_pass,
+)
 from prereg_kernels.checkup.intervals import Sums
 from prereg_kernels.checkup.measures.measure import Counted, PerImage, Sampled
 from prereg_kernels.checkup.measures.probe import NoProbeError, Probe, probe
@@ -49,8 +56,8 @@ class Measured:
         skipped: {reason: names of images}.
     """
 
-    def __init__(self, shards: Shards, count: int, splits: int) -> None:
-        self._shards, self._splits = shards, splits
+    def __init__(self, shards: Shards, count: int, splits: int, shown: Which) -> None:
+        self._shards, self._splits, self._which = shards, splits, shown
         facts = [shards.facts(first_pass(i)) for i in range(count)]
         self._used = [i for i in range(count) if facts[i]["images"]]
         self._facts = {i: facts[i] for i in self._used}
@@ -151,8 +158,19 @@ class Measured:
         return probes, missing
 
     def unlabelled(self) -> list[str]:
-        """What is left out of a probe for want of a label, in sentences."""
+        """What is left out for want of labels or masks, and what would bring it, in sentences."""
         sentences = []
+        owned = bool(self._labels("object")[0])
+        if not owned and not any(self._labels("image")[0]):
+            sentences.append(
+                "No image has a class: a folder for each class, or a file of labels, brings a "
+                "probe of whole images."
+            )
+        if not owned:
+            sentences.append(
+                "No patch is known to be of an object: masks bring the contrast of patches and, "
+                "where the objects have classes, a probe of objects."
+            )
         for level in ("image", "object"):
             labels, _ = self._labels(level)
             for target in dict.fromkeys(name for row in labels for name in row):
@@ -165,12 +183,18 @@ class Measured:
         return sentences
 
     def shown(self) -> list[Shown]:
-        """The images of the page."""
-        return [
-            self._shown(first_pass(i), b, self._facts[i]["images"][b])
-            for i in self._used
-            for b in self._facts[i]["shown"]
-        ]
+        """The images of the page, in the order in which they were asked for."""
+        before, found = 0, {}
+        for i in self._used:
+            names = self._facts[i]["images"]
+            for b in chosen(self._which, names, before):
+                found[names[b]] = self._shown(map_of(i, b), names[b])
+            before += len(names)
+        return (
+            list(found.values())
+            if isinstance(self._which, int)
+            else [found[name] for name in dict.fromkeys(self._which)]
+        )
 
     def mean(self) -> Tensor:
         """(L + 1, D) the mean patch."""
@@ -198,14 +222,14 @@ class Measured:
             before += images
         return labels, owners
 
-    def _shown(self, shard: str, b: int, name: str) -> Shown:
+    def _shown(self, shard: str, name: str) -> Shown:
         facts = {}
         for what in ("picture", "boxes", "places", "grid", "objects"):
-            tensor = self._shards.get(shard, f"{what}_{b}")
+            tensor = self._shards.get(shard, what)
             facts[what] = None if tensor is None else tensor.numpy()
         grid = facts.pop("grid")
         shape = None if grid is None else (int(grid[0]), int(grid[1]))
-        return Shown(printable(name), self._shards.read(shard, f"patches_{b}"), grid=shape, **facts)
+        return Shown(printable(name), self._shards.read(shard, "patches"), grid=shape, **facts)
 
     def _layer(self, tensor: str, depth: int) -> Tensor:
         return torch.cat([self._shards.layer(first_pass(i), tensor, depth) for i in self._used])

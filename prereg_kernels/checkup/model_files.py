@@ -64,15 +64,30 @@ def read_content(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        adapter = (directory / ADAPTER).exists()
-        merge = "; merge the adapter into its model first (merge_and_unload)" * adapter
         raise ValueError(
-            f"{directory}: expected a model directory, with a config.json in it{merge}"
+            f"{directory}: expected a model directory, with a config.json in it"
+            f"{_of_adapter(directory)}"
         )
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _of_adapter(directory: Path) -> str:
+    """What to do with a directory of an adapter; empty where it is none."""
+    if not (directory / ADAPTER).exists():
+        return ""
+    base = ""
+    with contextlib.suppress(ValueError, OSError):
+        content = read_json(directory / ADAPTER)
+        name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        base = f" of {printable(name)}" * isinstance(name, str)
+    return (
+        f"; it is a LoRA adapter{base}: merge the adapter into its model first, "
+        "PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(merged), "
+        "and name the merged model's directory"
+    )
 
 
 def without_code(value: Any, left_out: list[str], names: Set[str] = CODE) -> Any:

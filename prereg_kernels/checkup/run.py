@@ -13,7 +13,7 @@ from prereg_kernels._util.files import printable
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.checkup.batches import Batches
-from prereg_kernels.checkup.collect import collect
+from prereg_kernels.checkup.collect import Which, collect
 from prereg_kernels.checkup.fingerprint import digest, of_code, of_model
 from prereg_kernels.checkup.measured import Measured
 from prereg_kernels.checkup.results import CheckupResults, differences, results_of
@@ -37,7 +37,7 @@ def checkup(
     images: int | None = None,
     tokenizer: Any = None,
     splits: int = 5,
-    shown: int = SHOWN,
+    shown: Which = SHOWN,
     settings: Mapping[str, Any] | None = None,
     family: Family | None = None,
     notes: Sequence[str] = (),
@@ -59,7 +59,8 @@ def checkup(
             an image the spectrum is sampled from.
         tokenizer: to show the logit lens's words.
         splits: of the linear probes.
-        shown: images of which every patch is kept, for maps.
+        shown: how many images have maps on the page, or the names of those that have. Other ones
+            cost a forward of their batches, and nothing is measured anew.
         settings: what else the numbers depend on, such as what forward hooks of yours do: a
             checkup that goes on has the same.
         family: where a model outside of the table keeps things, as `apply_pre` takes it.
@@ -92,7 +93,6 @@ def checkup(
         "device": next(model.parameters()).device.type,
         **data,
         "limit": images,
-        "shown": shown,
         **(settings or {}),
     }
     if family is not None:
@@ -114,7 +114,7 @@ def checkup(
         family=family,
         progress=lambda done, total: progress("images", done, total),
     )
-    measured = Measured(shards, count, splits)
+    measured = Measured(shards, count, splits, shown)
     steps = 0
 
     def step() -> None:
@@ -140,19 +140,26 @@ def _data(batches: Batches, count: bool) -> tuple[Mapping[str, str], int]:
 
 
 def report(
-    out: str | Path, results: Sequence[CheckupResults], facts: Mapping[str, Any] | None = None
+    out: str | Path,
+    results: Sequence[CheckupResults],
+    facts: Mapping[str, Any] | None = None,
+    *,
+    pixels: Mapping[str, tuple[int, int]] | None = None,
 ) -> Path:
     """Write checkup.json, plots/ and checkup.html of one model, or of two to compare.
 
     Args:
         results: what `checkup` returned, of one model or of two.
         facts: {what: value} for the page's first lines.
+        pixels: {name of a shown image: (x, y) from its upper left corner}: its maps show what
+            resembles the patch there. Else it is the middle patch of the largest object.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: two that were not measured on the same images, or have other depths.
+        ValueError: two that were not measured on the same images, or have other depths; a pixel
+            that no patch covers.
 
     Example:
         >>> from prereg_kernels.checkup import Batch, ImageFacts, checkup, report
@@ -166,4 +173,4 @@ def report(
     if len(results) not in (1, 2):
         raise ValueError(f"results: expected one model's, or two to compare, got {len(results)}")
     apart = differences(*results) if len(results) == 2 else {}
-    return write_page(Path(out), results, apart, facts or {})
+    return write_page(Path(out), results, apart, facts or {}, pixels or {})

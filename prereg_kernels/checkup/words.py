@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from prereg_kernels.checkup.intervals import Estimate
 
@@ -21,6 +22,14 @@ def figure(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.1f}%"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def over_depth(values: Sequence[float], layer: int, unit: str) -> str:
+    """A curve in words: at the input, at the layer that is spoken of, and at the last."""
+    last = len(values) - 1
+    places = {0: "at the input"}
+    places |= {depth: f"at layer {depth}" for depth in (layer, last) if depth}
+    return ", ".join(f"{figure(values[depth], unit)} {where}" for depth, where in places.items())
 
 
 def points(change: Estimate) -> str:

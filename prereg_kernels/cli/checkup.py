@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,13 @@ from prereg_kernels.checkup.images.coco import CocoImages
 from prereg_kernels.checkup.images.datasets import ImageFolder, Samples, Subset
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.loading import Loaded, load
-from prereg_kernels.checkup.report.findings import headline, middle_layer
+from prereg_kernels.checkup.report.findings import middle_layer, notes
 from prereg_kernels.checkup.report.page import NUMBERS
 from prereg_kernels.checkup.results import CheckupResults
-from prereg_kernels.checkup.run import checkup, report
+from prereg_kernels.checkup.run import SHOWN, checkup, report
 from prereg_kernels.checkup.shards import Shards
 
+_PIXEL = re.compile(r"@(\d+),(\d+)$")
 _CHECKPOINT = re.compile(r"checkpoints?|(checkpoint|step)-\d+")
 
 DTYPES = {
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     names = _names(directories, arguments.names)
     _check(arguments)
     samples = None if arguments.scenes else _samples(arguments)
+    pixels = _pixels(arguments.maps or (), samples)
     if arguments.fresh:
         for name in names:
             Shards.clear(arguments.out / "shards" / name)
@@ -57,11 +60,12 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         if not arguments.json:
             console.print(f"{printable(name)}: {printable(directory)}", highlight=False)
         results.append(_measure(directory, name, samples, arguments, console))
-    page = report(arguments.out, results, _facts(results, arguments))
+    page = report(arguments.out, results, _facts(results, arguments), pixels=pixels)
+    numbers = (arguments.out / NUMBERS).read_text(encoding="utf-8")
     if arguments.json:
-        console.out((arguments.out / NUMBERS).read_text(encoding="utf-8"), highlight=False)
+        console.out(numbers, highlight=False)
         return
-    _print(results, console)
+    _print(results, json.loads(numbers)["headline"], console)
     console.print(f"page: {printable(page)}", highlight=False)
 
 
@@ -77,6 +81,8 @@ def _measure(
         processor=arguments.processor,
         device=_device(arguments.device),
         dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+        device_map=arguments.device_map,
+        bits=arguments.bits,
     )
     batches, notes = _batches(loaded, samples, arguments)
     with _bar(name, console, shown=not arguments.json) as progress:
@@ -88,6 +94,7 @@ def _measure(
             images=arguments.limit if samples is None else len(samples),
             tokenizer=loaded.tokenizer,
             splits=arguments.splits,
+            shown=SHOWN if arguments.maps is None else list(_named(arguments.maps)),
             notes=notes,
             progress=progress,
         )
@@ -123,10 +130,36 @@ def _samples(arguments: argparse.Namespace) -> Samples:
     return Subset(samples, arguments.limit) if arguments.limit < len(samples) else samples
 
 
+def _named(maps: Sequence[str]) -> dict[str, tuple[int, int] | None]:
+    """The images of --maps, and the pixel that each has behind an @."""
+    named = {}
+    for text in maps:
+        at = _PIXEL.search(text)
+        name = text[: at.start()] if at else text
+        named[name] = (int(at[1]), int(at[2])) if at else None
+    return named
+
+
+def _pixels(maps: Sequence[str], samples: Samples | None) -> dict[str, tuple[int, int]]:
+    """The pixels of --maps. ValueError: an image that is not measured."""
+    named = _named(maps)
+    if samples is not None:
+        names = {samples.name(i) for i in range(len(samples))}
+        for name in named:
+            if name not in names:
+                raise ValueError(
+                    f"--maps: expected one of the {len(names)} images that are measured, such as "
+                    f"{min(names)}, got {name}; --limit says how many are"
+                )
+    return {name: pixel for name, pixel in named.items() if pixel is not None}
+
+
 def _check(arguments: argparse.Namespace) -> None:
     for name in ("limit", "batch", "splits"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.device_map is not None and arguments.device is not None:
+        raise ValueError("--device-map: chooses the devices itself; expected no --device")
     if arguments.scenes:
         for name in ("masks", "labels", "processor"):
             if getattr(arguments, name) is not None:
@@ -193,10 +226,11 @@ def _bar(name: str, console: Console, *, shown: bool) -> Iterator[Any]:
         yield update
 
 
-def _print(results: Sequence[CheckupResults], console: Console) -> None:
+def _print(results: Sequence[CheckupResults], headline: str, console: Console) -> None:
     layer = middle_layer(results[0].layers)
     last = results[0].layers - 1
-    table = Table(title=printable(headline(results[0])), title_justify="left")
+    console.print(printable(headline), highlight=False)
+    table = Table()
     table.add_column("")
     for model in results:
         for depth in dict.fromkeys((0, layer, last)):
@@ -216,6 +250,9 @@ def _print(results: Sequence[CheckupResults], console: Console) -> None:
                 f"{model.name}: {len(names)} skipped: {reason} ({', '.join(names[:3])})",
                 highlight=False,
             )
-        lines = [f"no probe of {target}: {reason}" for target, reason in model.missing.items()]
-        for line in (*lines, *model.notes):
-            console.print(printable(f"{model.name}: {line}"), highlight=False)
+        for target, reason in model.missing.items():
+            console.print(
+                printable(f"{model.name}: no probe of {target}: {reason}"), highlight=False
+            )
+    for note in notes(results):
+        console.print(printable(note), highlight=False)

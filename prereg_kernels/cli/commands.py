@@ -27,7 +27,7 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["train"] and "--preset" in sys.argv:  # as in version 0.1
         parser.error("--preset: the digits are another command: prereg demo --preset scenes")
-    arguments, flags = parser.parse_known_args()
+    arguments, flags = parser.parse_known_args(sys.argv[1:] or ["--help"])
     if flags and arguments.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if arguments.command == "doctor":
@@ -388,12 +388,27 @@ def _add_checkup(commands: Any) -> None:
         help="share of a patch that its object must own; default 0.5",
     )
     parser.add_argument("--splits", type=int, default=5, help="of each linear probe; default 5")
+    parser.add_argument(
+        "--maps",
+        nargs="+",
+        metavar="IMAGE[@X,Y]",
+        help="images whose maps are drawn, each perhaps with a pixel of the patch that the others "
+        "are compared with; default: the first two",
+    )
     parser.add_argument("--processor", type=Path, help="a directory with the image processor")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="default: as stored; float32 on a CPU",
+    )
+    parser.add_argument(
+        "--device-map",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+        help="spread the layers over all GPUs, by accelerate; instead of --device",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8), help="round linear layers as they load, by bitsandbytes"
     )
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
     _add_settings(parser)

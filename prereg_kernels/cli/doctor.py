@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -23,16 +25,21 @@ from prereg_kernels.ops.dtypes import operand_dtype
 from prereg_kernels.ops.losses import LOSSES
 from prereg_kernels.ops.spec import Spec
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+PACKAGES = (
+    "torch", "torchvision", "triton", "transformers", "accelerate", "peft", "trl", "numpy",
+    "safetensors",
+)  # fmt: skip
+DISTRIBUTION = "prereg-kernels"
 Report = dict[str, dict[str, Any]]
 
 
 def examine() -> Report:
-    """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing here raises."""
+    """Facts by section: versions, cpu, gpu, backends, cpp rows. JSON-ready; nothing
+    here raises."""
     return {
         "versions": {"prereg_kernels": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES}
-        | {"supported": _taken()},
+        | {"supported": _taken(), "extras": _extras()},
         "cpu": _cpu(),
         "gpu": _gpu(),
         "backends": _backends(),
@@ -112,6 +119,39 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _extras() -> dict[str, str]:
+    """Of each extra of this package, whether all that it names is installed."""
+    try:
+        about = metadata.metadata(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return {"unknown": f"{DISTRIBUTION} runs from a folder, and is not installed"}
+    named = _named(about.get_all("Requires-Dist") or [])
+    facts = {}
+    for extra in about.get_all("Provides-Extra") or []:
+        missing = [name for name in named.get(extra, ()) if _version(name) == "not installed"]
+        facts[extra] = f"lacks {', '.join(missing)}" if missing else "installed"
+    return facts
+
+
+def _named(requirements: Sequence[str]) -> dict[str, list[str]]:
+    """{extra: the packages that it names}; an extra that names another has that one's, too."""
+    named: dict[str, list[str]] = {}
+    for requirement in requirements:
+        what, _, condition = requirement.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", condition)
+        if extra is not None:
+            named.setdefault(extra[1], []).append(what.strip())
+    return {extra: _packages(extra, named) for extra in named}
+
+
+def _packages(extra: str, named: Mapping[str, Sequence[str]]) -> list[str]:
+    packages: list[str] = []
+    for what in named[extra]:
+        name, inner = re.match(r"([\w.-]+)(?:\[([^\]]+)\])?", what).groups()  # type: ignore[union-attr]
+        packages += _packages(inner, named) if name == DISTRIBUTION else [name]
+    return packages
 
 
 def _taken() -> str:

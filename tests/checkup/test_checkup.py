@@ -316,7 +316,7 @@ def test_the_page_needs_no_network(reported: Path) -> None:
     page = (reported / "checkup.html").read_text()
     assert "no probe of image: breed: train_y: expected at least 2" in page
     assert "://" not in re.sub(r"base64,[^\"]+", "", page)
-    assert page.count("<picture>") == 6  # four of curves, two of images
+    assert page.count("<picture>") == 17  # panels: 2 + 5 + 4 + 4; and two images
     for name in ("probes", "structure", "resemblance", "tokens", "maps-0", "maps-1"):
         for ending in (".png", "-dark.png"):
             assert (reported / "plots" / f"{name}{ending}").stat().st_size > 5000
@@ -354,12 +354,13 @@ def test_legends_have_the_names_letter_for_letter(found: CheckupResults) -> None
     two = [replace(found, name=name) for name in names]
     with theme("light") as colours:
         for draw in CURVES.values():
-            figure = draw(two, colours)
-            assert figure is not None
-            figure.savefig(BytesIO())
-            (legend,) = figure.legends
+            drawing = draw(two, colours)
+            assert drawing is not None
+            drawing.figure.savefig(BytesIO())
+            (legend,) = drawing.figure.legends
             texts = [text._preprocess_math(text.get_text()) for text in legend.get_texts()]
             assert texts == [(name, False) for name in names]
+            assert drawing.key == {names[0]: "first", names[1]: "second"}
 
 
 def test_which_cka_is_named(found: CheckupResults) -> None:
@@ -408,7 +409,7 @@ def test_without_places_and_labels(batches: ImageBatches, tmp_path: Path) -> Non
     assert not {"contrast", "image: class"} & found.curves.keys()
     assert math.isfinite(found.curves["CKA with input"][1].value)
     page = report(tmp_path, [found]).read_text()
-    assert page.count("<picture>") == 2
+    assert page.count("<picture>") == 8  # panels: 4 + 4
     assert "cosine to their input" in page
 
 
@@ -439,6 +440,8 @@ def test_unlabelled_images_are_counted(batches: ImageBatches, tmp_path: Path) ->
     ]
     found = checkup(batches._loaded.model, named + few[1:], tmp_path, splits=3)
     assert found.notes == (
+        "No patch is known to be of an object: masks bring the contrast of patches and, where the "
+        "objects have classes, a probe of objects.",
         "Only 5 of 24 images have a label of class: the probe of image: class leaves the others "
         "out.",
     )

@@ -61,6 +61,12 @@ def _adapter_alone(model: Path) -> None:
     (model / "config.json").rename(model / "adapter_config.json")
 
 
+def _lora(model: Path) -> None:
+    (model / "config.json").unlink()
+    about = {"base_model_name_or_path": "llava-hf/llava"}
+    (model / "adapter_config.json").write_text(json.dumps(about))
+
+
 def _sharded(model: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "absent.safetensors"}}
     (model / "model.safetensors").rename(model / "other.safetensors")
@@ -88,7 +94,8 @@ DEEP = "[" * 100_000
         (_written("config.json", "[1]"), "config.json: expected a JSON object, got list"),
         (_written("config.json", "{}"), "model: model_type 'None': the places of its visual"),
         (_linked, "model: expected a model directory, with a config.json in it"),
-        (_adapter_alone, "with a config.json in it; merge the adapter into its model first"),
+        (_adapter_alone, "it is a LoRA adapter: merge the adapter into its model first"),
+        (_lora, "it is a LoRA adapter of llava-hf/llava: merge the adapter into its model first"),
         (_written("adapter_config.json", "{}"), "adapter_config.json: expected a whole model"),
         (_config(quantization_config={"quant_method": "fp8"}), "config.json: quantization_config"),
         (

@@ -113,15 +113,16 @@ def test_one_entry_is_in_all_four(monkeypatch: pytest.MonkeyPatch) -> None:
     curve = [Estimate(1.0, 1.0, 1.0), Estimate(1.2, 1.1, 1.3), Estimate(1.5, 1.4, 1.6)]
     change = [Estimate(x.value - 1, x.low - 1, x.high - 1) for x in curve]
     results: Any = SimpleNamespace(
-        layers=3, probes={}, curves={"relative norm": curve}, changes={"relative norm": change}
-    )
+        name="one", layers=3, probes={}, curves={"relative norm": curve},
+        changes={"relative norm": change},
+    )  # fmt: skip
     [line] = findings.sentences(results)
     assert line == (
         "The length of a token over its length at the input is 1.000 at the input and 1.200 at "
         "layer 1: +0.200 (95% interval +0.100 to +0.300), a rise."
     )
     with theme("light") as colours:
-        figure = plots.measures("tokens", [results], colours)
-    assert figure is not None
-    [drawn] = [axis for axis in figure.axes if axis.get_title(loc="left") == "norm"]
+        drawing = plots.measures("tokens", [results], colours)
+    assert drawing is not None
+    [drawn] = [axis for axis in drawing.panels if axis.get_title(loc="left") == "norm"]
     assert drawn.lines[0].get_ydata().tolist() == [1.0, 1.2, 1.5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def test_two_models(place: Path, prereg: Command) -> None:
     assert run.returncode == 0, run.stderr
     numbers = json.loads((place / "out" / "checkup.json").read_text())
     assert [model["name"] for model in numbers["models"]] == ["a", "b"]
-    assert numbers["headline"].startswith("From the input to layer 2 of 4, image probe accuracy")
+    assert numbers["headline"].startswith("b against a at layer 2 of 4: image probe accuracy")
     assert " ".join(numbers["headline"].split()[:8]) in run.stdout
+    for model in numbers["models"]:
+        assert model["headline"].startswith("From the input to layer 2 of 4, image probe accuracy")
     assert numbers["models"][0]["skipped"] == {"damaged, or not an image": ["dark/zz.png"]}
     # the same random weights: what one says of an image, the other does
     assert set(numbers["differences"]["contrast"]["value"]) == {0}
@@ -64,11 +67,15 @@ def test_two_models(place: Path, prereg: Command) -> None:
 def test_a_model_without_processor_files(place: Path, prereg: Command) -> None:
     """The family's usual processor is used, and the page says so."""
     Image.fromarray(noise(8, 8)).save(place / "images" / "dark" / "yy.png")
-    run = prereg("b/model", "--images", "images", "--splits", "2", "--out", "out-b")
+    images = ("--images", "images/dark", "--maps", "03.png@1,2")
+    run = prereg("b/model", *images, "--splits", "2", "--out", "out-b")
     assert run.returncode == 0, run.stderr
+    assert "masks bring the contrast of patches" in run.stdout
     page = (place / "out-b" / "checkup.html").read_text()
     assert "There is no image processor in model: the family&#39;s usual one was used" in page
     assert "patch_size 4, merge_size 2" in page
+    assert "masks bring the contrast of patches" in page
+    assert re.findall(r"<h3>(.+)</h3>", page) == ["03.png"]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,14 @@ def test_a_model_without_processor_files(place: Path, prereg: Command) -> None:
         (["a/model", "--images", "broken"], "images: expected at least one that can be used"),
         (["a/model", "--scenes", "--masks", "masks"], "--masks: goes with --images"),
         (["a/model", "--scenes"], "scenes: need a LLaVA"),
+        (
+            ["a/model", "--images", "images", "--maps", "no.png@1,2"],
+            "images that are measured, such as dark/01.png, got no.png; --limit says how many are",
+        ),
+        (
+            ["a/model", "--images", "images", "--device", "cpu", "--device-map", "auto"],
+            "--device-map: chooses the devices itself; expected no --device",
+        ),
         (["a/model"], "one of the arguments --images --scenes is required"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,10 +43,18 @@ def test_experiment_writes_its_report(experiment: tuple[Path, str]) -> None:
         assert sentence.split("±")[0].strip() in page.replace("&#39;", "'")
         assert sentence[:40] in output
     for name in ("probes", "answers", "transfer", "structure", "training", "scenes"):
-        assert (out / "plots" / f"{name}.png").stat().st_size > 5000
-    assert page.count("data:image/png;base64,") == 6
+        for ending in (".png", "-dark.png"):
+            assert (out / "plots" / f"{name}{ending}").stat().st_size > 5000
+    # light and dark: 5 panels of probes, 8 of structure, 2 of losses, and 3 whole pictures
+    assert page.count("data:image/png;base64,") == 2 * 18
+    count = 100 * statistics.fmean(r["accuracy"]["count"] for r in by_variant_of(summary, "pre"))
+    assert re.search(rf'alt="Right answers\. count: baseline [\d.]+%, PRe {count:.1f}%', page)
     assert (out / "seed-0" / "pre" / "tensorboard").is_dir()
     assert "://" not in re.sub(r"base64,[^\"]+", "", page)  # it needs no network
+
+
+def by_variant_of(summary: dict[str, Any], variant: str) -> list[dict[str, Any]]:
+    return [result for result in summary["results"] if result["variant"] == variant]
 
 
 def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
@@ -101,3 +111,10 @@ def test_errors_are_one_line(
     assert message in run.stderr
     assert run.stderr.startswith("prereg: ")
     assert run.stderr.count("\n") == 1
+
+
+def test_alone_it_prints_help(prereg_here: Command, tmp_path: Path) -> None:
+    run = prereg_here(cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr == ""
+    assert run.stdout.startswith("usage: prereg")
+    assert run.stdout == prereg_here("--help", cwd=tmp_path).stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from email.message import Message
+from importlib import metadata
 
 import pytest
 import torch
@@ -37,8 +39,38 @@ def test_json_says_the_same() -> None:
     report = json.loads(run("--json").stdout)
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(report) == {"versions", "cpu", "gpu", "backends", "cpp rows"}
+    assert report["versions"]["accelerate"] == metadata.version("accelerate")
+    assert {"peft", "trl", "torchvision"} <= report["versions"].keys()
+    assert report["versions"]["extras"]["train"] == "installed"
     assert list(report["backends"]) == list(registry.BACKENDS)
     assert report["backends"]["torch"] == "runs"
+
+
+def test_extras_and_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extra that names another one needs what that one does."""
+    about = Message()
+    for extra in ("small", "large", "same", "none"):
+        about["Provides-Extra"] = extra
+    for requirement in (
+        "torch>=2",
+        "rich; extra == 'small'",
+        "no-such-package>=1.0,<2; extra == 'small'",
+        'prereg-kernels[small]; extra == "large"',
+        'nor_this_one[all]~=3; (sys_platform == "linux") and extra == "large"',
+        "prereg-kernels[large]; extra == 'same'",
+    ):
+        about["Requires-Dist"] = requirement
+    versions = {"rich": "1"}
+    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: about)
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "not installed"))
+    assert doctor.examine()["versions"]["extras"] == {
+        "small": "lacks no-such-package",
+        "large": "lacks no-such-package, nor_this_one",
+        "same": "lacks no-such-package, nor_this_one",
+        "none": "installed",
+    }
+    versions |= {"no-such-package": "1", "nor_this_one": "3"}
+    assert set(doctor.examine()["versions"]["extras"].values()) == {"installed"}
 
 
 TAKEN = "transformers >=4.57,<6, tested with 4.57.6, 5.6.0, 5.16.1, 5.17.0, 5.24.0"

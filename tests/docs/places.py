@@ -38,6 +38,7 @@ def checkups(place: Path) -> None:
         shutil.copy(path, place / "val2017")
         mask = place / "made" / "masks" / path.parent.name / path.name
         shutil.copy(mask, place / "stuffthingmaps" / "val2017")
+    shutil.copy(pictures[0], place / "photos" / "cat.png")
     (place / "made" / "images").rename(place / "imagenet-val")
     halves = [(1, 0), (2, 20)]  # two objects each, side by side
     annotations = [

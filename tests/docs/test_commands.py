@@ -91,6 +91,7 @@ NOT_RUN = {
         "make test-docs",
         "make test-versions",
     ),
+    "needs a browser, which it installs": ("make test-pages",),
     "installs what builds the site": ("make docs",),
     "needs several machines": (
         "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "

@@ -45,7 +45,7 @@ def fetch(name, **rest):
 
 kernels.get_kernel, kernels.is_kernels_available = fetch, lambda *_: True
 modeling.is_kernels_available = lambda *_: True
-page._draw = lambda *_: {}
+page.draw_all = lambda *_: {}
 sys.path.remove("")  # where the models are
 models = sys.argv[1:]
 sys.addaudithook(audit)

@@ -40,7 +40,7 @@ TEMPLATE = "{% for m in messages %}hello <image> look{% endfor %}"
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time, and say nothing else."""
-    monkeypatch.setattr(page, "_draw", lambda *_: {})
+    monkeypatch.setattr(page, "draw_all", lambda *_: {})
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ PANELS = {
     "patches": Panel("structure", "cohesion —, coupling - -", "mean cosine similarity"),
     "contrast": Panel("structure", "contrast", "cohesion / coupling"),
     "difference": Panel("structure", "difference", "cohesion − coupling"),
-    "centred patches": Panel("structure", "the same, centred", ""),
+    "centred patches": Panel("structure", "both, centred", ""),
     "centred difference": Panel("structure", "difference, centred", ""),
     "CKA": Panel("resemblance", "CKA: debiased —, plain - -", "1 = unchanged", top=1.03),
     "cosine": Panel("resemblance", "cosine to the input", "mean cosine", top=1.03),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from prereg_kernels.checkup.intervals import Estimate
 from prereg_kernels.checkup.measures.measure import Measure, Reading, Tile
+from prereg_kernels.checkup.measures.probe import Probe
 from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.results import CheckupResults, Curve, mean_probe, probe_change
 from prereg_kernels.checkup.words import apart, fixed, moved, number, points, short, verb
@@ -41,6 +42,42 @@ def headline(results: CheckupResults) -> str:
         parts.append(f"the tokens' cosine to their input goes from 1 to {fixed(after, 2)}")
     text = "; ".join(parts)
     return f"From the input to layer {layer} of {results.layers - 1}, {text}."
+
+
+def headline_of_two(
+    first: CheckupResults, second: CheckupResults, differences: Mapping[str, Curve]
+) -> str:
+    """The most important sentence of a comparison: the second model's number, then the first's."""
+    layer = middle_layer(first.layers)
+    parts = []
+    for level in LEVELS:
+        probes = _probes_of_both(first, second, level)
+        if probes is not None:
+            a, b = probes
+            parts.append(
+                f"{level} probe accuracy {100 * b.mean:.0f}% against {100 * a.mean:.0f}%, "
+                f"{apart(probe_change(a, b))}"
+            )
+    keys = ["contrast", "centred difference"]
+    known = [k for k in keys if all(_known(results, k, layer) for results in (first, second))]
+    names = {measure.name: measure.compared for measure in MEASURES}
+    for key in known if parts or known else ["cosine to input"]:
+        x, y = (fixed(results.curves[key][layer].value) for results in (first, second))
+        parts.append(f"{names[key]} {y} against {x}, {apart(differences[key][layer])}")
+    text = "; ".join(parts)
+    return f"{second.name} against {first.name} at layer {layer} of {first.layers - 1}: {text}."
+
+
+def _probes_of_both(
+    first: CheckupResults, second: CheckupResults, level: str
+) -> tuple[Probe, Probe] | None:
+    """The mean probes of a level at the middle layer, where both models have some."""
+    layer = middle_layer(first.layers)
+    targets = [t for t in first.probes if t.startswith(level) and t in second.probes]
+    if not targets:
+        return None
+    a, b = (mean_probe(results.probes, targets)[layer] for results in (first, second))
+    return a, b
 
 
 def _levels(results: CheckupResults) -> list[tuple[str, list[str]]]:
@@ -116,9 +153,9 @@ def comparison(
     layer = middle_layer(first.layers)
     lines = []
     for level in LEVELS:
-        targets = [t for t in first.probes if t.startswith(level) and t in second.probes]
-        if targets:
-            a, b = (mean_probe(results.probes, targets)[layer] for results in (first, second))
+        probes = _probes_of_both(first, second, level)
+        if probes is not None:
+            a, b = probes
             change = probe_change(a, b)
             lines.append(
                 f"At layer {layer} a linear probe of {level} features is right in "
@@ -139,7 +176,7 @@ def comparison(
 
 
 def tiles(results: CheckupResults) -> list[Tile]:
-    """The first row of the page."""
+    """One model's part of the page's first row."""
     layer = middle_layer(results.layers)
     row = []
     for level, targets in _levels(results):
@@ -151,6 +188,25 @@ def tiles(results: CheckupResults) -> list[Tile]:
         if measure.tile is not None:
             row.append(measure.tile(measure.name, reading))
     return row
+
+
+def tiles_of(models: Sequence[CheckupResults]) -> list[tuple[str, list[tuple[str, Tile]]]]:
+    """The first row of the page: of each title, the models that have such a tile, and it."""
+    row: dict[str, list[tuple[str, Tile]]] = {}
+    for model in models:
+        for tile in tiles(model):
+            row.setdefault(tile.title, []).append((model.name, tile))
+    return list(row.items())
+
+
+def notes(models: Sequence[CheckupResults]) -> list[str]:
+    """The models' notes: what all have once, without a name."""
+    said = dict.fromkeys(note for model in models for note in model.notes)
+    lines = []
+    for note in said:
+        names = [model.name for model in models if note in model.notes]
+        lines.append(note if len(names) == len(models) else f"{names[0]}: {note}")
+    return lines
 
 
 def limits(layers: int, images: int, rows: int, width: int) -> Sequence[str]:

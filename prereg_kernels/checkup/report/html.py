@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,6 @@ def write_html(path: Path, package: str, values: Mapping[str, Any]) -> None:
     )
     environment.globals.update(themes=THEMES, variables=_variables)
     write_whole(path, environment.get_template(path.name).render(values))
-
-
-def inlined(paths: Mapping[str, Path]) -> dict[str, str]:
-    """Files as base64, which a page has in it."""
-    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
 
 
 def _variables(colours: Mapping[str, str]) -> str:

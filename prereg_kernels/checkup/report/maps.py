@@ -15,8 +15,10 @@ from torch import Tensor
 
 from prereg_kernels.checkup.measured import Shown
 from prereg_kernels.checkup.measures.tensors import check_features
+from prereg_kernels.checkup.report.pictures import Drawing
 from prereg_kernels.checkup.report.style import plain
 from prereg_kernels.checkup.results import CheckupResults
+from prereg_kernels.checkup.words import fixed
 
 COLUMNS = 7
 """Layers in a row of maps, at most."""
@@ -45,27 +47,59 @@ def chosen_patch(shown: Shown) -> int:
     return int(candidates[((places - centre) ** 2).sum(axis=0).argmin()])
 
 
+def patch_at(shown: Shown, pixel: tuple[int, int]) -> int:
+    """The token whose box a pixel (x, y) of the image is in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    assert shown.boxes is not None and shown.places is not None and shown.picture is not None
+    x, y = (place + 0.5 for place in pixel)
+    top, left, bottom, right = shown.boxes.T
+    inside = (left <= x) & (x < right) & (top <= y) & (y < bottom) & (shown.places[0] >= 0)
+    if not inside.any():
+        height, width = shown.picture.shape[:2]
+        raise ValueError(
+            f"{shown.name}: expected a pixel x,y of its {width} x {height} that a patch covers, "
+            f"got {pixel[0]},{pixel[1]}"
+        )
+    return int(inside.argmax())
+
+
 def maps(
-    models: Sequence[CheckupResults], shown: Sequence[Shown], colours: Mapping[str, str]
-) -> Figure:
+    models: Sequence[CheckupResults],
+    shown: Sequence[Shown],
+    colours: Mapping[str, str],
+    pixel: tuple[int, int] | None = None,
+) -> Drawing:
     """One image, a column a layer. For each model, a row of similarities: the cosine of every patch
     to a chosen one, the mean patch (over all images) subtracted, since what all patches share would
     make every map bright; the scale is from -1 to 1 throughout. Then, for each model, a row of
     patches coloured by `aligned_components`.
+
+    Args:
+        pixel: (x, y) in the patch that is marked; None: that of `chosen_patch`.
     """
     layers = layers_shown(models[0].layers)
     sheet = _Sheet(2 * len(models), len(layers) + 1, shown[0])
-    patch = chosen_patch(shown[0])
     drawn = None
+    words = [f"{shown[0].name}: mean cosine of its patches to the marked one"]
     for row, (model, image) in enumerate(zip(models, shown, strict=True)):
         mean = model.measured.mean()
+        means = []
+        patch = chosen_patch(image) if pixel is None else patch_at(image, pixel)
         sheet.picture(row, image, patch)
         for column, layer in enumerate(layers, start=1):
             x = image.patches[layer].double() - mean[layer]
             similar = torch.nn.functional.cosine_similarity(x, x[patch : patch + 1], dim=1)
+            means.append(float(similar.mean()))
             axis = sheet.axes[row][column]
             drawn = _overlay(axis, image, similar.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             _mark(axis, image, patch)
+        levels = (
+            f"{fixed(value, 2)} {_place(at)}" for value, at in zip(means, layers, strict=True)
+        )
+        words.append(f"{model.name}: {', '.join(levels)}")
     first: Tensor | None = None
     for row, (model, image) in enumerate(zip(models, shown, strict=True), start=len(models)):
         scores = aligned_components(model, image, layers, first)
@@ -76,13 +110,17 @@ def maps(
     names = [plain(model.name) if len(models) > 1 else "" for model in models]
     kinds = ("similarity", "components")
     sheet.label(
-        ["image", *(f"layer {layer}" if layer else "input" for layer in layers)],
+        ["image", *map(_place, layers)],
         [f"{name}\n{kind}".strip() for kind in kinds for name in names],
         colours,
     )
     assert drawn is not None
     sheet.scale(drawn, len(models), "cosine to the marked patch", colours)
-    return sheet.figure
+    return Drawing(sheet.figure, [". ".join(words) + "."])
+
+
+def _place(layer: int) -> str:
+    return f"layer {layer}" if layer else "input"
 
 
 def aligned_components(

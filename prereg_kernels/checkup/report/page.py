@@ -6,27 +6,26 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from prereg_kernels._util.files import write_whole
-from prereg_kernels.checkup.measured import Shown
 from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.report.findings import (
     comparison,
     headline,
+    headline_of_two,
     limits,
     middle_layer,
+    notes,
     sentences,
-    tiles,
+    tiles_of,
 )
-from prereg_kernels.checkup.report.html import inlined, write_html
+from prereg_kernels.checkup.report.html import write_html
 from prereg_kernels.checkup.report.maps import drawable, maps
+from prereg_kernels.checkup.report.pictures import Drawing, draw_all
 from prereg_kernels.checkup.report.plots import CURVES, Colours
-from prereg_kernels.checkup.report.style import THEMES, theme
 from prereg_kernels.checkup.results import CheckupResults, Curve
 from prereg_kernels.checkup.words import figure
 
@@ -38,6 +37,7 @@ def write_page(
     models: Sequence[CheckupResults],
     differences: Mapping[str, Curve],
     facts: Mapping[str, Any],
+    pixels: Mapping[str, tuple[int, int]],
 ) -> Path:
     """Write checkup.json, plots/ and checkup.html into `out`.
 
@@ -45,6 +45,7 @@ def write_page(
         models: one model, or two to compare.
         differences: second - first, if there are two.
         facts: what was measured, on what: for the page's first lines.
+        pixels: {name of an image: where the patch is whose maps are drawn}, as `report` takes it.
 
     Returns:
         The page.
@@ -52,17 +53,21 @@ def write_page(
     out.mkdir(parents=True, exist_ok=True)
     numbers = as_json(models, differences, facts)
     write_whole(out / NUMBERS, json.dumps(numbers, indent=1, allow_nan=False))
-    pictures = _draw(models, out / PLOTS)
+    with warnings.catch_warnings():
+        # names of models and images in scripts that the font does not have
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        pictures = draw_all(partial(_drawings, models, pixels), out / PLOTS)
     measured = models[0].measured
     values = {
         "headline": numbers["headline"],
-        "tiles": tiles(models[0]),
-        "sentences": numbers["findings"],
+        "tiles": tiles_of(models),
+        "sentences": [model["findings"] for model in numbers["models"]],
         "comparison": numbers["comparison"],
         "facts": facts,
         "models": models,
+        "notes": notes(models),
         "layer": middle_layer(models[0].layers),
-        "pictures": {name: inlined(paths) for name, paths in pictures.items()},
+        "pictures": pictures,
         "shown": {
             i: shown.name for i, shown in enumerate(measured.shown()) if f"maps-{i}" in pictures
         },
@@ -81,7 +86,9 @@ def as_json(
 ) -> dict[str, Any]:
     """Everything on the page as plain values; None where a number does not exist.
 
-    {"facts", "headline", "models": [{"name", "layers", "images", "patches", "skipped", "notes",
+    {"facts", "headline": of the one model or of the comparison, "comparison": its sentences,
+    "models": [{"name", "headline", "findings": its sentences, "layers", "images", "patches",
+    "skipped", "notes",
     "curves": {measure: {"value", "low", "high": a number a layer}}, "changes": the same since layer
     0, "probes": {target: {"chance", "accuracies": [layer][split]}}, "missing": {target: reason},
     "top_tokens": [layer][{"token", "id", "share"}], "massive_dimensions": [layer][{"dimension",
@@ -90,12 +97,15 @@ def as_json(
     """
     return {
         "facts": dict(facts),
-        "headline": headline(models[0]),
-        "findings": sentences(models[0]),
+        "headline": headline_of_two(models[0], models[1], differences)
+        if len(models) == 2
+        else headline(models[0]),
         "comparison": comparison(models[0], models[1], differences) if len(models) == 2 else [],
         "models": [
             {
                 "name": d.name,
+                "headline": headline(d),
+                "findings": sentences(d),
                 "layers": d.layers,
                 "middle_layer": middle_layer(d.layers),
                 "images": len(d.measured.names),
@@ -147,34 +157,16 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _draw(models: Sequence[CheckupResults], directory: Path) -> dict[str, dict[str, Path]]:
-    """{picture: {theme: file}}."""
-    directory.mkdir(parents=True, exist_ok=True)
-    files: dict[str, dict[str, Path]] = {}
-    images = list(zip(*(d.measured.shown() for d in models), strict=True))
-    for name in THEMES:
-        with theme(name) as colours, warnings.catch_warnings():
-            # names of models and images in scripts that the font does not have
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            for picture, drawing in _figures(models, images, colours):
-                path = directory / f"{picture}{'' if name == 'light' else '-' + name}.png"
-                buffer = BytesIO()
-                drawing.savefig(buffer, format="png")
-                write_whole(path, buffer.getvalue())
-                files.setdefault(picture, {})[name] = path
-    return files
-
-
-def _figures(
-    models: Sequence[CheckupResults], images: Sequence[tuple[Shown, ...]], colours: Colours
-) -> Iterator[tuple[str, Figure]]:
+def _drawings(
+    models: Sequence[CheckupResults], pixels: Mapping[str, tuple[int, int]], colours: Colours
+) -> Iterator[tuple[str, Drawing]]:
     for picture, draw in CURVES.items():
         drawing = draw(models, colours)
         if drawing is not None:
             yield picture, drawing
-    for i, shown in enumerate(images):
+    for i, shown in enumerate(zip(*(d.measured.shown() for d in models), strict=True)):
         if all(drawable(image) for image in shown):
-            yield f"maps-{i}", maps(models, shown, colours)
+            yield f"maps-{i}", maps(models, shown, colours, pixels.get(shown[0].name))
 
 
 def _table(d: CheckupResults) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from prereg_kernels.checkup.measures.measure import Measure, Panel
 from prereg_kernels.checkup.measures.table import MEASURES, PANELS
 from prereg_kernels.checkup.report.findings import middle_layer
+from prereg_kernels.checkup.report.pictures import Drawing
 from prereg_kernels.checkup.report.style import curve, legend, mark_layer, panels, plain
 from prereg_kernels.checkup.results import CheckupResults
+from prereg_kernels.checkup.words import figure as share
+from prereg_kernels.checkup.words import over_depth
 
 Colours = Mapping[str, str]
 Models = Sequence[CheckupResults]
@@ -23,7 +26,7 @@ MARKERS = ("s", "o")
 WIDTH, COLUMNS = 13.0, 5
 
 
-def probes(models: Models, colours: Colours) -> Figure | None:
+def probes(models: Models, colours: Colours) -> Drawing | None:
     """Probe accuracy over depth, a panel a target; dotted: always the commonest class."""
     targets = list(dict.fromkeys(target for model in models for target in model.probes))
     if not targets:
@@ -40,11 +43,10 @@ def probes(models: Models, colours: Colours) -> Figure | None:
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, 0), min(high, 102))  # a t interval may leave what is possible
     axes[0].set_ylabel("probe accuracy")
-    _finish(figure, axes, models)
-    return figure
+    return _finish(figure, axes, models, [_probed(models, target) for target in targets])
 
 
-def measures(picture: str, models: Models, colours: Colours) -> Figure | None:
+def measures(picture: str, models: Models, colours: Colours) -> Drawing | None:
     """The panels of a picture, with the curves of all measures that are drawn there."""
     shown = {key: panel for key, panel in PANELS.items() if panel.picture == picture}
     curves = [measure for measure in MEASURES if measure.panel in shown]
@@ -52,6 +54,7 @@ def measures(picture: str, models: Models, colours: Colours) -> Figure | None:
     if not models:
         return None
     figure, axes = _panels(len(shown), height=2.6)
+    words = []
     for axis, (key, panel) in zip(axes, shown.items(), strict=True):
         own = sorted((m for m in curves if m.panel == key), key=lambda measure: measure.dashed)
         for measure in own:
@@ -62,8 +65,43 @@ def measures(picture: str, models: Models, colours: Colours) -> Figure | None:
         axis.set_title(panel.title)
         axis.set_ylabel(panel.label)
         _limit(axis, panel, own, models)
-    _finish(figure, axes, models)
-    return figure
+        words.append(_measured(models, own))
+    return _finish(figure, axes, models, words)
+
+
+def _probed(models: Models, target: str) -> str:
+    """A panel of probes in words."""
+    parts = {}
+    for model in models:
+        if target in model.probes:
+            chance = share(model.probes[target][0].chance, "%")
+            curve = _over_depth(model, target, "%")
+            parts[model.name] = f"{curve} (always the commonest class: {chance})"
+    return _in_words(f"Probe of {target}", parts, models)
+
+
+def _measured(models: Models, own: Sequence[Measure]) -> str:
+    """A panel of measures in words."""
+    names = " and ".join(measure.name for measure in own)
+    parts = {
+        model.name: "; ".join(
+            f"{measure.name} " * (len(own) > 1) + _over_depth(model, measure.name, measure.unit)
+            for measure in own
+            if measure.name in model.curves
+        )
+        for model in models
+    }
+    return _in_words(names[:1].upper() + names[1:], parts, models)
+
+
+def _over_depth(model: CheckupResults, key: str, unit: str) -> str:
+    values = [estimate.value for estimate in model.curves[key]]
+    return over_depth(values, middle_layer(model.layers), unit)
+
+
+def _in_words(what: str, parts: Mapping[str, str], models: Models) -> str:
+    named = [f"{name}: {text}" if len(models) > 1 else text for name, text in parts.items()]
+    return f"{what}, over the layers. {'. '.join(named)}."
 
 
 def _limit(axis: Axes, panel: Panel, own: Sequence[Measure], models: Models) -> None:
@@ -83,7 +121,7 @@ def _limit(axis: Axes, panel: Panel, own: Sequence[Measure], models: Models) -> 
         axis.set_ylim(panel.bottom, top)
 
 
-CURVES: dict[str, Callable[[Models, Colours], Figure | None]] = {
+CURVES: dict[str, Callable[[Models, Colours], Drawing | None]] = {
     "probes": probes,
     **{
         picture: partial(measures, picture)
@@ -121,10 +159,12 @@ def _line(
     )  # fmt: skip
 
 
-def _finish(figure: Figure, axes: Sequence[Axes], models: Models) -> None:
+def _finish(figure: Figure, axes: Sequence[Axes], models: Models, words: Sequence[str]) -> Drawing:
     layer = middle_layer(models[0].layers)
     for axis in axes:
         mark_layer(axis, layer, color=axis.yaxis.label.get_color(), alpha=0.14, linewidth=7)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    if len(models) > 1:
-        legend(figure, axes[0], lambda label: plain(models[int(label)].name), side="left")
+    if len(models) == 1:
+        return Drawing(figure, words, axes)
+    legend(figure, axes[0], lambda label: plain(models[int(label)].name), side="left")
+    return Drawing(figure, words, axes, {models[0].name: "first", models[1].name: "second"})

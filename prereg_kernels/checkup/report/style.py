@@ -32,13 +32,15 @@ THEMES = {
     "light": {
         "ground": "#ffffff", "ink": "#1b1f24", "soft": "#59636e", "line": "#d1d9e0",
         "card": "#f6f8fa", "fall": "#b35900", "rise": "#0072b2",
+        "first": ORANGE, "second": BLUE, "third": GREY,
     },
     "dark": {
         "ground": "#0d1117", "ink": "#e6edf3", "soft": "#9198a1", "line": "#3d444d",
         "card": "#151b23", "fall": "#f0b13c", "rise": "#56b4e9",
+        "first": ORANGE, "second": SKY, "third": GREY,
     },
 }  # fmt: skip
-"""The colours of pictures and pages, by theme."""
+"""The colours of pictures and pages, by theme; first, second, third: of what is compared."""
 
 
 def plain(text: str) -> str:
@@ -69,9 +71,8 @@ def theme(name: str) -> Iterator[dict[str, str]]:
         "ytick.major.size": 0,
         "axes.spines.left": False,
     }
-    models = [ORANGE, BLUE if name == "light" else SKY]
     with matplotlib.rc_context({**STYLE, **settings}):
-        yield {**colours, "first": models[0], "second": models[1]}
+        yield colours
 
 
 def panels(

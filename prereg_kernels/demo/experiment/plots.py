@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from prereg_kernels.checkup.measures.measure import STRUCTURE
-from prereg_kernels.checkup.report.style import (
-    BLUE,
-    GREY,
-    ORANGE,
-    STYLE,
-    curve,
-    legend,
-    mark_layer,
-    panels,
-)
+from prereg_kernels.checkup.report.pictures import Drawing, Picture, draw_all
+from prereg_kernels.checkup.report.style import curve, legend, mark_layer, panels
+from prereg_kernels.checkup.words import over_depth
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, questions
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, PROPERTIES, Scenes
 from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig
@@ -40,63 +31,67 @@ from prereg_kernels.demo.metrics import read_metrics
 from prereg_kernels.demo.training_checkup import read_checkups
 
 LABELS = {"baseline": "baseline", "pre": "PRe", "other_scene": "control: another scene's target"}
-COLOURS = {"baseline": ORANGE, "pre": BLUE, "other_scene": GREY}
+COLOURS = {"baseline": "first", "pre": "second", "other_scene": "third"}
+"""Their names in the themes."""
 MARKERS = {"baseline": "s", "pre": "o", "other_scene": "^"}
 COLUMNS = 4
+Colours = Mapping[str, str]
 
 
 def plot_all(
     results: Results, config: ExperimentConfig, out: Path, directory: Path
-) -> dict[str, Path]:
-    """Draw every picture into `directory`; {name: file}."""
-    directory.mkdir(parents=True, exist_ok=True)
+) -> dict[str, Picture]:
+    """Draw every picture into `directory`; {name: what a page shows of it}."""
     layer = config.run.pre.layer
-    files = {}
-    with matplotlib.rc_context(STYLE):
-        for name, figure in {
-            "probes": probes(results, layer),
-            "answers": answers(results),
-            "transfer": transfer(results),
-            "structure": structure(results, layer),
-            "training": training(results, out),
-            "scenes": scenes(config),
-            "progress": progress(results, out, layer),
-        }.items():
-            if figure is None:
-                continue
-            files[name] = directory / f"{name}.png"
-            figure.savefig(files[name])
-    return files
+
+    def draw(colours: Colours) -> Iterator[tuple[str, Drawing]]:
+        yield "probes", probes(results, layer, colours)
+        yield "answers", answers(results, colours)
+        yield "transfer", transfer(results, colours)
+        yield "structure", structure(results, layer, colours)
+        yield "training", training(results, out, colours)
+        yield "scenes", scenes(config)
+        over_training = progress(results, out, layer, colours)
+        if over_training is not None:
+            yield "progress", over_training
+
+    return draw_all(draw, directory)
 
 
-def probes(results: Results, layer: int) -> Figure:
+def probes(results: Results, layer: int, colours: Colours) -> Drawing:
     """Probe accuracy over depth, a panel for each property."""
     figure, axes = panels(len(PROPERTIES), size=(15, 3.1))
+    words = []
     for axis, name in zip(axes, PROPERTIES, strict=True):
-        _over_depth(axis, results, at("probe", name), layer, scale=100)
+        curves = _over_depth(axis, results, at("probe", name), layer, colours, scale=100)
         axis.set_title(f"{name} ({'asked' if name == 'digit' else 'never asked'})")
+        words.append(_in_words(f"Probe of {name}, over the layers", curves, layer, "%"))
     axes[0].set_ylabel("linear probe, test accuracy (%)")
     legend(figure, axes[0])
-    return figure
+    return Drawing(figure, words, axes, _key(VARIANTS))
 
 
-def structure(results: Results, layer: int) -> Figure:
+def structure(results: Results, layer: int, colours: Colours) -> Drawing:
     """The measures of patch structure over depth."""
     measures = [m for m in results.measures() if m.group == STRUCTURE]
     rows = -(-len(measures) // COLUMNS)
     figure, axes = panels(len(measures), size=(14, 2.8 * rows), columns=COLUMNS)
     unit = ""
+    words = []
     for i, (axis, measure) in enumerate(zip(axes, measures, strict=True)):
-        _over_depth(axis, results, at(measure.group, measure.name), layer, measure.scale)
+        get = at(measure.group, measure.name)
+        curves = _over_depth(axis, results, get, layer, colours, measure.scale)
         axis.set_title(measure.name)
         if i % COLUMNS == 0 or measure.unit != unit:
             axis.set_ylabel(measure.unit)
         unit = measure.unit
+        what = f"{measure.name.capitalize()}, over the layers"
+        words.append(_in_words(what, curves, layer, measure.unit))
     legend(figure, axes[0])
-    return figure
+    return Drawing(figure, words, axes, _key(VARIANTS))
 
 
-def answers(results: Results) -> Figure:
+def answers(results: Results, colours: Colours) -> Drawing:
     """Accuracy per question family, a bar a variant, a dot a seed."""
     figure, [axis] = panels(1, size=(9, 3.4))
     families = [*results.families, "mean"]
@@ -104,18 +99,19 @@ def answers(results: Results) -> Figure:
     def get(family: str) -> Callable[[Result], float]:
         return lambda r: 100 * (r["mean_accuracy"] if family == "mean" else r["accuracy"][family])
 
-    _bars(axis, results, VARIANTS, [(family, get(family)) for family in families])
+    groups = [(family, get(family)) for family in families]
+    levels = _bars(axis, results, VARIANTS, groups, colours)
     for x, family in enumerate(families[:-1]):
         level = 100 * statistics.fmean(r["majority"][family] for r in _all(results))
-        axis.hlines(level, x - 0.45, x + 0.45, color="black", linestyle=":", linewidth=1.2)
+        _chance(axis, x, level, colours)
     axis.set_ylabel("right answers (%)")
     axis.set_ylim(0, 105)
     axis.set_title("answers by greedy generation; dots: seeds; dotted: always the commonest answer")
     legend(figure, axis)
-    return figure
+    return Drawing(figure, [f"Right answers. {levels}"])
 
 
-def transfer(results: Results) -> Figure:
+def transfer(results: Results, colours: Colours) -> Drawing:
     """Accuracy on the new question families, per way of learning them."""
     figure, [axis] = panels(1, size=(9, 3.4))
 
@@ -123,39 +119,46 @@ def transfer(results: Results) -> Figure:
         return lambda r: 100 * learned(frozen, scenes)(r)
 
     groups = [(TRAINED[frozen], get(frozen, scenes)) for frozen, scenes in results.transfers]
-    _bars(axis, results, VARIANTS, groups)
+    levels = _bars(axis, results, VARIANTS, groups, colours)
     for x, (frozen, scenes) in enumerate(results.transfers):
-        level = 100 * results.commonest(frozen, scenes)
-        axis.hlines(level, x - 0.45, x + 0.45, color="black", linestyle=":", linewidth=1.2)
+        _chance(axis, x, 100 * results.commonest(frozen, scenes), colours)
     families, scenes = ", ".join(results.new_families), results.transfers[0][1]
     axis.set_ylabel("right answers (%)")
     axis.set_ylim(0, 105)
     axis.set_title(f"new kinds of question ({families}), learned afterwards from {scenes} scenes")
     legend(figure, axis)
-    return figure
+    return Drawing(figure, [f"Right answers to new kinds of question, {families}. {levels}"])
 
 
-def training(results: Results, out: Path) -> Figure:
+def training(results: Results, out: Path, colours: Colours) -> Drawing:
     """Both losses over the steps, a thin line a seed, smoothed over 10 steps."""
     figure, axes = panels(2, size=(11, 3.2))
+    last: dict[str, dict[str, list[float]]] = {"lm_loss": {}, "pre_loss": {}}
     for variant in VARIANTS:
         for position, result in enumerate(results.by_variant[variant]):
             rows = read_metrics(out / f"seed-{result['seed']}" / variant)
-            for axis, key in zip(axes, ("lm_loss", "pre_loss"), strict=True):
+            for axis, (key, ends) in zip(axes, last.items(), strict=True):
                 points = [(row["step"], row[key]) for row in rows if key in row]
                 if len(points) < 10:
                     continue
                 steps, values = np.array(points).T
                 smooth = np.convolve(values, np.ones(10) / 10, mode="valid")
                 label = LABELS[variant] if position == 0 else None
-                axis.plot(steps[9:], smooth, color=COLOURS[variant], linewidth=1, label=label)
+                axis.plot(
+                    steps[9:], smooth, color=colours[COLOURS[variant]], linewidth=1, label=label
+                )
+                ends.setdefault(LABELS[variant], []).append(smooth[-1])
     axes[0].set(xlabel="step", ylabel="L_LM (nats per answer)", title="language-model loss")
     axes[1].set(xlabel="step", ylabel="L_PRe (negative cosine)", title="PRe loss")
     legend(figure, axes[0])
-    return figure
+    words = []
+    for axis, ends in zip(axes, last.values(), strict=True):
+        levels = [f"{name} {statistics.fmean(values):.3f}" for name, values in ends.items()]
+        words.append(f"{axis.get_title()}, at the end: {'; '.join(levels) or 'too few steps'}.")
+    return Drawing(figure, words, axes, _key(VARIANTS))
 
 
-def progress(results: Results, out: Path, layer: int) -> Figure | None:
+def progress(results: Results, out: Path, layer: int, colours: Colours) -> Drawing | None:
     """The paper's third figure: what is answered and what probes read, over training. A line a
     variant, the mean of its seeds; None where no checkup was made during training."""
     checkups = {
@@ -174,28 +177,37 @@ def progress(results: Results, out: Path, layer: int) -> Figure | None:
         (f"linear probe, layer {layer}: never asked", unasked(layer)),
         (f"linear probe, layer {layer}: digit (asked)", at("probe", "digit", layer)),
     ]
+    last: list[list[str]] = [[] for _ in shown]
     for variant, seeds in checkups.items():
         if not seeds:
             continue
         steps = [row["step"] for row in seeds[0]]
-        for axis, (title, get) in zip(axes, shown, strict=True):
+        colour = colours[COLOURS[variant]]
+        for axis, (title, get), ends in zip(axes, shown, last, strict=True):
             lines = 100 * np.array([[get(row) for row in rows] for rows in seeds])
+            mean = lines.mean(axis=0)
             axis.plot(
-                steps, lines.mean(axis=0), color=COLOURS[variant], marker=MARKERS[variant],
-                markersize=4, label=LABELS[variant],
+                steps, mean, color=colour, marker=MARKERS[variant], markersize=4,
+                label=LABELS[variant],
             )  # fmt: skip
             for line in lines if len(lines) > 1 else ():
-                axis.plot(steps, line, color=COLOURS[variant], linewidth=0.6, alpha=0.5)
+                axis.plot(steps, line, color=colour, linewidth=0.6, alpha=0.5)
             axis.set(title=title, xlabel="step")
+            ends.append(f"{LABELS[variant]} {mean[0]:.1f}% to {mean[-1]:.1f}%")
     axes[0].set_ylabel("right (%)")
     legend(figure, axes[0])
-    return figure
+    words = [
+        f"{title}, from the first checkup to the last: {'; '.join(ends)}."
+        for (title, _), ends in zip(shown, last, strict=True)
+    ]
+    return Drawing(figure, words, axes, _key(v for v in VARIANTS if checkups[v]))
 
 
-def scenes(config: ExperimentConfig, count: int = 6) -> Figure:
+def scenes(config: ExperimentConfig, count: int = 6) -> Drawing:
     """Test scenes, their object masks, a digit's attributes, and a question of each family."""
     figure, axes = panels(2 * count, size=(2.5 * count, 6.2), columns=count)
     test = Scenes("test", 0, config.run.scenes)
+    told = []
     for column in range(count):
         scene = test.scene(column)
         top, bottom = axes[column], axes[count + column]
@@ -213,10 +225,12 @@ def scenes(config: ExperimentConfig, count: int = 6) -> Figure:
             for family in COMMON_FAMILIES
         ]
         lines = [f"{' '.join(question.prompt)}? {question.answer}" for question in examples]
+        digits = ", ".join(str(thing.digit) for thing in scene.objects)
+        told.append(f"digits {digits} ({'; '.join(lines)})")
         bottom.set_title("\n".join(lines), fontsize=8, loc="left")
         for axis in (top, bottom):
             axis.set_axis_off()
-    return figure
+    return Drawing(figure, [f"Test scenes and their object masks: {'. '.join(told)}."])
 
 
 def _over_depth(
@@ -224,18 +238,28 @@ def _over_depth(
     results: Results,
     get: Callable[[Result], list[float]],
     layer: int,
+    colours: Colours,
     scale: float = 1,
-) -> None:
-    mark_layer(axis, layer, color="black", alpha=0.15, linewidth=6)
+) -> dict[str, list[float]]:
+    """Draws, and returns, each variant's mean over seeds, by layer."""
+    mark_layer(axis, layer, color=colours["soft"], alpha=0.2, linewidth=6)
+    means = {}
     for variant in VARIANTS:
         lines = scale * np.array([get(result) for result in results.by_variant[variant]])
         mean = lines.mean(axis=0)
         spread = lines.std(axis=0, ddof=1) if len(lines) > 1 else np.full_like(mean, np.nan)
         curve(
-            axis, mean, mean - spread, mean + spread, color=COLOURS[variant],
+            axis, mean, mean - spread, mean + spread, color=colours[COLOURS[variant]],
             marker=MARKERS[variant], label=LABELS[variant],
         )  # fmt: skip
+        means[LABELS[variant]] = (mean / scale).tolist()
     axis.set_xticks(range(results.layers))
+    return means
+
+
+def _in_words(what: str, curves: Mapping[str, Sequence[float]], layer: int, unit: str) -> str:
+    parts = [f"{name}: {over_depth(values, layer, unit)}" for name, values in curves.items()]
+    return f"{what}. {'. '.join(parts)}."
 
 
 def _bars(
@@ -243,19 +267,34 @@ def _bars(
     results: Results,
     variants: tuple[str, ...],
     groups: Sequence[tuple[str, Callable[[Any], float]]],
-) -> None:
+    colours: Colours,
+) -> str:
+    """Draws the groups' bars, and returns their heights in words."""
     width = 0.8 / len(variants)
+    told: list[list[str]] = [[] for _ in groups]
     for position, variant in enumerate(variants):
         for x, (_, get) in enumerate(groups):
             values = results.values(variant, get)
+            mean = statistics.fmean(values)
             centre = x + (position - (len(variants) - 1) / 2) * width
             label = LABELS[variant] if x == 0 else None
-            axis.bar(
-                centre, statistics.fmean(values), 0.9 * width, color=COLOURS[variant], label=label
-            )
-            axis.plot([centre] * len(values), values, "k.", markersize=4)
+            colour = colours[COLOURS[variant]]
+            axis.bar(centre, mean, 0.9 * width, color=colour, label=label)
+            axis.plot([centre] * len(values), values, ".", color=colours["ink"], markersize=4)
+            told[x].append(f"{LABELS[variant]} {mean:.1f}%")
     axis.set_xticks(range(len(groups)), [name for name, _ in groups])
     axis.grid(axis="x", visible=False)
+    heights = [f"{name}: {', '.join(t)}." for (name, _), t in zip(groups, told, strict=True)]
+    return " ".join(heights)
+
+
+def _chance(axis: Axes, x: int, level: float, colours: Colours) -> None:
+    """What always the commonest answer is worth, across a group of bars."""
+    axis.hlines(level, x - 0.45, x + 0.45, color=colours["ink"], linestyle=":", linewidth=1.2)
+
+
+def _key(variants: Iterable[str]) -> dict[str, str]:
+    return {LABELS[variant]: COLOURS[variant] for variant in variants}
 
 
 def _all(results: Results) -> list[Result]:

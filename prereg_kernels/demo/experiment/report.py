@@ -18,7 +18,7 @@ from prereg_kernels._util.files import write_whole
 from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels._version import __version__
 from prereg_kernels.checkup.intervals import Estimate
-from prereg_kernels.checkup.report.html import inlined, write_html
+from prereg_kernels.checkup.report.html import write_html
 from prereg_kernels.checkup.words import plus_minus, spread
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig, units
@@ -99,7 +99,7 @@ def write_report(
         "headline": sentences,
         "facts": facts,
         "tables": {table.title: table for table in tables},
-        "pictures": inlined(pictures),
+        "pictures": pictures,
         "config": json.dumps(to_dict(config), indent=1),
     }
     path = out / "report.html"
