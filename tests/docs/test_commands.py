@@ -24,7 +24,7 @@ NOT_RUN = {
         "prereg demo",
         "prereg demo --preset scenes",
         "prereg demo --preset scenes --seeds 5",
-        "prereg demo --preset scenes --weight 0.5 --out runs/weight-0.5",
+        "prereg demo --preset scenes --weight 5 --out runs/weight-5",
         "prereg demo --preset scenes-gpu",
         "prereg demo --preset scenes --run.pre.weight 0.5 --run.stages.1.steps 100 "
         "--transfer.steps 30 --out runs/short",
