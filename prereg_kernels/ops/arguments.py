@@ -13,6 +13,8 @@ from prereg_kernels.ops.dtypes import DTYPES, stat_dtype
 from prereg_kernels.ops.head_tensors import Head
 from prereg_kernels.ops.transforms import is_wrapped
 
+EXACT_INT = 2**24  # up to here float32 has every integer
+
 
 class Inputs(NamedTuple):
     """The checked tensors. S slots carry a loss each: N with an index, else every position T."""
@@ -122,15 +124,17 @@ def token_coefficients(
         if counted is not None:
             total = counted.sum()
             total = torch.where(total > 0, total, torch.ones_like(total))
-    if weight is None:
-        return (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
-    return weight / total
+    if weight is not None:
+        return weight / total
+    if isinstance(total, int) and total <= EXACT_INT:  # the same bits, in one launch
+        return like.new_full((), 1.0 / total, dtype=dtype).expand(inputs.slots)
+    return (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
 
 
 def _check_tensor(argument: str, value: Any, hidden: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
+    if type(value) is not Tensor and type(value).__name__ == "DTensor":
         raise ValueError(
             f"{argument}: got a DTensor; pass the local tensor (.full_tensor() or .to_local()), or "
             "call the head as a module (PReHead, apply_pre), so that FSDP unshards it first"

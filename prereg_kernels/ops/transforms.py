@@ -30,10 +30,15 @@ def is_plain(*tensors: Tensor) -> bool:
 
     Nor a subclass of Tensor, or a profiler.
     """
-    return (
-        all(type(x) in (Tensor, nn.Parameter) for x in tensors)
-        and not (torch.compiler.is_compiling() or forgets_functions())
-        and not (private.dispatch_modes() or private.profiler_runs() or private.compiles_frames())
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or forgets_functions()
+        or private.dispatch_depth()
+        or private.profiler_runs()
+        or private.compiles_frames()
     )
 
 
@@ -48,8 +53,8 @@ def forbid_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def forbid_double_backward(
-    gradients: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Sequence[Tensor]:
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     """The gradients, such that differentiating them again raises instead of giving zeros.
 
     Args:
@@ -57,7 +62,9 @@ def forbid_double_backward(
     """
     if not torch.is_grad_enabled():
         return gradients
-    return list(_ForbidDoubleBackward.apply(len(gradients), *gradients, *inputs))
+    there = [x for x in gradients if x is not None]
+    marked = list(_ForbidDoubleBackward.apply(len(there), *there, *inputs))
+    return [None if x is None else marked.pop(0) for x in gradients]
 
 
 class _Forbid(torch.autograd.Function):

@@ -425,12 +425,15 @@ def test_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None
             return lambda *args, **kwargs: events.append((grid, kwargs["num_warps"]))
 
     monkeypatch.setattr(torch.cuda, "device", current_device)
-    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 3))
-    launch.launch(Kernel(), (7,), 4, tensor)
-    assert events == [("enter", 3), ((7,), 4), "leave"]
-    events.clear()
-    launch.launch(Kernel(), (7,), 4, torch.zeros(1))
-    assert events == [((7,), 4)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(launch, "launch_compiled", lambda *args: ())
+    device = torch.device("cuda", 3)
+    tensor = SimpleNamespace(is_cuda=True, device=device, get_device=lambda: 3)
+    for current, first in ((0, tensor), (3, tensor), (0, torch.zeros(1))):
+        launch.launch(Kernel(), (7,), 4, (first,), (1,))
+        entered = first is tensor and current != 3
+        assert events == [("enter", 3), ((7,), 4), "leave"] if entered else [((7,), 4)]
+        events.clear()
 
 
 @pytest.mark.skipif(not interpreting(), reason="a failed assertion ends the use of a GPU")

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prereg_kernels.ops.backends.triton.compiled import keep, launch_compiled
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
@@ -17,26 +20,39 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     num_warps: int,
-    *args: Any,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int, ...],
+    *,
     most_registers: int | None = None,
     **constants: Any,
 ) -> None:
-    """Launch on the device of the first argument, a tensor, and on its current stream.
+    """Launch on the device of the first tensor, and on its current stream.
 
+    tensors, numbers, constants: the kernel's parameters, in this order.
     most_registers: of a thread, on NVIDIA's GPUs; None leaves it to the compiler, as AMD's do.
     Triton itself takes the current device. Products are not fused into sums, whatever this Triton's
     default is: so every one rounds as the interpreter does, and dz is exactly 0 where z = t.
     """
-    with on_device_of(args[0]):
-        kernel[grid](
-            *args, **constants, num_warps=num_warps, enable_fp_fusion=False,
-            **compiler_options(most_registers),
-        )  # fmt: skip
+    first = tensors[0]
+    assert first is not None
+    with on_device_of(first):
+        options = num_warps, most_registers
+        key = launch_compiled(
+            kernel, grid, first.get_device(), tensors, numbers, constants, options
+        )
+        if key is not None:
+            compiled = kernel[grid](
+                *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False,
+                **compiler_options(most_registers),
+            )  # fmt: skip
+            keep(key, compiled)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 def compiler_options(most_registers: int | None) -> dict[str, Any]:
