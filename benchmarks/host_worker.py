@@ -102,9 +102,11 @@ def make_call(name: str, chunks: int, rows: int, width: int, dtype: str) -> Call
     hidden, anchor, residual = (draw(positions, width) for _ in range(3))
     weights = [draw(width, width).requires_grad_() for _ in range(2)]
     biases = [draw(width).requires_grad_() for _ in range(2)]
+    factor = torch.ones(())
     leaves = [hidden.requires_grad_(), *weights, *biases]
     options: dict[str, Any] = {
-        "visual_index": torch.arange(rows), "chunk_rows": rows // chunks, "backend": "triton",
+        "visual_index": torch.arange(rows), "backend": "triton",
+        "chunk_rows": None if chunks == 1 else rows // chunks,
     }  # fmt: skip
 
     def fused() -> object:
@@ -113,7 +115,7 @@ def make_call(name: str, chunks: int, rows: int, width: int, dtype: str) -> Call
 
     def tap() -> object:
         tapped, loss = pre_tap(hidden, anchor, weights, biases, **options)
-        return torch.autograd.grad([loss, tapped], leaves, [None, residual])
+        return torch.autograd.grad([loss, tapped], leaves, [factor, residual])
 
     return {"fused": fused, "tap": tap}[name]
 

@@ -13,6 +13,7 @@ from prereg_kernels.ops.dtypes import DTYPES, stat_dtype
 from prereg_kernels.ops.head_tensors import Head
 from prereg_kernels.ops.transforms import is_wrapped
 
+PLAIN = (Tensor, nn.Parameter)
 EXACT_INT = 2**24  # up to here float32 has every integer
 
 
@@ -132,9 +133,11 @@ def token_coefficients(
 
 
 def _check_tensor(argument: str, value: Any, hidden: Tensor) -> None:
+    if type(value) in PLAIN and value.dtype in DTYPES and value.device == hidden.device:
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a Tensor, got {type(value).__name__}")
-    if type(value) is not Tensor and type(value).__name__ == "DTensor":
+    if type(value).__name__ == "DTensor":
         raise ValueError(
             f"{argument}: got a DTensor; pass the local tensor (.full_tensor() or .to_local()), or "
             "call the head as a module (PReHead, apply_pre), so that FSDP unshards it first"

@@ -13,6 +13,7 @@ graphs, and a call with an index inside of one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,7 +29,12 @@ from prereg_kernels.ops.layouts import is_turned, of_rows, places_of, rows_of
 from prereg_kernels.ops.pipeline import Needs, Problem, losses_and_gradients, losses_only
 from prereg_kernels.ops.ranges import with_ranges
 from prereg_kernels.ops.spec import Spec
-from prereg_kernels.ops.transforms import forbid_double_backward, forbid_forward_mode, is_plain
+from prereg_kernels.ops.transforms import (
+    forbid_double_backward,
+    forbid_forward_mode,
+    is_plain,
+    without_grad,
+)
 
 
 def call_losses(hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
@@ -252,7 +258,7 @@ def _losses_backward(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
     need_hidden, _, _, need_parameters, *_ = ctx.needs_input_grad
     needs = [need_hidden, *need_parameters]
     inputs = Inputs(parameters, ctx.bias_layers, select, None, grad_losses.shape[0])
-    with torch.no_grad():
+    with without_grad():
         _, gradients = call_gradients(
             hidden, anchor, inputs, Spec.unpack(ctx.spec), grad_losses, needs
         )
@@ -319,7 +325,7 @@ def _scaled(ctx: Any, scale: Tensor | None) -> Sequence[Tensor | None]:
     if scale is None:  # the total was not used
         return [None] * count
     forbid_forward_mode(scale)
-    with torch.no_grad():
+    with without_grad():
         scaled = [None if x is None else scale_by(x, scale, ctx.backend) for x in gradients]
     return forbid_double_backward(scaled, [*inputs, scale])
 
@@ -379,11 +385,16 @@ def _decide(problem: Problem, spec: Spec) -> tuple[Spec, Backend]:
     dtype = operand_dtype(spec.compute_dtype, device)
     chunk_rows = spec.chunk_rows
     if not chunk_rows:
-        shapes = [(w.shape[0], w.shape[1]) for w in problem.head.weights]
+        shapes = tuple(w.shape for w in problem.head.weights)
         budget = chunk_budget(device, dtype, backend.has_wide_products(device, dtype))
         columns = problem.hidden.shape[1]
-        chunk_rows = choose_chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
-    return spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows), with_ranges(backend)
+        chunk_rows = _chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
+    if dtype != spec.compute_dtype or chunk_rows != spec.chunk_rows:
+        spec = spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows)
+    return spec, with_ranges(backend)
+
+
+_chunk_rows = lru_cache(maxsize=1024)(choose_chunk_rows)
 
 
 def _slots(hidden: Tensor, select: Tensor | None) -> Any:

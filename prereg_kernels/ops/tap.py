@@ -27,7 +27,7 @@ from prereg_kernels.ops.names import LayoutName, NormalizationName
 from prereg_kernels.ops.probe import TapProbe
 from prereg_kernels.ops.shares import Share, has_several, sum_over
 from prereg_kernels.ops.spec import Spec, check_name, check_spec
-from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
+from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions, without_grad
 from prereg_kernels.ops.versions import check_versions, versions_of
 
 
@@ -269,9 +269,9 @@ class _Tap(torch.autograd.Function):
         constants = len(others) - len(parameters)  # the arguments before the parameters
         needs = [need_hidden, *others[constants:]]
         inputs = Inputs(parameters, ctx.bias_layers, select, None, coefficient.shape[0])
-        if isinstance(factor, Tensor):
+        if isinstance(factor, Tensor) and factor.device != coefficient.device:
             factor = factor.to(coefficient.device)
-        with torch.no_grad():
+        with without_grad():
             own = None  # of a share, what its rows get
             with nullcontext() if ctx.probe is None else ctx.probe.timing(hidden.device):
                 if share is None:

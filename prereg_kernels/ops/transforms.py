@@ -7,12 +7,15 @@ autograd for a constant: each of them needs code of plain operations, or an erro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def is_transforming() -> bool:
@@ -40,6 +43,11 @@ def is_plain(*tensors: Tensor) -> bool:
         or private.profiler_runs()
         or private.compiles_frames()
     )
+
+
+def without_grad() -> AbstractContextManager[Any]:
+    """`torch.no_grad()`, at less cost where there is nothing to do, as in most backward passes."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 is_wrapped = private.is_functorch_wrapped

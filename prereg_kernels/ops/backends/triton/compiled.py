@@ -24,6 +24,8 @@ ALIGNMENT = 16  # bytes of a pointer, and the factor of an integer, that Triton 
 MOST_INT = 2**31 - 1
 MOST_KEPT = 1024  # a program has some tens
 
+RUNTIME = triton.knobs.runtime
+
 Key = tuple[Any, ...]
 
 
@@ -42,7 +44,7 @@ _compiled: dict[Key, Compiled] = {}
 def is_known() -> bool:
     """Whether kernels of this Triton may be launched here."""
     version = tuple(int(number) for number in triton.__version__.split(".")[:2])
-    nvidia = torch.version.hip is None and not triton.knobs.runtime.interpret
+    nvidia = torch.version.hip is None and not RUNTIME.interpret
     return OLDEST <= version <= NEWEST and nvidia
 
 
@@ -51,12 +53,12 @@ IS_KNOWN = is_known()
 
 def has_hooks(kernel: Any) -> bool:
     """Whether somebody watches launches, or changes how kernels are compiled."""
-    runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):  # since 3.5 a chain, mostly empty
-            return True
+    enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
     return bool(
-        kernel.pre_run_hooks or getattr(runtime, "add_stages_inspection_hook", None) is not None
+        (enter is not None and getattr(enter, "calls", True))  # since 3.5 a chain, mostly empty
+        or (leave is not None and getattr(leave, "calls", True))
+        or kernel.pre_run_hooks
+        or getattr(RUNTIME, "add_stages_inspection_hook", None) is not None
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from prereg_kernels.ops.backends.triton.compiled import keep, launch_compiled
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_NOTHING: AbstractContextManager[Any] = nullcontext()
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
@@ -35,24 +34,25 @@ def launch(
     """
     first = tensors[0]
     assert first is not None
-    with on_device_of(first):
-        options = num_warps, most_registers
-        key = launch_compiled(
-            kernel, grid, first.get_device(), tensors, numbers, constants, options
-        )
-        if key is not None:
-            compiled = kernel[grid](
-                *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False,
-                **compiler_options(most_registers),
+    device, options = first.get_device(), (num_warps, most_registers)
+    if first.is_cuda and device != torch.cuda.current_device():
+        with on_device_of(first):
+            return launch(
+                kernel, grid, num_warps, tensors, numbers, most_registers=most_registers,
+                **constants,
             )  # fmt: skip
-            keep(key, compiled)
+    key = launch_compiled(kernel, grid, device, tensors, numbers, constants, options)
+    if key is not None:
+        compiled = kernel[grid](
+            *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False,
+            **compiler_options(most_registers),
+        )  # fmt: skip
+        keep(key, compiled)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current device."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(tensor.device)
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def compiler_options(most_registers: int | None) -> dict[str, Any]:
@@ -68,7 +68,10 @@ def compiler_options(most_registers: int | None) -> dict[str, Any]:
 
 def stat_dtype(*tensors: Tensor) -> Any:
     """In which elementwise work is done: float64 if any of the tensors is, else float32."""
-    return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return tl.float64
+    return tl.float32
 
 
 def index_stride(index: Tensor | None) -> int:
