@@ -306,16 +306,17 @@ def _ratio(found: Json) -> tuple[str, str, str]:
     return f"{found['ratio']:.3f}", spread, found["verdict"]
 
 
-def find_base(base: str) -> tuple[Path, str | None]:
+def find_base(base: str, rows: bool = True) -> tuple[Path, str | None]:
     """A directory as it is, or a revision beside this checkout; and its commit.
 
-    Both checkouts have compiled rows then.
+    rows: both checkouts have compiled rows then.
     """
     if Path(base).is_dir():
         return Path(base).resolve(), commit_of(Path(base))
     checkout = checkout_of(base, ROOT, REVISIONS)
-    bring_rows(ROOT, checkout)
-    bring_rows(checkout, ROOT)
+    if rows:
+        bring_rows(ROOT, checkout)
+        bring_rows(checkout, ROOT)
     return checkout, checkout.name
 
 

@@ -38,6 +38,8 @@ NOT_RUN = {
         "make bench-compare",
         "make bench-compare BASE=main",
         "make bench-compare BASE=REV",
+        "make bench-host BASE=main",
+        "make bench-host BASE=REV",
         "python -m benchmarks.compare BASE",
         "make test-gpu-first",
         "python -m benchmarks.first first --out DIR --size tiny",
