@@ -4,6 +4,9 @@ Both are functional, take N-dimensional tensors as the caller has them, and run 
 `prereg::pre_losses` gets its gradients from `prereg::pre_gradients`; the gradients of the latter's
 first output are the others, which it has computed already.
 
+In eager mode, where nobody sees an op but autograd, a call goes past them to the same code: the
+dispatcher took a quarter of the host's time. See `is_plain`.
+
 A mask's tokens are counted by the host, which waits for the device: nothing that a CUDA graph can
 have in it. So calls with a mask are ops of their own, `prereg::masked_pre_losses` and
 `prereg::masked_pre_gradients`: torch.compile(mode="reduce-overhead") runs them outside of its

@@ -38,6 +38,7 @@ NOT_RUN = {
         "make bench-compare",
         "make bench-compare BASE=main",
         "make bench-compare BASE=REV",
+        "make bench-host",
         "make bench-host BASE=main",
         "make bench-host BASE=REV",
         "python -m benchmarks.compare BASE",
