@@ -139,9 +139,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and store."""
-    import triton
-
     options = parse(arguments)
+    import triton  # which is there: `parse` has looked
+
     began = time.monotonic()
     checkouts = {THIS: ROOT, BASE: options.checkout}
     measured = measure(

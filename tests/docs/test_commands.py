@@ -39,6 +39,7 @@ NOT_RUN = {
         "make bench-compare BASE=main",
         "make bench-compare BASE=REV",
         "make bench-host",
+        "python -m benchmarks.host BASE",
         "make bench-host BASE=main",
         "make bench-host BASE=REV",
         "python -m benchmarks.compare BASE",
