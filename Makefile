@@ -27,7 +27,7 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -213,6 +213,12 @@ bench: $(READY)  ## the benchmarks on this machine (20 minutes); prints a table,
 bench-compare: $(READY)  ## time and memory against another revision, in turns (BASE=REV; 4 minutes)
 	@test -n "$(BASE)" || { echo "BASE=REVISION: against which?"; exit 2; }
 	$(BIN)/python -m benchmarks.compare $(BASE) --out $(RESULTS)/compare.json
+
+# Triton compiles for a GPU that is not there, and its launches do nothing.
+bench-host: $(TRITON)/$(TRITON_NEWEST)/.ready  ## the host's time of a call against another revision (BASE=REV; 4 minutes)
+	@test -n "$(BASE)" || { echo "BASE=REVISION: against which?"; exit 2; }
+	PYTHONPATH=$(TRITON)/$(TRITON_NEWEST):. $(BIN)/python -m benchmarks.host $(BASE) \
+	    --out $(RESULTS)/host.json
 
 test-gpu-first: $(READY)  ## a dry run of gpu-first and gpu-second on the CPU (2 minutes)
 	$(BIN)/python -m pytest -m dry tests/benchmarks/first

@@ -77,11 +77,25 @@ MEMORY = tuple(cell._replace(rows=16384) for cell in STEPS)
 Turn = dict[str, list[int]]  # nanoseconds of the calls of each checkout's batch
 
 
-def start(checkout: Path, *arguments: str) -> subprocess.Popen[str]:
+class Program(NamedTuple):
+    """What a worker runs, where it finds packages beside the environment's, and for how long."""
+
+    file: Path
+    paths: tuple[Path, ...] = ()
+    batch_ns: float = BATCH_NS
+
+
+CALLS_PROGRAM = Program(WORKER)
+
+
+def start(
+    checkout: Path, *arguments: str, program: Program = CALLS_PROGRAM
+) -> subprocess.Popen[str]:
     """A worker on the package of one checkout."""
-    paths = {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(map(str, (checkout, *program.paths)))
+    paths = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(WORKER), *arguments],
+        [sys.executable, str(program.file), *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | paths,
     )  # fmt: skip
 
@@ -89,8 +103,9 @@ def start(checkout: Path, *arguments: str) -> subprocess.Popen[str]:
 class Worker:
     """A process that times the package of one checkout."""
 
-    def __init__(self, checkout: Path) -> None:
-        self.process, self.checkout = start(checkout), checkout
+    def __init__(self, checkout: Path, program: Program = CALLS_PROGRAM) -> None:
+        self.process, self.checkout = start(checkout, program=program), checkout
+        self.program = program
 
     def read(self) -> Any:
         """The next answer.
@@ -123,7 +138,7 @@ class Worker:
             self.process.stdin.flush()
         return self.read()
 
-    def batch(self, cell: Cell, calls: int) -> list[int]:
+    def batch(self, cell: Any, calls: int) -> list[int]:
         """Nanoseconds of each of so many calls."""
         times: list[int] = self.ask(json.dumps([*cell, calls]))
         return times
@@ -142,9 +157,11 @@ class Worker:
 
 
 @contextmanager
-def started(checkouts: Mapping[str, Path]) -> Iterator[dict[str, Worker]]:
+def started(
+    checkouts: Mapping[str, Path], program: Program = CALLS_PROGRAM
+) -> Iterator[dict[str, Worker]]:
     """A worker for each, ended with the block."""
-    workers = {name: Worker(path) for name, path in checkouts.items()}
+    workers = {name: Worker(path, program) for name, path in checkouts.items()}
     try:
         for worker in workers.values():
             worker.check()
@@ -155,12 +172,12 @@ def started(checkouts: Mapping[str, Path]) -> Iterator[dict[str, Worker]]:
 
 
 def take_turns(
-    workers: Mapping[str, Worker], cell: Cell, turns: int, seconds: float = CELL_SECONDS
+    workers: Mapping[str, Worker], cell: Any, turns: int, seconds: float = CELL_SECONDS
 ) -> list[Turn]:
     """Batches of all, every other turn backwards; fewer turns if the time is over."""
     names = list(workers)
     first = [min(worker.batch(cell, 3)) for worker in workers.values()]
-    calls = max(1, int(BATCH_NS / max(first)))
+    calls = max(1, int(next(iter(workers.values())).program.batch_ns / max(first)))
     found: list[Turn] = []
     began = time.monotonic()
     for turn in range(turns):
@@ -195,10 +212,10 @@ def verdict(found: Json, more: str, less: str) -> str:
     return "same"
 
 
-def summarize(pairs: Mapping[Cell, Sequence[Sequence[Turn]]]) -> list[Json]:
+def summarize(pairs: Mapping[Any, Sequence[Sequence[Turn]]]) -> list[Json]:
     """A record for each cell, of the turns of every pair."""
     records = []
-    for cell, several in pairs.items():
+    for cell, several in pairs.items():  # named tuples, as Cell
         turns = [turn for pair in several for turn in pair]
         ratios = [ratio_of(pair) for pair in several]
         record: Json = {"cell": str(cell), **cell._asdict(), "pairs": ratios}
@@ -230,16 +247,17 @@ def peaks(checkouts: Mapping[str, Path], cell: Cell, processes: int) -> Json:
 
 def measure(
     checkouts: Mapping[str, Path],
-    cells: Sequence[Cell],
+    cells: Sequence[Any],
     pairs: int,
     turns: int,
     seconds: float = SECONDS,
     cell_seconds: float = CELL_SECONDS,
-) -> dict[Cell, list[list[Turn]]]:
+    program: Program = CALLS_PROGRAM,
+) -> dict[Any, list[list[Turn]]]:
     """The turns of every pair of processes in every cell; fewer pairs if the time is over."""
-    found: dict[Cell, list[list[Turn]]] = {cell: [] for cell in cells}
+    found: dict[Any, list[list[Turn]]] = {cell: [] for cell in cells}
     began = time.monotonic()
-    with started(checkouts) as workers:
+    with started(checkouts, program) as workers:
         for pair in range(pairs):
             if pair >= LEAST_PAIRS and time.monotonic() - began > seconds:
                 break
@@ -288,16 +306,17 @@ def _ratio(found: Json) -> tuple[str, str, str]:
     return f"{found['ratio']:.3f}", spread, found["verdict"]
 
 
-def find_base(base: str) -> tuple[Path, str | None]:
+def find_base(base: str, rows: bool = True) -> tuple[Path, str | None]:
     """A directory as it is, or a revision beside this checkout; and its commit.
 
-    Both checkouts have compiled rows then.
+    rows: both checkouts have compiled rows then.
     """
     if Path(base).is_dir():
         return Path(base).resolve(), commit_of(Path(base))
     checkout = checkout_of(base, ROOT, REVISIONS)
-    bring_rows(ROOT, checkout)
-    bring_rows(checkout, ROOT)
+    if rows:
+        bring_rows(ROOT, checkout)
+        bring_rows(checkout, ROOT)
     return checkout, checkout.name
 
 

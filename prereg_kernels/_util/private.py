@@ -121,6 +121,10 @@ def push_saved_tensors_hooks(pack: Any, unpack: Any) -> None:
     torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
+dispatch_depth = torch._C._len_torch_dispatch_stack
+"""How many modes see each op."""
+
+
 def dispatch_modes() -> list[Any]:
     """The modes that see each op, the innermost last."""
     return list(_python_dispatch._get_current_dispatch_mode_stack())

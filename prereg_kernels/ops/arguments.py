@@ -13,6 +13,9 @@ from prereg_kernels.ops.dtypes import DTYPES, stat_dtype
 from prereg_kernels.ops.head_tensors import Head
 from prereg_kernels.ops.transforms import is_wrapped
 
+PLAIN = (Tensor, nn.Parameter)
+EXACT_INT = 2**24  # up to here float32 has every integer
+
 
 class Inputs(NamedTuple):
     """The checked tensors. S slots carry a loss each: N with an index, else every position T."""
@@ -122,12 +125,16 @@ def token_coefficients(
         if counted is not None:
             total = counted.sum()
             total = torch.where(total > 0, total, torch.ones_like(total))
-    if weight is None:
-        return (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
-    return weight / total
+    if weight is not None:
+        return weight / total
+    if isinstance(total, int) and total <= EXACT_INT:  # the same bits, in one launch
+        return like.new_full((), 1.0 / total, dtype=dtype).expand(inputs.slots)
+    return (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
 
 
 def _check_tensor(argument: str, value: Any, hidden: Tensor) -> None:
+    if type(value) in PLAIN and value.dtype in DTYPES and value.device == hidden.device:
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a Tensor, got {type(value).__name__}")
     if type(value).__name__ == "DTensor":

@@ -8,14 +8,13 @@ enough rows to hide this traffic, but not more than the scratch budget allows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class ChunkBudget:
+class ChunkBudget(NamedTuple):
     """Bounds on the rows of a chunk."""
 
     scratch_bytes: int

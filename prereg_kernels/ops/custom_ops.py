@@ -4,6 +4,9 @@ Both are functional, take N-dimensional tensors as the caller has them, and run 
 `prereg::pre_losses` gets its gradients from `prereg::pre_gradients`; the gradients of the latter's
 first output are the others, which it has computed already.
 
+In eager mode, where nobody sees an op but autograd, a call goes past them to the same code: the
+dispatcher took a quarter of the host's time. See `is_plain`.
+
 A mask's tokens are counted by the host, which waits for the device: nothing that a CUDA graph can
 have in it. So calls with a mask are ops of their own, `prereg::masked_pre_losses` and
 `prereg::masked_pre_gradients`: torch.compile(mode="reduce-overhead") runs them outside of its
@@ -13,6 +16,7 @@ graphs, and a call with an index inside of one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,13 +26,18 @@ from prereg_kernels.ops.arguments import Inputs, check_anchor_rows, is_mask
 from prereg_kernels.ops.backends.base import Backend
 from prereg_kernels.ops.backends.registry import choose_backend
 from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget
-from prereg_kernels.ops.dtypes import operand_dtype
+from prereg_kernels.ops.dtypes import operand_dtype, without_autocast
 from prereg_kernels.ops.head_tensors import Head, by_layer
 from prereg_kernels.ops.layouts import is_turned, of_rows, places_of, rows_of
 from prereg_kernels.ops.pipeline import Needs, Problem, losses_and_gradients, losses_only
 from prereg_kernels.ops.ranges import with_ranges
 from prereg_kernels.ops.spec import Spec
-from prereg_kernels.ops.transforms import forbid_double_backward, forbid_forward_mode, is_plain
+from prereg_kernels.ops.transforms import (
+    forbid_double_backward,
+    forbid_forward_mode,
+    is_plain,
+    without_grad,
+)
 
 
 def call_losses(hidden: Tensor, anchor: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
@@ -45,23 +54,52 @@ def call_gradients(
     coefficient: Tensor,
     needs: Sequence[bool],
     residual: Tensor | None = None,
-    need_total: bool = False,
-) -> list[Tensor]:
-    """[sum(coefficient * losses), losses (S,), dh, *gradients of inputs.parameters].
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Losses (S,), and [dh, *gradients of inputs.parameters] of sum(coefficient * losses).
 
     coefficient (S,). dh has the shape of `hidden` and is added to `residual`, if given. `needs`
-    says of hidden and of each parameter whether its gradient is needed, `need_total` of the sum;
-    what is not is empty.
+    says of hidden and of each parameter whether its gradient is needed; what is not is None. The
+    results have no gradients themselves: this is for a backward pass, without grad.
     """
     forbid_forward_mode(hidden, *inputs.parameters, coefficient, residual)
-    arguments = (
-        hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack(),
-        coefficient, residual, [need_total, *needs],
-    )  # fmt: skip
-    if not torch.is_grad_enabled() and is_plain(hidden, anchor, coefficient, *inputs.parameters):
-        return _pre_gradients(*arguments)  # the dispatcher's way there takes a tenth of a call
+    if is_plain(hidden, anchor, coefficient, *inputs.parameters):
+        # The dispatcher's way there takes as long as a tenth of a call
+        return _gradients(hidden, anchor, inputs, spec, coefficient, needs, residual)
     op = masked_pre_gradients if is_mask(inputs.select) else pre_gradients
-    return op(*arguments)
+    _, losses, *gradients = op(
+        hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack(),
+        coefficient, residual, [False, *needs],
+    )  # fmt: skip
+    return losses, [x if need else None for x, need in zip(gradients, needs, strict=True)]
+
+
+def call_total(
+    hidden: Tensor,
+    anchor: Tensor,
+    inputs: Inputs,
+    spec: Spec,
+    coefficient: Tensor,
+    needs: Sequence[bool],
+) -> Tensor:
+    """sum(coefficient * losses), whose gradients are computed with it: see `call_gradients`."""
+    forbid_forward_mode(hidden, *inputs.parameters, coefficient)
+    if is_plain(hidden, anchor, coefficient, *inputs.parameters):
+        settings = inputs._replace(parameters=[]), spec, needs
+        total: Tensor = _Total.apply(hidden, anchor, coefficient, settings, *inputs.parameters)
+        return total
+    op = masked_pre_gradients if is_mask(inputs.select) else pre_gradients
+    return op(
+        hidden, anchor, inputs.select, inputs.parameters, inputs.bias_layers, spec.pack(),
+        coefficient, None, [True, *needs],
+    )[0]  # fmt: skip
+
+
+def write_value(out: Tensor, value: Tensor) -> None:
+    """out = value, both 0-dim, where the tap's caller reads it."""
+    if is_plain(out, value):
+        out.copy_(value)
+    else:
+        store_value(out, value)
 
 
 def _pre_losses(
@@ -73,7 +111,7 @@ def _pre_losses(
     spec: str,
 ) -> Tensor:
     """The op behind `call_losses`; the head and the spec are packed."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         index = _counted(select) if is_mask(select) else select
         problem = _flatten(hidden, anchor, index, Head.unpack(parameters, bias_layers))
         losses = losses_only(problem, *_decide(problem, Spec.unpack(spec)))
@@ -91,28 +129,48 @@ def _pre_gradients(
     residual: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The op behind `call_gradients`; the head and the spec are packed."""
-    need_total, need_hidden, *need_parameters = needs
-    with torch.autocast(hidden.device.type, enabled=False):
+    """The op behind `call_total` and `call_gradients`: [total, losses, *gradients].
+
+    The head and the spec are packed. `needs` says of the total, too, whether it is needed. What is
+    not needed is empty.
+    """
+    need_total, *needs = needs
+    inputs = Inputs(list(parameters), list(bias_layers), select, None, coefficient.shape[0])
+    losses, gradients = _gradients(
+        hidden, anchor, inputs, Spec.unpack(spec), coefficient, needs, residual
+    )
+    return [
+        (losses * coefficient).sum() if need_total else losses.new_empty(0),
+        losses,
+        *(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients),
+    ]
+
+
+def _gradients(
+    hidden: Tensor,
+    anchor: Tensor,
+    inputs: Inputs,
+    spec: Spec,
+    coefficient: Tensor,
+    needs: Sequence[bool],
+    residual: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`call_gradients`, computed; what is not needed is None."""
+    select, bias_layers = inputs.select, inputs.bias_layers
+    need_hidden, *need_parameters = needs
+    with without_autocast(hidden):
         index = _counted(select) if is_mask(select) else select
-        problem = _flatten(hidden, anchor, index, Head.unpack(parameters, bias_layers))
+        problem = _flatten(hidden, anchor, index, inputs.head)
         losses, (dh, dws, dbs) = losses_and_gradients(
             problem,
-            *_decide(problem, Spec.unpack(spec)),
+            *_decide(problem, spec),
             coefficient[index] if is_mask(select) else coefficient,
             Needs(need_hidden, *by_layer(need_parameters, bias_layers)),
             None if residual is None else rows_of(residual, is_turned(hidden, select)),
         )
-        losses = _to_slots(losses, select, index)
         if dh is not None:
             dh = of_rows(dh, hidden.shape, is_turned(hidden, select))
-        gradients = [dh, *dws]
-        gradients += [dbs[layer] for layer in bias_layers]
-        return [
-            (losses * coefficient).sum() if need_total else losses.new_empty(0),
-            losses,
-            *(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients),
-        ]
+        return _to_slots(losses, select, index), [dh, *dws, *(dbs[i] for i in bias_layers)]
 
 
 # The tag came with torch 2.9; before, `_counted` refuses
@@ -203,33 +261,76 @@ def _losses_backward(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
     need_hidden, _, _, need_parameters, *_ = ctx.needs_input_grad
     needs = [need_hidden, *need_parameters]
     inputs = Inputs(parameters, ctx.bias_layers, select, None, grad_losses.shape[0])
-    with torch.no_grad():
-        _, _, *gradients = call_gradients(
+    with without_grad():
+        _, gradients = call_gradients(
             hidden, anchor, inputs, Spec.unpack(ctx.spec), grad_losses, needs
         )
-    return _as_inputs(ctx, needs, gradients, [hidden, *parameters, grad_losses])
+    dh, *rest = forbid_double_backward(gradients, [hidden, *parameters, grad_losses])
+    return dh, None, None, rest, *map(_no_gradient, ctx.needs_input_grad[4:])
 
 
 def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, _, _, parameters, _, spec, _, _, (_, *ctx.needs) = inputs
+    hidden, _, _, parameters, _, spec, _, _, (_, *needs) = inputs
     _, losses, *gradients = output
-    ctx.backend = Spec.unpack(spec).backend
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(losses, *gradients)
-    ctx.save_for_backward(hidden, *parameters, *gradients)
+    _keep(ctx, Spec.unpack(spec).backend, needs, [hidden, *parameters], gradients)
 
 
 def _gradients_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    dh, *rest = _scaled(ctx, grads[0])
+    _hidden, _anchor, _select, _parameters, *others = ctx.needs_input_grad
+    return dh, None, None, rest, *map(_no_gradient, others)
+
+
+class _Total(torch.autograd.Function):
+    """`pre_gradients` with its total, without the dispatcher, for where nobody sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        anchor: Tensor,
+        coefficient: Tensor,
+        settings: tuple[Inputs, Spec, Sequence[bool]],
+        *parameters: Tensor,
+    ) -> Tensor:
+        inputs, spec, needs = settings
+        inputs = inputs._replace(parameters=list(parameters))
+        losses, gradients = _gradients(hidden, anchor, inputs, spec, coefficient, needs, None)
+        _keep(ctx, spec.backend, needs, [hidden, *parameters], gradients)
+        return (losses * coefficient).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        dh, *rest = _scaled(ctx, grad_total)
+        return dh, None, None, None, *rest
+
+
+def _keep(
+    ctx: Any,
+    backend: str,
+    needs: Sequence[bool],
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """For `_scaled`: the gradients that are needed, of the total, by each of the inputs."""
+    ctx.backend, ctx.needs = backend, needs
+    ctx.set_materialize_grads(False)
+    needed = (x if need else None for x, need in zip(gradients, needs, strict=True))
+    ctx.save_for_backward(*inputs, *needed)
+
+
+def _scaled(ctx: Any, scale: Tensor | None) -> Sequence[Tensor | None]:
+    """What was kept, times the gradient of the total; None where nothing was, or no gradient is."""
     count = len(ctx.needs)
     saved = ctx.saved_tensors  # once: a checkpoint around the loss gives them out once
     inputs, gradients = saved[:count], saved[count:]
-    scale, *_ = grads
     if scale is None:  # the total was not used
-        return _as_inputs(ctx, [False] * count, gradients, inputs)
+        return [None] * count
     forbid_forward_mode(scale)
-    with torch.no_grad():
-        scaled = [scale_by(x, scale, ctx.backend) for x in gradients]
-    return _as_inputs(ctx, ctx.needs, scaled, [*inputs, scale])
+    with without_grad():
+        scaled = [None if x is None else scale_by(x, scale, ctx.backend) for x in gradients]
+    return forbid_double_backward(scaled, [*inputs, scale])
 
 
 pre_losses.register_autograd(_losses_backward, setup_context=_losses_context)
@@ -247,15 +348,9 @@ def scale_by(x: Tensor, scale: Tensor, backend: str) -> Tensor:
     return scale_rounding_once(x, scale, backend)
 
 
-def _as_inputs(
-    ctx: Any, needs: Sequence[bool], gradients: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> tuple[Any, ...]:
-    """[dh, *gradients of the parameters] in the structure of the op's arguments."""
-    gradients = forbid_double_backward(gradients, inputs)
-    dh, *rest = (x if need else None for x, need in zip(gradients, needs, strict=True))
-    _hidden, _anchor, _select, _parameters, *others = ctx.needs_input_grad
-    # autograd's bookkeeping wants an empty list for an empty list, None for a list of numbers
-    return dh, None, None, rest, *([] if need == [] else None for need in others)
+def _no_gradient(need: Any) -> Any:
+    """Of an argument: autograd wants an empty list for an empty list, None for one of numbers."""
+    return [] if need == [] else None
 
 
 def _counted(mask: Tensor) -> Tensor:
@@ -293,11 +388,16 @@ def _decide(problem: Problem, spec: Spec) -> tuple[Spec, Backend]:
     dtype = operand_dtype(spec.compute_dtype, device)
     chunk_rows = spec.chunk_rows
     if not chunk_rows:
-        shapes = [(w.shape[0], w.shape[1]) for w in problem.head.weights]
+        shapes = tuple(w.shape for w in problem.head.weights)
         budget = chunk_budget(device, dtype, backend.has_wide_products(device, dtype))
         columns = problem.hidden.shape[1]
-        chunk_rows = choose_chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
-    return spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows), with_ranges(backend)
+        chunk_rows = _chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
+    if dtype != spec.compute_dtype or chunk_rows != spec.chunk_rows:
+        spec = spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows)
+    return spec, with_ranges(backend)
+
+
+_chunk_rows = lru_cache(maxsize=1024)(choose_chunk_rows)
 
 
 def _slots(hidden: Tensor, select: Tensor | None) -> Any:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prereg_kernels._util import private
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of row statistics, losses and everything elementwise, for matmuls in this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, at less cost where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -26,6 +34,12 @@ def matmul_dtype(hidden: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Within, autocast leaves operands on the tensor's device alone."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

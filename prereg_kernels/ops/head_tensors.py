@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from prereg_kernels.ops.dtypes import to
+
 T = TypeVar("T")
 
 
@@ -25,8 +27,8 @@ class Head(NamedTuple):
         return self.weights[layer].shape[0]
 
     def to(self, dtype: torch.dtype) -> Head:
-        biases = [None if b is None else b.to(dtype) for b in self.biases]
-        return Head([w.to(dtype) for w in self.weights], biases)
+        biases = [None if b is None else to(b, dtype) for b in self.biases]
+        return Head([to(w, dtype) for w in self.weights], biases)
 
     def pack(self) -> tuple[list[Tensor], list[int]]:
         """The parameters that there are, weights first, and which layers have a bias.

@@ -10,7 +10,7 @@ from torch import Tensor
 from prereg_kernels.ops.activations import Activation, ActivationName
 from prereg_kernels.ops.arguments import check_inputs, is_mask, token_coefficients
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
-from prereg_kernels.ops.custom_ops import call_gradients, call_losses
+from prereg_kernels.ops.custom_ops import call_losses, call_total
 from prereg_kernels.ops.dtypes import matmul_dtype
 from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.losses import Loss, LossName
@@ -144,5 +144,5 @@ def fused_pre_loss(
     # The gradients wait for the upstream factor: keep 1/N from underflowing in float16.
     shift = power_of_two(coefficient) if dtype == torch.float16 else None
     scaled = coefficient if shift is None else coefficient / shift
-    total, *_ = call_gradients(hidden, anchor, inputs, spec, scaled, needs, need_total=True)
+    total = call_total(hidden, anchor, inputs, spec, scaled, needs)
     return total if shift is None else total * shift

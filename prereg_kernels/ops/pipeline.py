@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from prereg_kernels.ops.backends.base import Backend, LossChunk
+from prereg_kernels.ops.dtypes import to
 from prereg_kernels.ops.head_tensors import Head
 from prereg_kernels.ops.spec import Spec
+
+Chunk = slice | None  # of the N visual tokens; None: all of them, of which no views are taken
 
 
 class Problem(NamedTuple):
@@ -60,17 +63,18 @@ def losses_only(problem: Problem, spec: Spec, backend: Backend) -> Tensor:
     losses = problem.hidden.new_empty(problem.tokens, dtype=spec.stat_dtype)
     scratch = _Scratch(problem, spec)
     for chunk in _chunks(problem.tokens, spec.chunk_rows):
-        x, _ = scratch.hidden_rows(backend, chunk)
-        t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
+        index, t_index = _indices(problem, chunk)
+        x, _ = scratch.hidden_rows(backend, chunk, index)
+        t = _rows(problem.anchor, t_index, chunk)
         for layer in range(last):
             u = scratch(f"u{layer}", chunk, head.width(layer))
             backend.linear_activate(x, *head.layer(layer), spec.activation, u, u)
             x = u
         if last < 0:
-            backend.token_losses(LossChunk(x, None, t, t_index, losses[chunk]), spec)
+            backend.token_losses(LossChunk(x, None, t, t_index, _part(losses, chunk)), spec)
         else:
             z = scratch("z", chunk, problem.anchor.shape[1])
-            out = LossChunk(z, None, t, t_index, losses[chunk])
+            out = LossChunk(z, None, t, t_index, _part(losses, chunk))
             backend.linear_losses(x, *head.layer(last), out, spec)
     return losses
 
@@ -107,8 +111,9 @@ def losses_and_gradients(
     scratch = _Scratch(problem, spec)
 
     for chunk in _chunks(problem.tokens, spec.chunk_rows):
-        h, own = scratch.hidden_rows(backend, chunk)
-        t, t_index = _rows_of(problem.anchor, problem.anchor_index, chunk)
+        index, t_index = _indices(problem, chunk)
+        h, own = scratch.hidden_rows(backend, chunk, index)
+        t = _rows(problem.anchor, t_index, chunk)
         inputs, pre_activations = [h], [h]
         for layer in range(last):
             u, g = (scratch(f"{x}{layer}", chunk, head.width(layer)) for x in "ug")
@@ -117,11 +122,13 @@ def losses_and_gradients(
             inputs.append(g)
 
         d = scratch("z", chunk, problem.anchor.shape[1])
-        out = LossChunk(d, None, t, t_index, losses[chunk], coefficient[chunk], d)
+        out = LossChunk(
+            h if last < 0 else d, None, t, t_index, _part(losses, chunk), _part(coefficient, chunk),
+            d, sums.bias(last),
+        )  # fmt: skip
         if last < 0:
-            backend.token_losses(out._replace(z=h), spec)
+            backend.token_losses(out, spec)
         else:
-            out = out._replace(sums=sums.bias(last))
             backend.linear_losses(inputs[-1], *head.layer(last), out, spec)
 
         for layer in range(last, lowest - 1, -1):
@@ -134,8 +141,8 @@ def losses_and_gradients(
                 )
                 d = x
         if dh is not None:
-            into, index = _rows_of(dh, problem.hidden_index, chunk)
-            add = None if base is None else _rows_of(base, problem.hidden_index, chunk)[0]
+            into = _rows(dh, index, chunk)
+            add = None if base is None else _rows(base, index, chunk)
             if last < 0:
                 backend.scatter_rows(d, into, index, unscale, add)
             else:
@@ -156,15 +163,19 @@ class _Scratch:
         self.rows = min(spec.chunk_rows, problem.tokens)
         self.buffers: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, chunk: slice, columns: int) -> Tensor:
-        if name not in self.buffers:
+    def __call__(self, name: str, chunk: Chunk, columns: int) -> Tensor:
+        buffer = self.buffers.get(name)
+        if buffer is None:
             shape = (self.rows, columns)
-            self.buffers[name] = self.problem.hidden.new_empty(shape, dtype=self.dtype)
-        return self.buffers[name][: chunk.stop - chunk.start]
+            buffer = self.problem.hidden.new_empty(shape, dtype=self.dtype)
+            self.buffers[name] = buffer
+        return buffer if chunk is None else buffer[: chunk.stop - chunk.start]
 
-    def hidden_rows(self, backend: Backend, chunk: slice) -> tuple[Tensor, bool]:
+    def hidden_rows(
+        self, backend: Backend, chunk: Chunk, index: Tensor | None
+    ) -> tuple[Tensor, bool]:
         """The chunk's hidden states, and whether they are scratch, or the caller's own."""
-        source, index = _rows_of(self.problem.hidden, self.problem.hidden_index, chunk)
+        source = _rows(self.problem.hidden, index, chunk)
         if index is None and source.dtype == self.dtype and source.stride(1) == 1:
             return source, False
         h = self("h", chunk, source.shape[1])
@@ -172,12 +183,28 @@ class _Scratch:
         return h, True
 
 
-def _rows_of(x: Tensor, index: Tensor | None, chunk: slice) -> tuple[Tensor, Tensor | None]:
-    """The chunk's rows of x (T, C): x itself with an index (n,), or a view without one."""
-    return (x[chunk], None) if index is None else (x, index[chunk])
+def _part(x: Tensor, chunk: Chunk) -> Tensor:
+    """The chunk's rows of x (N, ...)."""
+    return x if chunk is None else x[chunk]
 
 
-def _chunks(count: int, chunk_rows: int) -> list[slice]:
+def _rows(x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
+    """The chunk's rows of x (T, C): with its index (n,) x itself, from which that takes them."""
+    return _part(x, chunk) if index is None else x
+
+
+def _indices(problem: Problem, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+    """(n,): the chunk's rows of hidden, and of the anchor."""
+    index, other = problem.hidden_index, problem.anchor_index
+    if chunk is None:
+        return index, other
+    mine = None if index is None else index[chunk]
+    return mine, mine if other is index else None if other is None else other[chunk]
+
+
+def _chunks(count: int, chunk_rows: int) -> list[Chunk]:
+    if 0 < count <= chunk_rows:
+        return [None]
     return [slice(start, min(start + chunk_rows, count)) for start in range(0, count, chunk_rows)]
 
 
@@ -215,7 +242,7 @@ class _WeightGradients:
 
     def bias(self, layer: int) -> Tensor | None:
         """Where the column sums of this layer's gradient go, if anywhere."""
-        return self.biases[layer]
+        return self.biases[layer] if self.biases else None
 
     def add(self, layer: int, d: Tensor, x: Tensor) -> None:
         """dW += d^T x, for d (n, out) and x (n, in)."""
@@ -234,7 +261,7 @@ class _WeightGradients:
                 return None
             if total is None:  # no visual tokens
                 return parameter.new_zeros(parameter.shape)
-            return (total if unscale is None else total * unscale).to(parameter.dtype)
+            return to(total if unscale is None else total * unscale, parameter.dtype)
 
         return (
             list(map(cast, self.weights, self.head.weights, self.needs.weights)),

@@ -18,7 +18,7 @@ from prereg_kernels._util import private
 from prereg_kernels.ops.activations import Activation, ActivationName
 from prereg_kernels.ops.arguments import Inputs, check_inputs, is_mask, token_coefficients
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
-from prereg_kernels.ops.custom_ops import call_gradients, call_losses, store_value
+from prereg_kernels.ops.custom_ops import call_gradients, call_losses, write_value
 from prereg_kernels.ops.dtypes import matmul_dtype
 from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.loss import fused_pre_loss
@@ -27,7 +27,7 @@ from prereg_kernels.ops.names import LayoutName, NormalizationName
 from prereg_kernels.ops.probe import TapProbe
 from prereg_kernels.ops.shares import Share, has_several, sum_over
 from prereg_kernels.ops.spec import Spec, check_name, check_spec
-from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions
+from prereg_kernels.ops.transforms import forbid_double_backward, forgets_functions, without_grad
 from prereg_kernels.ops.versions import check_versions, versions_of
 
 
@@ -270,31 +270,30 @@ class _Tap(torch.autograd.Function):
         constants = len(others) - len(parameters)  # the arguments before the parameters
         needs = [need_hidden, *others[constants:]]
         inputs = Inputs(parameters, ctx.bias_layers, select, None, coefficient.shape[0])
-        if isinstance(factor, Tensor):
+        if isinstance(factor, Tensor) and factor.device != coefficient.device:
             factor = factor.to(coefficient.device)
-        with torch.no_grad():
+        with without_grad():
             own = None  # of a share, what its rows get
             with nullcontext() if ctx.probe is None else ctx.probe.timing(hidden.device):
                 if share is None:
-                    _, losses, *gradients = call_gradients(
+                    losses, gradients = call_gradients(
                         hidden, anchor, inputs, ctx.spec, coefficient * factor, needs, grad_hidden
                     )
                 else:
                     rows, targets = share.rows(hidden)
-                    _, losses, *gradients = call_gradients(
+                    losses, gradients = call_gradients(
                         rows, targets, inputs._replace(select=None), ctx.spec,
                         coefficient * factor, needs,
                     )  # fmt: skip
                     own = gradients[0]
                 value = [] if ctx.value_out is None else [(losses * coefficient).sum()]
                 if ctx.group is not None:
-                    sums = [x for x, need in zip(gradients, needs, strict=True) if need]
-                    sums = sums[need_hidden:]
+                    sums = [x for x in gradients[1:] if x is not None]
                     sum_over(ctx.group, sums if share is None else [*value, *sums])
                 if share is not None and need_hidden:
                     gradients[0] = share.add_rows(gradients[0], grad_hidden, hidden)
                 if value:
-                    store_value(ctx.value_out, *value)
+                    write_value(ctx.value_out, *value)
             if ctx.probe is not None and need_hidden:
                 if own is None:
                     own = _own_rows(hidden, anchor, inputs, ctx.spec, coefficient * factor)
@@ -303,8 +302,7 @@ class _Tap(torch.autograd.Function):
                 if share is not None:
                     sum_over(ctx.group, [ctx.probe.sums])
         upstream = [x for x in (grad_hidden, grad_value) if x is not None]
-        once = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
-        dh, *rest = (x if need else None for x, need in zip(once, needs, strict=True))
+        dh, *rest = forbid_double_backward(gradients, [hidden, *parameters, *upstream])
         return (dh, *[None] * constants, *rest)
 
 
@@ -325,7 +323,9 @@ def _own_rows(
         coefficient = coefficient[inputs.select]
     needs = [True, *[False] * len(inputs.parameters)]
     alone = inputs._replace(select=None, slots=len(rows))
-    return call_gradients(rows, targets, alone, spec, coefficient, needs)[2]
+    _, (own, *_) = call_gradients(rows, targets, alone, spec, coefficient, needs)
+    assert own is not None
+    return own
 
 
 def _factor(ctx: Any, grad_value: Tensor | None) -> float | Tensor | None:

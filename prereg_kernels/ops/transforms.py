@@ -7,12 +7,15 @@ below autograd as a constant. So each of them needs code of plain operations, or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def is_transforming() -> bool:
@@ -30,11 +33,21 @@ def is_plain(*tensors: Tensor) -> bool:
 
     Nor a subclass of Tensor, or a profiler.
     """
-    return (
-        all(type(x) in (Tensor, nn.Parameter) for x in tensors)
-        and not (torch.compiler.is_compiling() or forgets_functions())
-        and not (private.dispatch_modes() or private.profiler_runs() or private.compiles_frames())
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or forgets_functions()
+        or private.dispatch_depth()
+        or private.profiler_runs()
+        or private.compiles_frames()
     )
+
+
+def without_grad() -> AbstractContextManager[Any]:
+    """`torch.no_grad()`, at less cost where there is nothing to do, as in most backward passes."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 is_wrapped = private.is_functorch_wrapped
@@ -48,8 +61,8 @@ def forbid_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def forbid_double_backward(
-    gradients: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Sequence[Tensor]:
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     """The gradients, such that differentiating them again raises instead of giving zeros.
 
     Args:
@@ -57,7 +70,9 @@ def forbid_double_backward(
     """
     if not torch.is_grad_enabled():
         return gradients
-    return list(_ForbidDoubleBackward.apply(len(gradients), *gradients, *inputs))
+    there = [x for x in gradients if x is not None]
+    marked = list(_ForbidDoubleBackward.apply(len(there), *there, *inputs))
+    return [None if x is None else marked.pop(0) for x in gradients]
 
 
 class _Forbid(torch.autograd.Function):

@@ -133,13 +133,17 @@ def test_instructions() -> None:
 
 def compile_with(version: str, module: str, target: str) -> list[dict[str, Any]]:
     """What `compile.py`, or `matmuls.py`, prints, run with this Triton."""
+    return run_with(version, module, "--target", target, *["--all"] * EVERYTHING)
+
+
+def run_with(version: str, module: str, *arguments: str) -> Any:
+    """What a program beside this file prints, run with this Triton."""
     folder = TRITONS / version
     if not (folder / "triton").is_dir():
         pytest.skip(f"no Triton {version} in {folder}")
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-m", f"tests.triton_aot.{module}"]
-    command += ["--target", target, *["--all"] * EVERYTHING]
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.triton_aot.{module}", *arguments]
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )

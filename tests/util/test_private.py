@@ -264,9 +264,9 @@ def test_dispatch_modes_are_a_stack() -> None:
             self.calls += 1
             return func(*args, **(kwargs or {}))
 
-    assert private.dispatch_modes() == []
+    assert private.dispatch_modes() == [] and private.dispatch_depth() == 0
     with Count() as outer, Count() as inner:
-        assert private.dispatch_modes() == [outer, inner]
+        assert private.dispatch_modes() == [outer, inner] and private.dispatch_depth() == 2
         private.pop_dispatch_mode()
         assert private.dispatch_modes() == [outer]
         torch.ones(1)

@@ -413,24 +413,34 @@ def test_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None
     from prereg_kernels.ops.backends.triton import launch
 
     events: list[Any] = []
+    current = 0
 
     @contextmanager
     def current_device(device: torch.device) -> Iterator[None]:
+        nonlocal current
+        before, current = current, device.index
         events.append(("enter", device.index))
         yield
         events.append("leave")
+        current = before
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: events.append((grid, kwargs["num_warps"]))
 
     monkeypatch.setattr(torch.cuda, "device", current_device)
-    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 3))
-    launch.launch(Kernel(), (7,), 4, tensor)
-    assert events == [("enter", 3), ((7,), 4), "leave"]
-    events.clear()
-    launch.launch(Kernel(), (7,), 4, torch.zeros(1))
-    assert events == [((7,), 4)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(launch, "launch_compiled", lambda *args: ())
+    device = torch.device("cuda", 3)
+    tensor = SimpleNamespace(is_cuda=True, device=device, get_device=lambda: 3)
+    for before, first in ((0, tensor), (3, tensor), (0, torch.zeros(1))):
+        current = before
+        launch.launch(Kernel(), (7,), 4, (first,), (1,))
+        if first is tensor and before == 0:
+            assert events == [("enter", 3), ((7,), 4), "leave"]
+        else:
+            assert events == [((7,), 4)]
+        events.clear()
 
 
 @pytest.mark.skipif(not interpreting(), reason="a failed assertion ends the use of a GPU")

@@ -175,7 +175,7 @@ def activate(u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None
     blocks = config.tile(columns)
     launch(
         activate_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
-        u, bias, g, rows, columns, u.stride(0), g.stride(0),
+        (u, bias, g), (rows, columns, u.stride(0), g.stride(0)),
         ACTIVATION=activation, STAT=stat_dtype(u), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def activation_backward(
     launch(
         activation_backward_kernel, (config.cdiv(columns, blocks.block_n), programs),
         blocks.num_warps,
-        dg, u, bias, partials, rows, columns, dg.stride(0), u.stride(0),
+        (dg, u, bias, partials), (rows, columns, dg.stride(0), u.stride(0)),
         ACTIVATION=activation, STAT=stat_dtype(u), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip
     if sums is not None and partials is not None:

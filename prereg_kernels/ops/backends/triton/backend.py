@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import cache
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,31 +87,29 @@ class TritonBackend(Backend):
             return f"activation={spec.activation!r}"
         return None
 
-    def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
-        from prereg_kernels.ops.backends.triton.gather import gather_rows
+    @cached_property
+    def _kernels(self) -> Any:
+        from prereg_kernels.ops.backends.triton import primitives
 
+        return primitives
+
+    def gather_rows(self, source: Tensor, index: Tensor | None, out: Tensor) -> None:
         if out.numel():
-            gather_rows(source, index, out)
+            self._kernels.gather_rows(source, index, out)
 
     def activate(self, u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None:
-        from prereg_kernels.ops.backends.triton.activation import activate
-
         if u.numel():
-            activate(u, bias, activation, g)
+            self._kernels.activate(u, bias, activation, g)
 
     def activation_backward(
         self, dg: Tensor, u: Tensor, bias: Tensor | None, activation: str, sums: Tensor | None
     ) -> None:
-        from prereg_kernels.ops.backends.triton.activation import activation_backward
-
         if dg.numel():
-            activation_backward(dg, u, bias, activation, sums)
+            self._kernels.activation_backward(dg, u, bias, activation, sums)
 
     def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
-        from prereg_kernels.ops.backends.triton.loss import token_losses
-
         if chunk.z.numel():
-            token_losses(chunk, spec)
+            self._kernels.token_losses(chunk, spec)
 
     def start_rows(self, into: Tensor, index: Tensor, residual: Tensor | None) -> Tensor | None:
         if into.nbytes < SMALL_COPY:
@@ -118,9 +117,7 @@ class TritonBackend(Backend):
                 into.zero_()
                 return None
             return into.copy_(residual)
-        from prereg_kernels.ops.backends.triton.copy import copy_others
-
-        copy_others(into, index, residual)
+        self._kernels.copy_others(into, index, residual)
         return residual
 
     def scatter_rows(
@@ -131,7 +128,5 @@ class TritonBackend(Backend):
         scale: Tensor | None,
         residual: Tensor | None,
     ) -> None:
-        from prereg_kernels.ops.backends.triton.scatter import scatter_rows
-
         if values.numel():
-            scatter_rows(values, into, index, scale, residual)
+            self._kernels.scatter_rows(values, into, index, scale, residual)

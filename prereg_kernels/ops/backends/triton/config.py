@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 REGISTERS = 65536  # of 4 bytes, on a multiprocessor
 COLUMN_BLOCK = 2048  # columns at once of a longer row, 8 a thread
@@ -42,6 +43,7 @@ ACROSS_ROWS = Tile(64, 32)
 SUMS = Tile(64, 32)
 
 
+@cache
 def tile(columns: int, column_stride: int = 1) -> Tile:
     """For rows of `columns` elements that lie `column_stride` apart in the source."""
     if column_stride != 1:
@@ -76,6 +78,7 @@ def programs_along_rows(rows: int, columns: int, blocks: Tile, multiprocessors: 
     return min(cdiv(rows, blocks.block_m), max(1, at_once // column_blocks))
 
 
+@lru_cache(maxsize=1024)
 def loss_row(rows: int, columns: int, itemsize: int, sums: bool, multiprocessors: int) -> LossRow:
     """The loss of `rows` rows; itemsize: bytes of an element of the statistics' dtype.
 

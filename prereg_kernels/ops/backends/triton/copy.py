@@ -51,6 +51,7 @@ def copy_others(into: Tensor, index: Tensor, source: Tensor | None) -> None:
     blocks = config.tile(columns, 1 if source is None else source.stride(1))
     launch(
         copy_kernel, (config.cdiv(rows, blocks.block_m),), blocks.num_warps,
-        into, source, is_other, rows, columns, *(into if source is None else source).stride(),
-        into.stride(0), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
+        (into, source, is_other),
+        (rows, columns, *(into if source is None else source).stride(), into.stride(0)),
+        BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

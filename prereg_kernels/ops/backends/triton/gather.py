@@ -52,7 +52,7 @@ def gather_rows(source: Tensor, index: Tensor | None, out: Tensor) -> None:
     blocks = config.tile(columns, source.stride(1))
     launch(
         gather_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
-        source, index, out, rows, columns, source.shape[0],
-        *source.stride(), index_stride(index), out.stride(0),
+        (source, index, out),
+        (rows, columns, source.shape[0], *source.stride(), index_stride(index), out.stride(0)),
         BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prereg_kernels.ops.backends.triton.compiled import keep, launch_compiled
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
@@ -17,21 +19,35 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     num_warps: int,
-    *args: Any,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int, ...],
+    *,
     most_registers: int | None = None,
     **constants: Any,
 ) -> None:
-    """Launch on the device of the first argument, a tensor, and on its current stream.
+    """Launch on the device of the first tensor, and on its current stream.
 
+    tensors, numbers, constants: the kernel's parameters, in this order.
     most_registers: of a thread, on NVIDIA's GPUs; None leaves it to the compiler, as AMD's do.
     Triton itself takes the current device. Products are not fused into sums, whatever this Triton's
     default is: so every one rounds as the interpreter does, and dz is exactly 0 where z = t.
     """
-    with on_device_of(args[0]):
-        kernel[grid](
-            *args, **constants, num_warps=num_warps, enable_fp_fusion=False,
+    first = tensors[0]
+    assert first is not None
+    device, options = first.get_device(), (num_warps, most_registers)
+    if first.is_cuda and device != torch.cuda.current_device():
+        with on_device_of(first):
+            return launch(
+                kernel, grid, num_warps, tensors, numbers, most_registers=most_registers,
+                **constants,
+            )  # fmt: skip
+    key = launch_compiled(kernel, grid, device, tensors, numbers, constants, options)
+    if key is not None:
+        compiled = kernel[grid](
+            *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False,
             **compiler_options(most_registers),
         )  # fmt: skip
+        keep(key, compiled)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -52,7 +68,10 @@ def compiler_options(most_registers: int | None) -> dict[str, Any]:
 
 def stat_dtype(*tensors: Tensor) -> Any:
     """In which elementwise work is done: float64 if any of the tensors is, else float32."""
-    return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return tl.float64
+    return tl.float32
 
 
 def index_stride(index: Tensor | None) -> int:

@@ -27,9 +27,11 @@ def token_losses(chunk: LossChunk, spec: Spec) -> None:
     launch(
         loss_row_kernel if chosen.whole_row else loss_blocks_kernel,
         (chosen.programs,), chosen.num_warps,
-        z, bias, anchor, index, coefficient, losses, dz, partials, rows, anchor.shape[0],
-        z.stride(0), *anchor.stride(), index_stride(index),
-        0 if coefficient is None else coefficient.stride(0), 0 if dz is None else dz.stride(0),
+        (z, bias, anchor, index, coefficient, losses, dz, partials),
+        (
+            rows, anchor.shape[0], z.stride(0), *anchor.stride(), index_stride(index),
+            0 if coefficient is None else coefficient.stride(0), 0 if dz is None else dz.stride(0),
+        ),
         COLUMNS=columns, EPS=spec.eps, LOSS=spec.loss,
         NORMALIZE=normalization, STAT=stat_dtype(losses), BLOCK_N=chosen.block_n,
         # Deviations of two rows take more

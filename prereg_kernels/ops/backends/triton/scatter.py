@@ -71,8 +71,11 @@ def scatter_rows(
     blocks = config.tile(columns, into.stride(1))
     launch(
         scatter_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
-        values, into, index, scale, residual, rows, columns, into.shape[0],
-        values.stride(0), *into.stride(), *(into if residual is None else residual).stride(),
-        index_stride(index), STAT=stat_dtype(values, into),
+        (values, into, index, scale, residual),
+        (
+            rows, columns, into.shape[0], values.stride(0), *into.stride(),
+            *(into if residual is None else residual).stride(), index_stride(index),
+        ),
+        STAT=stat_dtype(values, into),
         BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

@@ -36,5 +36,5 @@ def add_partials(partials: Tensor, sums: Tensor) -> None:
     blocks = config.SUMS
     launch(
         add_partials_kernel, (config.cdiv(columns, blocks.block_n),), blocks.num_warps,
-        partials, sums, programs, columns, BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
+        (partials, sums), (programs, columns), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Kernels that Triton has compiled, launched past its own way there.
+
+With every launch, `kernel[grid](...)` binds the arguments to names, writes the text by which it
+finds what it has compiled, and asks for settings: most of a launch's time on the host. Here a
+kernel is found by what Triton specialises it for, or by more.
+
+The rest is left to Triton: pointers off 16 bytes, integers beyond 32 bits, hooks, ROCm, for whose
+GPUs it looks at more, the interpreter, and releases that nobody has looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+OLDEST, NEWEST = (3, 4), (3, 9)
+ALIGNMENT = 16  # bytes of a pointer, and the factor of an integer, that Triton specialises for
+MOST_INT = 2**31 - 1
+MOST_KEPT = 1024  # a program has some tens
+
+RUNTIME = triton.knobs.runtime
+
+Key = tuple[Any, ...]
+
+
+class Compiled(NamedTuple):
+    """What a launch takes of a compiled kernel, and that kernel, which has to live."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    kernel: CompiledKernel
+
+
+_compiled: dict[Key, Compiled] = {}
+
+
+def is_known() -> bool:
+    """Whether kernels of this Triton may be launched here."""
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    nvidia = torch.version.hip is None and not RUNTIME.interpret
+    return OLDEST <= version <= NEWEST and nvidia
+
+
+IS_KNOWN = is_known()
+
+
+def has_hooks(kernel: Any) -> bool:
+    """Whether somebody watches launches, or changes how kernels are compiled."""
+    enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))  # since 3.5 a chain, mostly empty
+        or (leave is not None and getattr(leave, "calls", True))
+        or kernel.pre_run_hooks
+        or getattr(RUNTIME, "add_stages_inspection_hook", None) is not None
+    )
+
+
+def launch_compiled(
+    kernel: Any,
+    grid: Sequence[int],
+    device: int,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    constants: dict[str, Any],
+    options: Key,
+) -> Key | None:
+    """Launch what Triton has compiled for such arguments, on the current stream of the device.
+
+    Returns:
+        None if it is launched. Otherwise Triton has to: the key to `keep` its kernel by, or (),
+        where it has to each time.
+    """
+    if not IS_KNOWN or has_hooks(kernel):
+        return ()
+    dtypes: list[Any] = []
+    pointers: list[int | None] = []
+    bits = 0
+    for x in tensors:
+        if x is None:
+            dtypes.append(None)
+            pointers.append(None)
+        else:
+            dtypes.append(x.dtype)
+            pointer = x.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer
+    if bits % ALIGNMENT or max(numbers) > MOST_INT:
+        return ()
+    kinds = [2 if x == 1 else x % ALIGNMENT == 0 for x in numbers]
+    key = (kernel.fn, device, *options, *dtypes, *kinds, *constants, *constants.values())
+    found = _compiled.get(key)
+    if found is None:
+        return key
+    stream = driver.active.get_current_stream(device)
+    found.run(
+        *(*grid, 1, 1)[:3], stream, found.function, found.metadata, None, None, None,
+        *pointers, *numbers, *constants.values(),
+    )  # fmt: skip
+    return None
+
+
+def keep(key: Key, kernel: Any) -> None:
+    """Launch this kernel the next time, if it is a compiled one."""
+    if key and isinstance(kernel, CompiledKernel):
+        if len(_compiled) >= MOST_KEPT:
+            _compiled.clear()
+        _compiled[key] = Compiled(kernel.run, kernel.function, kernel.packed_metadata, kernel)

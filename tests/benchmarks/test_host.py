@@ -1,0 +1,46 @@
+"""The host's time of a call: whose launches do nothing, and what its table says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import host
+from benchmarks.compare import BASE, ROOT, THIS, Program, Worker, ratio_of
+
+TRITON = ROOT / ".triton" / "3.9.0"
+PARTS = {"arguments", "op", "chunks", "launches", "autograd"}
+
+
+@pytest.mark.skipif(not TRITON.is_dir(), reason=f"no Triton in {TRITON}")
+def test_a_worker_times_a_call_and_its_parts() -> None:
+    """Of two chunks the launches take about twice the time, and the arguments are checked once."""
+    worker = Worker(ROOT, Program(host.WORKER, (TRITON,)))
+    try:
+        worker.check()
+        one, two = (host.HostCell("tap", chunks, 576, 4, "float32") for chunks in (1, 2))
+        assert min(worker.batch(one, 20)) < min(worker.batch(two, 20))
+        question = '{"parts": ["tap", %d, 576, 4, "float32"], "calls": 50}'
+        of_one, of_two = (worker.ask(question % cell.chunks) for cell in (one, two))
+    finally:
+        worker.end()
+    assert of_one.keys() == of_two.keys() == PARTS and min(of_one.values()) > 0
+    assert 1.4 < of_two["launches"] / of_one["launches"] < 2.6
+    assert 0.6 < of_two["arguments"] / of_one["arguments"] < 1.6
+
+
+def test_the_fastest_call_of_a_batch_counts() -> None:
+    turns = [{THIS: [900, 500, 700], BASE: [1000, 1900]}]
+    assert host.fastest([turns]) == [[{THIS: [500], BASE: [1000]}]]
+    assert ratio_of(host.fastest([turns])[0]) == 0.5
+
+
+def test_options_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--pairs", "1"], "--pairs 1: an interval takes 2 at least"),
+        ([], "Triton: expected on PYTHONPATH"),
+    ):
+        with pytest.raises(SystemExit):
+            host.parse([str(tmp_path), *arguments])
+        assert message in capsys.readouterr().err
