@@ -91,10 +91,11 @@ test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformer
 
 # Without the pins, in an environment of its own: what the package asks for, on this PYTHON. -e builds
 # the C++ kernels against that torch, so this is for a clone; `prereg build` brings others' back.
+# Types are checked against the pinned packages' stubs alone: numpy's for Python 3.10 are others.
 RELEASES ?= torch transformers
 VERSIONS := .versions
 IN_VERSIONS := ops attach trainers
-test-versions:  ## lint and tests on PYTHON with RELEASES="torch==2.8.0 transformers==4.57.6", unpinned
+test-versions:  ## ruff and tests on PYTHON with RELEASES="torch==2.8.0 transformers==4.57.6", unpinned
 	rm -rf $(VERSIONS)
 	$(PYTHON) -m venv $(VERSIONS)
 	$(VERSIONS)/bin/python -m pip install -q 'setuptools>=77' wheel ninja numpy $(RELEASES)
@@ -102,7 +103,6 @@ test-versions:  ## lint and tests on PYTHON with RELEASES="torch==2.8.0 transfor
 	$(VERSIONS)/bin/python -m pip list
 	$(VERSIONS)/bin/ruff check .
 	$(VERSIONS)/bin/ruff format --check .
-	$(VERSIONS)/bin/mypy
 	$(VERSIONS)/bin/python -m pytest -n 2 $(IN_VERSIONS:%=tests/%)
 
 # The suite draws the same few examples on every run, this others, FUZZ times as many. A failure ends
