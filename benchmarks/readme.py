@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.loss.cpu_table import format_tables
@@ -23,10 +22,10 @@ from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.settings_file import from_dict
 from prereg_kernels.checkup.words import plus_minus, verdict
 from prereg_kernels.cli.demo import load_sweep
-from prereg_kernels.demo.experiment.summary import TRAINED, Result, at, learned, unasked
+from prereg_kernels.demo.experiment.summary import TRAINED, Results, at, learned, unasked
 from prereg_kernels.demo.sweep.plots import plot_sweep
 from prereg_kernels.demo.sweep.report import SweepResults, markdown
-from prereg_kernels.demo.sweep.sweep import CENTRE, SweepConfig, check_sweep, finished, points
+from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, finished, points
 
 ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,58 +77,52 @@ def _few_shot() -> SweepResults:
     return SweepResults(config, finished(config, FEW_SHOT))
 
 
-def _claims(results: SweepResults) -> dict[str, Callable[[Result], float]]:
-    """README's rows: what is said, and where it is in a result."""
-    test, layer = results.config.experiment.transfer, results.config.experiment.run.pre.layer
-    new = f"new questions from {test.scenes} scenes"
-    return {
-        **{f"{new}, {TRAINED[kind]}": learned(kind, test.scenes) for kind in test.frozen},
-        "the common questions": at("mean_accuracy"),
-        f"linear probes at layer {layer}: what no question asks": unasked(layer),
-    }
-
-
 def gain_sentence() -> str:
-    """What PRe gives, in words."""
+    """What PRe gives, in words: the centre of the demo's sweep."""
     results = _few_shot()
     [_, centre] = points(results.config)[:2]
-    new, *_ = _claims(results).values()
-    effect = results.effect(centre, new)
-    scenes = results.config.experiment.transfer.scenes
+    test = results.config.experiment.transfer
+    effect = results.effect(centre, learned("projector", test.scenes))
     words = verdict(
         effect.difference, "is learned better", "is learned worse", "is not clearly learned better"
     )
+    before, after = (f"{100 * x.value:.1f}%" for x in (effect.before, effect.after))
+    common = results.effect(centre, at("mean_accuracy")).difference
     return (
-        f"In a small LLaVA, a new kind of question {words} from {scenes} scenes after training "
-        f"with PRe, tower and projector frozen: {100 * effect.before.value:.1f}% right without, "
-        f"{100 * effect.after.value:.1f}% with "
+        f"In a small LLaVA, a new kind of question {words} from {test.scenes} scenes after "
+        f"training with PRe, tower and projector frozen: {before} right without, {after} with "
         f"({plus_minus(effect.difference, 100, '.1f')} points, {results.seeds(centre)} paired "
-        "seeds)."
+        f"seeds). Answers to the training's own questions move by "
+        f"{plus_minus(common, 100, '.1f')} points."
     )
 
 
 def claim_section() -> str:
-    """README's table: the centre of the demo's sweep, and its control."""
-    results = _few_shot()
-    by_name = {point.name: point for point in results.settings}
-    centre, control = by_name[CENTRE], by_name["anchor other_scene_pre_projector"]
-    pre = results.config.experiment.run.pre
-    lines = ["| % | baseline | PRe | PRe - baseline | another scene's target - baseline |"]
+    """README's table: what `make demo` shows."""
+    demo = json.loads((RESULTS / "demo.json").read_text())
+    results, config = Results(demo["results"]), demo["config"]
+    layer = config["run"]["pre"]["layer"]
+    rows = {
+        f"new questions from {scenes} scenes, {TRAINED[frozen]}": learned(frozen, scenes)
+        for frozen, scenes in results.transfers
+    }
+    rows["the common questions"] = at("mean_accuracy")
+    rows[f"linear probes at layer {layer} of what no question asks"] = unasked(layer)
+    lines = ["| % | baseline | PRe | PRe − baseline | another scene's target − baseline |"]
     lines.append("|---|---|---|---|---|")
-    for label, get in _claims(results).items():
-        effect, other = results.effect(centre, get), results.effect(control, get)
+    for label, get in rows.items():
+        effect, other = results.effect(get), results.effect(get, after="other_scene")
         levels = (f"{100 * x.value:.1f}" for x in (effect.before, effect.after))
         differences = (plus_minus(x.difference, 100, ".1f") for x in (effect, other))
         lines.append(f"| {label} | {' | '.join([*levels, *differences])} |")
-    families = ", ".join(results.config.experiment.transfer.families)
+    families = " and ".join(results.new_families)
     return "\n".join(
         [
             *lines,
             "",
-            f"Means over {results.seeds(centre)} paired seeds, "
-            f"{results.config.experiment.run.steps} steps; after ± half the 95% t interval. "
-            f"PRe: weight {pre.weight:g}, layer {pre.layer} of {results.last}, anchor "
-            f"{pre.anchor}. New questions: {families}, each learned by itself, PRe switched off.",
+            f"`make demo`: means over {len(results.seeds)} paired seeds, after ± half the 95% t "
+            f"interval. PRe: {demo['facts']['PRe']}. New questions are about {families}, each "
+            "learned by itself with PRe switched off.",
         ]
     )
 
