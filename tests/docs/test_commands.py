@@ -93,9 +93,9 @@ NOT_RUN = {
         "make test-ranks",
         "make test-deepspeed",
         "make test-docs",
+        "make test-pages",
         "make test-versions",
     ),
-    "needs a browser, which it installs": ("make test-pages",),
     "installs what builds the site": ("make docs",),
     "needs several machines": (
         "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
