@@ -11,6 +11,7 @@ import torch
 
 from prereg_kernels.cli import demo
 from prereg_kernels.cli.demo import _devices, load_preset, load_sweep
+from prereg_kernels.demo.config import CONTROLS
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES
 from prereg_kernels.demo.sweep.sweep import points
 
@@ -33,11 +34,14 @@ def test_the_text_preset_adds_a_stage_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", ["scenes", "scenes-gpu"])
 def test_sweeps_are_of_their_preset(name: str) -> None:
-    sweep = load_sweep(name)
-    assert replace(sweep.experiment, seeds=0 + load_preset(name).seeds) == load_preset(name)
-    assert sweep.experiment.seeds == 5
-    assert {"anchor other_scene", "anchor pre_projector"} <= {p.name for p in points(sweep)}
-    assert sweep.long_tail is not None and sweep.long_tail.keys() > set(COMMON_FAMILIES)
+    sweep, preset = load_sweep(name), load_preset(name)
+    own = {"seeds": preset.seeds, "first_seed": preset.first_seed, "transfer": preset.transfer}
+    assert replace(sweep.experiment, **own) == preset
+    assert sweep.experiment.seeds == 5 and sweep.transfer
+    other = set(CONTROLS) - {preset.run.pre.anchor}
+    anchors = {*other, CONTROLS[preset.run.pre.anchor]}
+    assert {f"anchor {anchor}" for anchor in anchors} <= {p.name for p in points(sweep)}
+    assert sweep.long_tail is None or sweep.long_tail.keys() > set(COMMON_FAMILIES)
 
 
 def test_a_sweep_names_what_is_wrong(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from prereg_kernels.checkup.images.processing import process
 from prereg_kernels.checkup.loading import load
+from prereg_kernels.checkup.report.style import THEMES
 from prereg_kernels.demo.data.packing import pixel_values
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.experiment.plots import progress
@@ -91,7 +92,7 @@ def test_a_resumed_run_repeats_none_and_misses_none(tmp_path: Path) -> None:
 def test_the_figure_over_training(tmp_path: Path) -> None:
     variants = ("baseline", "pre", "other_scene")
     results = Results([{"seed": seed, "variant": v} for seed in (0, 1) for v in variants])
-    assert progress(results, tmp_path, 1) is None
+    assert progress(results, tmp_path, 1, THEMES["light"]) is None
     names = ("digit", "polarity", "tilt", "texture", "thickness")
     for seed in (0, 1):
         directory = tmp_path / f"seed-{seed}" / "pre"
@@ -101,11 +102,11 @@ def test_the_figure_over_training(tmp_path: Path) -> None:
             probe = {name: [1.0, 0.3 * (name != "digit") + 0.1 * seed] for name in names}
             log.write(step, {"mean_accuracy": step / 100 + 0.1 * seed, "probe": probe})
         log.close()
-    figure = progress(results, tmp_path, 1)
-    assert figure is not None
-    answers, unasked, asked = (axis.lines[0] for axis in figure.axes)
+    drawing = progress(results, tmp_path, 1, THEMES["light"])
+    assert drawing is not None
+    answers, unasked, asked = (axis.lines[0] for axis in drawing.figure.axes)
     assert answers.get_xdata().tolist() == [10, 20]
     assert answers.get_ydata().tolist() == pytest.approx([15, 25])
     assert unasked.get_ydata().tolist() == pytest.approx([35, 35])
     assert asked.get_ydata().tolist() == pytest.approx([5, 5])
-    plt.close(figure)
+    plt.close(drawing.figure)

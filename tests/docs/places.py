@@ -82,7 +82,7 @@ def in_few_steps(run: str) -> str:
         stage |= {"steps": 2, "warmup": 1}
     counts = {"micro_batch": 2, "questions_per_scene": 4, "checkup_every": 2, "checkup_scenes": 24}
     settings |= {name: counts[name] for name in counts.keys() & {*settings, "micro_batch"}}
-    settings["model"] = asdict(replace(MODEL, decoder_layers=3))
+    settings["model"] = asdict(replace(MODEL, decoder_layers=4))
     settings["tower"] = asdict(TOWER)
     return yaml.safe_dump(settings)
 
