@@ -18,7 +18,7 @@ run:
     - {name: projector and llm, steps: 3, warmup: 1, pre: true}
   micro_batch: 4
   questions_per_scene: 4
-transfer: {scenes: 3, steps: 2, warmup: 1, evaluation_scenes: 8}
+transfer: {families: [tilt], scenes: 3, steps: 2, warmup: 1, evaluation_scenes: 8}
 evaluation_scenes: 8
 probe_train_scenes: 24
 probe_test_scenes: 24

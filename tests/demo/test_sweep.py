@@ -42,6 +42,7 @@ anchors: [other_scene]
 long_tail: {count: 1.0, tilt: 0.25}
 transfer: true
 curve_scenes: [5]
+experiment: {transfer: {frozen: [projector]}}
 """
 POINTS = ["baseline", "centre", "weight 0.5", "layer 2", "anchor other_scene"]
 TAIL = ["long tail, baseline", "long tail, centre"]
@@ -205,9 +206,8 @@ def test_it_writes_what_it_found(swept: tuple[Path, str]) -> None:
     }  # fmt: skip
     for run in stored["runs"]:
         curve = run["point"] in ("baseline", "centre")
-        assert set(run["transfer"]) == {"projector", "nothing"}
+        assert set(run["transfer"]) == {"projector"}
         assert set(run["transfer"]["projector"]) == ({"3", "5"} if curve else {"3"})
-        assert set(run["transfer"]["nothing"]) == {"3"}
     gain = Effect.of(*([learned("projector", 5)(r) for r in by_point[p]] for p in POINTS[:2]))
     norms = [by_point[name][0]["states"]["norm"][-1] for name in POINTS]
     assert len(set(norms)) == len(POINTS)  # they are other models
