@@ -230,13 +230,29 @@ def test_gelu_is_rounded_as_the_truth() -> None:
         assert wrong.double().mean() < 1e-4
 
 
+def forget_plans() -> None:
+    """What `config` decided with other constants."""
+    config.tile.cache_clear()
+    config.loss_row.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def own_plans() -> Iterator[None]:
+    """For tests that change the constants, and for those after them."""
+    forget_plans()
+    yield
+    forget_plans()
+
+
 @contextmanager
 def registers(count: int) -> Iterator[None]:
     """With few, rows are read in blocks of columns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "REGISTERS", count)
         patch.setattr(config, "COLUMN_BLOCK", 128)
+        forget_plans()
         yield
+    forget_plans()
 
 
 @each_dtype
