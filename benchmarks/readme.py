@@ -25,7 +25,7 @@ from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.experiment.summary import TRAINED, Results, at, learned, unasked
 from prereg_kernels.demo.sweep.plots import plot_sweep
 from prereg_kernels.demo.sweep.report import SweepResults, markdown
-from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, finished, points
+from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, finished, points, stamps
 
 ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
@@ -166,7 +166,7 @@ def few_shot_section() -> str:
     with tempfile.TemporaryDirectory() as directory:
         for name, picture in plot_sweep(results, Path(directory)).items():
             shutil.copy(picture, ROOT / "docs" / "images" / f"few-shot-{name}.png")
-    return markdown(results, [run["stamp"] for run in runs])
+    return markdown(results, stamps(runs))
 
 
 def sweep_section() -> str:
@@ -174,7 +174,7 @@ def sweep_section() -> str:
     stored = json.loads((RESULTS / "fidelity.json").read_text())
     del stored["config"]["experiment"]["transfer"]  # of another kind then, and not run
     results = SweepResults(from_dict(SweepConfig, stored["config"]), stored["runs"])
-    return markdown(results, [run["stamp"] for run in stored["runs"]])
+    return markdown(results, stamps(stored["runs"]))
 
 
 def token_fraction_section() -> str:

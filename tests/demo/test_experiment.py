@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,3 +31,15 @@ def test_fresh_removes_what_other_settings_left(tmp_path: Path) -> None:
     begin(other, tmp_path, True)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {".prereg", ".prereg.lock", "experiment.json", "towers"}
+
+
+def test_an_experiment_of_version_0_1_0_is_known_by_its_settings(tmp_path: Path) -> None:
+    """Whose transfer test was another; it left no mark."""
+    old = {"seeds": 1, "transfer": {"family": "tilt", "frozen_steps": 300, "steps": 120}}
+    (tmp_path / "experiment.json").write_text(json.dumps(old))
+    (tmp_path / "seed-0").mkdir()
+    config = ExperimentConfig(run=tiny_run(), seeds=1)
+    with pytest.raises(ValueError, match="holds results of other settings"):
+        begin(config, tmp_path, False)
+    begin(config, tmp_path, True)
+    assert not (tmp_path / "seed-0").exists()

@@ -169,14 +169,15 @@ def test_lessons_that_are_missing_are_made_up_for(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("seed-*/**/checkpoints"))
     assert sweeps.steps_left(more, tmp_path) == 3 * steps + (2 + 1 + 1) * lesson
     again = run(more, "centre")
+    assert again["stamp"] == first["stamp"] and len(again["later_stamps"]) == 1
+    assert len(sweeps.stamps([again])) == 2
     assert again["transfer"]["projector"].keys() == {"2", "3"}
     assert again["transfer"]["projector"]["3"] == first["transfer"]["projector"]["3"]
     unchanged = ("accuracy", "probe", "lm_loss", "seed", "point")
     assert [again[name] for name in unchanged] == [first[name] for name in unchanged]
     other = run(more, "weight 0.5")
     assert other["transfer"]["projector"].keys() == {"3"}  # no curve was asked for
-    stamp = run(more, "centre")["stamp"]
-    assert stamp == again["stamp"]  # nothing was done
+    assert run(more, "centre") == again  # nothing was done
 
 
 def test_the_sweep_has_settings_of_its_own() -> None:

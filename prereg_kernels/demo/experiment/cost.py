@@ -55,7 +55,7 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
 def step_seconds(config: ExperimentConfig, out: Path) -> float:
     """The median of a few training steps with PRe here and now, in seconds, in this process."""
     stepper = _stepper(config, out, "pre")
-    return statistics.median([stepper(step) for step in range(_WARMUP_STEPS + 2)][2:])
+    return statistics.median([stepper(step) for step in range(_WARMUP_STEPS + 3)][_WARMUP_STEPS:])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -189,7 +189,9 @@ def open_experiment(config: ExperimentConfig, out: Path, fresh: bool) -> Iterato
 
 def _is_old_experiment(out: Path) -> bool:
     try:
-        from_dict(ExperimentConfig, read_json(out / _NAMES[0]))
-    except (OSError, ValueError):
+        values = read_json(out / _NAMES[0])
+        values.pop("transfer", None)  # of another kind in version 0.1.0
+        from_dict(ExperimentConfig, values)
+    except (OSError, ValueError, AttributeError):
         return False
     return True

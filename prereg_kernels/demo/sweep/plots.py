@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +24,7 @@ from prereg_kernels.demo.sweep.report import (
     probe_columns,
     transfer_columns,
 )
-from prereg_kernels.demo.sweep.sweep import AXES, CENTRE, Point, axis_points
+from prereg_kernels.demo.sweep.sweep import AXES, BASELINE, CENTRE, Point, axis_points
 
 
 def plot_sweep(results: SweepResults, directory: Path) -> dict[str, Path]:
@@ -81,8 +82,8 @@ def learning_curve(results: SweepResults) -> Figure:
     columns = curve_columns(results.config)
     counts = [int(column.heading.split()[0]) for column in columns]
     figure, [axis] = panels(1, size=(7, 4.4))
-    colours = (ORANGE, BLUE, GREEN, GREY)
-    for point, colour, marker in zip(curve_points(results), colours, "sod^", strict=False):
+    looks = cycle(zip((ORANGE, BLUE, GREEN, GREY), "sod^", strict=True))
+    for point, (colour, marker) in zip(curve_points(results), looks, strict=False):
         runs = list(results.by_point[point.name].values())
         levels = [over_seeds([column.measure(0)(run) for run in runs]) for column in columns]
         half = float(t.ppf(0.975, len(runs) - 1)) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
@@ -93,7 +94,8 @@ def learning_curve(results: SweepResults) -> Figure:
             color=colour, marker=marker, markersize=5, capsize=3, label=_described(point),
         )  # fmt: skip
     first = results.config.experiment.transfer.frozen[0]
-    chance = [learned(first, n, "majority")(run) for n in counts for run in runs]
+    baseline = results.by_point[BASELINE].values()
+    chance = [learned(first, n, "majority")(run) for n in counts for run in baseline]
     axis.axhline(100 * statistics.fmean(chance), color="black", linestyle=":", linewidth=1.2)
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])

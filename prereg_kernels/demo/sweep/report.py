@@ -33,6 +33,7 @@ from prereg_kernels.demo.sweep.sweep import (
     SweepConfig,
     finished,
     points,
+    stamps,
 )
 
 Get = Callable[[Result], float]
@@ -278,7 +279,7 @@ def write_sweep(config: SweepConfig, out: Path, device: str) -> tuple[Path, str]
     results = SweepResults(config, runs)
     if not any(not point.long_tail for point in results.settings):
         raise ValueError(f"{out}: no setting and its baseline are finished yet; expected one")
-    text = markdown(results, [run["stamp"] for run in runs])
+    text = markdown(results, stamps(runs))
     stored = {
         "stamp": describe_machine(torch.device(device), None),
         "config": to_dict(config),

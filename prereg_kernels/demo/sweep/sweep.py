@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,7 +182,10 @@ def units(config: SweepConfig) -> list[SweepUnit]:
 
 
 def lessons_of(config: SweepConfig, point: Point) -> list[Lesson]:
-    """What a setting's models learn afterwards."""
+    """What a setting's models learn afterwards; nothing on the long-tailed mix, which asks some of
+    it in training."""
+    if point.long_tail:
+        return []
     test = config.experiment.transfer
     wanted = lessons(test) if config.transfer else []
     if point.name == BASELINE or point.name in config.curve_settings:
@@ -235,7 +238,7 @@ def run_unit(
     """Train, evaluate and measure a unit; what `result.json` already has is not done again.
 
     The checkpoint goes once the result is there: a sweep has many runs. Where only lessons of the
-    transfer test are missing, the model is trained anew for them.
+    transfer test are missing, the model is trained anew for them, which has a stamp of its own.
     """
     directory = unit.directory(out)
     wanted = lessons_of(config, unit.point)
@@ -246,7 +249,10 @@ def run_unit(
     experiment = config.experiment
     run = run_config(config, unit)
     trained, measured = train_and_measure(experiment, run, directory, out / "cache", report, device)
-    result = done or {"point": unit.point.name, "seed": unit.seed, **measured}
+    stamp = describe_machine(torch.device(device), None)
+    result = done or {"point": unit.point.name, "seed": unit.seed, **measured, "stamp": stamp}
+    if done is not None:
+        result.setdefault("later_stamps", []).append(stamp)
     test, start = experiment.transfer, trained.checkpoint
     for frozen, by_scenes in transfer_test(
         run, test, todo, start, directory, report, device
@@ -254,7 +260,6 @@ def run_unit(
         for scenes, answers in by_scenes.items():
             kind = result.setdefault("transfer", {}).setdefault(frozen, {})
             kind.setdefault(scenes, {}).update(answers)
-    result["stamp"] = describe_machine(torch.device(device), None)
     write_whole(directory / RESULT_FILE, json.dumps(result, indent=1))
     for run_dir in (directory, *directory.glob("transfer-*/")):
         with contextlib.suppress(CheckpointError):  # somebody's files are in one: it stays
@@ -294,12 +299,18 @@ def _settings(config: SweepConfig) -> dict[str, Any]:
 def _is_old_sweep(out: Path) -> bool:
     try:
         values = read_json(out / _NAMES[0])
+        values["experiment"].pop("transfer", None)  # of another kind in version 0.1.0
         for name in _SEEDS:
-            values["experiment"][name] = values.pop(name)
+            values["experiment"][name] = values.pop(name, 0)  # it had no first_seed either
         from_dict(SweepConfig, values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
+
+
+def stamps(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The machines and commits that made these results."""
+    return [stamp for run in runs for stamp in (run["stamp"], *run.get("later_stamps", ()))]
 
 
 def finished(config: SweepConfig, out: Path) -> list[dict[str, Any]]:
