@@ -69,6 +69,7 @@ def checkup(
     Raises:
         ValueError: features that are not finite, facts that do not fit the tokens, a forward that
             fails, or no image that can be used.
+        TypeError: `shown` is a single name.
         OSError: a file cannot be written.
 
     Example:
@@ -82,6 +83,8 @@ def checkup(
         >>> results.norms[3].median == token_norms(visual_features(model, batch)[3]).median
         True
     """
+    if isinstance(shown, str):  # a sequence of letters
+        raise TypeError(f"shown: expected a number or a list of names, got {shown!r}")
     if model.training:
         raise ValueError("model: expected eval mode, got training mode; call model.eval()")
     count = len(batches)

@@ -61,6 +61,10 @@ def test_other_images_cost_their_batches_alone(
     assert not shown.patches.equal(again.measured.shown()[1].patches)
     with pytest.raises(ValueError, match=r"shown: expected names of measured images, got no\.png"):
         checkup(model, batches, out, splits=2, shown=["no.png"])
+    with pytest.raises(
+        TypeError, match=r"shown: expected a number or a list of names, got 'no\.png'"
+    ):
+        checkup(model, batches, out, splits=2, shown="no.png")
 
 
 def test_the_patch_of_a_pixel(found: CheckupResults, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
 from prereg_kernels.cli.commands import main
@@ -19,6 +20,7 @@ from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import ExperimentConfig
 from prereg_kernels.demo.experiment.summary import Effect, at, learned, unasked
 from prereg_kernels.demo.metrics import read_metrics
+from prereg_kernels.demo.sweep.plots import learning_curve, trade
 from prereg_kernels.demo.sweep.report import SweepResults, answer_columns, markdown, probe_columns
 from prereg_kernels.demo.sweep.sweep import (
     SweepConfig,
@@ -177,6 +179,29 @@ def test_a_setting_is_compared_at_its_own_layer_over_the_seeds_it_shares() -> No
     assert "\\*\\*: still clear after Holm's correction for all of them (0)" in page
     assert "| baseline | 3 | 51.3 | 51.3 | 0.513 |" in page
     assert "commit abc." in page
+
+
+def test_the_curve_and_the_trade_show_every_setting() -> None:
+    weights = (0.5, 1.0, 5.0, 7.0)
+    names = ["centre", *(f"weight {weight:g}" for weight in weights)]
+    sweep = config(weights=weights, transfer=True, curve_scenes=(8, 512), curve_settings=names)
+    rows = []
+    for place, name in enumerate(["baseline", *names]):
+        for seed in (0, 1):
+            level = 0.1 + 0.1 * place + 0.02 * seed
+            answers = {"tilt": {"accuracy": level, "majority": 0.25}}
+            kinds = {"projector": {n: answers for n in ("8", "64", "512")}}
+            kinds["nothing"] = {"64": answers}
+            rows.append({**result(name, seed, level), "transfer": kinds})
+    results = SweepResults(sweep, rows)
+    [axis] = learning_curve(results).axes
+    drawn = [container[0].get_ydata().tolist() for container in axis.containers]
+    assert drawn == [pytest.approx([11 + 10 * place] * 3) for place in range(6)]
+    assert axis.containers[0][0].get_xdata().tolist() == [8, 64, 512]
+    [axis] = trade(results).axes
+    ends = [[line.get_xdata()[0], line.get_ydata()[0]] for line in axis.lines[2:]]
+    assert ends[:5] == [pytest.approx([10 * place, 10 * place]) for place in range(1, 6)]
+    plt.close("all")
 
 
 @pytest.fixture(scope="module")
