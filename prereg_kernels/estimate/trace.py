@@ -143,7 +143,7 @@ class _Recorder(RealIntegers):
             counts.forward += flops
             counts.calls += 1
 
-    def alone(self, function: Any, *args: Tensor) -> Tensor:
+    def alone(self, function: Any, *args: Tensor | None) -> Tensor:
         """An operator of one's own: nothing in it is counted but its products."""
         result: Tensor = function.apply(self, *args)
         counts, _ = self.counts()
@@ -175,9 +175,9 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            given = (*args, *(kwargs[name] for name in names[len(args) :]))
-            return self.recorder.alone(_Attention, *given[:3])
+            names = ("query", "key", "value", "attn_mask")
+            given = (*args, *(kwargs.get(name) for name in names[len(args) :]))
+            return self.recorder.alone(_Attention, *given[:4])
         if func in private.GROUPED_PRODUCTS:
             return self.recorder.alone(_Grouped, *args[:2])
         if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
@@ -187,15 +187,21 @@ class _Functions(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """It keeps what a flash kernel keeps: its arguments, its result, and a number a row."""
+    """It keeps what a flash kernel keeps: its arguments, its result, and a number a row.
+
+    A mask that is computed of the model's states, as a relative position bias is, gets a gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, recorder: _Recorder, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, recorder: _Recorder, query: Tensor, key: Tensor, value: Tensor, mask: Any
+    ) -> Tensor:
         with recorder.hiding():
             *outer, heads, length, _ = query.shape  # flash kernels write heads side by side
             out = query.new_empty(*outer, length, heads, value.shape[-1]).transpose(-2, -3)
             rows = out.new_empty(out.shape[:-1]).float()
-        ctx.save_for_backward(query, key, value, out, rows)
+        bias = mask if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(query, key, value, bias, out, rows)
         pairs = 2.0 * query[..., 0].numel() * key.shape[-2]
         ctx.recorder, ctx.flops = recorder, pairs * (query.shape[-1] + value.shape[-1])
         recorder.product(ctx.flops)  # of all pairs of positions, causal or not
@@ -205,7 +211,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.recorder.product(2 * ctx.flops)
         with ctx.recorder.hiding():
-            return None, *map(torch.empty_like, ctx.saved_tensors[:3])
+            *given, bias = ctx.saved_tensors[:4]
+            of_bias = None if bias is None else torch.empty_like(bias)
+            return None, *map(torch.empty_like, given), of_bias
 
 
 class _Grouped(torch.autograd.Function):

@@ -16,10 +16,9 @@ from prereg_kernels.estimate.walk import lengthened, walk
 from prereg_kernels.train.models import parts_of, set_trainable
 from tests.zoo import CASES, sample
 
-QUICK = ("llava", "qwen2_5_vl", "qwen3_vl_moe")
+# The last one's attention has a bias that is computed of its states.
+QUICK = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "inkling_mm_model")
 REFUSED = {"git", "idefics", "mllama"}  # of which PRe knows no parts
-# torch counts 1.9% more in its backward pass; the cause is not known
-BEYOND = {"inkling_mm_model": 0.025}
 LONGER = (32, 64, 160)
 
 
@@ -71,7 +70,7 @@ def check(name: str, trains: tuple[str, ...]) -> None:
     found = sum(n * x.forward for n, x in zip(numbers, blocks, strict=True))
     backward = sum(n * x.backward for n, x in zip(numbers, blocks, strict=True))
     assert abs(found / forward - 1) < 0.01
-    assert abs((found + backward) / total - 1) < BEYOND.get(name, 0.01)
+    assert abs((found + backward) / total - 1) < 0.01
 
 
 @pytest.mark.parametrize("name", QUICK)
