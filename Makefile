@@ -73,7 +73,8 @@ test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.rea
 	done
 
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
-	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models
+	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models \
+	    tests/train/test_parts.py
 
 test-estimate: $(READY)  ## FLOPs of every image-text model against torch's counter (5 minutes, not timed whole)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/estimate

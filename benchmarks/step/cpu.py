@@ -33,7 +33,7 @@ from prereg_kernels.estimate.estimate import measured_work
 from prereg_kernels.estimate.memory import peak
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.walk import walk
-from prereg_kernels.train.models import parts_of
+from prereg_kernels.train.parts import parts_of
 
 OUT = RESULTS / "estimate_cpu.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

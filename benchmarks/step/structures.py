@@ -18,7 +18,7 @@ from prereg_kernels.estimate.batches import made_up_batches
 from prereg_kernels.estimate.shipped import FOLDER, TRAINS, config_of, file_of, names
 from prereg_kernels.estimate.structure import Structure
 from prereg_kernels.estimate.walk import walk
-from prereg_kernels.train.models import parts_of
+from prereg_kernels.train.parts import parts_of
 
 
 def model_of(content: dict[str, Any]) -> nn.Module:

@@ -121,7 +121,7 @@ def _walked(directory: Path, train: Sequence[str]) -> Structure:
     from prereg_kernels.cli.made_up import NotRunError, processed_batch
     from prereg_kernels.estimate.batches import made_up_batches
     from prereg_kernels.estimate.walk import walk
-    from prereg_kernels.train.models import parts_of
+    from prereg_kernels.train.parts import parts_of
 
     with quiet(), offline(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

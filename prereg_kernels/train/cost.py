@@ -18,7 +18,8 @@ from prereg_kernels.estimate.report import short
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.walk import walk
 from prereg_kernels.train.config import StageConfig, TrainConfig
-from prereg_kernels.train.models import model_on_meta, parts_of
+from prereg_kernels.train.models import model_on_meta
+from prereg_kernels.train.parts import parts_of
 from prereg_kernels.train.run import training_arguments
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from prereg_kernels.train.config import PARTS
-from prereg_kernels.train.models import parts_of, without_adapter
+from prereg_kernels.train.models import without_adapter
+from prereg_kernels.train.parts import parts_of
 
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,

@@ -1,8 +1,8 @@
-"""The model of a run: its parts, its adapter, and which of them train."""
+"""The model of a run, and its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.attach.resolver import find_family
-from prereg_kernels.train.config import PARTS, TrainConfig
+from prereg_kernels.train.config import TrainConfig
+from prereg_kernels.train.parts import linear_of_llm, modules_of, parts_of
 
-PROJECTORS = (
-    "multi_modal_projector", "projector", "mm_projector", "connector", "merger", "merger_list",
-    "deepstack_merger_list", "modality_projection", "aligner", "embed_vision", "resampler",
-    "vision_projector", "perceiver", "vision_embed_tokens", "text_hidden_fcs", "mlp1",
-)  # fmt: skip
-"""What the module between the vision encoder and the LLM is called."""
 _ADAPTER = "adapter_config.json"  # PEFT's
 
 
@@ -60,7 +55,7 @@ def load_model(config: TrainConfig, path: str | Path, *, has_adapter: bool) -> n
     """
     arguments: dict[str, Any] = {"dtype": "auto", **config.model_arguments}
     if config.quantization is not None and has_adapter:
-        whole = {"llm_int8_skip_modules": _outside_decoder(model_on_meta(path))}
+        whole = {"llm_int8_skip_modules": _outside_llm(model_on_meta(path))}
         arguments["quantization_config"] = BitsAndBytesConfig(**{**whole, **config.quantization})
     return load_whole(path, **arguments)
 
@@ -103,63 +98,13 @@ def model_on_meta(path: str | Path) -> nn.Module:
     return model
 
 
-def _outside_decoder(model: nn.Module) -> list[str]:
+def _outside_llm(model: nn.Module) -> list[str]:
     """The modules that stay whole when the LLM is quantized: their weights may have to train."""
-    decoder = find_family(model).language_model
+    inside = set(linear_of_llm(model))
     return sorted(
         name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(f"{decoder}.")
+        if isinstance(module, nn.Linear) and name not in inside
     )  # fmt: skip
-
-
-def parts_of(model: nn.Module) -> dict[str, list[str]]:
-    """{part: names of its parameters}, of "tower", "projector", "llm".
-
-    Raises:
-        ValueError: no model that PRe knows.
-    """
-    inner: Any = model
-    decoder = find_family(model).language_model
-    assert decoder is not None
-    words = {id(p) for m in _embeddings(inner) for p in m.parameters()}
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for name, parameter in model.named_parameters():
-        if name.startswith(f"{decoder}.") or id(parameter) in words:
-            parts["llm"].append(name)
-        elif set(name.split(".")) & set(PROJECTORS):
-            parts["projector"].append(name)
-        else:
-            parts["tower"].append(name)
-    return parts
-
-
-def _embeddings(model: Any) -> Iterator[nn.Module]:
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if module is not None:
-            yield module
-
-
-def set_trainable(model: nn.Module, parts: Collection[str]) -> None:
-    """Let these parts train, and no others.
-
-    Raises:
-        ValueError: the model has no such part.
-    """
-    names = parts_of(model)
-    for part in parts:
-        if not names[part]:
-            raise ValueError(
-                f"trainable: expected parts that {type(model).__name__} has, "
-                f"{', '.join(part for part in PARTS if names[part])}; got {part}"
-            )
-    chosen = {name for part in parts for name in names[part]}
-    for name, parameter in model.named_parameters():
-        is_chosen = name in chosen
-        if is_chosen and not (parameter.is_floating_point() or parameter.is_complex()):
-            raise ValueError(
-                "trainable: quantized weights cannot train; expected lora for the LLM, and no tower"
-            )
-        parameter.requires_grad_(is_chosen)
 
 
 def check_steps(model: nn.Module) -> None:
@@ -183,31 +128,16 @@ def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[st
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError(f"lora: {error}; it needs: pip install peft") from None
-    decoder = find_family(model).language_model
-    linear = [
-        name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(f"{decoder}.")
-    ]  # fmt: skip
-    whole = [part for part in parts if part != "llm"]
-    names = parts_of(model)
-    modules = {_module_of(name) for part in whole for name in names[part]}
-    settings = {"task_type": "CAUSAL_LM", "target_modules": linear, **lora}
+    by_part = parts_of(model)
+    modules = modules_of(model, [n for part in parts if part != "llm" for n in by_part[part]])
+    settings = {"task_type": "CAUSAL_LM", "target_modules": linear_of_llm(model), **lora}
     if modules:
-        settings.setdefault("modules_to_save", sorted(modules))
+        settings.setdefault("modules_to_save", modules)
     try:
         peft: nn.Module = get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {' '.join(str(error).split())}") from None
     return peft
-
-
-def _module_of(name: str) -> str:
-    """The projector, or the outermost part of the tower, that has this parameter."""
-    path = name.split(".")
-    for depth, step in enumerate(path):
-        if step in PROJECTORS:
-            return ".".join(path[: depth + 1])
-    return path[0] if path[0] != "model" else path[1]
 
 
 def visual_ids(model: nn.Module) -> frozenset[int]:

@@ -35,7 +35,6 @@ from prereg_kernels.train.models import (
     check_steps,
     load_model,
     load_processor,
-    set_trainable,
     visual_ids,
     with_adapter,
     without_adapter,
@@ -48,6 +47,7 @@ from prereg_kernels.train.packing import (
     prepare_packing,
     probes,
 )
+from prereg_kernels.train.parts import set_trainable
 from prereg_kernels.train.records import (
     BAD_SAMPLES,
     METRICS,

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prereg_kernels.estimate.walk import lengthened, walk
-from prereg_kernels.train.models import parts_of, set_trainable
+from prereg_kernels.train.parts import parts_of, set_trainable
 from tests.zoo import CASES, sample
 
 # The last one's attention has a bias that is computed of its states.

@@ -15,7 +15,7 @@ from prereg_kernels.estimate.head import Head, head_of
 from prereg_kernels.estimate.memory import Moment, peak, timeline
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.walk import walk
-from prereg_kernels.train.models import parts_of
+from prereg_kernels.train.parts import parts_of
 
 CPU = torch.device("cpu")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}

@@ -10,7 +10,7 @@ from benchmarks.step.structures import model_of, walked
 from prereg_kernels.estimate import shipped
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.structure import Structure
-from prereg_kernels.train.models import parts_of
+from prereg_kernels.train.parts import parts_of
 
 # Of the configs that ship, as transformers builds them; checkpoints were not at hand to compare
 PARAMETERS = {

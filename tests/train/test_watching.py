@@ -33,7 +33,7 @@ from prereg_kernels.train import held_out
 from prereg_kernels.train.config import load_config
 from prereg_kernels.train.facts import Facts
 from prereg_kernels.train.flops import PEAKS, StepFlops, peak_flops, peak_of
-from prereg_kernels.train.models import set_trainable
+from prereg_kernels.train.parts import set_trainable
 from prereg_kernels.train.run import train
 from prereg_kernels.train.throughput import TIMED, Throughput
 from prereg_kernels.train.trainer import RecipeTrainer
