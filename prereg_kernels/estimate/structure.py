@@ -49,15 +49,17 @@ class Block:
         part: "tower", "projector" or "llm".
         parameters: how many numbers.
         counts: {a field of `Counts`: coefficients of 1, n, n squared}, where n is the positions of
-            a sample in the LLM, and the visual tokens of an image elsewhere.
+            a sample if text passes the block, and the visual tokens of an image if not.
         layer: of the decoder, counted from 1; 0: none.
+        has_text: whether text passes it, as all of the LLM's, and a projector that embeds words.
     """
 
     name: str
     part: str
     parameters: int
     counts: dict[str, Polynomial]
-    layer: int = 0
+    layer: int
+    has_text: bool
 
     def of(self, number: float) -> Counts:
         """Of one sample with so many positions, or one image of so many tokens."""
@@ -102,7 +104,7 @@ class Structure:
     def of_sample(self, text: int, visual: int) -> Iterator[tuple[Block, Counts]]:
         """Each block's counts for a sample of an image of so many tokens, and so much text."""
         for block in self.blocks:
-            if block.part == "llm":
+            if block.has_text:
                 yield block, block.of(text + visual)
             elif self.grows or not visual:
                 yield block, block.of(visual)
@@ -132,16 +134,20 @@ class Structure:
             for number in range(entry["times"]):
                 layer = entry["layer"] + number if entry["layer"] else 0
                 name = _numbered(entry["name"], number)
-                blocks.append(Block(name, entry["part"], entry["parameters"], counts, layer))
+                size, has_text = entry["parameters"], entry["has_text"]
+                blocks.append(Block(name, entry["part"], size, counts, layer, has_text))
         more = {"blocks": tuple(blocks), "trains": tuple(content["trains"])}
         return cls(**{**content, **more})
+
+
+_ALIKE = ("part", "parameters", "counts", "has_text")
 
 
 def _same(first: dict[str, Any], entry: dict[str, Any]) -> bool:
     times = first["times"]
     return (
         _numbered(first["name"], times) == entry["name"]
-        and all(first[name] == entry[name] for name in ("part", "parameters", "counts"))
+        and all(first[name] == entry[name] for name in _ALIKE)
         and entry["layer"] == (first["layer"] + times if first["layer"] else 0)
     )
 

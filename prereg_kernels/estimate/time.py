@@ -53,8 +53,8 @@ def work(structure: Structure, settings: Settings, visual: int) -> dict[str, Wor
         flops = counts.forward + counts.backward + redone
         moved = counts.moved * (1 + again) + counts.moved_again
         calls = counts.calls * (1 + again + 2 * bool(counts.moved_again or counts.backward))
-        # Samples are rows of the same operators in the LLM, and images often are not
-        number = 1 if block.part == "llm" else samples
+        # Samples are rows of the same operators where text passes, and images often are not
+        number = 1 if block.has_text else samples
         found[block.part] += Work(samples * flops, samples * moved, number * calls)
     found = {part: part_work.times(1 / settings.split) for part, part_work in found.items()}
     return found | {"update": update(structure, settings)}

@@ -66,13 +66,14 @@ def walk(
     blocks = []
     paths = dict.fromkeys((*(p for p in runs[0] if p), *sizes, ""))
     for path in sorted(paths, key=lambda path: _place(path, layers, list(runs[0]))):
-        part = parts_of_blocks[path]
-        if part == "llm":
-            counts = _fitted([_scaled(run.get(path), 1 / rows) for run in runs], lengths)
+        part, of_text = parts_of_blocks[path], [run.get(path) for run in runs]
+        has_text = part == "llm" or any(found != of_text[0] for found in of_text)
+        if has_text:
+            counts = _fitted([_scaled(found, 1 / rows) for found in of_text], lengths)
         else:
-            found = [run.get(path) for run in (*images, runs[0])]
-            counts = _through_origin(found, visual)
-        blocks.append(Block(path or "loss", part, sizes.get(path, 0), counts, _layer(path, layers)))
+            counts = _through_origin([*(run.get(path) for run in images), of_text[0]], visual)
+        size, layer = sizes.get(path, 0), _layer(path, layers)
+        blocks.append(Block(path or "loss", part, size, counts, layer, has_text))
     text = model.config.get_text_config(decoder=True)
     return Structure(
         name=name,

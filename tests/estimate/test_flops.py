@@ -16,8 +16,8 @@ from prereg_kernels.estimate.walk import lengthened, walk
 from prereg_kernels.train.parts import parts_of, set_trainable
 from tests.zoo import CASES, sample
 
-# The last one's attention has a bias that is computed of its states.
-QUICK = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "inkling_mm_model")
+# Inkling's attention has a bias that is computed of its states; Florence-2 has a decoder of text
+QUICK = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "inkling_mm_model", "florence2")
 REFUSED = {"git", "idefics", "mllama"}  # of which PRe knows no parts
 LONGER = (32, 64, 160)
 
@@ -63,10 +63,10 @@ def check(name: str, trains: tuple[str, ...]) -> None:
     forward, total = counted(case.model, inputs)
     rows, length = inputs["input_ids"].shape
     blocks = [
-        block.of(length) if block.part == "llm" else block.of(structure.visual_tokens)
+        block.of(length) if block.has_text else block.of(structure.visual_tokens)
         for block in structure.blocks
     ]
-    numbers = [rows if block.part == "llm" else 1 for block in structure.blocks]
+    numbers = [rows if block.has_text else 1 for block in structure.blocks]
     found = sum(n * x.forward for n, x in zip(numbers, blocks, strict=True))
     backward = sum(n * x.backward for n, x in zip(numbers, blocks, strict=True))
     assert abs(found / forward - 1) < 0.01
