@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from transformers import (
 )
 
 PAD, IMAGE, VIDEO, START, END, ASK = range(6)  # the words; the colours follow
+FORWARD = signature(Qwen2_5_VLForConditionalGeneration.forward)
+TAKES_KINDS = "mm_token_type_ids" in FORWARD.parameters  # from transformers 5 on
 
 
 def make_qwen(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
@@ -30,7 +33,7 @@ def make_qwen(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
         "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 9,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1,
         "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 2]},
     }  # fmt: skip
     config = Qwen2_5_VLConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
@@ -59,5 +62,6 @@ class QwenCollator:
         batch["input_ids"] = pad_sequence(ids, batch_first=True, padding_value=PAD)
         batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
         batch["attention_mask"] = (batch["input_ids"] != PAD).long()
-        batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int()
+        if TAKES_KINDS:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int()
         return batch

@@ -14,7 +14,7 @@ from torch import nn
 
 from prereg_kernels._util.files import read_json
 from prereg_kernels.checkup.images.layouts import family_with_layout
-from prereg_kernels.checkup.images.processing import pillow_class, place
+from prereg_kernels.checkup.images.processing import make, pillow_class, place
 from prereg_kernels.checkup.model_files import (
     QUANTISED,
     check_weights,
@@ -169,7 +169,7 @@ def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]
         )
     kwargs = {k: v for k, v in settings.items() if k not in ("image_processor_type", "auto_map")}
     with naming(path):
-        made = kind(**kwargs)
+        made = make(kind, kwargs)
         place(config, made, np.zeros((64, 64, 3), dtype=np.uint8))  # what fails always fails here
     return made, note
 

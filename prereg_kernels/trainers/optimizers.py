@@ -99,8 +99,8 @@ class HeadNorm(TrainerCallback):
         """The norm before clipping, as "grad_norm" in the logs: (1,), NaN if it is not known."""
         norm, total = self._norm, logs.get("grad_norm")
         self._norm = None
-        if norm is None or total is None:
-            return torch.full((1,), math.nan)
         limit = self._trainer.args.max_grad_norm
+        if norm is None or (limit and total is None):  # 4.57 logs none where it does not clip
+            return torch.full((1,), math.nan)
         factor = min(1.0, limit / (total + 1e-6)) if limit else 1.0
         return distributed.whole(norm)[None] / factor

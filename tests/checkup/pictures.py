@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from prereg_kernels.checkup.images.processing import make, pillow_class
 from prereg_kernels.checkup.loading import Loaded
 from tests.attach.families.models import make_model
 
@@ -24,6 +25,13 @@ QWEN_PROCESSOR = {
 def make_loaded(family: str, processor: Any) -> Loaded:
     """A tiny model of the family, in eval mode, with that image processor and no tokenizer."""
     return Loaded(make_model(family).eval(), processor, None, ())
+
+
+def pillow(name: str, **settings: Any) -> Any:
+    """transformers' image processor of that name that works on Pillow's images."""
+    cls = pillow_class(f"{name}ImageProcessor")
+    assert cls is not None
+    return make(cls, settings)
 
 
 def save_model(directory: Path, family: str = "qwen2_5_vl", processor: bool = True) -> Path:

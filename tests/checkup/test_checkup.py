@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from PIL import Image
 
 from prereg_kernels.attach.family import Family
@@ -48,7 +47,7 @@ from prereg_kernels.checkup.report.style import theme
 from prereg_kernels.checkup.results import CheckupResults, differences
 from prereg_kernels.checkup.run import checkup, report
 from tests.attach.families.models import LAYERS
-from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, save_folder
+from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, pillow, save_folder
 
 COUNT = 24
 
@@ -59,7 +58,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> ImageBatches:
     for path in root.rglob("*[369].png"):  # another size, so that rows of a batch are padded
         Image.open(path).crop((0, 0, 40, 24)).save(path)
     (root / "images" / "dark" / "zz.png").write_text("not an image")
-    processor = hf.Qwen2VLImageProcessorPil(**QWEN_PROCESSOR)
+    processor = pillow("Qwen2VL", **QWEN_PROCESSOR)
     loaded = make_loaded("qwen2_5_vl", processor)
     images = ImageFolder(root / "images", masks=root / "masks", masks_are="classes")
     return ImageBatches(loaded, images, size=5)

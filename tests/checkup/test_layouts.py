@@ -22,23 +22,21 @@ from prereg_kernels.checkup.images.patches import TokenGrid, regular_grid
 from prereg_kernels.checkup.loading import Loaded
 from tests.attach.families.models import CASES as MODELS
 from tests.attach.families.models import TILES, llava_next
-from tests.checkup.pictures import QWEN_PROCESSOR, local_tower, make_loaded, noise
+from tests.checkup.pictures import QWEN_PROCESSOR, local_tower, make_loaded, noise, pillow
 
 SQUARE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 
 
 def clip(**more: Any) -> Any:
-    return hf.CLIPImageProcessorPil(**{**SQUARE, **more})
+    return pillow("CLIP", **{**SQUARE, **more})
 
 
 def qwen() -> Any:
-    return hf.Qwen2VLImageProcessorPil(**QWEN_PROCESSOR)
+    return pillow("Qwen2VL", **QWEN_PROCESSOR)
 
 
 def tiles() -> Any:
-    return hf.LlavaNextImageProcessorPil(
-        **SQUARE, image_grid_pinpoints=TILES["image_grid_pinpoints"]
-    )
+    return pillow("LlavaNext", **SQUARE, image_grid_pinpoints=TILES["image_grid_pinpoints"])
 
 
 CASES = {
@@ -54,7 +52,7 @@ CASES = {
     "llava, padded by the crop": ("llava", lambda: clip(size={"shortest_edge": 12}), (48, 48)),
     "llava, padded to a square": (
         "llava",
-        lambda: hf.LlavaImageProcessorPil(**SQUARE, do_pad=True),
+        lambda: pillow("Llava", **SQUARE, do_pad=True),
         (50, 90),
     ),
     "llava_next, wide": ("llava_next", tiles, (64, 128)),

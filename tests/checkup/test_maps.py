@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 
 from prereg_kernels.checkup.images.datasets import ImageFolder
 from prereg_kernels.checkup.images.image_batches import ImageBatches
@@ -16,7 +15,7 @@ from prereg_kernels.checkup.report.maps import maps, patch_at
 from prereg_kernels.checkup.report.style import theme
 from prereg_kernels.checkup.results import CheckupResults
 from prereg_kernels.checkup.run import checkup, report
-from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, save_folder
+from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, pillow, save_folder
 
 NAMES = ["light/08.png", "dark/03.png"]
 
@@ -24,7 +23,7 @@ NAMES = ["light/08.png", "dark/03.png"]
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> ImageBatches:
     root = save_folder(tmp_path_factory.mktemp("set"), 12)
-    loaded = make_loaded("qwen2_5_vl", hf.Qwen2VLImageProcessorPil(**QWEN_PROCESSOR))
+    loaded = make_loaded("qwen2_5_vl", pillow("Qwen2VL", **QWEN_PROCESSOR))
     return ImageBatches(loaded, ImageFolder(root / "images"), size=4)
 
 

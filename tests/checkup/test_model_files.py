@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from prereg_kernels.checkup.loading import load
 from prereg_kernels.checkup.model_files import CODE, naming, offline, read_config
 from tests.checkup.pictures import save_model, save_tokenizer
+from tests.releases import HERE
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,8 @@ DEEP = "[" * 100_000
         (_written("tokenizer_config.json", DEEP), "model: "),
         (
             _written("tokenizer_config.json", '{"tokenizer_class": "X", "auto_map": {"a": 1}}'),
-            "",  # the words of tokenizer.json are enough
+            # The words of tokenizer.json are enough, but for transformers 4.57
+            "" if HERE >= (5, 0) else "model: Tokenizer class X does not exist",
         ),
         (_written("preprocessor_config.json", DEEP), "preprocessor_config.json: not valid JSON"),
         (_written("preprocessor_config.json", "[]"), "preprocessor_config.json: expected the JSON"),
@@ -181,6 +183,7 @@ def test_panics_are_errors_and_signals_are_not() -> None:
 def test_offline_ends_where_it_ends() -> None:
     before = constants.HF_HUB_OFFLINE
     with pytest.raises(OSError), offline():
-        assert constants.HF_HUB_OFFLINE and constants.is_offline_mode()
+        assert constants.HF_HUB_OFFLINE
+        assert not hasattr(constants, "is_offline_mode") or constants.is_offline_mode()
         raise OSError
     assert before == constants.HF_HUB_OFFLINE

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 
 from prereg_kernels.checkup.images.datasets import ImageFolder
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.report.findings import headline_of_two, tiles_of
 from prereg_kernels.checkup.results import CheckupResults, differences
 from prereg_kernels.checkup.run import checkup, report
-from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, save_folder
+from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, pillow, save_folder
 
 MIDDLE, LAST = 2, 4  # of the tiny model's layers
 
@@ -40,7 +39,7 @@ class Read(HTMLParser):
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[CheckupResults]:
     """Two models that differ in a layer, measured on images with classes and masks."""
     root = save_folder(tmp_path_factory.mktemp("set"), 12)
-    loaded = make_loaded("qwen2_5_vl", hf.Qwen2VLImageProcessorPil(**QWEN_PROCESSOR))
+    loaded = make_loaded("qwen2_5_vl", pillow("Qwen2VL", **QWEN_PROCESSOR))
     images = ImageFolder(root / "images", masks=root / "masks", masks_are="classes")
     batches = ImageBatches(loaded, images, size=6)
     model: Any = loaded.model
@@ -106,7 +105,7 @@ def test_a_comparison_speaks_of_both(models: list[CheckupResults], page: str) ->
 def test_a_comparison_without_probes_or_masks(tmp_path: Path) -> None:
     """The cosine is all that there is to say; and what would bring more is said once."""
     root = save_folder(tmp_path, 6)
-    loaded = make_loaded("qwen2_5_vl", hf.Qwen2VLImageProcessorPil(**QWEN_PROCESSOR))
+    loaded = make_loaded("qwen2_5_vl", pillow("Qwen2VL", **QWEN_PROCESSOR))
     batches = ImageBatches(loaded, ImageFolder(root / "images" / "dark"))
     models = [checkup(loaded.model, batches, root, name=name) for name in ("a", "b")]
     cosine = f"{models[0].curves['cosine to input'][MIDDLE].value:.3f}".replace("-", "−")

@@ -32,6 +32,9 @@ from tests.trainers import processes
 from tests.trainers.rows import IMAGES, WEIGHT, collate, make_rows, make_trainer, step_gradients
 
 RANKS = 2
+CHECKPOINTING: dict[str, Any] = {  # 4.57's default is reentrant
+    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}  # fmt: skip
 BOTH = (1, 2, 1, 0, 2, 0, 3, 1)  # images, of which each rank has some
 
 
@@ -296,7 +299,7 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
         rank, out, PReTrainer, accepts_loss_kwargs=False
     ),
     "trainer, checkpointing": lambda rank, out: trainer_gradients(
-        rank, out, PReTrainer, gradient_checkpointing=True
+        rank, out, PReTrainer, **CHECKPOINTING
     ),
     "trainer, reentrant": lambda rank, out: trainer_gradients(
         rank,
@@ -315,7 +318,7 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
         rank,
         out,
         PReTrainer,
-        gradient_checkpointing=True,
+        **CHECKPOINTING,
         settings={"level": "global", "layers": (1, 3), "share_head": True},
     ),
     "trainer, rows not counted": lambda rank, out: trainer_gradients(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from prereg_kernels import SequenceParallel, apply_pre
+from tests.attach.families.models import pooled
 from tests.attached import anchor_of_pixels
 from tests.tiny import IMAGE_TOKEN, gradients, make_batch, tiny_llava
 from tests.trainers import processes
@@ -152,9 +153,9 @@ def split_gradients(
     if own_calls:
         ids = batch["input_ids"]
         whole = model.get_input_embeddings()(ids)
-        features = model.model.get_image_features(batch["pixel_values"]).pooler_output
+        features = pooled(model.model.get_image_features(batch["pixel_values"]))
         mask = ids == IMAGE_TOKEN
-        whole = whole.masked_scatter(mask[..., None], torch.cat(list(features)))
+        whole = whole.masked_scatter(mask[..., None], torch.cat(features))
         pre.next_visual_mask = splitting.cut(mask) & (numbers >= 0)
         batch = {"inputs_embeds": splitting.cut(whole), "position_ids": numbers.clamp(min=0)}
     logits = model(**batch).logits

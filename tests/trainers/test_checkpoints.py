@@ -18,6 +18,7 @@ from prereg_kernels import apply_pre
 from prereg_kernels._util import distributed
 from prereg_kernels.trainers.checkpoints import load_weights
 from tests.attach.families.test_family import PeftModel
+from tests.releases import HERE
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_rows, make_trainer
 
@@ -181,8 +182,12 @@ def test_no_warning_about_keys(tmp_path: Path, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("tied", (False, True))
-def test_no_warning_beyond_those_of_trainer(tmp_path: Path, tied: bool) -> None:
+def test_no_warning_beyond_those_of_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
     """Of a file with the modules' names; tied weights are in it once."""
+    if HERE < (5, 0):  # whose `save_pretrained` knows no `save_original_format`
+        monkeypatch.setattr(LlavaForConditionalGeneration, "_checkpoint_conversion_mapping", {})
     messages = []
     for name, cls in (("plain", {"cls": Trainer}), ("ours", {})):
         trained = trainer_on(tmp_path / name, tied=tied, **cls)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import prereg_kernels
+from tests.releases import HERE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"sft_trainer": ("trl", "datasets")}
@@ -40,8 +41,8 @@ def test_example(
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     check_fall(lines)
-    if name == "pre_trainer":
-        assert "resumed, the same: True" in lines
+    if name == "pre_trainer":  # 4.57 goes on in another order of the rows, with PRe and without
+        assert f"resumed, the same: {HERE >= (5, 0)}" in lines
 
 
 @pytest.mark.parametrize("name", ("accelerate_loop", "pre_trainer"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from prereg_kernels import PReConfig, apply_pre
+from tests.releases import HERE
 from tests.tiny import gradients, tiny_llava
 from tests.trainers.rows import Gradients, make_trainer
 
@@ -117,9 +118,10 @@ def test_the_norm_of_the_heads_gradient(tmp_path: Path, limit: float) -> None:
     found = gradients(whole)
     heads = torch.stack([x.norm() for name, x in found.items() if "pre_heads" in name]).norm()
     total = torch.stack([x.norm() for x in found.values()]).norm()
-    assert log["grad_norm"] == pytest.approx(total.item(), rel=1e-4)
+    if limit or HERE >= (5, 0):  # 4.57 logs none where it does not clip
+        assert log["grad_norm"] == pytest.approx(total.item(), rel=1e-4)
     assert log["pre_grad_norm"] == pytest.approx(heads.item(), rel=1e-4)
-    assert 0.01 < log["pre_grad_norm"] / log["grad_norm"] < 1
+    assert 0.01 < log["pre_grad_norm"] / total.item() < 1
 
 
 @pytest.mark.parametrize("value", (-0.1, float("inf"), True, "1e-3"))

@@ -18,6 +18,7 @@ from prereg_kernels import apply_pre
 from prereg_kernels.trainers import PReTrainer, PReTrainerMixin
 from tests.attach.families.batches import make_batch
 from tests.attach.families.models import make_model, pooled
+from tests.releases import HERE
 from tests.tiny import gradients
 from tests.trainers.rows import make_trainer
 
@@ -43,10 +44,10 @@ def embed_first(lora: Any) -> None:
             features = torch.cat(pooled(model.get_image_features(*pixels)))
             visual = (ids == model.config.image_token_id)[..., None]
             embeddings = embeddings.masked_scatter(visual, features)
-        kinds = kwargs.pop("mm_token_type_ids", None)
-        if kinds is not None:
+        if hasattr(model.model, "get_rope_index"):
             shown = kwargs["attention_mask"]
-            places, _ = model.model.get_rope_index(ids, kinds, *pixels[1:], attention_mask=shown)
+            kinds = [kwargs.pop("mm_token_type_ids")] if HERE >= (5, 0) else []
+            places, _ = model.model.get_rope_index(ids, *kinds, *pixels[1:], attention_mask=shown)
             kwargs["position_ids"] = places
         return args, kwargs | {"inputs_embeds": embeddings}
 

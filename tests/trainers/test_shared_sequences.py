@@ -30,11 +30,10 @@ def expected() -> Any:
     return eager_gradients(heads, ranks.rows_of_all())
 
 
-@pytest.mark.parametrize("case, factor", (("whole", 1), ("cp", 1), ("sp", ranks.SIZE)))
-def test_gradients_are_those_of_one_process(
-    out: Path, expected: Any, case: str, factor: int
-) -> None:
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_gradients_are_those_of_one_process(out: Path, expected: Any, case: str) -> None:
     """Ulysses' are twice as large, of L_LM too: Trainer has one loss on both ranks of a pair."""
+    factor = ranks.SIZE if case == "sp" else 1
     for rank in range(ranks.RANKS):
         ours, figures = torch.load(out / f"{case} {rank}.pt")
         compare(ours, {name: x * factor for name, x in expected.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,20 @@ def pillow_class(name: str) -> type[Any] | None:
     suffix = "Pil" if hasattr(transformers, "CLIPImageProcessorPil") else ""
     found: type[Any] | None = getattr(transformers, f"{plain}{suffix}", None)
     return found if plain.endswith("ImageProcessor") else None
+
+
+def make(kind: type[Any], settings: Mapping[str, Any]) -> Any:
+    """An image processor of that class with the settings of a file.
+
+    Qwen2VLImageProcessor of transformers 4.57 ignores `size`, but for the two numbers in it.
+    """
+    names, edges = ("min_pixels", "max_pixels"), ("shortest_edge", "longest_edge")
+    size, known = settings.get("size"), signature(kind).parameters
+    own: dict[str, Any] = {}
+    if isinstance(size, dict) and set(names) <= set(known) and set(edges) <= set(size):
+        bounds = {name: size[edge] for name, edge in zip(names, edges, strict=True)}
+        own = {name: x for name, x in bounds.items() if settings.get(name) is None}
+    return kind(**{**settings, **own})
 
 
 def process(processor: Any, image: NDArray[np.uint8]) -> Mapping[str, Tensor]:

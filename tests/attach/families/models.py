@@ -82,7 +82,7 @@ QWEN_TOWER = {
 }  # fmt: skip
 QWEN_TOKENS = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": NEW,
-    "vision_end_token_id": NEW,
+    "vision_end_token_id": NEW + 1,  # 4.57 reads the token after each that is a start's
 }  # fmt: skip
 # Tiles of 16 x 16, one or two a side.
 TILES = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
