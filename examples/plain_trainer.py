@@ -37,7 +37,8 @@ def main() -> None:
         TrainingArguments(
             tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=4,
             gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=5,
-            remove_unused_columns=False, report_to=[], use_cpu=True, save_strategy="no",
+            logging_first_step=True, remove_unused_columns=False, report_to=[], use_cpu=True,
+            save_strategy="no",
         ),
         train_dataset=make_samples(64),
         data_collator=Collator(processor),
