@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
@@ -30,6 +31,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(out: Path, name: str) -> list[Any]:
     return [torch.load(out / f"{name} {rank}.pt") for rank in range(ranks.RANKS)]
+
+
+def joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """The whole of this shape, cut by ranks along one dimension."""
+    [dim] = [d for d, length in enumerate(shape) if parts[0].shape[d] != length]
+    return torch.cat(parts, dim)
 
 
 @pytest.mark.parametrize("case", [case for case in ranks.CASES if case != "a fraction"])
@@ -77,7 +84,9 @@ def test_a_model_that_transformers_has_split(out: Path) -> None:
     for is_found, ours, figures, parameters in states:
         assert is_found
         for name, x in expected.items():
-            assert relative_error(ours[name], x) < 3e-6, name
+            if (whole := ours[name]).shape != x.shape:  # a part, where transformers has no DTensor
+                whole = joined([found[name] for _, found, *_ in states], x.shape)
+            assert relative_error(whole, x) < 3e-6, name
         assert figures["visual_tokens"] == sum(ranks.IMAGES) * PATCHES
         assert figures["pre_loss"] == pytest.approx(term.item(), rel=1e-6)
         assert figures["lm_loss"] == pytest.approx(lm.item(), rel=1e-6)
