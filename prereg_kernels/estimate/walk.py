@@ -20,6 +20,8 @@ KEPT = 6
 """Decoder layers that are looked at, where all are alike; the first ones may not quite be."""
 LONGER = (64, 256, 768)
 """By how many words a batch is made longer, to see what grows with its length and how."""
+CHUNK = 64
+"""Lengths are multiples of it: linear attention fills up its last chunk of so many positions."""
 
 
 def walk(
@@ -54,11 +56,11 @@ def walk(
             setattr(config, private.EXPERTS, "grouped_mm")
     small = batches[-1]
     rows, length = small["input_ids"].shape
-    lengths = [length + more for more in longer]
+    lengths = [-(-(length + more) // CHUNK) * CHUNK for more in longer]
     layers, sizes = str(family.layers), _sizes(model)
     parts_of_blocks = _parts_of_blocks(model, of_parameter)
     with _fewer(model, family.layers_of(model), layers) as repeated:
-        runs = [trace_step(model, lengthened(small, more)) for more in longer]
+        runs = [trace_step(model, lengthened(small, new - length)) for new in lengths]
         images = [trace_step(model, lengthened(batch, longer[0])) for batch in batches[:-1]]
     for run in (*runs, *images):
         for path, of in repeated.items():

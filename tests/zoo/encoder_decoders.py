@@ -30,7 +30,7 @@ def florence2() -> Sample:
         "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
         "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "vocab_size": VOCABULARY, "dropout": 0.0, "init_std": 0.2,
-        "decoder_start_token_id": 2, "forced_eos_token_id": 2, "max_position_embeddings": 128,
+        "decoder_start_token_id": 2, "forced_eos_token_id": 2, "max_position_embeddings": 512,
         **SPECIAL_TOKENS,
     }  # fmt: skip
     vision = {
