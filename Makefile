@@ -27,7 +27,7 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -178,6 +178,16 @@ docs: $(DOCS)/.ready  ## the documentation as a site, in build/site (1 minute)
 
 test-docs: docs  ## the site's pages are whole, and load nothing from elsewhere (1 minute)
 	$(BIN)/python -m pytest -m "site or not site" tests/docs/test_site.py
+
+# Without isolation: an environment of the build's own has no torch, and the wheel no C++ kernels. The
+# wheel is built from the sdist.
+RELEASE := build/release
+release-check: $(PACKAGES)/release/.ready  ## a release but for its upload: files, checks, notes (10 minutes)
+	rm -rf $(RELEASE)
+	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m build --no-isolation --outdir $(RELEASE)/dist
+	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m twine check --strict $(RELEASE)/dist/*
+	$(BIN)/python -m tests.release.files > $(RELEASE)/notes.md
+	$(BIN)/python -m pytest -m "release or not release" tests/release
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)

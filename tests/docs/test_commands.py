@@ -97,6 +97,7 @@ NOT_RUN = {
         "make test-versions",
     ),
     "installs what builds the site": ("make docs",),
+    "builds both files of a release, and installs them": ("make release-check",),
     "needs several machines": (
         "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         "-m prereg_kernels train recipe.yaml",
