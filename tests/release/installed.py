@@ -1,4 +1,4 @@
-"""What an installation is asked, away from the checkout: `python installed.py` beside helpers.py."""
+"""What an installation is asked, away from the checkout: a script beside tests/helpers.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A release: versions that agree, files that are whole, and both files in environments of their own.
+"""A release: versions that agree, and files that are whole and work where nothing else is.
 
 Those marked `release` need what `make release-check` has built, and run by it alone.
 """
