@@ -194,10 +194,12 @@ release-check: $(PACKAGES)/release/.ready  ## a release but for its upload: file
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) transformers==$* $(TRANSFORMERS_NEED_$*)
 	touch $@
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy, codespell, and actionlint on the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/actionlint
 
 # The sanitizers' runtimes have to be there before Python. Leaks are Python's own, at its exit.
 SANITIZED := build/sanitize
