@@ -323,8 +323,8 @@ def lists_the_targets(place: Path, output: str) -> None:
 
 def leaves_the_pages(place: Path, output: str) -> None:
     """The figures on the pages are those of benchmarks/results, but for the new demo's commit."""
-    pages = ("README.md", "docs/fidelity.md", "docs/anchors.md", "docs/demo.md")
-    for name in (*pages, "docs/performance.md"):
+    names = ("anchors", "demo", "fidelity", "pays", "performance")
+    for name in ("README.md", *(f"docs/{name}.md" for name in names)):
         before, after = (
             re.sub(r"Commit \w+", "", (root / name).read_text()) for root in (ROOT, place)
         )

@@ -20,7 +20,7 @@ def main() -> None:
     folder = Path(prereg_kernels.__file__).parent
     assert folder.is_relative_to(sys.prefix), f"{folder} is not of {sys.prefix}"
     problem = helpers.make_problem((2, 7), (32, 48, 24))
-    runs = [name for name in registry.BACKENDS if registry.unavailable(name, "cpu") is None]
+    runs = [name for name in registry.CLASSES if registry.unavailable(name, "cpu") is None]
     for backend in runs:
         helpers.assert_as_good_as_eager(
             lambda p, b=backend: helpers.run(prereg_kernels.fused_pre_loss, p, backend=b), problem
