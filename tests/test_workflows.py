@@ -93,6 +93,19 @@ def test_each_pair_of_oldest_and_newest_is_run() -> None:
     assert "${{ matrix.python }}" in steps
 
 
+def test_the_oldest_of_all_is_what_the_package_takes() -> None:
+    """Of each package that `make test-oldest` has in its lowest version. Of numpy 1.26 the last
+    release, as scipy takes no other."""
+    project = (ROOT / "pyproject.toml").read_text()
+    claimed = dict(re.findall(r'"([a-z]+)>=([\d.]+)', project))
+    [oldest] = re.findall(r"^OLDEST := (.*)$", MAKEFILE, re.M)
+    [need] = re.findall(rf"^TRANSFORMERS_NEED_{oldest} := ((?:.*\\\n)*.*)$", MAKEFILE, re.M)
+    tried = dict(re.findall(r"([a-z]+)==([\d.]+)", need)) | {"transformers": oldest}
+    for name in ("transformers", "accelerate", "datasets", "safetensors", "peft"):
+        assert tried[name].split(".") == f"{claimed[name]}.0.0".split(".")[:3], name
+    assert claimed["numpy"] == "1.26" and tried["numpy"].startswith("1.26.")
+
+
 def test_a_gpu_is_somebodys_own() -> None:
     job = read("gpu.yml")["jobs"]["gpu"]
     assert job["runs-on"] == ["self-hosted", "gpu"] and commands(job) == ["make gpu-check"]

@@ -94,6 +94,8 @@ NOT_RUN = {
         "make test-deepspeed",
         "make test-docs",
         "make test-pages",
+        "make test-oldest",
+        "make test-oldest-torch",
         "make test-versions",
     ),
     "installs what builds the site": ("make docs",),
