@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write README's and docs' figures from benchmarks/results/, between their markers.
 
     python -m benchmarks.readme --keep-demo runs/scenes           # first: keep a demo's summary

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in a loop with Accelerate: gradient accumulation and ranks, exactly.
 
 On several GPUs: `accelerate launch accelerate_loop.py`, without `cpu=True`.

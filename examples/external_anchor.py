@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe towards what another vision encoder sees: a frozen DINOv2, here a tiny one from a config."""
 
 from __future__ import annotations

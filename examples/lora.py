@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with LoRA: PEFT trains an adapter, and PRe's head beside it.
 
 PEFT freezes all that it did not make. PRe that comes afterwards is left alone; a head that is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with transformers' own Trainer: one line more than without.
 
 The term's share in each micro-batch goes by labels, and checkpoints have no heads; PReTrainer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with PReTrainer: exact over micro-batches and ranks, in the logs, in the checkpoints.
 
 On several GPUs: `torchrun --nproc-per-node 8 pre_trainer.py`, without `use_cpu`.

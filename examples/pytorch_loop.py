@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in a loop of your own, in PyTorch alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with Qwen2.5-VL: images of any size, each with as many visual tokens as it needs.
 
 Trainer divides this model's loss by the number of micro-batches; PReTrainer's mean of L_PRe is that

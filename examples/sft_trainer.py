@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with TRL's SFTTrainer, by `with_pre`.
 
 It is needed there: SFTTrainer computes its own loss, so that `apply_pre` alone would train nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workflow files start what the Makefile has, and leave nothing of it out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training steps of small models on this CPU, by which estimates for CPUs are calibrated.
 
     python -m benchmarks.step.cpu               # three minutes on a quiet machine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model's structure, by steps that it takes on the meta device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of a run: its parts, its adapter, and which of them train."""
 
 from __future__ import annotations

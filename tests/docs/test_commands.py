@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of the text run as it says, or are listed here with the reason why they do not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step on the meta device has the products that torch counts in a real one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is held in a step, against what autograd holds in a real one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the project says which version it is, and what a release's files have to hold.
 
 `python -m tests.release.files` prints the release notes: CHANGELOG's section of this version.

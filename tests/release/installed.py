@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an installation is asked, away from the checkout: a script beside tests/helpers.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A release: versions that agree, and files that are whole and work where nothing else is.
 
 Those marked `release` need what `make release-check` has built, and run by it alone.

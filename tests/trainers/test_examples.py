@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts in examples/ run, and L_PRe falls."""
 
 from __future__ import annotations
