@@ -11,14 +11,14 @@ from pathlib import Path
 from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
-from prereg_kernels import apply_pre
-from prereg_kernels.trainers import PReTrainer
+from prereg_kernels import apply_pre  # PRe
+from prereg_kernels.trainers import PReTrainer  # PRe
 
 
 def make_trainer(out: str) -> PReTrainer:
     """A trainer of a new model."""
     model, processor = make_model(), make_processor()
-    apply_pre(model)
+    apply_pre(model)  # PRe
     return PReTrainer(
         model,
         TrainingArguments(

@@ -13,13 +13,13 @@ from tiny import make_samples
 from tiny_qwen import QwenCollator, make_qwen
 from transformers import TrainingArguments
 
-from prereg_kernels import apply_pre
-from prereg_kernels.trainers import PReTrainer
+from prereg_kernels import apply_pre  # PRe
+from prereg_kernels.trainers import PReTrainer  # PRe
 
 
 def main() -> None:
     model = make_qwen()
-    apply_pre(model)
+    apply_pre(model)  # PRe
     trainer = PReTrainer(
         model,
         TrainingArguments(
