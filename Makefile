@@ -19,6 +19,10 @@ TRANSFORMERS := 4.57.6 5.6.0 5.16.1 5.24.0
 TRANSFORMERS_NEED_4.57.6 := accelerate==1.11.0 tokenizers==0.22.2 huggingface_hub==0.36.2 \
     datasets==4.0.0 \
     requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.3
+# All that is the lowest, by `make test-oldest`. pandas and pyarrow: the newer ones take numpy 2 alone.
+TRANSFORMERS_NEED_4.57.0 := accelerate==1.3.0 datasets==4.0.0 safetensors==0.4.3 numpy==1.26.4 \
+    peft==0.18.0 tokenizers==0.22.0 huggingface_hub==0.36.2 pandas==2.2.3 pytz==2026.2 pyarrow==21.0.0 \
+    requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.3
 TRANSFORMERS_NEED_5.6.0 := accelerate==1.11.0 tokenizers==0.22.2
 # Real trainers, in the versions that they pin: tests/packages/NAME.txt.
 PACKAGES := .packages
@@ -27,7 +31,7 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-estimate test-transformers test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -89,6 +93,16 @@ test-transformers: $(TRANSFORMERS:%=.transformers/%/.ready)  ## with transformer
 	    PYTHONPATH=.transformers/$$version:. $(BIN)/python -m pytest -n 2 --transformers $$version \
 	        $(MEETS_TRANSFORMERS:%=tests/%) || exit 1; \
 	done
+
+# The lowest versions that pyproject.toml takes, on the environment's torch. tests/trainers has more
+# that 4.57 fails, with any accelerate: docs/install.md.
+OLDEST := 4.57.0
+test-oldest:  ## with the lowest transformers, accelerate, safetensors, numpy and peft (not timed whole)
+	$(MAKE) test-transformers TRANSFORMERS=$(OLDEST) \
+	    MEETS_TRANSFORMERS="ops attach integrations/test_peft.py trainers/test_weights.py"
+
+test-oldest-torch:  ## with torch 2.8, whose CUDA build it installs (some GB)
+	$(MAKE) test-versions RELEASES="torch==2.8.0 transformers==4.57.6"
 
 # Without the pins, in an environment of its own: what the package asks for, on this PYTHON. -e builds
 # the C++ kernels against that torch, so this is for a clone; `prereg build` brings others' back.
@@ -180,15 +194,27 @@ docs: $(DOCS)/.ready  ## the documentation as a site, in build/site (1 minute)
 test-docs: docs  ## the site's pages are whole, and load nothing from elsewhere (1 minute)
 	$(BIN)/python -m pytest -m "site or not site" tests/docs/test_site.py
 
+# Without isolation: an environment of the build's own has no torch, and the wheel no C++ kernels. The
+# wheel is built from the sdist.
+RELEASE := build/release
+release-check: $(PACKAGES)/release/.ready  ## a release but for its upload: files, checks, notes (10 minutes)
+	rm -rf $(RELEASE)
+	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m build --no-isolation --outdir $(RELEASE)/dist
+	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m twine check --strict $(RELEASE)/dist/*
+	$(BIN)/python -m tests.release.files > $(RELEASE)/notes.md
+	$(BIN)/python -m pytest -m "release or not release" tests/release
+
 .transformers/%/.ready: constraints.txt Makefile | $(READY)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) transformers==$* $(TRANSFORMERS_NEED_$*)
 	touch $@
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy, codespell, and actionlint on the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/actionlint
 
 # The sanitizers' runtimes have to be there before Python. Leaks are Python's own, at its exit.
 SANITIZED := build/sanitize

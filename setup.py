@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build script. The metadata is in pyproject.toml; this adds the compiled row primitives (csrc/).
 
 They are optional: what cannot be built is left out with a warning, and the package says why.

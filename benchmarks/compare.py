@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two revisions in one run: `make bench-compare BASE=REV`, about four minutes.
 
     python -m benchmarks.compare BASE     # a revision, or a directory with the package

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times calls of whichever `prereg_kernels` is on the path, a batch for each line it reads.
 
 `benchmarks/compare.py` starts it, for one checkout and then another; so it imports the public

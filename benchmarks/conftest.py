@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suites: `pytest benchmarks --benchmark-only` runs those that this machine can run.
 
     pytest benchmarks --benchmark-only -k "tap and 512"    # sets up nothing else

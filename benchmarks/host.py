@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's time for a call, against another revision in one run: `make bench-host BASE=REV`.
 
     PYTHONPATH=.triton/3.9.0:. python -m benchmarks.host BASE     # a revision, or a directory

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the host's share of calls of whichever `prereg_kernels` is on the path.
 
 `benchmarks/host.py` starts it, for one checkout and then another, and says what is measured. It

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write README's and docs' figures from benchmarks/results/, between their markers.
 
     python -m benchmarks.readme --keep-demo runs/scenes           # first: keep a demo's summary
@@ -25,11 +26,26 @@ from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.experiment.summary import TRAINED, Results, at, learned, unasked
 from prereg_kernels.demo.sweep.plots import plot_sweep
 from prereg_kernels.demo.sweep.report import SweepResults, markdown
-from prereg_kernels.demo.sweep.sweep import SweepConfig, check_sweep, finished, points, stamps
+from prereg_kernels.demo.sweep.sweep import (
+    BASELINE,
+    CENTRE,
+    SweepConfig,
+    check_sweep,
+    finished,
+    points,
+    stamps,
+)
 
 ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
 FEW_SHOT = RESULTS / "few_shot"
+# {setting of the demo's sweep: its column of docs/pays.md}
+PAYS = {
+    BASELINE: "",
+    CENTRE: "weight 0.5",
+    "weight 5": "weight 5",
+    "anchor other_scene_pre_projector": "another scene's target",
+}
 
 
 def keep_demo(directory: Path, commit: str) -> None:
@@ -169,6 +185,28 @@ def few_shot_section() -> str:
     return markdown(results, stamps(runs))
 
 
+def pays_section() -> str:
+    """What somebody gets and loses: rows of the demo's sweep, a setting a column."""
+    results = _few_shot()
+    test, layer = results.config.experiment.transfer, results.config.experiment.run.pre.layer
+    baseline, *settings = [point for point in points(results.config) if point.name in PAYS]
+    new = f"new kinds of question, learned from {test.scenes} scenes"
+    rows = {f"{new}, {TRAINED[x]} (%)": (learned(x, test.scenes), 100, ".1f") for x in test.frozen}
+    rows["the questions of the training (%)"] = (at("mean_accuracy"), 100, ".1f")
+    probes = f"linear probes at layer {layer} of what no question asks (%)"
+    rows[probes] = (unasked(layer), 100, ".1f")
+    rows["the language model's loss (nats)"] = (at("lm_loss"), 1, ".3f")
+    titles = (f"{PAYS[p.name]}, {results.seeds(p)} seeds" for p in settings)
+    lines = [f"| | without PRe | {' | '.join(titles)} |", "|---|---|" + "---|" * len(settings)]
+    for label, (get, scale, digits) in rows.items():
+        runs = results.by_point[baseline.name].values()
+        level = scale * sum(map(get, runs)) / len(runs)
+        effects = [results.effect(point, get).difference for point in settings]
+        cells = [plus_minus(x, scale, digits) + " \\*" * (x.direction != 0) for x in effects]
+        lines.append(f"| {label} | {level:{digits}} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def sweep_section() -> str:
     """The tables of an earlier sweep, about another centre."""
     stored = json.loads((RESULTS / "fidelity.json").read_text())
@@ -207,6 +245,8 @@ def main() -> None:
     fill(ROOT / "README.md", "cost", cost_sentence())
     fill(ROOT / "README.md", "gain", gain_sentence())
     fill(ROOT / "README.md", "claim", claim_section())
+    fill(ROOT / "docs" / "pays.md", "pays", pays_section())
+    fill(ROOT / "docs" / "pays.md", "cost", cost_sentence())
     fill(ROOT / "docs" / "demo.md", "demo", demo_section())
     fill(ROOT / "docs" / "performance.md", "cpu-table", cpu_section())
     fill(ROOT / "docs" / "fidelity.md", "few-shot", few_shot_section())

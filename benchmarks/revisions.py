@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A revision beside this checkout: its files, and its own compiled rows."""
 
 from __future__ import annotations

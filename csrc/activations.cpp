@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // activate and activation_backward.
 #include "blocks.h"
 #include "dispatch.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Work is split into blocks of rows that depend on the shape alone, so that the results do not
 // depend on how many threads there are: column sums are summed in each block, then over blocks.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gather_rows, copy_others and scatter_rows.
 #include <cstring>
 #include <vector>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From a dtype known at run time to a template argument.
 #pragma once
 

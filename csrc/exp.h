@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // e^x of lanes. For float it is spelled out, so that it is inlined: the calls of a vector library
 // save and restore every register around them, and take twice as long.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows are walked two SIMD vectors at a time: as many elements of a 16-bit dtype fill one vector,
 // and are computed with as two vectors of float.
 #pragma once

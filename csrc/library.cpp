@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The torch ops of this library's namespace: checks of the arguments, then a kernel.
 #include <limits>
 #include <optional>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // token_losses: row statistics, distances and gradients, one row at a time.
 //
 // With p = (z - mean) * inverse and q likewise of t, every loss is a sum over the row of a function

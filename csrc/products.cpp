@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The product of the weight gradients, bfloat16 operands with a float32 sum, which torch's own
 // `mm` and `addmm` do not have on CPUs. It is MKL's, where torch comes with it.
 #include <algorithm>

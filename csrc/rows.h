@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels' interface: plain pointers, checked by library.cpp. The semantics are in
 // prereg_kernels/ops/backends/base.py.
 #pragma once

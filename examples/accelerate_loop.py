@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in a loop with Accelerate: gradient accumulation and ranks, exactly.
 
 On several GPUs: `accelerate launch accelerate_loop.py`, without `cpu=True`.
@@ -13,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from tiny import Collator, make_model, make_processor, make_samples
 from torch.utils.data import DataLoader
 
-from prereg_kernels import apply_pre
+from prereg_kernels import apply_pre  # PRe
 
 ACCUMULATE = 2
 
@@ -23,7 +24,7 @@ def main() -> None:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[unused])
     model = make_model().train()
-    pre = apply_pre(model)  # before the optimizer, and before `prepare` wraps the model
+    pre = apply_pre(model)  # PRe: before the optimizer, and before `prepare` wraps the model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     collate = Collator(make_processor())
     loader = DataLoader(make_samples(64), batch_size=4, shuffle=True, collate_fn=collate)
@@ -36,7 +37,7 @@ def main() -> None:
             # What a rank's sums are divided by, over the micro-batches; the ranks are averaged.
             rows = sum(pre.count(batch) for batch in step)
             labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
-            pre.denominator = accelerator.reduce(rows.float(), "mean")
+            pre.denominator = accelerator.reduce(rows.float(), "mean")  # PRe
             labels = accelerator.reduce(labels.float(), "mean")
             for number, batch in enumerate(step, 1):
                 last = number == len(step)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with LoRA: PEFT trains an adapter, and PRe's head beside it.
 
 PEFT freezes all that it did not make. PRe that comes afterwards is left alone; a head that is
@@ -12,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
-from prereg_kernels import apply_pre, remove_pre
-from prereg_kernels.trainers import PReTrainer
+from prereg_kernels import apply_pre, remove_pre  # PRe
+from prereg_kernels.trainers import PReTrainer  # PRe
 
 
 def main() -> None:
     config = LoraConfig(r=8, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj")
     model = get_peft_model(make_model(), config)
-    apply_pre(model)  # to the LLaVA inside
+    apply_pre(model)  # PRe: to the LLaVA inside
 
     out = make_folder()
     trainer = PReTrainer(

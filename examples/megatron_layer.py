@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in Megatron-Bridge: a tap on (S, B, H) states, which may be scattered over ranks.
 
 `TapInLayer(model, layer)` is what you add, before Megatron wraps the model in its DDP. With

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `make train-example` trains on: a tiny CLIP, Llama and Qwen2.5-VL, and photographs.
 
 The first argument is the folder to write. The photographs are those that scikit-image, scikit-learn

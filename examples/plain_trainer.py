@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with transformers' own Trainer: one line more than without.
 
 The term's share in each micro-batch goes by labels, and checkpoints have no heads; PReTrainer
@@ -12,7 +13,7 @@ from typing import Any
 from tiny import Collator, make_model, make_processor, make_samples
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from prereg_kernels import PRe, apply_pre
+from prereg_kernels import PRe, apply_pre  # PRe
 
 
 class Figures(TrainerCallback):
@@ -29,7 +30,7 @@ class Figures(TrainerCallback):
 
 def main() -> None:
     model, processor = make_model(), make_processor()
-    pre = apply_pre(model)  # before the trainer, which makes the optimizer
+    pre = apply_pre(model)  # PRe: before the trainer, which makes the optimizer
 
     figures = Figures(pre)
     trainer = Trainer(

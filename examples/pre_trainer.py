@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with PReTrainer: exact over micro-batches and ranks, in the logs, in the checkpoints.
 
 On several GPUs: `torchrun --nproc-per-node 8 pre_trainer.py`, without `use_cpu`.
@@ -10,14 +11,14 @@ from pathlib import Path
 from tiny import Collator, make_folder, make_model, make_processor, make_samples
 from transformers import TrainingArguments
 
-from prereg_kernels import apply_pre
-from prereg_kernels.trainers import PReTrainer
+from prereg_kernels import apply_pre  # PRe
+from prereg_kernels.trainers import PReTrainer  # PRe
 
 
 def make_trainer(out: str) -> PReTrainer:
     """A trainer of a new model."""
     model, processor = make_model(), make_processor()
-    apply_pre(model)
+    apply_pre(model)  # PRe
     return PReTrainer(
         model,
         TrainingArguments(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in a loop of your own, in PyTorch alone."""
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ import torch
 from tiny import Collator, make_model, make_processor, make_samples
 from torch.utils.data import DataLoader
 
-from prereg_kernels import apply_pre, remove_pre
+from prereg_kernels import apply_pre, remove_pre  # PRe
 
 
 def main() -> None:
     model = make_model().train()
-    pre = apply_pre(model)  # before the optimizer: the heads are parameters of the model
+    pre = apply_pre(model)  # PRe: before the optimizer: the heads are parameters of the model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     collate = Collator(make_processor())
     loader = DataLoader(make_samples(64), batch_size=8, shuffle=True, collate_fn=collate)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with Qwen2.5-VL: images of any size, each with as many visual tokens as it needs.
 
 Trainer divides this model's loss by the number of micro-batches; PReTrainer's mean of L_PRe is that
@@ -12,13 +13,13 @@ from tiny import make_samples
 from tiny_qwen import QwenCollator, make_qwen
 from transformers import TrainingArguments
 
-from prereg_kernels import apply_pre
-from prereg_kernels.trainers import PReTrainer
+from prereg_kernels import apply_pre  # PRe
+from prereg_kernels.trainers import PReTrainer  # PRe
 
 
 def main() -> None:
     model = make_qwen()
-    apply_pre(model)
+    apply_pre(model)  # PRe
     trainer = PReTrainer(
         model,
         TrainingArguments(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of `make train-example`: its models in plain transformers, and whether they have learned.
 
 The first argument is the folder of the runs.

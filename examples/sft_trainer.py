@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe with TRL's SFTTrainer, by `with_pre`.
 
 It is needed there: SFTTrainer computes its own loss, so that `apply_pre` alone would train nothing.
@@ -12,9 +13,9 @@ from datasets import Dataset
 from tiny import make_model, make_processor, make_samples
 from trl import SFTConfig, SFTTrainer
 
-from prereg_kernels.trainers import with_pre
+from prereg_kernels.trainers import with_pre  # PRe
 
-PReSFTTrainer = with_pre(SFTTrainer)
+PReSFTTrainer = with_pre(SFTTrainer)  # PRe
 
 
 def conversation(sample: dict[str, Any]) -> dict[str, Any]:

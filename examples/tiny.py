@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the examples train: a LLaVA of a few thousand parameters, and questions about made images.
 
 In place of this, take a model and its processor by `from_pretrained`, and your own data.

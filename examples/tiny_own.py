@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two examples train: decoders with the forward of torchtitan's and of Megatron's models.
 
 In place of these, take the code base's own model. Neither is transformers', and neither has a loss.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Qwen2.5-VL of a few thousand parameters, and batches for it, on the images of `tiny`."""
 
 from __future__ import annotations

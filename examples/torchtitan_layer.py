@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in torchtitan: a tap inside of a layer of its own model, whose loss is outside.
 
 `TapInLayer(model, ...)` is what you add, before the model is compiled, checkpointed and sharded, as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused kernels and training tools for Predictive Regularization (PRe) of multimodal LLMs.
 
 The method: arXiv 2603.20808, "predictive regularization" of the visual tokens' middle-layer states.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m prereg_kernels` is the command line."""
 
 from prereg_kernels.cli import main

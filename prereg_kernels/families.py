@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The old place of `prereg_kernels.attach.families`: its names, and a DeprecationWarning."""
 
 import warnings

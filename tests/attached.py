@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model with PRe attached beside the same term by the model's own activations and eager code."""
 
 from __future__ import annotations

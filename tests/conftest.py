@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of every test: one thread, the same generated examples on every run, the backend.
 
 Fuzzers alone, by `make fuzz`, draw other examples on every run.

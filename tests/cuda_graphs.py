@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch.compile(mode="reduce-overhead") would capture into CUDA graphs, where there is no GPU:
 Inductor's own checks, of the graphs that it would get. Nothing is compiled."""
 

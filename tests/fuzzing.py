@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fuzzers: hypothesis tests of few examples in the suite, and of FUZZ times as many by `make fuzz`.
 
 `@fuzz(50)` stands above `@given(...)`, in place of hypothesis' `settings(max_examples=50)`.

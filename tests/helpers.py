@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random problems for the loss, and the one rule by which its numbers are judged."""
 
 from __future__ import annotations

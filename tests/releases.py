@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which types the tested releases of transformers have: what the zoo is short of in an older one.
 
 `tests/zoo/test_releases.py` holds each line against the release that is there, so that nothing is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `import prereg_kernels` loads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which part may import which, and where names of version 0.1 are found."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Private names of torch and transformers are in one module, `prereg_kernels._util.private`."""
 
 from __future__ import annotations

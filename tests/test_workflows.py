@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workflow files start what the Makefile has, and leave nothing of it out."""
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def test_each_week_runs_every_other_target_and_release() -> None:
     alone = {"test-transformers", "test-versions"}
     tests = {x for x in TARGETS if x.startswith("test-")} - alone
     assert commands(workflow["jobs"]["target"]) == [f"make {x}" for x in sorted(tests)]
+    assert commands(workflow["jobs"]["release"]) == ["make release-check"]
     [releases] = re.findall(r"^TRANSFORMERS := (.*)$", MAKEFILE, re.M)
     assert commands(workflow["jobs"]["transformers"]) == [
         f"make test-transformers TRANSFORMERS={x}" for x in releases.split()
@@ -92,6 +94,19 @@ def test_each_pair_of_oldest_and_newest_is_run() -> None:
     assert "${{ matrix.python }}" in steps
 
 
+def test_the_oldest_of_all_is_what_the_package_takes() -> None:
+    """Of each package that `make test-oldest` has in its lowest version. Of numpy 1.26 the last
+    release, as scipy takes no other."""
+    project = (ROOT / "pyproject.toml").read_text()
+    claimed = dict(re.findall(r'"([a-z]+)>=([\d.]+)', project))
+    [oldest] = re.findall(r"^OLDEST := (.*)$", MAKEFILE, re.M)
+    [need] = re.findall(rf"^TRANSFORMERS_NEED_{oldest} := ((?:.*\\\n)*.*)$", MAKEFILE, re.M)
+    tried = dict(re.findall(r"([a-z]+)==([\d.]+)", need)) | {"transformers": oldest}
+    for name in ("transformers", "accelerate", "datasets", "safetensors", "peft"):
+        assert tried[name].split(".") == f"{claimed[name]}.0.0".split(".")[:3], name
+    assert claimed["numpy"] == "1.26" and tried["numpy"].startswith("1.26.")
+
+
 def test_a_gpu_is_somebodys_own() -> None:
     job = read("gpu.yml")["jobs"]["gpu"]
     assert job["runs-on"] == ["self-hosted", "gpu"] and commands(job) == ["make gpu-check"]
@@ -99,7 +114,7 @@ def test_a_gpu_is_somebodys_own() -> None:
 
 
 def test_a_commit_meets_what_lint_checks() -> None:
-    """And spelling. Each hook runs a program of the environment, but for those it brings along."""
+    """Each hook runs a program of the environment."""
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repository["repo"] == "local"
     entries = [hook["entry"].replace(" --force-exclude", "") for hook in repository["hooks"]]
@@ -108,4 +123,4 @@ def test_a_commit_meets_what_lint_checks() -> None:
         line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .").removesuffix(" --check")
         for line in lint.splitlines()
     ]
-    assert entries == [*checks, "codespell"]
+    assert entries == checks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A LLaVA of a few thousand parameters, from configs, and batches for it."""
 
 from __future__ import annotations

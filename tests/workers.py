@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pytest-xdist's workers share out: a module whose tests share a fixture goes to one of them.
 
 Otherwise each worker sets such a fixture up for itself: models that train, 40 GiB on a GPU.

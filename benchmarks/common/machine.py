@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine that the suites of this process run on, found out once."""
 
 from __future__ import annotations

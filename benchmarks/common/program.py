@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the programs share: options, results kept whole, failures that stay where they happen, and
 an end that says what there is.
 """

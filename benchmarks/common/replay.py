@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gives pytest-benchmark what was measured elsewhere: interleaved samples, or bytes.
 
 A module whose tests do so has `pytestmark = pytest.mark.benchmark(timer=REPLAY.clock)`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What results say, whoever measured them: summaries, bars, tables, and the file they are in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What studies share: a measurement in a folder of its own, its file, and a table of that."""
 
 from __future__ import annotations

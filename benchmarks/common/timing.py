@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clocks for the GPU benchmark, and how its measurements are taken.
 
 All steps of a case run in turn, round by round, every other round backwards, so that whatever

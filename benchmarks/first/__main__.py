@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first minutes of a GPU: `make gpu-first`, and then `make gpu-second`.
 
     python -m benchmarks.first first --out DIR                  # nine minutes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What nothing can exceed: `python -m benchmarks.first.ceilings --out FILE`, and the versions."""
 
 from __future__ import annotations

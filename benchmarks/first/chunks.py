@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many rows a chunk should have: `python -m benchmarks.first.chunks --out FILE`.
 
 The tap as in a network, with a gradient from later layers, at LLaVA's size, in chunks of several

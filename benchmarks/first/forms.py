@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forms of the matmuls: `python -m benchmarks.first.forms --out FILE`.
 
 For each number of rows, D = M = A = 4096, bfloat16: x W^T without a bias and with one, d W, and d^T

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the two runs, in the order of what answers most, each with its seconds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs parts one after the other within a budget of time; what fails or hangs takes no other along.
 
 Each part is a process of its own, with an end of its own on the clock: the sum of the shares so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Five taps under a profiler: `python -m benchmarks.first.tap_profile --out FILE [--trace FILE]`.
 
 Each kernel of a tap's forward and backward pass by name, its time, and the gap before it, in which

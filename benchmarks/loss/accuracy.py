@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error rule at full size: `python -m benchmarks.loss.accuracy --out FILE`.
 
 N = 18,432 visual tokens, D = A = M = 4096, in bfloat16 and float16: the errors of eager PRe, of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The problems of the benchmarks: sizes, dtypes, and random tensors on the device."""
 
 from __future__ import annotations

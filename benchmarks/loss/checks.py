@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Correctness of what the benchmarks time, before it is timed.
 
 Ours: the tests' rule (error against float64 truth at most eager's in the same dtype) on a slice of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases for this machine's CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The peak memory of one step, beyond its inputs.
 
     python -m benchmarks.loss.cpu_memory NAME N D DTYPE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU row primitives, one by one.
 
 A primitive is measured by the bytes that it has to move: each element that it reads, once, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A CPU benchmark run's tables, in Markdown: `python -m benchmarks.loss.cpu_table FILE.json`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss on a GPU: `python -m benchmarks.loss.gpu --out FILE [--quick]`.
 
 First the device's two ceilings, then cases, each with all of its peers interleaved; at the end a

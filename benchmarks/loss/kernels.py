@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The row kernels one by one, against the copy bandwidth."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Liger-Kernel's scheme applied to this head, and its own class where the package is installed.
 
 The losses in `liger_kernel.chunked_loss` (LigerFusedLinearCosineSimilarityLoss among them) walk

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark's results as Markdown, for the README."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One case of the benchmark: check, warm up, measure memory, time; failures stay inside."""
 
 from __future__ import annotations

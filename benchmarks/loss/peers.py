@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is compared: the table that the benchmarks on a CPU, on a GPU and of a step all read.
 
 A new peer is a line of PEERS, and its loss a function here or in a file beside this one. The loss

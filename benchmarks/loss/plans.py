@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is timed: the cases of a CPU and of a GPU, and the peers in each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the GPU benchmark's samples say: medians, ratios, bars; and its short table."""
 
 from __future__ import annotations

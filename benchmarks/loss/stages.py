@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each stage that can be fused, with every tile configuration, against cuBLAS and a row kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the suites of pytest-benchmark share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a call costs beside its arithmetic: forward and backward of few rows, of few features.
 
 One thread; on a GPU from an idle device, until it is idle again. Two revisions are compared by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The peak memory of a step beyond its inputs and the gradient of hidden, as bytes that compare."""
 
 from __future__ import annotations

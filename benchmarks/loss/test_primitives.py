@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The row primitives one by one, against a copy of as many bytes; on a GPU the fused stages, too.
 
 extra_info has each primitive's bytes, its GB/s, and what percentage that is of the copy's.

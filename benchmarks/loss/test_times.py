@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward and backward of the loss, beside the bare matmuls (`floor`).
 
 Each peer's results are compared with the definition's, in float64, before it is timed: a wrong one

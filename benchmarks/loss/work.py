@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is timed: a peer's forward and backward pass, and the matmuls alone."""
 
 from __future__ import annotations

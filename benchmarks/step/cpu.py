@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training steps of small models on this CPU, by which estimates for CPUs are calibrated.
 
     python -m benchmarks.step.cpu               # three minutes on a quiet machine
@@ -132,7 +133,8 @@ def counted(case: Case) -> Json:
     config = recipe.config()
     model = build_model(config, torch.device("meta"), DTYPES[case.dtype])
     batch = make_batch(recipe, config, 1, torch.device("cpu"), DTYPES[case.dtype])
-    structure = walk(model, [batch], case.family, parts_of(model), longer=(0,))
+    lengths = [batch["input_ids"].shape[1]]
+    structure = walk(model, [batch], case.family, parts_of(model), lengths=lengths)
     work, moments = measured_work(structure, settings_of(case), case.pre)
     highest = peak(moments)
     return {

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The floating-point operations of a training step, from the config, written out.
 
 A matmul of (n, i) by (i, o) is 2 n i o. A layer that trains does three of them for each weight (the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole training step with and without PRe: `python -m benchmarks.step.gpu --out FILE`.
 
 One model (`--model llava` or `qwen`), random weights, gradient checkpointing off and on; in each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures one setting of the training-step benchmark: its batch, memory and interleaved times."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The models of the training-step benchmark, from configs with random weights, and their batches.
 
 LLaVA-1.5-7B at 336 px and Qwen2.5-VL-7B, in bfloat16, as in the second stage of LLaVA's training:

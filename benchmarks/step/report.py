@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run of the training-step benchmark says, for a terminal: settings, bars, problems."""
 
 from __future__ import annotations

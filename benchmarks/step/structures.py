@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the structures of the shipped models: `python -m benchmarks.step.structures`.
 
 Each model takes its steps on the meta device, for each set of parts that may train: minutes. Names

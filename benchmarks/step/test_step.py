@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole training step with and without PRe, on a GPU: each variant beside the step without.
 
 The gradients of the variants are compared with float64's before anything is timed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step without PRe, with `apply_pre`, and with each peer on hooks, on one model.
 
 A variant is attached before its step and detached after it, so that the others are as if it had

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of the checkup's measures of one layer, at the size of a 7B model.
 
     python -m benchmarks.studies.checkup_measures [--images 174] [--columns 4096] [--output FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training curves, eager against fused: `python -m benchmarks.studies.curves --out FILE`.
 
 A LLaVA of 53 million parameters learns to answer questions about digit scenes, 1,000 steps with

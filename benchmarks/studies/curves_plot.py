@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots the training curves of a run: `python -m benchmarks.studies.curves_plot FILE PICTURE`."""
 
 from __future__ import annotations

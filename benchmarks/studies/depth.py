@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where what no question asks is lost, and where PRe keeps it: the demo's model, from its tower on.
 
     python -m benchmarks.studies.depth             # 20 runs: about 25 minutes on one quiet core

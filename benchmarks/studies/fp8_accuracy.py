@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Would the head's matmuls do in fp8? What each would cost in accuracy, and could save in time.
 
     python -m benchmarks.studies.fp8_accuracy             # about half an hour on one core with AMX

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the dtype of the heads does on a bfloat16 model, and what float32 heads cost a call.
 
     python -m benchmarks.studies.head_dtype             # about 5 minutes on two cores

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `prereg train` reads a second, against what the tiny model of the example trains on.
 
     python -m benchmarks.studies.input_pipeline             # three minutes on two cores

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What it takes to open a large LLaVA JSON, and to read samples of it in any order.
 
     python -m benchmarks.studies.many_samples             # about a minute, and 0.7 GB of disk

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a fraction of the visual tokens costs, and what it still does: the scenes experiment.
 
     python -m benchmarks.studies.token_fraction             # about 9 minutes on two cores

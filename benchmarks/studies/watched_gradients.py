@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What it costs to watch the gradients of L_LM and L_PRe (`watch_steps`) while a model trains.
 
     python -m benchmarks.studies.watched_gradients            # about a minute

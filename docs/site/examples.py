@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Examples in docstrings, as the parser of the API's pages names their section."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the site has beside docs/: pages from the top of the tree, of commands and of the API.
 
 Links are written for a checkout and for GitHub. Those that lead out of the site's pages go to the

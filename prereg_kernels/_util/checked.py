@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A safetensors file that says of itself whether it is what was written.
 
 Facts about the tensors are JSON in its metadata, and so is a checksum of facts and tensors.

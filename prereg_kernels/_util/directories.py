@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories that a command writes into: whose they are, and one command at a time in each.
 
 The first command that writes into a directory leaves its mark there. In a directory with a mark of

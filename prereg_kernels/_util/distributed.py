@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What PRe asks of torch.distributed, where it is there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are there whole or not at all, and their names as people see them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What FSDP makes of a model with PRe: which unit a head is in, and whether it came too late."""
 
 from __future__ import annotations

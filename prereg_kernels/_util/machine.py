@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a result needs to be understood later: the machine, the software, the source."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every private name of torch and transformers that the package uses, and what it stands for.
 
 No public name does the same. Such a name may change with any release, so each has a test of its own

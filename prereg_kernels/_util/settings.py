@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all settings have to be, whoever makes them: of their kind, finite, not beyond use."""
 
 from __future__ import annotations

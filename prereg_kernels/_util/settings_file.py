@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings as dataclasses, and their YAML form.
 
 `from_dict` checks names and types against the dataclasses, so that a typo in a file is an error

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The releases of transformers that the package takes.
 
 Its Trainer calls private methods that PReTrainer overrides. A release that calls others would leave

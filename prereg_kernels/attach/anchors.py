@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The anchor: where it comes from, how wide it is, and what is checked about it."""
 
 from __future__ import annotations

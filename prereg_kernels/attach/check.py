@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`PRe.check`: looks at a batch without a training step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient checkpointing: how to step out of it, and whether backward runs something again."""
 
 from __future__ import annotations

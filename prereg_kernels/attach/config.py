@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReConfig: the settings of Predictive Regularization on a model."""
 
 from __future__ import annotations

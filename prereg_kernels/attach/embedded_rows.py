@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tells which rows of a decoder's input come from the embedding table, and which hold features."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entry: takes the anchor from what enters the decoder, a sequence with visual features in it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of transformers' families, with what cannot be found on a model.
 
 An entry says where the anchor "pre_projector" comes from, how a batch tells images apart, and what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Family: where a model keeps its decoder layers, its visual tokens and its embeddings."""
 
 from __future__ import annotations

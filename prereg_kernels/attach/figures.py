@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of a forward pass, over all ranks."""
 
 from __future__ import annotations

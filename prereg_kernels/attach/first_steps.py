@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FirstSteps: checks in the first steps that the visual tokens are where the model's family says.
 
 A model puts visual features into its decoder's input in place of rows of its embedding table. So

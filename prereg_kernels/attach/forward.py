@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ModelForward: the model's `forward` while PRe is attached; and what a call's arguments say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradients of L_LM and of L_PRe at the hidden states of a layer: their norms, their cosine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe: the handle of Predictive Regularization on a model: its heads, its figures, its files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads: PRe's heads as a module of the model, whose state has the number of training passes too.
 
 `token_fraction` draws by that number, so whatever brings the heads back has to bring it back as

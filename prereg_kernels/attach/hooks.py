@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks: what happens in a forward pass of a model with PRe attached, in this order.
 
 1. The model's call begins a pass and notes the visual tokens.

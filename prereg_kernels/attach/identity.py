@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Identities that add something to the graph of what a model returns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds which visual token belongs to which image, for `level="global"`, from the batch alone.
 
 `Family.images` says which of two rules holds:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoopSettings: what a training loop sets on PRe between calls of the model, and reads there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NextMask: where the visual tokens of the next forward pass are, if its ids do not say so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameter groups for an optimizer, in which the heads have their own rate and decay."""
 
 from __future__ import annotations

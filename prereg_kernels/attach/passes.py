@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pass and Record: what is known of a call of a model with PRe, while it runs and after it."""
 
 from __future__ import annotations

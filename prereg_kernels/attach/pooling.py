@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pool_images: the mean of each image's rows, in float32. Backward needs no activation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reentrant checkpointing: layers that run without grad first, and again with grad in backward.
 
 `torch.utils.checkpoint` with use_reentrant=True runs a layer under no_grad and keeps its input. In

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """apply_pre and remove_pre: Predictive Regularization on a Hugging Face model, by hooks alone."""
 
 from __future__ import annotations

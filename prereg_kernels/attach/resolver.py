@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds a model's decoder layers, what feeds them, and the ids of its visual tokens.
 
 transformers' models say where their decoder is: `get_decoder`, or `get_encoder` if the images enter

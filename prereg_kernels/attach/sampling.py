@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """choose_tokens: the random subset of the visual tokens that a forward pass regularises.
 
 K of the N visual tokens of a micro-batch are drawn without replacement. Each subset is as likely as

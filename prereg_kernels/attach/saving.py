@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heads of a model with PRe attached, to files and back; `storage` has the file itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SequenceParallel: ranks that share each sequence of a batch, and the part that this rank has.
 
 Each rank of the group runs some positions of every row through the decoder's layers, as in Ulysses,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipeline stages, which PRe refuses: each rank has only some of the decoder's layers.
 
 The anchor enters the first layer, and the head reads a later one. Both have to be on one rank.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State: all that PRe keeps about a model. Hooks and trainers write it; `PRe` shows part of it."""
 
 from __future__ import annotations

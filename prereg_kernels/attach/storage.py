@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The file that keeps PRe's heads and settings beside a plain model.
 
 There is one file, so that an interruption cannot leave the settings of one run beside the heads of

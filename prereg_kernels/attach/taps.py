@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Taps: what the hooks of the regularised layers do.
 
 A layer's output goes through the head's tap. With level="global" its images' means are kept for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The term of a forward pass: its weight in the step, and how it reaches a gradient."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the visual tokens of a batch: positions with their ids that attention does not hide."""
 
 from __future__ import annotations

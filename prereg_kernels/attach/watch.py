@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watch: reports in the first steps a training that looks healthy, but trains no head."""
 
 from __future__ import annotations

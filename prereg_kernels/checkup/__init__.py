@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkup: measures of how much of the image the hidden states of an MLLM still hold."""
 
 # Before the function of the same name, which the module's first import would replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of the checkup: the model's inputs, and what is known of each image."""
 
 from __future__ import annotations

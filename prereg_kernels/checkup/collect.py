@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From batches to shards: two passes over the images, a layer's features never kept whole.
 
 The first pass keeps, of each batch, what is small: a mean feature an image and an object, a few

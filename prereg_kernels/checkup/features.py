@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hidden states at the visual tokens of every layer, through hooks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a checkup's numbers depend on, in a few characters: another fingerprint, other numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """95% intervals: a bootstrap over images, and a t interval over the splits of a probe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model directory, as the checkup needs it: weights, image processor, tokenizer."""
 
 from __future__ import annotations

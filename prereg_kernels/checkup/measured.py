@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that was measured on one model, read back from its shards."""
 
 from __future__ import annotations

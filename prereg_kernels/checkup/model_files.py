@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model directory's config and weights: read so that they load no code and no other files.
 
 transformers takes more from a config.json than sizes. It fetches kernels from the hub that an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From what was measured to curves over depth: each number with its interval, models paired."""
 
 from __future__ import annotations

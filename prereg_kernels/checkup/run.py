@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkup: every layer of a model, measured on images, as numbers, pictures and one page."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each batch gave, on disk: a finished shard counts, a partial one never."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers in sentences and tables, with a real minus sign."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg build`: compiles the C++ kernels against the torch that is installed."""
 
 from __future__ import annotations

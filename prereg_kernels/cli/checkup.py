@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `prereg checkup`: the checkup of a model directory, or of two."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `prereg train`, `demo`, `sweep`, `checkup`, `estimate`, `doctor`, `build`."""
 
 from __future__ import annotations

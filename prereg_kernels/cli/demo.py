@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands `prereg demo` and `prereg sweep`: from arguments to what is run and printed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg doctor`: what this installation has, what runs here, and why the rest does not."""
 
 from __future__ import annotations

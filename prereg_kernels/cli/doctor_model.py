@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg doctor MODEL`: whether PRe works on a model, and where the model keeps things.
 
 The model is built from its config on the meta device, without weights. Then a smaller one of its

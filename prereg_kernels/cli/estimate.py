@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `prereg estimate`: what a training step with PRe costs, before anything is bought."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command of somebody's trainer, run with PRe in it."""
 
 from __future__ import annotations

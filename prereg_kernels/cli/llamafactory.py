@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """llamafactory-cli with PRe in the trainer that it makes; `prereg --help` names it.
 
 LLaMA-Factory (0.9.5) has no plugins. PRe's settings are under `pre:` in its YAML file, or

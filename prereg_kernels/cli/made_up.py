@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A made-up batch on a small model of a kind with random weights: `PRe.check` of it."""
 
 from __future__ import annotations

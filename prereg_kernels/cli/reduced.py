@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model's config at reduced size: fewer layers, fewer experts, narrower MLPs.
 
 Widths, heads and vocabularies stay, and so do all kinds of layers. A list with an entry for each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every setting of a run as a flag: tyro makes them of the dataclasses that a YAML file fills."""
 
 from __future__ import annotations

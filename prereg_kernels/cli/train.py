@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands `prereg train`, `assemble` and `evaluate`: from arguments to what is printed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg trl sft --config x.yaml`: TRL's command, with PRe in the trainer that its script makes.
 
 TRL (1.16) has no plugins. PRe's settings are under `pre:` in its YAML file, or --pre.weight 0.3

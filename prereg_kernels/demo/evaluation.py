@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers by real greedy generation, one question a prompt, and the loss on held-out scenes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference training loop: LLaVA's stages, with or without PRe, resumable bit for bit. A stage
 on descriptions of scenes in words can come before them.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Per-step metrics: a JSON line a step, TensorBoard, and a progress bar."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkups during training: how answers and probes move, every so many steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A batch of one image and a few words, for a model of which there is only a config."""
 
 from __future__ import annotations

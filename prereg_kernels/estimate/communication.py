@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the GPUs of a step send each other."""
 
 from __future__ import annotations

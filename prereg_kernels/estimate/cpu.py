@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast a CPU is, by steps that were measured: benchmarks/step/cpu.py wrote `cpu.json`.
 
 A step's seconds are its products, its bytes and its calls, each at a rate of its own, by least

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What devices reach: every constant of the time model, with its source.
 
 Nothing here was measured on a GPU. "Assumed" is what docs/performance.md assumes for its own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The estimate: every figure of a step with PRe, without it, and with eager PRe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe's own part of a step: its head, its products, its passes over memory, its scratch."""
 
 from __future__ import annotations

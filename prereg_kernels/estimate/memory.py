@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A GPU's memory over a step: forward block by block, then backward."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A picture: memory over a step, through the blocks and back, with PRe's part in it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dispatch mode in which numbers of floating point have no data, and integers are real.
 
 So a model on the meta device runs its own forward: what depends on ids, grids and masks is there,

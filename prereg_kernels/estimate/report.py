@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An estimate in words: the answer first, then a small table."""
 
 from __future__ import annotations

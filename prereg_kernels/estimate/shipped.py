@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The models whose structure is known beforehand, by `python -m benchmarks.step.structures`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model as an estimate sees it: blocks in the order of their calls, and what each one costs."""
 
 from __future__ import annotations

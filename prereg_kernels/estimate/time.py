@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a step takes: products at an achieved rate, bytes at an achieved bandwidth, the host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step does, by what it does on the meta device: no weights, no arithmetic.
 
 Matrix products and passes over memory are seen where torch dispatches them, forward and backward,

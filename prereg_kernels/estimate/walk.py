@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model's structure, by steps that it takes on the meta device."""
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ KEPT = 6
 LONGER = (64, 256, 768)
 """By how many words a batch is made longer, to see what grows with its length and how."""
 CHUNK = 64
-"""Lengths are multiples of it: linear attention fills up its last chunk of so many positions."""
+"""These lengths are multiples of it: linear attention fills up its last chunk of so many."""
 
 
 def walk(
@@ -30,7 +31,7 @@ def walk(
     name: str,
     parts: Mapping[str, Sequence[str]],
     trains: Collection[str] = ("projector", "llm"),
-    longer: Sequence[int] = LONGER,
+    lengths: Sequence[int] | None = None,
 ) -> Structure:
     """What each block of the model costs.
 
@@ -41,6 +42,8 @@ def walk(
             tokens, has such images.
         parts: {"tower", "projector", "llm": names of its parameters}.
         trains: of these parts.
+        lengths: positions of a row in the steps that are taken, as many as the powers of a length
+            that are told apart. None: some that are `LONGER`.
 
     Raises:
         ValueError: PRe does not know the model, or its step cannot be followed.
@@ -56,12 +59,13 @@ def walk(
             setattr(config, private.EXPERTS, "grouped_mm")
     small = batches[-1]
     rows, length = small["input_ids"].shape
-    lengths = [-(-(length + more) // CHUNK) * CHUNK for more in longer]
+    if lengths is None:
+        lengths = [-(-(length + more) // CHUNK) * CHUNK for more in LONGER]
     layers, sizes = str(family.layers), _sizes(model)
     parts_of_blocks = _parts_of_blocks(model, of_parameter)
     with _fewer(model, family.layers_of(model), layers) as repeated:
         runs = [trace_step(model, lengthened(small, new - length)) for new in lengths]
-        images = [trace_step(model, lengthened(batch, longer[0])) for batch in batches[:-1]]
+        images = [trace_step(model, lengthened(batch, lengths[0] - length)) for batch in batches[:-1]]
     for run in (*runs, *images):
         for path, of in repeated.items():
             run[path] = run[of]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss on tensors alone: the public functions, their definition, the algorithm, backends."""
 
 from prereg_kernels.ops.activations import Activation, register_activation

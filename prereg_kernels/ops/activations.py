@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The activations between the head's matrices: each a name and its definition in PyTorch.
 
 An activation that is registered here works everywhere, as a loss does: see `losses.py`.

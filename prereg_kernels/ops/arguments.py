@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments of the PRe loss, checked once and put into one shape for every implementation."""
 
 from __future__ import annotations

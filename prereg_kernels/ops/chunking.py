@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chunking: how many rows a chunk has, decided from shapes and dtypes alone.
 
 Each chunk reads and writes the weight gradients once more, in float32. That is 8 bytes for each

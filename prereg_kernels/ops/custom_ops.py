@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The torch custom ops of the loss: its value, and its value with its gradients.
 
 Both are functional, take N-dimensional tensors as the caller has them, and run below autograd.

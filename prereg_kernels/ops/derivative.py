@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The derivative of a formula by autograd, where autograd is off: within custom ops."""
 
 from __future__ import annotations

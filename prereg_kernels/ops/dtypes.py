@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dtypes of a call: of the matmuls as the caller has them, as they run, and of the rest."""
 
 from __future__ import annotations

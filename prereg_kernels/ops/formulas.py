@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formulas with a name: what losses and activations have in common, and their registries."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What kind of GPU a device is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReHead: the predictor f of Predictive Regularization, an MLP that computes its own loss."""
 
 from __future__ import annotations

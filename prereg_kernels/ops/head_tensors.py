@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Head: the predictor's matrices and biases, a pair a layer, and as custom ops take them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences that come first: (S, B, D), as Megatron has them, read and written where they lie.
 
 The ops see (B, S, D), a view whose batches are neighbours in memory. Rows that a mask or an index

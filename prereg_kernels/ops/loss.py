@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fused_pre_loss: the public loss of Predictive Regularization."""
 
 from __future__ import annotations

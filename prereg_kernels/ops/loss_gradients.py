@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of the losses by hand, for plain PyTorch: fewer passes and roundings than autograd's.
 
 Each takes z and t (n, A) that are not normalised, in the dtype of the statistics, and returns the

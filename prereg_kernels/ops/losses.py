@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses of a token: each a name and its definition in PyTorch.
 
 A loss that is registered here works everywhere. `eager_pre_loss` computes it by the definition.

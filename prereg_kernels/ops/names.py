@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names that arguments take: for a type checker as `Literal`, and for the checks as tuples."""
 
 from typing import Literal, get_args

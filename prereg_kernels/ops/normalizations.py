@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a prediction and a target can be normalised by, row by row: the definition."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The keyword arguments of the loss and of the tap, for signatures that pass them on.
 
 `fused_pre_loss` and `pre_tap` spell them out again; a test holds both equal.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predictive Regularization, the algorithm: a loop over chunks of rows, six matmuls in each.
 
 For the paper's head, per chunk of visual tokens (shapes: h (n, D), g (n, M), z and t (n, A)):

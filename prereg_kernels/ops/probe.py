@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TapProbe: the two gradients that meet in a tap, and the time that its backward pass takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The products of the weight gradients, `a @ b` summed over chunks, and the dtypes they come in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named ranges for a profiler: each stage and each row primitive of a call, as `prereg::NAME`.
 
 The ops have names already, `prereg::pre_losses` and `prereg::pre_gradients`. What is within them,

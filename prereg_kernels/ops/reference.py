@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definition of truth: Predictive Regularization in plain PyTorch (arXiv 2603.20808).
 
     u = W1 h + b1,   g = act(u),   z = W2 g + b2,   loss = -cos(z, t)

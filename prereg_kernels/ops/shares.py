@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shares of the tokens for ranks that have the same hidden states, as in tensor parallelism.
 
 Of N tokens each rank of a group takes ceil(N / size), in the order of the ranks. The head's

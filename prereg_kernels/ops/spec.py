@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Spec: what to compute, apart from the tensors; the names and numbers among the arguments."""
 
 from __future__ import annotations

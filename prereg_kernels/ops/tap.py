@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pre_tap: the identity on the hidden states, which adds PRe's gradient in the backward pass.
 
 The gradient of the loss needs only a scalar from upstream. So all of the work can wait until the

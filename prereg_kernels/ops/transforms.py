@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch does with a function besides calling it: torch.func, forward mode, torch.export.
 
 The fused loss has one derivative, in reverse mode. For any other derivative, torch treats what runs

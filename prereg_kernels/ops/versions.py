@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that backward reads, but that autograd does not save: if they change meanwhile, raise.
 
 Autograd does the same for what it saves, by the number that every write in place counts up.

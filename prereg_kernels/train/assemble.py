@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg assemble`: a LLaVA of a vision encoder and an LLM, before its first stage of training.
 
 As LLaVA-1.5 (arXiv 2310.03744): the encoder's rows at its last layer but one, a projector of two

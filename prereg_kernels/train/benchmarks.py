@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks of lmms-eval, where it is installed: `prereg evaluate` with `--tasks`.
 
 The questions, their images and the scores are lmms-eval's. The answers are those of the model by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversation as text by the model's own chat template, and which tokens of it are answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples to a batch, by the model's own processor; what cannot be used is left out and named."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the stages of a run would take: time and memory of a step, by the model's config alone."""
 
 from __future__ import annotations

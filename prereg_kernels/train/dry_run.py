@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dry run of `prereg train`: what a run would train, on what, without training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What DDP, FSDP and DeepSpeed need of a stage: settings, and a whole model at its end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg evaluate`: how many questions of held-out data a model answers as they are."""
 
 from __future__ import annotations

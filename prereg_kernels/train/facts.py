@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the host knows of a batch: counted where the batch is made, so that no GPU is asked."""
 
 from __future__ import annotations

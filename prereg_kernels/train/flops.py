@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Floating-point operations: what a model's training step needs, and what a device can do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samples of a step, however many ranks share them; and which checkpoints that allows."""
 
 from __future__ import annotations

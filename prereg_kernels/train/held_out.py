@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkup of a run in between: what the states hold of a few held-out images."""
 
 from __future__ import annotations

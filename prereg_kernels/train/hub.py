@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets of the library `datasets`: saved on the disk, as Parquet files, or on the hub."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """After SIGTERM, a rank that waits for one that is gone ends, whatever its launcher's patience."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of a run, and its adapter."""
 
 from __future__ import annotations

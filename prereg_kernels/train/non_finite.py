@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps whose loss or gradient is NaN or infinite: their batch is named, and they stop the run or
 are left out."""
 

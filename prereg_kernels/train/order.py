@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run trains on, in which order: a pure function of the seed and the epoch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several samples in a row of tokens, none of which sees another.
 
 A row is filled up to `packing_length` tokens by estimates, as a sample's tokens are known when it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a model, "tower", "projector" and "llm", and which of them train."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run writes down beside its model: figures, and the samples that it could not use."""
 
 from __future__ import annotations

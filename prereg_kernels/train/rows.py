@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A batch of padded samples as packed rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run: its stages, one after the other, from what an earlier start has left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample of training data, whatever file it came from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that a process shares with the workers that it starts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Source, what a format gives; and records of JSON files, which stay on the disk."""
 
 from __future__ import annotations

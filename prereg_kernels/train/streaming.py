@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run trains on as it comes: streams, whose order is a function of the seed and the epoch.
 
 Nothing is known of a stream but what was read. So, other than with data that have an index:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast a run trains: tokens and images a second, the model's use of the device, memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RecipeTrainer: transformers' Trainer with this package's order, checkpoints and records."""
 
 from __future__ import annotations

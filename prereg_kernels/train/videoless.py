@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A processor that takes videos, where torchvision is missing: for images and text it needs none.
 
 transformers makes such a processor whole or not at all. Here its part for videos is settings alone.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads that may never end, as on a network file system whose server is gone: not waited for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights & Biases, where `report_to` asks for it: a run a stage, its files in the run's folder."""
 
 from __future__ import annotations

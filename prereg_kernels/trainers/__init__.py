@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in a trainer: transformers' Trainer with exact means, figures and checkpoints."""
 
 from prereg_kernels.trainers.attaching import with_pre

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """with_pre: a trainer's class that attaches PRe to whatever model it gets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attaches PRe to a trainer's model, by settings that were given before the model was there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in axolotl: add two entries to its YAML file, and run `axolotl train x.yml` as before.
 
 plugins: [prereg_kernels.trainers.axolotl.PRePlugin]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReCallback: PRe in a trainer whose class you cannot choose, but which takes callbacks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a Trainer whose model has PRe: a plain model, and the heads beside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in NeMo AutoModel: a mixin for its recipes, and its multimodal recipe with that mixin.
 
 The recipe builds the model, shards it and makes the optimizer in one call. So the mixin attaches

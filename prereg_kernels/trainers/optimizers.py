@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The optimizer of a Trainer whose model has PRe. It has the heads, at their rate and decay."""
 
 from __future__ import annotations

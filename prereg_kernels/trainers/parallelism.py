@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parallelism: which ranks of a Trainer share tokens, and how their losses add up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReTrainer: transformers' Trainer, with PRe's mean over the whole step, its figures, its heads.
 
 A plain `transformers.Trainer` trains a model with PRe attached, too. There are three differences:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's trainers with PRe, at the paper's settings. For others: `with_pre(SFTTrainer, weight=0.3)`.
 
 from prereg_kernels.trainers.trl import PReSFTTrainer

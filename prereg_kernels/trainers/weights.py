@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight of L_PRe in each step, and what L_PRe does to the gradients at the layers' states."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A family with one id too many, which the model shows as a word: the first steps must say so."""
 
 from __future__ import annotations

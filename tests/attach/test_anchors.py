@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Anchors on a tiny LLaVA: a function's rows, and those that do not fit the visual tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first steps are compared with the embedding table wherever people train, and no later ones.
 
 A warning of the package is an error here, so that what runs is silent. Ranks are in tests/trainers,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """apply_pre on a tiny LLaVA: gradients are those of the definition, values as documented."""
 
 from __future__ import annotations

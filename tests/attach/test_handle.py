@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The handle: what is public on it, and where names of version 0.1 lead."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of the heads: the number of training passes comes and goes with their parameters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which visual token belongs to which image: hand-worked batches, and those that do not say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What PRe keeps alive, and what may happen to a model between a forward pass and its backward."""
 
 from __future__ import annotations

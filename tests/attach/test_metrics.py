@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe's figures, and what evaluation does to them and to the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pre.next_visual_mask`: the visual tokens of one forward pass, where ids do not say so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mean of each image's rows: against sums in float64, in every dtype, and its gradient."""
 
 from __future__ import annotations

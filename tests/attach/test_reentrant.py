@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient checkpointing with use_reentrant=True: the gradients of a step without checkpointing.
 
 A layer runs without grad first. Its second run, in backward, adds PRe's gradient.

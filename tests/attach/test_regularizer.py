@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """apply_pre's files, its traces on the model, and what it refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which visual tokens a pass regularises: how many, which, and that the estimate is unbiased."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands beside a saved model, and what comes back of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SequenceParallel: which part of the rows a rank has, and what it says of the wrong ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One head for several layers, and heads that do not train."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that have some of the decoder's layers: an error that says so, before anything trains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heads' file: what was saved comes back, or an error that says what is wrong with it."""
 
 from __future__ import annotations

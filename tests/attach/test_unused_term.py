@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loss without the term would train no head: an error, and for nobody else."""
 
 from __future__ import annotations

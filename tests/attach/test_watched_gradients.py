@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradients of L_LM and L_PRe at a layer, by autograd on states that hooks have seen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The comparison of two revisions: its batches and bytes, and what it makes of them."""
 
 from __future__ import annotations

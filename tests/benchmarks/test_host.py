@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's time of a call: whose launches do nothing, and what its table says."""
 
 from __future__ import annotations

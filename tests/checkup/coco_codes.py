@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO's codes, written and read in other ways than the package's, and a process to do it in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models on disk and small image sets in the formats that people have them in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole checkup against the measures of one shot, on features that transformers itself gives;
 what it does after a kill, and with what it cannot use."""
 

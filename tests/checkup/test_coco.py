@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO's annotations: codes written by an encoder of this file, and by COCO's own library."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO's codes, polygons and files, drawn at random, decoded in a process that may die of it.
 
 In another answer to the same, pycocotools says what they are."""

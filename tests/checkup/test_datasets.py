@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image folders: classes from directories and files, masks, subsets."""
 
 from __future__ import annotations

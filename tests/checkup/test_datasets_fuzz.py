@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of labels of any content: a table, or one line that names the file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fingerprints: another one for whatever differs, the same for whatever does not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image files of every mode, damaged ones and bombs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Intervals against formulas, and how often they cover the truth."""
 
 from __future__ import annotations

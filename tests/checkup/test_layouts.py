@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tokens look, proven: with attention taken out of the tower, changing the pixels in the
 middle of a token's box changes that token and no other."""
 

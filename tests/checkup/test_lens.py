@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The logit lens: top tokens, their counts, and what is read from these."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models that are spread over places, or rounded as they load, are measured like any other."""
 
 from __future__ import annotations

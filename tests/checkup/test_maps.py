@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which images and patches have maps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model directory's files: what is taken from them, and one line for what cannot be."""
 
 from __future__ import annotations

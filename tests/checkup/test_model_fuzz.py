@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever is in a model directory: it loads, or one ValueError names the directory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Norms and massive activations on cases worked out by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No measure makes a number of NaN or infinity: each says which argument has it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page says in words and in figures what its pictures show, of one model and of two."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boxes and owners of tokens, against masks counted by hand and the demo's own assignment."""
 
 from __future__ import annotations

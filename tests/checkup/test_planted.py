@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planted changes: each is found by the measures that should see it, and by no other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means of groups of rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear probe reads what is linear, and nothing where there is nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shards: whole or not there, never of other settings, and a full disk says so."""
 
 from __future__ import annotations

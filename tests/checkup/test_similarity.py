@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CKA, cosines and relative norm against their definitions written out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Effective dimension and mean correlation on cases with a known answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all measures of tensors keep: batches, dtypes, autocast, bad values."""
 
 from __future__ import annotations

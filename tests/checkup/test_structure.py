@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cohesion and coupling against all pairs written out, and against cases worked out by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of measures: its entries fit together, and one entry is enough to be everywhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line in a process of its own, and an experiment small enough for it."""
 
 from __future__ import annotations

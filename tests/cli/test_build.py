@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """prereg build: what it compiles, what it says, and how it fails."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg checkup` as a user meets it."""
 
 from __future__ import annotations

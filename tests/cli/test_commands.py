@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Presets, and which worker gets which device."""
 
 from __future__ import annotations

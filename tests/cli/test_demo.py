@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line as a user meets it: a whole tiny experiment, and one-line errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """prereg doctor: one screen, the reasons, JSON, and no need of anything optional."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """prereg doctor MODEL: what it says of right models, of refused ones, and of no model."""
 
 from __future__ import annotations

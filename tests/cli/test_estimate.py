@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg estimate` answers quickly, and says in a line what is wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg llamafactory` and `prereg swift-plugin`, without those; with them: tests/packages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names and places as people type them: the command works there, or says in a line why not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configs at reduced size: the same parts, each kind of layer, and numbers of layers that exist."""
 
 from __future__ import annotations

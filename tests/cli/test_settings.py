@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags of settings: one for each field, the file's values as defaults, errors by name."""
 
 from __future__ import annotations

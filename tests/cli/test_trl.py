@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg trl` on a stand-in of TRL; with the real one: tests/packages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: the one before stays whole until the new one is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings: YAML and back, and errors that name what is wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever happens to a file of a checkpoint, what was saved comes back, or one line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing: labels at the answers, and questions that cannot see one another."""
 
 from __future__ import annotations

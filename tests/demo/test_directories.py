@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories that commands write into: whose they are, and one command at a time."""
 
 from __future__ import annotations

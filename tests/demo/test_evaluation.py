@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation: answers by generation, counted right."""
 
 from __future__ import annotations

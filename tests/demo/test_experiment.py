@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What results in a directory belong to: one experiment, begun anew only where it is asked for."""
 
 from __future__ import annotations

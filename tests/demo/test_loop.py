@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop: exact accumulation, and a killed run that ends where an unbroken one does."""
 
 from __future__ import annotations

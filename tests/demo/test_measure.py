@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Object features and probes of a model, against features gathered by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions: the answers against an independent recount, and the mix."""
 
 from __future__ import annotations

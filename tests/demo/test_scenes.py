@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scenes: exact masks, honest splits, and a sample that depends on its address alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paired effects and the sentences made from them, on numbers with known answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sweep: which runs it has, what it makes of them, and that a stopped one goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stage on descriptions in words: what it trains, what it leaves alone, and that it resumes."""
 
 from __future__ import annotations

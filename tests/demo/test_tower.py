@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tower: a function of its settings, cached, and one that learns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkups during training: they change nothing, and say what a checkup afterwards says."""
 
 from __future__ import annotations

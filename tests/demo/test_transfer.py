@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transfer test: what is frozen, from which scenes, what is asked; and that it is PRe's run."""
 
 from __future__ import annotations

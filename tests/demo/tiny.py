@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run small enough for tests: seconds, tower included."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands of the text: as a shell reads them, by their programs' own parsers, and to their end."""
 
 from __future__ import annotations

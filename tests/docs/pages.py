@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the project's text holds: fenced blocks, and code in backticks, by page.
 
 A page is a Markdown file, the docstrings of a Python file, or the Makefile's help. Docstrings are

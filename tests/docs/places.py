@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories that hold what a page's commands name, under these names and at tiny sizes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of the text run as it says, or are listed here with the reason why they do not."""
 
 from __future__ import annotations
@@ -95,9 +96,12 @@ NOT_RUN = {
         "make test-deepspeed",
         "make test-docs",
         "make test-pages",
+        "make test-oldest",
+        "make test-oldest-torch",
         "make test-versions",
     ),
     "installs what builds the site": ("make docs",),
+    "builds both files of a release, and installs them": ("make release-check",),
     "needs several machines": (
         "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         "-m prereg_kernels train recipe.yaml",
@@ -323,8 +327,8 @@ def lists_the_targets(place: Path, output: str) -> None:
 
 def leaves_the_pages(place: Path, output: str) -> None:
     """The figures on the pages are those of benchmarks/results, but for the new demo's commit."""
-    pages = ("README.md", "docs/fidelity.md", "docs/anchors.md", "docs/demo.md")
-    for name in (*pages, "docs/performance.md"):
+    names = ("anchors", "demo", "fidelity", "pays", "performance")
+    for name in ("README.md", *(f"docs/{name}.md" for name in names)):
         before, after = (
             re.sub(r"Commit \w+", "", (root / name).read_text()) for root in (ROOT, place)
         )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every public name has an example, and prints what the example says.
 
 An example has `torch`, the names of the package, `model`, a tiny LLaVA in training, and `batch`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/integrations.md says what is tested: its tables are the parameters of the tests."""
 
 from __future__ import annotations

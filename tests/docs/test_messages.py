@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of symptoms quotes what the package says."""
 
 from __future__ import annotations

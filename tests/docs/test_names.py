@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the text names is there: files, headings, tests, options, modules, arguments, settings.
 
 And no command is outside of backticks, where nothing would look at it.

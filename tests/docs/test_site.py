@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation's site: its links, what is on it, and that nothing of it is elsewhere."""
 
 from __future__ import annotations

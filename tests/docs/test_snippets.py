@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Python and the settings in the text do what it says of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rates of a CPU follow from measured rows, and so does the error that is printed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step on the meta device has the products that torch counts in a real one."""
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from tests.zoo import CASES, sample
 # Inkling's attention has a bias that is computed of its states; Florence-2 has a decoder of text
 QUICK = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "inkling_mm_model", "florence2")
 REFUSED = {"git", "idefics", "mllama"}  # of which PRe knows no parts
-LONGER = (0, 64, 192)
 
 
 def convolution_backward(
@@ -57,10 +57,11 @@ def check(name: str, trains: tuple[str, ...]) -> None:
     batch = next(case.batches[scene] for scene in ("images", "videos") if scene in case.batches)
     parts = parts_of(case.model)
     trains = tuple(part for part in trains if parts[part])
-    structure = walk(on_meta(case.model), [batch.inputs], name, parts, trains, LONGER)
-    set_trainable(case.model, trains)
     # Between multiples of it, linear attention's products are those of a whole chunk more
     short = batch.inputs["input_ids"].shape[1]
+    lengths = [CHUNK * (short // CHUNK + chunks) for chunks in (1, 2, 4)]
+    structure = walk(on_meta(case.model), [batch.inputs], name, parts, trains, lengths)
+    set_trainable(case.model, trains)
     inputs = lengthened(batch.inputs, CHUNK * (short // CHUNK + 3) - short)
     forward, total = counted(case.model, inputs)
     rows, length = inputs["input_ids"].shape

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is held in a step, against what autograd holds in a real one."""
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def test_held_before_backward(itemsize: int, checkpointing: bool, with_pre: bool
     batch = make_batch(recipe, config, 3, CPU, DTYPES[itemsize])
     one = make_batch(recipe, config, 1, CPU, DTYPES[itemsize])
     on_meta = build_model(config, torch.device("meta"), DTYPES[itemsize])
-    structure = walk(on_meta, [one], "tiny", parts_of(on_meta), longer=(0, 32, 96))
+    lengths = [one["input_ids"].shape[1] + more for more in (0, 32, 96)]
+    structure = walk(on_meta, [one], "tiny", parts_of(on_meta), lengths=lengths)
     settings = Settings(
         images_per_step=3, tokens=recipe.text_tokens, checkpointing=checkpointing, gpu="cpu",
         weights="bfloat16" if itemsize == 2 else "float32",

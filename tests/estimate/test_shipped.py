@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shipped structures are those of the shipped configs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mark `first`: the tests that a GPU should run before all others, about forty.
 
 Both dtypes of training at rows that fill no tile, in one chunk and in several; each stage that can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small run of every kernel, for compute-sanitizer: `make gpu-sanitize`.
 
 Shapes with ragged edges everywhere; nothing is checked here but what the sanitizer checks.

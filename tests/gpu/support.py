@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Problems on the GPU, for every test in this folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkup's measures of tensors on the GPU are those on the CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused stages, each by itself and all together, in every configuration: the same rule.
 
 Which stages are on by default is a matter of speed; here they are forced on.

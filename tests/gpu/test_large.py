@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """More than 2**31 elements: the rows at the far end against the same rows by themselves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is held between forward and backward, and allocators of another kind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages by quack-kernels, where it is installed: the rule, and what we hold its signatures for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same bits on every run, whatever was in the memory before."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rule of tests/helpers on a GPU: errors at most eager's, for every backend and dtype."""
 
 from __future__ import annotations

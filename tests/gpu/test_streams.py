@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nothing waits for the device; side streams, CUDA graphs and other GPUs are used correctly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that are not contiguous, inputs and incoming gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """As training uses it: torch.compile, autocast, a gradient scaler."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient checkpointing around the tap: what is held for backward, and the gradients.
 
 What is computed again is counted in tests/benchmarks/step/test_gpu.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile of a model with PRe: the gradients of eager, and no graph break of PRe's own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The check of the first steps beside torch.compile: where it looks, and that graphs stay alike."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A weight that changes in every step beside torch.compile: it is traced as a number of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models in low precision, whose heads are float32: gradients, files, wrappers, other dtypes."""
 
 from __future__ import annotations

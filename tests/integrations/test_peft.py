@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA and QLoRA with PRe: PEFT before or after it; what trains, what is saved, what is left.
 
 `make test` runs this with older PEFTs as well, which trainers pin: with a `task_type` these call

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was trained with PRe, saved with it attached or taken off, and read without this package."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low precision around PRe: loss scaling, autocast, Trainer's bf16."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The taps that examples/ puts into layers of torchtitan's and Megatron's models."""
 
 from __future__ import annotations

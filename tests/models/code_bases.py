@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-ins of code bases whose calls do not say which tokens are visual: NeMo's and Megatron's.
 
 `MegatronVL` has the forward of Megatron-Bridge's `Qwen25VLModel` and of Megatron's `GPTModel` and

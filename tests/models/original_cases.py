@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches for the models of `tests.models.originals`, and where these keep what PRe reads."""
 
 from __future__ import annotations

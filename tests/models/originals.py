@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models outside of transformers: the forward of their authors' code, tiny.
 
 Names of arguments, and which module is called how, are those of the original; towers and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models outside of transformers whose decoder itself merges the features; see `originals`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where each model of the zoo keeps what PRe reads, written down by hand from its code."""
 
 from __future__ import annotations

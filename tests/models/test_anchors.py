@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other anchors and levels on every model that allows them; the rest say why they do not."""
 
 from __future__ import annotations

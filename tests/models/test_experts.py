@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts whose experts are quantised and frozen, as QLoRA has them."""
 
 from __future__ import annotations

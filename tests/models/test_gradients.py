@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`apply_pre(model)` and nothing else, on every image-text model: the gradients of the definition.
 
 The states of the reference come from hooks of its own, at places that are written down by hand.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masks of the user's on a stand-in of each code base whose `input_ids` do not say, both ways.
 
 `pre.next_visual_mask` before each pass, or `Family(visual_mask=)`, a function of the batch; in a

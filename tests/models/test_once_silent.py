@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What PRe once regularised wrongly without a word, as it is now: the right rows, or an error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models outside of transformers, each by the call that docs/other_models.md has for it.
 
 The stand-ins have the forward of the original code, `tests/models/originals.py`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A family with one fact wrong ends in an error or a warning, or in the right figures.
 
 Each resolved family is given again with one fact changed, and the case's batch trains with it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types that PRe cannot regularise: an error at `apply_pre` that says why, and nothing changed."""
 
 from __future__ import annotations

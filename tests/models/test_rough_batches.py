@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches that no processor makes, models that nobody has listed: right, or told of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixed calls of the loss, the tap and the attachment, and a hash of the bits that each returns.
 
 `python -m tests.ops.bitwise` prints them as JSON. With PORTABLE in the environment the bits are the

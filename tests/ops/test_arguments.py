@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad arguments: the right exception, whose message has the name, what came, what was expected."""
 
 from __future__ import annotations

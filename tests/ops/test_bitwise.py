@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results are bitwise what they were: a change of the code's shape may not change a number."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chunk sizes and matmul dtypes: pure functions of shapes, dtypes and devices."""
 
 from __future__ import annotations

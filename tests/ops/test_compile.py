@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile without graph breaks, and torch's own checks of the custom ops."""
 
 from __future__ import annotations

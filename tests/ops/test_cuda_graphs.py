@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CUDA graphs: calls with a mask are never captured, those with an index may be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReHead: parameters, their initialisation, and the two calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads that leave the meta device, or that `to_empty` leaves without values."""
 
 from __future__ import annotations

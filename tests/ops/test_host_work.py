@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the host does for a call: the operators that it starts, counted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """layout="sbh": bitwise what the same call gives on (B, S, D), and no copy of the hidden states."""
 
 from __future__ import annotations

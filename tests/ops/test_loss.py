@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fused_pre_loss: numbers at ordinary sizes, gradcheck, and what it promises about its tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A generated sweep over everything that the loss takes, in its three gradient schedules."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses and activations of one's own: registered by name, and right wherever the built-in are."""
 
 from __future__ import annotations

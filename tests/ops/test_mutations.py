@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rule of the other tests notices wrong formulas: each mutation here has to break it."""
 
 from __future__ import annotations

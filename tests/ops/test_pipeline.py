@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop over chunks, and the scale of float16's gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TapProbe: the gradients that meet in a tap, by eager code in float64 that keeps them apart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of products over chunks: in which dtype, by which operation, on which version of torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a profiler sees of a call, and that nobody pays for it where there is none."""
 
 from __future__ import annotations

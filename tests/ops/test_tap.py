@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pre_tap: an identity, whose scalar has PRe's gradient, and which holds nothing."""
 
 from __future__ import annotations

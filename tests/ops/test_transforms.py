@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.func, forward mode, double backward: the numbers of eager autograd, or a clear error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that are written between forward and backward: the gradients of before, or an error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trainer is given: a tiny LLaVA in a folder with its processor, and made-up questions."""
 
 from __future__ import annotations

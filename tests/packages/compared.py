@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked of each trainer's runs, whatever started them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradients of a recorded step by the definition, in float64, on a model without PRe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of models with PRe, by their own forward and by Liger's: `python -m ... FILE`.
 
 The file gets {name: [a step's gradients and figures by its own forward, by Liger's, ...]}. Liger's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg train` with Liger's real forward, its Triton functions torch's: `python -m ... CONFIG`.
 
 Its last line says how many losses were Liger's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NeMo AutoModel's recipe with PRe on a CPU, as `automodel finetune CONFIG` runs it.
 
 `python -m tests.packages.nemo_run FOLDER CONFIG`: FOLDER gets start.pt, the first step as

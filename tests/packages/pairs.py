@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs of answers for DPO, of the questions of `write_messages`."""
 
 from __future__ import annotations

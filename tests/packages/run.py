@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trainer started by its own command, and what its steps were."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in axolotl: `axolotl train x.yml` with the plugin, at its defaults, in float32.
 
 Not in bfloat16, its choice on a GPU: on a CPU transformers then asks for `use_cpu`, which is no

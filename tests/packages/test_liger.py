@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe beside Liger's patched forward, in its release 0.8.5."""
 
 from __future__ import annotations

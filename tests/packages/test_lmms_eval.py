@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg evaluate --tasks` through lmms-eval, in its release 0.7.3, on a task of local files."""
 
 from __future__ import annotations

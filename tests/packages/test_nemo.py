@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in NeMo AutoModel 0.7's own recipe for multimodal models, which runs here on a CPU."""
 
 from __future__ import annotations

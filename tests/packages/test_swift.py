@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in ms-swift, as its page says: its own defaults, but for float32 and the sizes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in TRL: its own command by `prereg trl`, at its defaults, in float32 and in its own dtype."""
 
 from __future__ import annotations

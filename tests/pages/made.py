@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories with a checkup's page and a report's, of numbers that are made in seconds."""
 
 from __future__ import annotations

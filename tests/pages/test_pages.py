@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages in a real browser, at the widths of a phone, a tablet and a desk, light and dark.
 
 `make test-pages` brings the browser. Where there is none, these tests fail.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg diagnose` prints a traceback when a file of labels or annotations is broken.
 
 Long fields, deep nesting, infinite numbers and other encodings raised errors of the readers, which

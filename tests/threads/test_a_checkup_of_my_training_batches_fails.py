@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkup of my training batches fails: "Expected input batch_size (2) to match (28)".
 
 The labels were handed to the model, which then compared them with the one logit that was asked for.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I resumed from a checkpoint that a copy had cut short, and the loss jumped to where it began.
 
 A tensor, the heads or a moment of the optimizer that was missing was made anew, without a word; an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I evaluate, or generate, in a second thread while the model trains: most steps lose the term.
 
 The state of a forward pass was the model's. It is the call's now, and a thread sees its own calls.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss inside of a checkpointed block: "Unpack is being triggered for a tensor that was [...]".
 
 The backward pass read its saved tensors twice, and a checkpoint gives them out once. Each schedule

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkup of my images ended in a MemoryError: one of them is a strip, one pixel wide.
 
 LLaVA's processors resize by the shorter edge, or pad to a square, before they crop. A strip of a

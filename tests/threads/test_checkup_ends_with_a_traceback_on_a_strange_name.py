@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkup ends with a traceback, or clears my terminal, for the names of my files.
 
 Names were read as markup by the console, as formulas by the plots, and as UTF-8 by the page. A name

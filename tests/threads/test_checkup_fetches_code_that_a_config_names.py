@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkup of a downloaded model fetched a kernel that its config.json names, to run it.
 
 transformers takes the attention implementation from a config.json. One that looks like a repository

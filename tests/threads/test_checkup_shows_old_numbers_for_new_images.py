@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I changed my images, masks and chat template, ran the checkup again and got the old numbers.
 
 Results were taken up again by the names of images, not by what is in them, and in Python by the

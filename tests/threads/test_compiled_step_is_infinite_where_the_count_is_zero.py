@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """My compiled step makes all weights infinite when the count that I divide by is zero.
 
 The count comes as a tensor, all-reduced over the ranks, and a mistake in it (or a rank that counts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resumed by `accelerator.load_state`, my run with token_fraction is not the one that I stopped.
 
 The state dict brought the heads back, and not the number of training passes, by which the tokens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.func.jvp of the loss is exactly zero, and jacfwd is a matrix of zeros.
 
 The fused loss runs below autograd, where forward mode saw a constant. It has one derivative, in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """L_PRe falls in the log, and the heads are what they were at the start.
 
 No optimizer has them: it was made before `apply_pre`, or its parameter groups go by name. The LLM

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA trains, the loss falls, and the heads of PRe never move; there is no error.
 
 Some wrappers call `model.forward(...)`, which goes past hooks on the model; others call the part of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I load a model, attach PRe and train by the README: the heads do not move, the metrics are {}.
 
 `from_pretrained` returns a model in eval mode, in which PRe leaves it alone. Who runs backward

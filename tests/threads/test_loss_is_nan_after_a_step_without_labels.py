@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """After one batch whose answers were all cut off, every weight is NaN and the loss logs as 0.0.
 
 An answer that `max_length` cuts off leaves a step whose labels are all -100. The term's share of

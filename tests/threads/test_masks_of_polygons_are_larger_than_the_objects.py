@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masks that are made of COCO's polygons are larger than the objects.
 
 Polygons were drawn five times as large by a library that fills their outlines too, so thin objects

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pre.metrics() raises after evaluation, or shows a fraction of the loss that the trainer logs.
 
 Tensors of `torch.inference_mode` have no version, by which metrics() told whether backward had run.

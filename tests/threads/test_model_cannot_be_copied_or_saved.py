@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.save(model) fails with PRe attached, and a deep copy keeps the original's memory alive.
 
 What PRe keeps on a model is plain objects, so it is copied and pickled with it; what belongs to a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I changed the image token, the forward or the device after apply_pre, and PRe did not follow.
 
 What the model reads anew in each call, PRe reads anew.

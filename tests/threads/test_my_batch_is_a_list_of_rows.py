@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GRPO with PRe dies in its first step: sequence item 0: expected str instance, dict found.
 
 Its batch is a list of prompts, which become ids and images when the step prepares its inputs. The

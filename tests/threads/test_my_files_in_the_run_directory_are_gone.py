@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I trained into a directory where I had files of my own, and they are gone.
 
 `--fresh` deleted `checkpoints` whoever had made it, the next checkpoint deleted copies such as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I asked for L_PRe in evaluation by value_in_eval, and my logs have eval_loss alone.
 
 The kernel computed it for every batch, and the trainer threw it away.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """My compute_loss calls the model for two views of the batch, and PRe sees the second one alone.
 
 The term of a call took the place of the one before, so that of the first pass was lost: of two

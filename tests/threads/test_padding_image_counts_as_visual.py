@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """My trainer appends a white image to every batch of text alone, and PRe trains on it.
 
 Its tokens have attention 0, so they are padding: not visual, in the pass as in `pre.count`.

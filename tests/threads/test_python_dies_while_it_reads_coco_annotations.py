@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python dies of a segmentation fault while it reads my COCO annotations.
 
 The lengths of a run-length code were summed in 64 bits. A sum that wraps to the image's size made

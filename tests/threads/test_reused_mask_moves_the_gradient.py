@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I keep one mask on the device and fill it for each batch: the gradient is at the wrong tokens.
 
 The tap reads the mask in backward, and did not notice that the next batch's was written into it

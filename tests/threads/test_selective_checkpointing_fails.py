@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selective activation checkpointing (a `context_fn`) fails in backward: "not found in storage".
 
 It replays the ops of the first run one by one, and PRe's ops differ when a layer is run again.

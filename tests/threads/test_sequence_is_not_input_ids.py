@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """My model makes many rows of one image token, and PRe regularises the wrong positions.
 
 PRe finds the visual tokens in `input_ids`. Where the decoder's sequence has another shape, a

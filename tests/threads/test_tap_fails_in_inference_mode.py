@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation under torch.inference_mode() ends in "Inference tensors do not track version counter".
 
 The tap noted how often the anchor had been written, which such a tensor does not count. There is no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I fine-tune a bfloat16 model at 1e-5, and after an epoch most of the head is what it was.
 
 The head had the model's dtype, and a step of 1e-5 is less than half of the distance between two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I build the model on the meta device, attach PRe, load my checkpoint: L_PRe is 0 or NaN.
 
 A plain checkpoint has no heads. With strict=False nobody filled them, and `to_empty` left whatever

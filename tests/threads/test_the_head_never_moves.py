@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """L_PRe falls nicely in my log, and the head's weights are bitwise those of the first step.
 
 The heads were in no parameter group: the optimizer was made before apply_pre and handed over, or

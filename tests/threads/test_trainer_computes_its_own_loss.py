@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """My trainer takes the labels out and computes the loss from the logits: the heads never train.
 
 The term was in a loss that nobody used. Backward adds its gradient by itself now, at layer l, where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """metrics.jsonl has one line of the thirty steps that I saw my run do.
 
 The same command was started twice, and each wrote into the other's directory; under torchrun each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I called apply_pre on a model that FSDP or DDP had already: each rank trains heads of its own.
 
 Neither sees parameters that come later, so nothing averages their gradients. An error says to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs under an engine, and one process that they have to equal."""
 
 from __future__ import annotations

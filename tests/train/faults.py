@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What befalls a rank: FAULTS is a list of "RANK WHAT WHERE", such as "1 kill step-3".
 
 Where, with the step's number: before a step; in a checkpoint before the model, before a rank's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands that a test starts, of one process or several."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models with their processors, in the formats of the hub."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A folder with a tiny LLaVA, images, a LLaVA JSON and settings."""
 
 from __future__ import annotations

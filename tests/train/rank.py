@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process of `prereg`, as a test wants it: `python -m tests.train.rank train ...`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg assemble`: the parts' own weights, in a model that plain transformers reads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands between lmms-eval and a model; with lmms-eval: tests/packages/test_lmms_eval.py."""
 
 from __future__ import annotations

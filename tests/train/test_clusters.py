@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files for SLURM and Kubernetes: the script's body on two ranks, the JobSet's fields."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cannot be used is left out and named; the rest is what it would be without it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command: one process against the definition, two against one, errors in a line."""
 
 from __future__ import annotations

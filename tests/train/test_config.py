@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of `prereg train`: a wrong one is one line that names it."""
 
 from __future__ import annotations

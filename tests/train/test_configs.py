@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of configs/, on models of the paper's sizes without weights, and on made-up data."""
 
 from __future__ import annotations

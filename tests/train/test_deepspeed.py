@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg train` under DeepSpeed: what one process does, from its checkpoints too after a kill."""
 
 from __future__ import annotations

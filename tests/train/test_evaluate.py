@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg evaluate`: its answers are the model's, one by one; its shares are counted by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `make train-example` trains, in a few steps: against the definition and the baseline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are not what they should be, in formats of their own, are bad samples of a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each format has a run of the command: as data with an index, and as a stream."""
 
 from __future__ import annotations

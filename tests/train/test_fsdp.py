@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prereg train` under FSDP2: what one process does, after kills and on other numbers of ranks."""
 
 from __future__ import annotations

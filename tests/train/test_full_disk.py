@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file system that is full at some byte of a checkpoint, or of the model at a stage's end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samples of a step are what counts, not how micro-batches and ranks share them."""
 
 from __future__ import annotations

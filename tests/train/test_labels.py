@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels: the answers, by hand, of twenty conversations under each kind of template."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process that waits where no handler of Python's runs, and is sent SIGTERM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loss or gradient that is NaN or infinite: the batch is named; the run stops, or goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order: a pure function of seed and epoch, in units of one kind and of like lengths."""
 
 from __future__ import annotations

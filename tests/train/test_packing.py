@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed rows: the losses and gradients of the samples one by one, by the definition."""
 
 from __future__ import annotations

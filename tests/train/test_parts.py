@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of each image-text type: who takes part in reading text, and what lies between."""
 
 from __future__ import annotations

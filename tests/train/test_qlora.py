@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """QLoRA: a run of the command, stopped and gone on with; its adapter is read as it was trained."""
 
 from __future__ import annotations

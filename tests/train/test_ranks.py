@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that fail, that are started again, and that another number of them goes on from."""
 
 from __future__ import annotations

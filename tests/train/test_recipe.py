@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CONTRIBUTING's source of training data, as a file of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of `prereg train`, in this process, on a tiny LLaVA."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats: what each says is what a sample holds, and what is wrong is named with its place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two ranks on a stream, and on packed rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams: every row once an epoch, an order that is a function of the seed, resumed in the middle,
 split over ranks and workers."""
 

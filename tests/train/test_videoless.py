@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processors that take videos, where torchvision is missing, as in the tests' environment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run shows of itself: speed, the gradients of both losses, held-out images, W&B."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step with Accelerate, as its launcher starts it: `accelerate_step.py OUT CASE`.
 
 Each rank leaves what kind of run it was, the gradients as they were reduced over the ranks, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two processes do together with a bfloat16 model, whose heads are float32."""
 
 from __future__ import annotations

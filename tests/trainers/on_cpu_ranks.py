@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run a script, as a rank of torchrun on CPUs: python on_cpu_ranks.py SCRIPT.
 
 Trainer reads a rank's optimizer state to "cpu:0", and torch knows "cpu" alone.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed and FSDP on CPUs.
 
 Accelerate (1.15) takes both up on accelerators alone: for DeepSpeed it has no backend without one,

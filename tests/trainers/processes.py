@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes of a test that make one process group."""
 
 from __future__ import annotations

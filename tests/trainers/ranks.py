@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two processes do together, one of them without an image; the tests read what they leave."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of uneven lengths, answers and image counts; a trainer on them, and its steps' gradients."""
 
 from __future__ import annotations

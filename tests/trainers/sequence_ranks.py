@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ranks do that share the sequences of a batch; the tests read the gradients that they leave.
 
 The attention of the tiny LLaVA reaches over the ranks of a group, and a hook on its decoder cuts

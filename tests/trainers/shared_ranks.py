@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trainers whose ranks share sequences, two by two; the tests read the gradients that they leave.
 
 transformers' Trainer runs its own code for accelerate's context and sequence parallelism, on an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ranks do that have the same hidden states; the tests read what they leave."""
 
 from __future__ import annotations

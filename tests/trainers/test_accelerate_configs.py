@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of examples/accelerate, each as `accelerate launch` starts it on two CPU ranks."""
 
 from __future__ import annotations

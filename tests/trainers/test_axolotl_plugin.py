@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """axolotl's plugin on a stand-in of what it imports; with the real one: tests/packages."""
 
 from __future__ import annotations

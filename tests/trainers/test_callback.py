@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReCallback: PRe in a Trainer that somebody else makes."""
 
 from __future__ import annotations

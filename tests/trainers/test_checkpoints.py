@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReTrainer's checkpoints: a plain model, and the heads beside it, which come back."""
 
 from __future__ import annotations

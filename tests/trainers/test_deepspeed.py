@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed ZeRO-2 and ZeRO-3 on two ranks: gradients, steps, and the heads in its checkpoints."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReTrainer's gradient is that of the whole step, however it is cut into micro-batches."""
 
 from __future__ import annotations

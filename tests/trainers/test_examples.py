@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts in examples/ run, and L_PRe falls."""
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tests.releases import HERE
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"sft_trainer": ("trl", "datasets")}
 EXAMPLE = ("photographs", "read_back")  # the beginning and the end of `make train-example`
+LAYERS = ("megatron_layer", "torchtitan_layer")  # a class to add to a model of somebody else
+LINES = 60
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,20 @@ def test_example(
     check_fall(lines)
     if name == "pre_trainer":  # 4.57 goes on in another order of the rows, with PRe and without
         assert f"resumed, the same: {HERE >= (5, 0)}" in lines
+
+
+@pytest.mark.parametrize(
+    "name", sorted({p.stem for p in EXAMPLES.glob("*.py")} - {*EXAMPLE, *LAYERS})
+)
+def test_example_is_short_and_marks_its_lines(name: str) -> None:
+    """Those to copy: what imports the package, and what attaches PRe. tiny*.py has neither."""
+    lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
+    if name.startswith("tiny"):
+        assert not any("prereg_kernels" in line for line in lines)
+        return
+    assert len(lines) < LINES
+    of_pre = [x for x in lines if re.match(r"from prereg_kernels|.*(apply|with)_pre\(", x)]
+    assert len(of_pre) in (2, 3) and all("# PRe" in line for line in of_pre)
 
 
 @pytest.mark.parametrize("name", ("accelerate_loop", "pre_trainer"))

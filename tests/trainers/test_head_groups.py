@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heads' own learning rate and decay, and their part of the gradient's norm."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trainer's hook on its PeftModel makes `inputs_embeds` of the ids, before PRe sees the call.
 
 So ms-swift does with LoRA on Qwen2-VL, Qwen2.5-VL and InternVL.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReTrainer's figures: means over the steps since the last log."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bfloat16 model with float32 heads on two ranks: the gradients of one process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What transformers' own Trainer does with a model that PRe is attached to, as documented."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """On two ranks, one of them without an image: gradients and figures of the whole batch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe's settings as a file or a command line has them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that share sequences: the gradients and figures of one process, on two and four ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReTrainerMixin over TRL's SFTTrainer, which computes its own loss from its own outputs."""
 
 from __future__ import annotations

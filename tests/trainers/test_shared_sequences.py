@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PReTrainer where ranks share sequences: the gradients of one process, over micro-batches too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that have the same hidden states: each does a share, and all have the gradients of all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in of what Unsloth (2026.10) puts around a model and a trainer; it needs a GPU itself.
 
 `FastVisionModel.get_peft_model(use_gradient_checkpointing="unsloth")` patches checkpoint functions:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight of L_PRe step by step, and the watched gradients of whole steps."""
 
 from __future__ import annotations

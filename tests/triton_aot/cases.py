@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel that is shipped, called as the pipeline calls it, on meta tensors of real sizes."""
 
 from __future__ import annotations

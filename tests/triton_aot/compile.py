@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the cases for GPUs that need not be there, and prints as JSON what came out.
 
 A process of its own, with the Triton to test on PYTHONPATH:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a compiled kernel uses: registers, stack, memory, and the instructions that matter."""
 
 from __future__ import annotations

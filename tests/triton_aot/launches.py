@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches for a GPU that is not there: prints, as JSON, which kernel each of them ran.
 
 A process of its own, with the Triton to test on PYTHONPATH:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles every configuration of the fused matmuls, and prints as JSON what came out.
 
 A process of its own, with the Triton to test on PYTHONPATH, as `compile.py`:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes instructions.json: what each row kernel takes now, counted in SASS.
 
     python -m tests.triton_aot.record

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every shipped kernel compiles for the GPUs it is meant for, on the oldest and the newest Triton.
 
 Needs no GPU, but these Tritons, each in a folder of its own:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches past Triton's own way run the kernels, with the arguments, that Triton would."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused matmuls compile for the GPUs they are meant for, and to the instructions meant there.
 
 Needs what `test_aot.py` needs. As no plan has them yet, the newest Triton does, but for a complete

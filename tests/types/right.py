@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A user's script without a mistake: type checkers have nothing to say about it."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What type checkers tell a user, who has the package installed in place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keyword arguments that a signature passes on are those of what it passes them to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A user's script with ten mistakes, on the lines that say so; never run."""
 
 import torch

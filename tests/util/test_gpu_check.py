@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make gpu-check` finds NVIDIA's GPUs and AMD's. The commands that ask are stand-ins."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stamp of a result: the commit of this package's own repository, or none."""
 
 from __future__ import annotations

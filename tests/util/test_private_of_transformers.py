@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each private name of transformers that we use is there, and does what we use it for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bounds of transformers: one truth for pip, for the warning and for the doctor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fixture of a module is set up once, however many workers there are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of image-text types, each with batches: `sample("llama4")`.
 
 The weights are random and the configs are transformers' own, shrunk: nothing is downloaded.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Listed families with another language model than the usual one."""
 
 from __future__ import annotations

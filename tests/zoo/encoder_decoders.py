@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types with an encoder that reads the images among the words, and a decoder that answers.
 
 BLIP-2 with T5 is another, beside the other Q-Formers.

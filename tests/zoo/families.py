@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The families that the package lists, as their own tests make them."""
 
 from __future__ import annotations

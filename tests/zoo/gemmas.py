@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma 3n and 4: a row of each layer's own for every token, and sounds."""
 
 from __future__ import annotations

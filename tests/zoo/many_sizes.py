@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types whose images keep their size: in tiles, in patches, or padded to the largest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types that put the features in place within the language model's own forward."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other language models and towers in types that take any: 'model_type+variant'."""
 
 from __future__ import annotations

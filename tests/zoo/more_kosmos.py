@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kosmos-2.5: the language model itself puts the features in place, where a mask says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Further types whose images are patches in a row, with a grid each."""
 
 from __future__ import annotations

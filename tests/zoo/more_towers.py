@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Further types with one size of images, and towers of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types that take videos as stacks of images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types that resize every image, or every tile of it, to the size of the tower."""
 
 from __future__ import annotations

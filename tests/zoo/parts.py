@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cases are built of: shrunk configs, models with random weights, and batches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types whose images are seen through a Q-Former, a fixed number of rows each.
 
 Their forward requires images.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types whose images are patches in a row, with a grid each, as Qwen2-VL's are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models of the types that PRe cannot serve: `REFUSED["blip"]()`.
 
 The comment at each says why: no visual token enters a language model that is trained on text.

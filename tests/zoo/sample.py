@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a case of the zoo gives: a tiny model and batches for it; and the list of the cases."""
 
 from __future__ import annotations

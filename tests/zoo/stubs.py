@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Towers in place of those that transformers takes from timm, which the tests do without."""
 
 from __future__ import annotations

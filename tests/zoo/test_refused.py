@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The types, all of them: with samples, or refused and told why."""
 
 from __future__ import annotations

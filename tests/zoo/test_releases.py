@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nothing is left out that this release of transformers has: each line of `releases.py` is true."""
 
 from __future__ import annotations

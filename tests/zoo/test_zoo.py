@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samples: features are merged where `visual` says, and every batch trains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types in which no feature takes the place of a token: `visual` is nowhere."""
 
 from __future__ import annotations

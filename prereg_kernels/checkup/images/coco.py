@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images with COCO's instance annotations: polygons and run-length codes become masks."""
 
 from __future__ import annotations

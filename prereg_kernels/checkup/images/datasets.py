@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image sets on disk: a folder, perhaps one folder a class, with masks and labels beside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A set of images as batches for a loaded model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layouts: the order of an image's tokens, and what each of them covers.
 
 A `Family` names one. "crop": LLaVA's. "tiles": LLaVA-NeXT's. "blocks": Qwen2-VL's and after.

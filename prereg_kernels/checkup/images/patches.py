@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a visual token looks in its image, and which object it sees there."""
 
 from __future__ import annotations

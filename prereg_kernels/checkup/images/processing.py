@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One image through a model's image processor, and where its tokens are then."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images and masks from files that may be anything: read, or refused with a reason."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The logit lens: which word would the model say at a visual token, were this the last layer?"""
 
 from __future__ import annotations

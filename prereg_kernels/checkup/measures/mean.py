@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mean patch, which the centred measures subtract."""
 
 from __future__ import annotations

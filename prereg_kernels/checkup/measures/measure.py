@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a measure is: what it reads, how batches combine, and where its number is shown and said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token norms and massive activations: a few values that dwarf all others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From patches to the features that a probe reads: one row an image, or an object."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear probe: how well can a linear classifier read a label from features?"""
 
 from __future__ import annotations

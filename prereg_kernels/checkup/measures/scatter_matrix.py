@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scatter matrix of features, which the spectrum and CKA are read from."""
 
 from __future__ import annotations

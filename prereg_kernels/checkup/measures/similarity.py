@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much the features of a layer still resemble the features that entered the LLM."""
 
 from __future__ import annotations

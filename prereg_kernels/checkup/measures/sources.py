@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the measures are read from: parts of batches, and how they combine."""
 
 from __future__ import annotations

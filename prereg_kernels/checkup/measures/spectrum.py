@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The spectrum of features: over how many directions do they spread?"""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patch structure: do the patches of one object still resemble each other more than others'?"""
 
 from __future__ import annotations

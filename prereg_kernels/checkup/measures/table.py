@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All measures: one entry each. The checkup, the checkups during training, the demo and the sweep
 read this table; linear probes, which come with the labels of the images, are not in it.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the measures share: checks of their input, and rows in pieces that bound memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the numbers say, in sentences that say no more than their intervals allow."""
 
 from __future__ import annotations

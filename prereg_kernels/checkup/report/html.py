@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of one file that need no network: light and dark, everything from outside escaped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of one image: what its patches resemble, layer by layer, on the image itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a page: files in every theme, and what the page shows of them, with words for each.
 
 A page shows the panels of a figure apart, so that on a phone they go below each other. What cannot

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Curves over depth. They only read results; nothing is computed here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every picture of this package looks: colours, light and dark, axes over depth."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or not there.
 
 `<run>/checkpoints/step-00000400/` is a Hugging Face directory (config, safetensors weights,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The list of a checkpoint's files, with their sizes and digests."""
 
 from __future__ import annotations

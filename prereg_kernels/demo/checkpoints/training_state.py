@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The states of the optimizer and of the random generators: taken, checked, put back."""
 
 from __future__ import annotations

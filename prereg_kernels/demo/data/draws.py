@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random numbers that are a pure function of their address.
 
 Every draw is a hash of (key, index, position), so that sample 1,000,000 costs what sample 0 does,

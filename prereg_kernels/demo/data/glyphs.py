@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bank of digit glyphs: scikit-learn's handwritten digits, rendered once in every variant.
 
 Composing a scene is then a lookup. A variant is tilt x stroke thickness x tile size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From scenes to batches for `LlavaForConditionalGeneration.forward`.
 
 One sequence holds one image and many questions about it:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about a scene. Every answer is one word, and the argument comes last.
 
 A short template with its argument at the end, where the answer is read off, is learned several

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's scenes as batches of the checkup: exact masks, and classes of every object."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scenes of real handwritten digits, with an exact object mask.
 
 A scene is a grey canvas with faint clutter and a few tiles. Each tile holds one scan and four

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What PRe costs on this machine: the time of a training step, and peak memory.
 
 Times are taken in one process, baseline and PRe in turn, so that both meet the same machine. Peaks

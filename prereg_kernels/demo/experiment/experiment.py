@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paired experiment: the same model trained with and without PRe, and what that changed.
 
 For each seed three runs see the same data from the same initial weights: the baseline; PRe; and a

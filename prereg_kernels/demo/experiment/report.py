@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experiment's report: tables on the terminal, summary.json, and one HTML page."""
 
 from __future__ import annotations

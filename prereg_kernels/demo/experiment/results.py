@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of an experiment or a sweep in its directory, and the settings that they belong to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the units' results to what they say: paired differences, their intervals, a headline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transfer test: a kind of question that training never asked, learned afterwards from few
 scenes, PRe switched off. What a model still holds of the image shows in how well it learns that.
 """

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's model: a tiny LLaVA, its vision tower, and its files."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny LLaVA from configs: a CLIP tower, an MLP projector and a Llama decoder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of a checkpoint: written as a plain Hugging Face directory, and read back whole."""
 
 from __future__ import annotations

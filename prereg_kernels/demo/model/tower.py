@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vision tower learns to see the digits, once, and is then shared by all runs.
 
 Each patch that belongs to a digit must name its class, its four attributes and its cell, through a

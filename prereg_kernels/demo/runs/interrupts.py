@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals that wait for the end of a step."""
 
 from __future__ import annotations

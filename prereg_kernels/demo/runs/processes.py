@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's loop is of one process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's directory: what it holds, and how those of version 0.1.0 are told, which have no mark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs units of work in parallel processes, one thread each, and shows how they do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep's pictures: the effect against each setting. They only read results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sweep found: every setting against its baseline, as JSON, a Markdown page and plots."""
 
 from __future__ import annotations

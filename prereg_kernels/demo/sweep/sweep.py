@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A paired sweep over PRe's settings, one at a time, about those of an experiment.
 
 For each seed there is one baseline, which all settings share: same data, same initial weights. The

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backends of the algorithm: a file or folder each, and the registry that chooses among them."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a backend has to provide: the row primitives, and the stages of the algorithm.
 
 The tensors are named as in the paper: h (n, D) hidden states, u and g (n, M) pre-activation and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled row primitives (csrc/) for CPUs, in the variant for this CPU's instructions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles csrc/ with ninja. `prereg build` imports this file; setup.py loads it by its path.
 
 The result is plain libraries of torch ops without Python in them, one for each instruction set in

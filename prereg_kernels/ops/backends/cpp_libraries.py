@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The libraries of the C++ kernels: where they are, whether they run here, and why not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backends there are, and which one a call gets. `base.py` says what a backend is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The row primitives in plain PyTorch: they run on any device, and take every loss."""
 
 from __future__ import annotations

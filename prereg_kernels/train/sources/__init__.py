@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where samples come from: a module of this folder is a format, and its Source reads it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA's format: {"conversations": [{"from": "human", "value": "..."}, ...], "image": "a.jpg"}.
 
 "<image>" in a human's turn is the place of an image. "image" is a path, a list of them, or absent.

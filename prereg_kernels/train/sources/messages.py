@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's conversational vision format: {"messages": [...], "images": [...]}.
 
 A content is text, or a list of parts as {"type": "text", "text": ...} and {"type": "image"}. Local

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """WebDataset shards: tar files with x.json and x.jpg, or x.0.jpg and x.1.jpg, for each sample.
 
 x.json is a record of LLaVA's format or of TRL's messages. Image paths in it are not read.

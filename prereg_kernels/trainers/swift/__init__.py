@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe in ms-swift (4.6): `swift sft --external_plugins $(prereg swift-plugin) ...`.
 
 Settings are read where its other settings of a model come from: the key "pre" of its

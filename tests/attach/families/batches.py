@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches for the models of the families: words and visual tokens, padded, with pixels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny random model of each family, from configs, and how its processor would lay out pixels."""
 
 from __future__ import annotations

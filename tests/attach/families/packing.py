@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of a batch in one row, told apart by their positions, which begin anew."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Anchors, levels and fractions on every family; packed sequences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models outside of the table, models inside of wrappers, and what their errors say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PRe on every family: the term, its anchor and its layers, and what must stay as it was."""
 
 from __future__ import annotations

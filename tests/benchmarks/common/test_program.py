@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a program does with failures, and at its end."""
 
 from __future__ import annotations

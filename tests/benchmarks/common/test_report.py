@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Summaries, bars, files and tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line of a study: measured with its counts, kept in a file, shown as a table."""
 
 from __future__ import annotations

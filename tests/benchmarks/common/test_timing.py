@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interleaved measurements, and limits of time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole of `make gpu-first` on a CPU, at sizes of no importance: `make test-gpu-first`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the two runs, and the programs that are theirs alone, at their tiny size."""
 
 from __future__ import annotations

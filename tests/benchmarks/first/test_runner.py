@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runner of parts: budgets, failures, hangs, and files that are whole after every part."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark's own code, where there is no GPU: a tiny run, its file, table and sums."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of peers: what each computes, and that a line of it is enough for every benchmark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suites of `pytest benchmarks --benchmark-only`: what is run, set up, refused and compared."""
 
 from __future__ import annotations

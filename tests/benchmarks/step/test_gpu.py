@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training-step benchmark's own code, where there is no GPU: sums, checks, a tiny run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of the measures runs, and its values are those of its features."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The curves benchmark's own code, where there is no GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The study of where what no question asks is lost: a tiny run of what it repeats."""
 
 from __future__ import annotations

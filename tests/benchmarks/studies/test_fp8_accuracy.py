@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The emulation of fp8 matmuls: against torch's own, and without fp8 against the package."""
 
 from __future__ import annotations

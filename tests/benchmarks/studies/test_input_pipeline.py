@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The study of the input pipeline, on few samples."""
 
 from __future__ import annotations

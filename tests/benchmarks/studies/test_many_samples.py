@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The study of large JSON files, on a small one."""
 
 from __future__ import annotations

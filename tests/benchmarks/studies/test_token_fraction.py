@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of token_fraction: a tiny run of what it repeats."""
 
 from __future__ import annotations

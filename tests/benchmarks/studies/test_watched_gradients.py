@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The study of watched gradients: its sums."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes Triton's interpreter compute what a GPU would. Import it where TRITON_INTERPRET is set.
 
 As it comes, it truncates to bfloat16, and it skips assertions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the row primitives against formulas in float64, for any backend on the CPU.
 
 A matrix can be laid out as the pipeline's views are: rows apart from each other, off the alignment

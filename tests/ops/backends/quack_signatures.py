@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What quack-kernels 0.6.5 takes, as its sources have it, without types; and computes, on CPUs.
 
 gemm_act and gemm_dact are in quack/gemm_interface.py, dact_dbias_mod in quack/epilogue/library.py,

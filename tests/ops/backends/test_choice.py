@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice of a backend, and what is said where one does not run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled row primitives, in every variant that this CPU can run."""
 
 from __future__ import annotations

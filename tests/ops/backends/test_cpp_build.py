@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The build of the C++ kernels: what is compiled again, what fails, and what stays as it was.
 
 The sources are tiny, and two libraries without content stand for torch's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which libraries of the C++ kernels are used, why none is, and what a user is told to run."""
 
 from __future__ import annotations

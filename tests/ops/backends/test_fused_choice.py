@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused stages: off, not imported, and by PREREG_FUSED alone. No GPU, and no Triton, is needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which GPUs Triton runs on: each by itself, and none where nothing can be compiled.
 
 No GPU is needed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each row primitive of plain PyTorch against a formula in float64."""
 
 from __future__ import annotations

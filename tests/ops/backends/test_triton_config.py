@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton backend decides without Triton: block sizes, and whether it runs at all."""
 
 from __future__ import annotations

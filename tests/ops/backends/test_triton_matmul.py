@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused matmuls against formulas in float64: interpreted on a CPU, or on a GPU.
 
 TRITON_INTERPRET=1 python -m pytest tests/ops/backends/test_triton_matmul.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole loss on Triton's row kernels, by the rule for its numbers.
 
 TRITON_INTERPRET=1 python -m pytest tests/ops/backends/test_triton_pipeline.py

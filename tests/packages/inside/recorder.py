@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trainer's steps were: written by Trainer's own methods, which all trainers here end in.
 
 STEP.pt, with .RANK before it on other ranks than 0: "weights" before the step, "batches" as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In every process of a trainer: its steps are written down (`recorder`), in RECORDED's folder.
 
 Python imports this by itself, as its folder is on PYTHONPATH. What trainers start by torchrun, by

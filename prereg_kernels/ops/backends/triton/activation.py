@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The activations and their derivatives, with the bias before and its gradient after them.
 
     gelu: u Phi(u)      gelu_tanh: u sigmoid(2 v), v = sqrt(2 / pi) (u + 0.044715 u^3)

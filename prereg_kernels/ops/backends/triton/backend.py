@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The row primitives in Triton, for NVIDIA and AMD GPUs."""
 
 from __future__ import annotations

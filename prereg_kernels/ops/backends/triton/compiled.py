@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that Triton has compiled, launched past its own way there.
 
 With every launch, `kernel[grid](...)` binds the arguments to names, writes the text by which it

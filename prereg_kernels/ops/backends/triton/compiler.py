@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C compiler with which Triton builds, at run time, what launches a kernel."""
 
 from __future__ import annotations

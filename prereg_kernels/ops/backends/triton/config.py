@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block sizes and numbers of warps: pure functions of shapes, without triton."""
 
 from __future__ import annotations

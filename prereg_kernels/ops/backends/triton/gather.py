@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows gathered by index, in another dtype."""
 
 import triton

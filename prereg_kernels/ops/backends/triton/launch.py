@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How kernels are launched, and what several of them need."""
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of tokens and their gradient: which kernel, and its launch."""
 
 from prereg_kernels.ops.backends.base import LossChunk

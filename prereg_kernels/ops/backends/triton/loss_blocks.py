@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of tokens and their gradient, for rows too long for registers: in blocks of columns."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses between a prediction and a target, and their gradient, an element at a time.
 
 With p and q the normalised prediction and target, and C columns:

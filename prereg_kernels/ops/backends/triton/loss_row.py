@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of tokens and their gradient, with a whole row in registers."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The row primitives as functions of tensors, each of which launches its kernel."""
 
 from prereg_kernels.ops.backends.triton.activation import activate, activation_backward

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows scattered by index, scaled, in another dtype."""
 
 import triton

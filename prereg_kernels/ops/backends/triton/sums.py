@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Partial column sums, added up in a fixed order."""
 
 import triton

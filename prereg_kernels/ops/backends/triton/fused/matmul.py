@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A matmul of tensor descriptors in Triton: what the fused matmuls have in common.
 
 The operands come through descriptors (TMA on NVIDIA's Hopper and later), which fill with zeros what

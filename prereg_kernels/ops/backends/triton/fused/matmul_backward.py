@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused matmuls of the backward pass: d W and act'(u), d W and the scatter into dh."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which stages are fused, and the tiles of their matmuls: pure functions, without triton."""
 
 from __future__ import annotations

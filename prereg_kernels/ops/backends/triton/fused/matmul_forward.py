@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused matmuls of the forward pass: x W^T and the activation, x W^T and the tokens' losses."""
 
 import triton

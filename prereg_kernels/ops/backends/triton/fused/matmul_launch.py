@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused matmuls as functions of tensors: descriptors, partials and launches."""
 
 from __future__ import annotations

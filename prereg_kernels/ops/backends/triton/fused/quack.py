@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two stages as fused matmuls of quack-kernels, where it is installed and PREREG_FUSED=quack.
 
 The first product of a head with bias and gelu, its pre-activation stored; and the product of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages of the algorithm as fused matmuls in Triton, where the plan and the tensors allow."""
 
 from __future__ import annotations
