@@ -65,7 +65,8 @@ def walk(
     parts_of_blocks = _parts_of_blocks(model, of_parameter)
     with _fewer(model, family.layers_of(model), layers) as repeated:
         runs = [trace_step(model, lengthened(small, new - length)) for new in lengths]
-        images = [trace_step(model, lengthened(batch, lengths[0] - length)) for batch in batches[:-1]]
+        more = lengths[0] - length
+        images = [trace_step(model, lengthened(batch, more)) for batch in batches[:-1]]
     for run in (*runs, *images):
         for path, of in repeated.items():
             run[path] = run[of]
