@@ -115,7 +115,7 @@ def read_config(directory: Path) -> tuple[Any, list[str]]:
 
     content = read_content(directory)
     path, kind = directory / "config.json", content.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING and kind not in CONFIGS:
+    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and kind not in CONFIGS):
         code = ", and the code that its auto_map names does not run here" * ("auto_map" in content)
         raise ValueError(
             f"{path}: expected a model_type of transformers {__version__}, got {kind!r}{code}. For "

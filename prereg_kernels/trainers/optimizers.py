@@ -100,7 +100,9 @@ class HeadNorm(TrainerCallback):
         norm, total = self._norm, logs.get("grad_norm")
         self._norm = None
         limit = self._trainer.args.max_grad_norm
-        if norm is None or (limit and total is None):  # 4.57 logs none where it does not clip
+        factor: float | None = 1.0  # 4.57 logs no "grad_norm" where it does not clip
+        if limit:
+            factor = None if total is None else min(1.0, limit / (total + 1e-6))
+        if norm is None or factor is None:
             return torch.full((1,), math.nan)
-        factor = min(1.0, limit / (total + 1e-6)) if limit else 1.0
         return distributed.whole(norm)[None] / factor
