@@ -39,6 +39,26 @@ from prereg_kernels.cli.reduced import COUNTS, DEPTHS
 MOST = 4096
 """Layers, or experts of a layer. A config with more would keep transformers busy for hours."""
 
+# What transformers 4.57 has and its mappings lack: the names that its own save_pretrained writes,
+CONFIGS = {
+    "EvollaModel": "EvollaConfig",
+    "lfm2-vl": "Lfm2VlConfig",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerConfig",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerConfig",
+}
+# and the classes of types that it lists elsewhere, or by another name.
+CLASSES = {
+    "EvollaModel": "EvollaForProteinText2Text",
+    "instructblipvideo": "InstructBlipVideoForConditionalGeneration",
+    "lfm2-vl": "Lfm2VlForConditionalGeneration",
+    "phi4_multimodal": "Phi4MultimodalForCausalLM",
+    "qwen2_5_omni": "Qwen2_5OmniForConditionalGeneration",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "video_llava": "VideoLlavaForConditionalGeneration",
+}
+
 
 def doctor_model(directory: Path, as_json: bool) -> bool:
     """The command: prints the report, and returns whether PRe works on the model.
@@ -91,11 +111,12 @@ def read_config(directory: Path) -> tuple[Any, list[str]]:
     Raises:
         ValueError: no config, or none of a type that transformers has.
     """
+    import transformers
     from transformers import CONFIG_MAPPING, __version__
 
     content = read_content(directory)
     path, kind = directory / "config.json", content.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and kind not in CONFIGS):
         code = ", and the code that its auto_map names does not run here" * ("auto_map" in content)
         raise ValueError(
             f"{path}: expected a model_type of transformers {__version__}, got {kind!r}{code}. For "
@@ -105,7 +126,10 @@ def read_config(directory: Path) -> tuple[Any, list[str]]:
     with naming(path):
         left_out: list[str] = []
         content = without_code(content, left_out, CODE | {QUANTISED})
-        config = CONFIG_MAPPING[kind].from_dict(content)
+        if kind in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[kind].from_dict(content)
+        else:
+            config = getattr(transformers, CONFIGS[kind]).from_dict(content)
         _check_counts(config.to_dict())
     return config, sorted(set(left_out) - {QUANTISED})
 
@@ -122,6 +146,7 @@ def model_class(directory: Path, config: Any) -> Any:
     for names in (
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),  # from 5
+        CLASSES,
         dict.fromkeys([config.model_type], next(iter(config.architectures or ()), "")),
     ):
         kind = getattr(transformers, str(names.get(config.model_type)), None)

@@ -19,7 +19,8 @@ DEPTHS = (
 NUMBERS = re.compile(r"(index|indexes|indices|idxs|layers)$")  # what lists of layers are called
 WIDTHS = re.compile(r"^(moe_|shared_expert_|dense_)?intermediate_size(_mlp)?$|ffn_dim$|^d_ff$")
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = re.compile(r"top_?k|per_tok(en)?$|^moe_k$")  # how many of the experts a token goes to
+# How many of the experts a token goes to. `top_k` alone is generation's, 50 in any config of 4.57.
+CHOSEN = re.compile(r"^(?!top_k$).*top_?k|per_tok(en)?$|^moe_k$")
 # Layers that end the decoder and take keys and values of layers before; without them it is whole.
 NONE_OF = ("num_kv_shared_layers", "num_nextn_predict_layers")
 OUTSIDE = re.compile(r"vision_feature_layers?$|deepstack_layer_map$|spatial_target_layers$")

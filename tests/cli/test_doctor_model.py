@@ -29,7 +29,8 @@ from prereg_kernels.cli import made_up
 from prereg_kernels.cli.commands import main
 from prereg_kernels.cli.doctor_model import examine_model
 from tests.checkup.pictures import save_tokenizer
-from tests.releases import is_here, needs
+from tests.cli.test_reduced import default
+from tests.releases import HERE, is_here, needs
 from tests.tiny import IMAGE_TOKEN, LAYERS, PATCHES, WIDTH, make_batch, tiny_llava
 from tests.zoo import CASES, sample
 from tests.zoo.refused import REFUSED
@@ -220,13 +221,15 @@ def test_a_check_in_part_is_told() -> None:
 
 
 def test_layers_that_are_not_the_decoder_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llava().eval()
+    [encoder] = (n for n, _ in model.named_modules() if n.endswith("encoder"))
     family = Family(
-        "mine", layers="model.vision_tower.encoder.layers",
-        language_model="model.vision_tower.encoder", visual_tokens=("image_token_id",),
+        "mine", layers=f"{encoder}.layers", language_model=encoder,
+        visual_tokens=("image_token_id",),
     )  # fmt: skip
     monkeypatch.setattr(regularizer, "resolve", lambda *_: Resolution(family, "listed", {}))
     monkeypatch.setattr(made_up, "resolve", lambda *_: Resolution(family, "listed", {}))
-    said, works = made_up._checked(tiny_llava().eval(), make_batch())
+    said, works = made_up._checked(model, make_batch())
     assert not works and said.startswith("error: ")
 
 
@@ -334,12 +337,13 @@ def test_every_type_of_the_zoo(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="requires the timm library"):
             examine_model(tmp_path)
         return
-    read = AutoConfig.from_pretrained(tmp_path)
-    if name == "granite4_vision" and read.qformer_config.num_attention_heads == 0:
-        # From 5.24 it is set to the tower's width / 64 as a config is read: 0 for one this small.
-        with pytest.raises(ValueError, match="cannot build one of it: ZeroDivisionError"):
-            examine_model(tmp_path)
-        return
+    if name == "granite4_vision":
+        read = AutoConfig.from_pretrained(tmp_path)
+        if read.qformer_config.num_attention_heads == 0:
+            # From 5.24 it is set to the tower's width / 64 as a config is read: 0 for one so small.
+            with pytest.raises(ValueError, match="cannot build one of it: ZeroDivisionError"):
+                examine_model(tmp_path)
+            return
     report, works = examine_model(tmp_path)
     facts = report["model"]
     assert facts["class"] == type(model).__name__
@@ -352,6 +356,25 @@ def test_every_type_of_the_zoo(name: str, tmp_path: Path) -> None:
     for field, what in resolution.how.items():
         assert facts[field] == what
     assert facts["layer"].endswith(f"of {len(resolution.family.layers_of(model))}")
+
+
+@pytest.mark.parametrize("model_type", ["lfm2_vl", "lfm2-vl"])
+def test_both_names_of_a_type(model_type: str, tmp_path: Path) -> None:
+    """The hub's, and that of transformers 4.57, whose own AutoConfig does not read it."""
+    sample("lfm2_vl").model.config.save_pretrained(tmp_path)
+    change(tmp_path / "config.json", model_type=model_type)
+    report, works = examine_model(tmp_path)
+    assert works and report["model"]["family"] == "LFM2-VL, listed"
+    assert report["model"]["class"] == "Lfm2VlForConditionalGeneration"
+
+
+@pytest.mark.skipif(HERE >= (5, 0), reason="later releases have a default")
+def test_what_transformers_cannot_build_is_one_line(tmp_path: Path, run: Run) -> None:
+    CONFIG_MAPPING["qwen3_vl_moe"]().save_pretrained(tmp_path)  # without rope_scaling
+    done = run(tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("prereg: ") and "cannot build one of it: AttributeError: " in line
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -386,7 +409,7 @@ def test_every_refused_type(name: str, tmp_path: Path) -> None:
     ) if is_here(case[0])],
 )  # fmt: skip
 def test_a_type_at_its_default_size(name: str, layers: int, width: int, tmp_path: Path) -> None:
-    CONFIG_MAPPING[name]().save_pretrained(tmp_path)
+    default(name).save_pretrained(tmp_path)
     report, works = examine_model(tmp_path)
     facts = report["model"]
     assert works and facts["layer"] == f"{layers // 2}, the middle of {layers}"

@@ -12,9 +12,17 @@ from transformers import CONFIG_MAPPING
 
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.cli.reduced import EXPERTS, MLP, reduced
-from tests.releases import is_here
+from tests.releases import HERE, is_here
 from tests.zoo import sample
 from tests.zoo.parts import CLASSES
+
+
+def default(name: str) -> Any:
+    """A type's config as it is built from its defaults."""
+    config = CONFIG_MAPPING[name]()
+    if HERE < (5, 0) and name.startswith("qwen3_vl"):  # whose classes read it, set or not
+        config.text_config.rope_scaling = {"rope_type": "default", "mrope_section": [24, 20, 20]}
+    return config
 
 
 def on_meta(config: Any) -> Any:
@@ -31,7 +39,7 @@ def on_meta(config: Any) -> Any:
     ) if is_here(case[0])],
 )  # fmt: skip
 def test_the_parts_are_where_they_were(name: str, layers: int, most: float) -> None:
-    whole, small = on_meta(CONFIG_MAPPING[name]()), on_meta(reduced(CONFIG_MAPPING[name]()))
+    whole, small = on_meta(default(name)), on_meta(reduced(default(name)))
     assert resolve(small).family == resolve(whole).family
     assert len(resolve(small).family.layers_of(small)) == layers
     assert sum(p.numel() for p in small.parameters()) < most
@@ -71,6 +79,12 @@ def test_experts_are_as_many_as_a_token_goes_to() -> None:
     small = reduced(config).text_config
     assert (small.num_experts, small.moe_intermediate_size) == (EXPERTS, MLP)
     assert small.hidden_size == config.text_config.hidden_size
+
+
+def test_top_k_of_generation_is_no_number_of_experts() -> None:
+    config = CONFIG_MAPPING["qwen3_vl_moe"]()
+    config.text_config.top_k = 50  # as any config has it that a release before 5 wrote
+    assert reduced(config).text_config.num_experts == EXPERTS
 
 
 def test_what_is_small_stays() -> None:
