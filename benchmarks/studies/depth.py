@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where what no question asks is lost, and where PRe keeps it: the demo's model, from its tower on.
 
-    python -m benchmarks.studies.depth             # 20 runs: about 25 minutes on one quiet core
-    python -m benchmarks.studies.depth --table     # prints what is there
+    python -m benchmarks.studies.depth --workers 2    # 20 runs on two cores
+    python -m benchmarks.studies.depth                # the same, one after the other
+    python -m benchmarks.studies.depth --table        # prints what is there
 
 Trains the demo's model on paired seeds without PRe and with it, and reads each attribute of a digit
 from the mean of its patches, at the tower's output, the projector's and every layer's: by a linear
@@ -14,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -60,6 +64,15 @@ def run_config(variant: str, seed: int, steps: int | None = None) -> Any:
     return run
 
 
+def prepare(cache: str) -> None:
+    """Train the tower that all runs share, if it is not there."""
+    from prereg_kernels.demo.loop import Stepper
+
+    torch.set_num_threads(1)
+    run = run_config(BASELINE, SEEDS[0])
+    Stepper(replace(run, stages=run.stages[-1:]), cache)
+
+
 def objects(model: Any, scenes: Any, count: int) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
     """Of the digits of `count` scenes: features (O, D) at the tower's output, the projector's and
     every layer's, each attribute's class (O,), and each digit's scene (O,)."""
@@ -95,6 +108,7 @@ def train_and_measure(variant: str, seed: int, steps: int | None, cache: str) ->
     from prereg_kernels.demo.data.scenes import Scenes
     from prereg_kernels.demo.loop import train
 
+    torch.set_num_threads(1)
     run = run_config(variant, seed, steps)
     with tempfile.TemporaryDirectory() as out:
         trained = train(run, out, cache_dir=cache, progress=False, tensorboard=False)
@@ -197,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, help="of the last stage; by default the demo's")
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--cache", default="runs/scenes/cache", help="where trained towers are")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true")
@@ -206,14 +221,19 @@ def main() -> None:
         stored = json.loads(arguments.out.read_text())
     if arguments.table:
         return print(format_table(stored))
-    torch.set_num_threads(1)
     done = {(row["variant"], row["seed"]) for row in stored["runs"]}
-    for seed in SEEDS[: arguments.seeds]:
-        for variant in VARIANTS:
-            if (variant, seed) not in done:
-                row = train_and_measure(variant, seed, arguments.steps, arguments.cache)
-                stored["runs"].append(row)
-                write_json(stored, arguments.out)
+    todo = [(v, s) for s in SEEDS[: arguments.seeds] for v in VARIANTS if (v, s) not in done]
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context) as pool:
+        pool.submit(prepare, arguments.cache).result()
+        runs = [
+            pool.submit(train_and_measure, variant, seed, arguments.steps, arguments.cache)
+            for variant, seed in todo
+        ]
+        for run in as_completed(runs):
+            stored["runs"].append(run.result())
+            write_json(stored, arguments.out)
     print(format_table(stored))
 
 

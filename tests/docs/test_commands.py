@@ -51,7 +51,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.fp8_accuracy",
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
-        "python -m benchmarks.studies.depth",
+        "python -m benchmarks.studies.depth --workers 2",
         "python -m benchmarks.studies.many_samples",
         "python -m benchmarks.step.cpu",
         "python -m benchmarks.step.structures",
