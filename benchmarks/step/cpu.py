@@ -217,8 +217,8 @@ def table(results: Json) -> str:
         guess = cpu.left_out(results["rows"], number)
         case = " ".join(str(x) for x in row["case"].values())
         lines.append(
-            f"{case:<50} {row['seconds']:7.3f} s {guess['seconds'] / row['seconds'] - 1:+6.1%}"
-            f"  {row['bytes'] / 2**20:7.1f} MiB {guess['bytes'] / row['bytes'] - 1:+6.1%}"
+            f"{case:<50} {row['seconds']:7.3f} s {_miss(guess, row, 'seconds')}"
+            f"  {row['bytes'] / 2**20:7.1f} MiB {_miss(guess, row, 'bytes')}"
             f"  {row['counted_peak']}"
         )
     for name in ("seconds", "bytes"):
@@ -228,6 +228,11 @@ def table(results: Json) -> str:
         )
     lines.append(f"rates: {calibration.rates}, overhead {calibration.overhead}")
     return "\n".join(lines)
+
+
+def _miss(guess: Json, row: Json, name: str) -> str:
+    """By how much; a tiny model's step may add no page to what the process has."""
+    return f"{guess[name] / row[name] - 1:+6.1%}" if row[name] else "   n/a"
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from benchmarks.studies.fp8_accuracy import (
     quantised_operands,
     subsets,
 )
+from prereg_kernels.ops import custom_ops
 from tests.helpers import make_problem, relative_error, run_tap, run_truth
 
 NOTHING: frozenset[str] = frozenset()
@@ -95,17 +96,35 @@ def test_the_product_is_that_of_torch(name: str, scheme: object) -> None:
     assert 0.01 < relative_error(ours, a.double() @ b.double()) < 0.1
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
-def test_without_fp8_it_is_the_package(dtype: torch.dtype) -> None:
-    """In bfloat16: no further from truth than the tap, which rounds at the same places."""
-    problem = problem_of(dtype)
+def test_without_fp8_it_is_the_package() -> None:
+    problem = problem_of(torch.float64)
     truth, tap = by_name(run_truth(problem)), by_name(run_tap(problem))
     step = Step(problem, SCHEMES[0])
     for name, true in truth.items():
         ours = step.result(name, NOTHING)
         assert ours.dtype == tap[name].dtype
-        bound = 1e-12 if dtype == torch.float64 else 1.3 * relative_error(tap[name], true) + 1e-6
-        assert relative_error(ours, true) <= bound
+        assert relative_error(ours, true) <= 1e-12
+
+
+def test_without_fp8_it_rounds_as_the_package_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16: no further from truth than the tap, which rounds at the same places, as it does
+    wherever the processor multiplies bfloat16. Over some problems, as the loss, a single number,
+    may be right by chance.
+    """
+    monkeypatch.setattr(custom_ops, "operand_dtype", lambda dtype, device: dtype)
+    errors: dict[str, tuple[list[float], list[float]]] = {}
+    for seed in range(8):
+        problem = make_problem((50,), (32, 24, 40), dtype=torch.bfloat16, seed=seed)
+        truth, tap = by_name(run_truth(problem)), by_name(run_tap(problem))
+        step = Step(problem, SCHEMES[0])
+        for name, true in truth.items():
+            ours = step.result(name, NOTHING)
+            assert ours.dtype == tap[name].dtype
+            mine, its = errors.setdefault(name, ([], []))
+            mine.append(relative_error(ours, true))
+            its.append(relative_error(tap[name], true))
+    for name, (mine, its) in errors.items():
+        assert math.hypot(*mine) <= 1.3 * math.hypot(*its), name
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=[x.name for x in SCHEMES])
