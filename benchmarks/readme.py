@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.loss.cpu_table import format_tables
+from benchmarks.studies import depth
 from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.settings_file import from_dict
 from prereg_kernels.checkup.words import plus_minus, verdict
@@ -207,6 +208,13 @@ def pays_section() -> str:
     return "\n".join(lines)
 
 
+def depth_section() -> str:
+    """The tables of where the unasked is lost; its pictures, into docs/images/."""
+    stored = json.loads(depth.OUT.read_text())
+    depth.plot(stored, ROOT / "docs" / "images")
+    return depth.format_table(stored)
+
+
 def sweep_section() -> str:
     """The tables of an earlier sweep, about another centre."""
     stored = json.loads((RESULTS / "fidelity.json").read_text())
@@ -250,6 +258,7 @@ def main() -> None:
     fill(ROOT / "docs" / "demo.md", "demo", demo_section())
     fill(ROOT / "docs" / "performance.md", "cpu-table", cpu_section())
     fill(ROOT / "docs" / "fidelity.md", "few-shot", few_shot_section())
+    fill(ROOT / "docs" / "why.md", "depth", depth_section())
     fill(ROOT / "docs" / "fidelity.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 

@@ -126,10 +126,17 @@ def train_and_measure(variant: str, seed: int, steps: int | None, cache: str) ->
     return {"variant": variant, "seed": seed, **found, "machine": machine}
 
 
-def values(rows: list[dict[str, Any]], variant: str, measure: str, place: int) -> list[float]:
+def seeds_of(rows: list[dict[str, Any]], variant: str) -> list[int]:
+    """Those of its runs that are there."""
+    return sorted(row["seed"] for row in rows if row["variant"] == variant)
+
+
+def values(
+    rows: list[dict[str, Any]], variant: str, measure: str, place: int, seeds: list[int]
+) -> list[float]:
     """One value a seed: the mean over the attributes that no question asks."""
-    mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["seed"])
-    return [fmean(v[place] for k, v in row[measure].items() if k != "digit") for row in mine]
+    found = {row["seed"]: row[measure] for row in rows if row["variant"] == variant}
+    return [fmean(v[place] for k, v in found[seed].items() if k != "digit") for seed in seeds]
 
 
 def place_names(rows: list[dict[str, Any]]) -> list[str]:
@@ -146,9 +153,11 @@ def format_table(stored: dict[str, Any]) -> str:
     rows = stored["runs"]
     there = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     names = place_names(rows)
+    base_seeds = seeds_of(rows, BASELINE)
+    paired = {name: [x for x in seeds_of(rows, name) if x in base_seeds] for name in there}
     effects = {
         (measure, variant, place): Effect.of(
-            values(rows, BASELINE, measure, place), values(rows, variant, measure, place)
+            *(values(rows, x, measure, place, paired[variant]) for x in (BASELINE, variant))
         )
         for measure in MEASURES
         for variant in there[1:]
@@ -157,23 +166,23 @@ def format_table(stored: dict[str, Any]) -> str:
     certain = dict(zip(effects, holm([x.p_value for x in effects.values()]), strict=True))
     lines = []
     for measure, title in MEASURES.items():
-        lines += [f"**{title[0].upper()}{title[1:]}**", "", f"| | {' | '.join(names)} |"]
-        lines.append("|---" * (len(names) + 1) + "|")
-        base = [fmean(values(rows, BASELINE, measure, place)) for place in range(len(names))]
-        lines.append(f"| {BASELINE} | {' | '.join(f'{100 * x:.1f}' for x in base)} |")
+        lines += [f"**{title[0].upper()}{title[1:]}**", "", f"| | seeds | {' | '.join(names)} |"]
+        lines.append("|---" * (len(names) + 2) + "|")
+        base = [fmean(values(rows, BASELINE, measure, i, base_seeds)) for i in range(len(names))]
+        cells = [str(len(base_seeds)), *(f"{100 * x:.1f}" for x in base)]
+        lines.append(f"| {BASELINE} | {' | '.join(cells)} |")
         for variant in there[1:]:
-            cells = [""]
+            cells = [str(len(paired[variant])), ""]
             for place in range(1, len(names)):
                 key = measure, variant, place
                 mark = " \\*" * bool(certain[key])
                 cells.append(plus_minus(effects[key].difference, 100, ".1f") + mark)
             lines.append(f"| {variant} | {' | '.join(cells)} |")
         lines.append("")
-    seeds = sorted({row["seed"] for row in rows})
     made = dict.fromkeys(made_on(row["machine"]) for row in rows)
     lines.append(
-        f"Means over the attributes that no question asks and over {len(seeds)} paired seeds "
-        f"({seeds[0]} to {seeds[-1]}). The first row of a table has levels, the others differences "
+        f"Means over the attributes that no question asks and over paired seeds, "
+        f"{base_seeds[0]} to {base_seeds[-1]}. The first row has levels, the others differences "
         f"to it, and half their 95% t interval. \\*: clear after Holm's correction for all "
         f"{len(effects)}. {'; '.join(made)}."
     )
@@ -193,7 +202,8 @@ def plot(stored: dict[str, Any], directory: Path) -> None:
             mine = [row for row in rows if row["variant"] == variant]
             if not mine:
                 continue
-            unasked = [fmean(values(rows, variant, measure, i)) for i in range(len(names))]
+            seeds = seeds_of(rows, variant)
+            unasked = [fmean(values(rows, variant, measure, i, seeds)) for i in range(len(names))]
             asked = [fmean(row[measure]["digit"][i] for row in mine) for i in range(len(names))]
             for axis, curve in zip(axes, (unasked, asked), strict=True):
                 axis.plot(range(len(names)), [100 * x for x in curve], marker="o", label=variant)
