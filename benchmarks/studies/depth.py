@@ -196,7 +196,7 @@ def plot(stored: dict[str, Any], directory: Path) -> None:
     rows = stored["runs"]
     names = [name.removeprefix("layer ") for name in place_names(rows)]
     for measure, title in MEASURES.items():
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
         axes = figure.subplots(1, 2)
         for variant in VARIANTS:
             mine = [row for row in rows if row["variant"] == variant]
