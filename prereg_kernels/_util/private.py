@@ -260,3 +260,10 @@ NEMO_MODELS = "nemo_automodel._transformers.auto_model"
 """The module whose `apply_model_infrastructure` a model goes through that NeMo has made."""
 NEMO_METHODS = frozenset({"_dp_allreduce", "_get_dp_group_size"})
 """Of its recipes: a sum over the data-parallel ranks, and their number."""
+
+
+def copies_of_offline() -> list[tuple[Any, str]]:
+    """(module, name) of what transformers before 5 copies of the hub's offline flag when imported,
+    and asks from then on."""
+    hub = importlib.import_module("transformers.utils.hub")
+    return [(hub, name) for name in ("_is_offline_mode",) if hasattr(hub, name)]

@@ -186,8 +186,12 @@ def offline() -> Iterator[None]:
     """Without the hub, whatever asks for it."""
     from huggingface_hub import constants
 
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    flags = [(constants, "HF_HUB_OFFLINE"), *private.copies_of_offline()]
+    before = [getattr(module, name) for module, name in flags]
     try:
+        for module, name in flags:
+            setattr(module, name, True)
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        for (module, name), value in zip(flags, before, strict=True):
+            setattr(module, name, value)

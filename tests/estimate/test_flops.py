@@ -17,8 +17,9 @@ from prereg_kernels.estimate.walk import CHUNK, lengthened, walk
 from prereg_kernels.train.parts import parts_of, set_trainable
 from tests.zoo import CASES, sample
 
-# Inkling's attention has a bias that is computed of its states; Florence-2 has a decoder of text
-QUICK = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "inkling_mm_model", "florence2")
+# Inkling's attention has a bias that is computed of its states, Florence-2 a decoder of text;
+# Gemma 3n embeds words with its projectors.
+QUICK = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "inkling_mm_model", "florence2", "gemma3n")
 REFUSED = {"git", "idefics", "mllama"}  # of which PRe knows no parts
 
 
@@ -51,8 +52,9 @@ def on_meta(model: nn.Module) -> Any:
     return twin
 
 
-def check(name: str, trains: tuple[str, ...]) -> None:
-    """Of a longer batch than the ones that were walked through."""
+def check(name: str, trains: tuple[str, ...], *, by_default: bool = False) -> None:
+    """Of a longer batch than the ones that were walked through; by_default: at the lengths that
+    the walk takes by itself."""
     case = sample(name)
     batch = next(case.batches[scene] for scene in ("images", "videos") if scene in case.batches)
     parts = parts_of(case.model)
@@ -60,7 +62,8 @@ def check(name: str, trains: tuple[str, ...]) -> None:
     # Between multiples of it, linear attention's products are those of a whole chunk more
     short = batch.inputs["input_ids"].shape[1]
     lengths = [CHUNK * (short // CHUNK + chunks) for chunks in (1, 2, 4)]
-    structure = walk(on_meta(case.model), [batch.inputs], name, parts, trains, lengths)
+    given = None if by_default else lengths
+    structure = walk(on_meta(case.model), [batch.inputs], name, parts, trains, given)
     set_trainable(case.model, trains)
     inputs = lengthened(batch.inputs, CHUNK * (short // CHUNK + 3) - short)
     forward, total = counted(case.model, inputs)
@@ -79,6 +82,11 @@ def check(name: str, trains: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_a_step(name: str) -> None:
     check(name, ("projector", "llm"))
+
+
+def test_the_lengths_of_a_walk_are_whole_chunks() -> None:
+    """Of linear attention, whose products are no polynomial in between."""
+    check("qwen3_5", ("projector", "llm"), by_default=True)
 
 
 @pytest.mark.parametrize("trains", [("projector",), ("tower", "projector", "llm")])

@@ -455,3 +455,9 @@ def test_the_group_of_ulysses(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (ModuleType("deepspeed"), ModuleType("deepspeed.utils"), groups):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert private.ulysses_group() == "ranks"
+
+
+def test_copies_of_the_offline_flag() -> None:
+    """transformers' own from before 5, which reads the hub's since."""
+    copies = [name for _, name in private.copies_of_offline()]
+    assert copies == (["_is_offline_mode"] if HERE < (5, 0) else [])
