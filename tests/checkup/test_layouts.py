@@ -20,6 +20,7 @@ from prereg_kernels.checkup.images.datasets import Sample
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.images.layouts import family_with_layout
 from prereg_kernels.checkup.images.patches import TokenGrid, regular_grid
+from prereg_kernels.checkup.images.processing import make
 from prereg_kernels.checkup.loading import Loaded
 from tests.attach.families.models import CASES as MODELS
 from tests.attach.families.models import TILES, llava_next
@@ -209,3 +210,16 @@ def test_markers_and_processors_are_there(model_type: str) -> None:
         name, settings = family.processor(config)
         assert issubclass(getattr(hf, name), hf.image_processing_utils.BaseImageProcessor)
         assert getattr(hf, name)(**settings) is not None
+
+
+def test_bounds_of_a_processor_that_ignores_size() -> None:
+    """As Qwen2VLImageProcessor of transformers 4.57 does; what a file says of both stays."""
+
+    class Ignores:
+        def __init__(self, min_pixels: int = 1, max_pixels: int = 2, size: Any = None) -> None:
+            self.bounds = min_pixels, max_pixels
+
+    size = {"shortest_edge": 100, "longest_edge": 900}
+    assert make(Ignores, {"size": size}).bounds == (100, 900)
+    assert make(Ignores, {"size": size, "max_pixels": 500}).bounds == (100, 500)
+    assert make(Ignores, {"size": {"height": 3, "width": 3}}).bounds == (1, 2)

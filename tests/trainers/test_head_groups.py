@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from prereg_kernels import PReConfig, apply_pre
+from prereg_kernels.trainers.optimizers import HeadNorm
 from tests.releases import HERE
 from tests.tiny import gradients, tiny_llava
 from tests.trainers.rows import Gradients, make_trainer
@@ -123,6 +126,18 @@ def test_the_norm_of_the_heads_gradient(tmp_path: Path, limit: float) -> None:
         assert log["grad_norm"] == pytest.approx(total.item(), rel=1e-4)
     assert log["pre_grad_norm"] == pytest.approx(heads.item(), rel=1e-4)
     assert 0.01 < log["pre_grad_norm"] / total.item() < 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "logs", "expected"),
+    ((0.0, {}, 3.0), (1.0, {"grad_norm": 4.0}, 12.0), (1.0, {}, math.nan)),
+)
+def test_the_norm_by_what_is_logged(limit: float, logs: dict[str, float], expected: float) -> None:
+    """transformers 4.57 logs no norm where nothing is clipped; what is clipped needs it."""
+    heads = HeadNorm(SimpleNamespace(args=SimpleNamespace(max_grad_norm=limit)))
+    heads._norm = torch.tensor(3.0)
+    assert heads.take(logs).item() == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert heads.take(logs).isnan().all()  # once
 
 
 @pytest.mark.parametrize("value", (-0.1, float("inf"), True, "1e-3"))
