@@ -20,7 +20,6 @@ import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,13 +28,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.report import RESULTS, made_on, write_json
+from benchmarks.studies.demo_run import demo_run
 from prereg_kernels._util.machine import describe_machine
 
 OUT = RESULTS / "depth.json"
 BASELINE = "baseline"
 # {a variant: what differs from the demo's setting}
-VARIANTS: dict[str, dict[str, Any]] = {
-    BASELINE: {},
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    BASELINE: None,
     "PRe": {},
     "PRe, weight 5": {"weight": 5.0},
     "PRe, pre_llm": {"anchor": "pre_llm"},
@@ -51,17 +51,7 @@ MEASURES = {
 
 def run_config(variant: str, seed: int, steps: int | None = None) -> Any:
     """The demo's run of a variant; `steps`: of the last stage, None: its own."""
-    from prereg_kernels._util.settings_file import load_config
-    from prereg_kernels.demo.experiment.experiment import ExperimentConfig, Unit
-    from prereg_kernels.demo.experiment.experiment import run_config as of_unit
-
-    preset = files("prereg_kernels.demo") / "presets" / "scenes.yaml"
-    config = load_config(Path(str(preset)), ExperimentConfig)
-    run = of_unit(config, Unit(seed, BASELINE if variant == BASELINE else "pre"))
-    run = replace(run, pre=replace(run.pre, **VARIANTS[variant]), checkpoint_every=10**6)
-    if steps is not None:
-        run = replace(run, stages=(*run.stages[:-1], replace(run.stages[-1], steps=steps)))
-    return run
+    return demo_run(seed, VARIANTS[variant], steps)
 
 
 def prepare(cache: str) -> None:

@@ -20,13 +20,13 @@ import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common.report import RESULTS, made_on, write_json
+from benchmarks.studies.demo_run import demo_run
 from prereg_kernels._util.machine import describe_machine
 
 OUT = RESULTS / "token_fraction.json"
@@ -38,20 +38,8 @@ SCENES = 256  # that a probe is fitted on, and as many that it is judged by
 
 def run_config(variant: str, seed: int, steps: int | None) -> Any:
     """The demo's run with a fraction, or without PRe; `steps`: of the last stage, None: its own."""
-    from prereg_kernels._util.settings_file import load_config
-    from prereg_kernels.demo.experiment.experiment import ExperimentConfig, Unit
-    from prereg_kernels.demo.experiment.experiment import run_config as of_unit
-
-    preset = files("prereg_kernels.demo") / "presets" / "scenes.yaml"
-    config = load_config(Path(str(preset)), ExperimentConfig)
-    if variant == BASELINE:
-        run = of_unit(config, Unit(seed, BASELINE))
-    else:
-        run = of_unit(config, Unit(seed, "pre"))
-        run = replace(run, pre=replace(run.pre, token_fraction=float(variant)))
-    if steps is not None:
-        run = replace(run, stages=(*run.stages[:-1], replace(run.stages[-1], steps=steps)))
-    return replace(run, checkpoint_every=10**6)
+    fraction = None if variant == BASELINE else {"token_fraction": float(variant)}
+    return demo_run(seed, fraction, steps)
 
 
 def train_and_probe(variant: str, seed: int, steps: int | None, cache: str) -> dict[str, Any]:
