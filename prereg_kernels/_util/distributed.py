@@ -24,7 +24,12 @@ def rank() -> int:
 def tensor_group(model: Any) -> Any:
     """The process group of the ranks that transformers' tensor parallelism made; or None."""
     mesh = getattr(model, private.DEVICE_MESH, None)
-    if (getattr(model, "tp_size", None) or 1) == 1 or mesh is None:
+    if mesh is None:
+        return None
+    size = getattr(model, "tp_size", None)
+    if size is None:  # transformers 5.16 leaves it so on a model that it has split
+        size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+    if (size or 1) == 1:
         return None
     return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
 
