@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.loss.cpu_table import format_tables
-from benchmarks.studies import depth
+from benchmarks.studies import claims, depth, photographs
+from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.settings_file import from_dict
 from prereg_kernels.checkup.words import plus_minus, verdict
@@ -55,15 +56,6 @@ def keep_demo(directory: Path, commit: str) -> None:
     stamp = {"commit": commit, "processor": platform.processor() or platform.machine()}
     text = json.dumps({"stamp": stamp, **summary}, indent=1)
     (RESULTS / "demo.json").write_text(text + "\n")
-
-
-def keep_sweep(directory: Path) -> None:
-    """Copy a sweep's settings and each finished run's result, which says where it was made. A sweep
-    that is begun in a copy of them goes on with what is missing."""
-    for path in (directory / "sweep.json", *directory.glob("seed-*/*/result.json")):
-        kept = FEW_SHOT / path.relative_to(directory)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, kept)
 
 
 def cost_sentence() -> str:
@@ -215,6 +207,21 @@ def depth_section() -> str:
     return depth.format_table(stored)
 
 
+def claims_section() -> str:
+    """The table of harder tasks."""
+    return claims.format_table(json.loads(claims.OUT.read_text()))
+
+
+def photographs_section() -> str:
+    """The tables of the study with photographs; its pictures, into docs/images/."""
+    config = photographs.sweep_config()
+    check_sweep(config, photographs.KEPT)
+    runs = finished(config, photographs.KEPT)
+    results = SweepResults(config, runs)
+    photographs.draw_scenes(ROOT / "docs" / "images" / "photographs.png")
+    return markdown(results, stamps(runs))
+
+
 def sweep_section() -> str:
     """The tables of an earlier sweep, about another centre."""
     stored = json.loads((RESULTS / "fidelity.json").read_text())
@@ -249,7 +256,7 @@ def main() -> None:
         found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
         keep_demo(options.keep_demo, options.commit or found.stdout.strip())
     if options.keep_sweep:
-        keep_sweep(options.keep_sweep)
+        keep_sweep(options.keep_sweep, FEW_SHOT)
     fill(ROOT / "README.md", "cost", cost_sentence())
     fill(ROOT / "README.md", "gain", gain_sentence())
     fill(ROOT / "README.md", "claim", claim_section())
@@ -259,6 +266,8 @@ def main() -> None:
     fill(ROOT / "docs" / "performance.md", "cpu-table", cpu_section())
     fill(ROOT / "docs" / "fidelity.md", "few-shot", few_shot_section())
     fill(ROOT / "docs" / "why.md", "depth", depth_section())
+    fill(ROOT / "docs" / "fidelity.md", "photographs", photographs_section())
+    fill(ROOT / "docs" / "fidelity.md", "claims", claims_section())
     fill(ROOT / "docs" / "fidelity.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 

@@ -34,7 +34,7 @@ from benchmarks.step.variants import hooked_terms
 from prereg_kernels import apply_pre, remove_pre
 from prereg_kernels.demo.data.packing import Packer, TrainStream, build_tokenizer
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES
-from prereg_kernels.demo.data.scenes import SceneConfig, Scenes
+from prereg_kernels.demo.data.scenes import SceneConfig
 from prereg_kernels.demo.model.llava import ModelConfig, build_model
 from prereg_kernels.demo.schedule import cosine_with_warmup
 
@@ -103,7 +103,7 @@ class Runs:
         families = dict.fromkeys(COMMON_FAMILIES, 1.0)
         packer = Packer(tokenizer, scenes.patches)
         self.stream = TrainStream(
-            Scenes("train", seed, scenes), packer, families, plan.questions, plan.batch
+            scenes.open("train", seed), packer, families, plan.questions, plan.batch
         )
         self.steps: dict[str, Step] = {}
         for name in (*EAGER, FUSED):

@@ -13,13 +13,7 @@ of the variance. Every run is written into the results as it ends; what is there
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.report import RESULTS, made_on, write_json
-from benchmarks.studies.demo_run import demo_run
+from benchmarks.common.report import RESULTS, made_on
+from benchmarks.studies.demo_run import BASELINE, demo_run, run_study
 from prereg_kernels._util.machine import describe_machine
 
 OUT = RESULTS / "depth.json"
-BASELINE = "baseline"
 # {a variant: what differs from the demo's setting}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     BASELINE: None,
@@ -52,15 +45,6 @@ MEASURES = {
 def run_config(variant: str, seed: int, steps: int | None = None) -> Any:
     """The demo's run of a variant; `steps`: of the last stage, None: its own."""
     return demo_run(seed, VARIANTS[variant], steps)
-
-
-def prepare(cache: str) -> None:
-    """Train the tower that all runs share, if it is not there."""
-    from prereg_kernels.demo.loop import Stepper
-
-    torch.set_num_threads(1)
-    run = run_config(BASELINE, SEEDS[0])
-    Stepper(replace(run, stages=run.stages[-1:]), cache)
 
 
 def objects(model: Any, scenes: Any, count: int) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
@@ -95,7 +79,6 @@ def share_of_variance(x: Tensor, labels: Tensor) -> float:
 def train_and_measure(variant: str, seed: int, steps: int | None, cache: str) -> dict[str, Any]:
     """{measure: {attribute: a number for each place, from the tower to the last layer}}."""
     from prereg_kernels.checkup import linear_probe
-    from prereg_kernels.demo.data.scenes import Scenes
     from prereg_kernels.demo.loop import train
 
     torch.set_num_threads(1)
@@ -103,8 +86,8 @@ def train_and_measure(variant: str, seed: int, steps: int | None, cache: str) ->
     with tempfile.TemporaryDirectory() as out:
         trained = train(run, out, cache_dir=cache, progress=False, tensorboard=False)
     model = trained.model.eval()
-    places, labels, scene = objects(model, Scenes("train", seed, run.scenes), MANY)
-    test, test_labels, _ = objects(model, Scenes("test", seed, run.scenes), TEST)
+    places, labels, scene = objects(model, run.scenes.open("train", seed), MANY)
+    test, test_labels, _ = objects(model, run.scenes.open("test", seed), TEST)
     few = scene < FEW
     found: dict[str, Any] = {measure: {} for measure in MEASURES}
     for name, y in labels.items():
@@ -208,33 +191,14 @@ def plot(stored: dict[str, Any], directory: Path) -> None:
 
 def main() -> None:
     """Run what is missing, or print what is there."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--steps", type=int, help="of the last stage; by default the demo's")
-    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--cache", default="runs/scenes/cache", help="where trained towers are")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    stored: dict[str, Any] = {"runs": []}
-    if arguments.table or arguments.out.exists():
-        stored = json.loads(arguments.out.read_text())
-    if arguments.table:
-        return print(format_table(stored))
-    done = {(row["variant"], row["seed"]) for row in stored["runs"]}
-    todo = [(v, s) for s in SEEDS[: arguments.seeds] for v in VARIANTS if (v, s) not in done]
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context) as pool:
-        pool.submit(prepare, arguments.cache).result()
-        runs = [
-            pool.submit(train_and_measure, variant, seed, arguments.steps, arguments.cache)
-            for variant, seed in todo
-        ]
-        for run in as_completed(runs):
-            stored["runs"].append(run.result())
-            write_json(stored, arguments.out)
-    print(format_table(stored))
+
+    def todo(seeds: range) -> list[tuple[str, int]]:
+        return [(variant, seed) for seed in seeds for variant in VARIANTS]
+
+    def towers() -> list[Any]:
+        return [run_config(BASELINE, SEEDS[0])]
+
+    run_study(__doc__, SEEDS, OUT, todo, towers, train_and_measure, format_table)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ def run_config(variant: str, seed: int, steps: int | None) -> Any:
 
 def train_and_probe(variant: str, seed: int, steps: int | None, cache: str) -> dict[str, Any]:
     """{"layer 3": mean probe accuracy of the unasked attributes there, ...} of a trained model."""
-    from prereg_kernels.demo.data.scenes import Scenes
     from prereg_kernels.demo.experiment.summary import unasked
     from prereg_kernels.demo.loop import train
     from prereg_kernels.demo.measure import measure
@@ -53,7 +52,7 @@ def train_and_probe(variant: str, seed: int, steps: int | None, cache: str) -> d
     run = run_config(variant, seed, steps)
     with tempfile.TemporaryDirectory() as out:
         trained = train(run, out, cache_dir=cache, progress=False, tensorboard=False)
-    train_scenes, test_scenes = (Scenes(split, seed, run.scenes) for split in ("train", "test"))
+    train_scenes, test_scenes = (run.scenes.open(split, seed) for split in ("train", "test"))
     found = measure(
         trained.model, train_scenes, test_scenes, train_scenes=SCENES, test_scenes=SCENES
     )

@@ -21,7 +21,6 @@ from prereg_kernels._util.settings import require_count, shown
 from prereg_kernels._util.settings_file import from_dict, load_config, read_yaml, to_dict
 from prereg_kernels.cli.settings import override, show
 from prereg_kernels.demo.config import RunConfig
-from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.experiment.cost import measure_cost, step_seconds
 from prereg_kernels.demo.experiment.experiment import (
@@ -71,15 +70,31 @@ def sweep(arguments: argparse.Namespace, flags: Sequence[str], console: Console)
         check_sweep(settings, out)
         path, text = write_sweep(settings, out, devices[0])
     else:
-        with open_sweep(settings, out, arguments.fresh):
-            _tower(settings.experiment, out, devices[0], console)
-            steps = sweep_steps_left(settings, out)
-            _forecast(settings.experiment, out, steps, len(devices), console)
-            run = partial(run_sweep_unit, settings)
-            run_units(sweep_units(settings), run, out, devices, console)
-            path, text = write_sweep(settings, out, devices[0])
+        path, text = run_sweep(settings, out, devices, console, fresh=arguments.fresh)
     console.print(text, highlight=False, markup=False)
     console.print(f"results: {printable(path)}", markup=False)
+
+
+def run_sweep(
+    settings: SweepConfig,
+    out: Path,
+    devices: Sequence[str],
+    console: Console,
+    *,
+    fresh: bool = False,
+) -> tuple[Path, str]:
+    """Run what is missing of a sweep, a worker a device, and write its results.
+
+    Returns:
+        As `write_sweep`.
+    """
+    with open_sweep(settings, out, fresh):
+        _tower(settings.experiment, out, devices[0], console)
+        steps = sweep_steps_left(settings, out)
+        _forecast(settings.experiment, out, steps, len(devices), console)
+        run = partial(run_sweep_unit, settings)
+        run_units(sweep_units(settings), run, out, devices, console)
+        return write_sweep(settings, out, devices[0])
 
 
 def _single(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> None:
@@ -90,7 +105,7 @@ def _single(arguments: argparse.Namespace, flags: Sequence[str], console: Consol
     out = arguments.out or Path("runs") / arguments.config.stem
     device = _usable(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     result = train_run(settings, out, resume=not arguments.fresh, device=device)
-    test = Scenes("test", settings.seed, settings.scenes)
+    test = settings.scenes.open("test", settings.seed)
     answers = evaluate(result.model, result.packer, test, list(settings.families))
     for family, accuracy in answers.accuracy.items():
         console.print(

@@ -36,7 +36,6 @@ from prereg_kernels.demo.checkpoints.checkpoint import (
 )
 from prereg_kernels.demo.config import CONTROLS, RunConfig, StageConfig
 from prereg_kernels.demo.data.packing import IGNORE, Batch, Packer, TrainStream, build_tokenizer
-from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.metrics import MetricsLog, ProgressBar
 from prereg_kernels.demo.model.llava import (
     attention_implementation,
@@ -271,7 +270,7 @@ class Stepper:
 
 def _stream(config: RunConfig, stage: StageConfig, packer: Packer) -> TrainStream:
     return TrainStream(
-        Scenes("train", config.seed, config.scenes),
+        config.scenes.open("train", config.seed),
         packer,
         config.families,
         config.questions_per_scene,

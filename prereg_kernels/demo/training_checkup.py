@@ -13,7 +13,6 @@ from transformers import LlavaForConditionalGeneration
 from prereg_kernels._util.files import naming, write_whole
 from prereg_kernels.demo.config import RunConfig
 from prereg_kernels.demo.data.packing import Packer
-from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.measure import measure
 
@@ -32,8 +31,8 @@ def training_checkup(
     """
     was_training = model.training
     model.eval()
-    test = Scenes("test", config.seed, config.scenes)
-    train = Scenes("train", config.seed, config.scenes)
+    test = config.scenes.open("test", config.seed)
+    train = config.scenes.open("train", config.seed)
     count = config.checkup_scenes
     answers = evaluate(model, packer, test, list(config.families), n_scenes=count)
     measures = measure(model, train, test, train_scenes=count, test_scenes=count)

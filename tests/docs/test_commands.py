@@ -52,6 +52,8 @@ NOT_RUN = {
         "python -m benchmarks.studies.token_fraction",
         "python -m benchmarks.studies.head_dtype",
         "python -m benchmarks.studies.depth --workers 2",
+        "python -m benchmarks.studies.photographs --workers 2",
+        "python -m benchmarks.studies.claims --workers 2",
         "python -m benchmarks.studies.many_samples",
         "python -m benchmarks.step.cpu",
         "python -m benchmarks.step.structures",

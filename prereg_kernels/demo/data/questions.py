@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, Scene, SceneConfig
@@ -18,7 +19,11 @@ DIGITS = tuple(str(digit) for digit in range(10))
 YES, NO = "yes", "no"
 COMMON_FAMILIES = ("count", "read", "presence", "comparison")
 TRANSFER_FAMILIES = tuple(ATTRIBUTES)
-FAMILIES = COMMON_FAMILIES + TRANSFER_FAMILIES
+BIASED_PRESENCE = "biased presence"
+"""Presence, where most answers are yes."""
+FAMILIES = (*COMMON_FAMILIES, *TRANSFER_FAMILIES, BIASED_PRESENCE)
+
+_MOSTLY = 0.85
 
 _NINE_CELLS = (
     "top-left", "top", "top-right",
@@ -79,13 +84,19 @@ def _read(scene: Scene, cells: tuple[str, ...], rng: random.Random) -> Question:
     return Question("read", ("digit", "at", cells[item.cell]), DIGITS[item.digit])
 
 
-def _presence(scene: Scene, cells: tuple[str, ...], rng: random.Random) -> Question:
-    """ "is there 7": yes and no equally often."""
+def _presence(
+    scene: Scene,
+    cells: tuple[str, ...],
+    rng: random.Random,
+    family: str = "presence",
+    yes: float = 0.5,
+) -> Question:
+    """ "is there 7": yes so often."""
     present = sorted({item.digit for item in scene.objects})
     absent = [digit for digit in range(10) if digit not in present]
-    is_there = rng.random() < 0.5
+    is_there = rng.random() < yes
     asked = rng.choice(present if is_there or not absent else absent)
-    return Question("presence", ("is", "there", DIGITS[asked]), YES if asked in present else NO)
+    return Question(family, ("is", "there", DIGITS[asked]), YES if asked in present else NO)
 
 
 def _comparison(scene: Scene, cells: tuple[str, ...], rng: random.Random) -> Question:
@@ -114,6 +125,7 @@ _ASK: dict[str, Callable[[Scene, tuple[str, ...], random.Random], Question]] = {
     "read": _read,
     "presence": _presence,
     "comparison": _comparison,
+    BIASED_PRESENCE: partial(_presence, family=BIASED_PRESENCE, yes=_MOSTLY),
     **{name: _attribute(name) for name in ATTRIBUTES},
 }
 

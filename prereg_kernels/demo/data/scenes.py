@@ -107,6 +107,10 @@ class SceneConfig:
         """All tile sides, ascending."""
         return tuple(range(self.min_size, self.max_size + 1))
 
+    def open(self, split: str, seed: int = 0) -> Scenes:
+        """The scenes of a split that look like this; a subclass has scenes of another kind."""
+        return Scenes(split, seed, self)
+
 
 @dataclass(frozen=True)
 class SceneObject:

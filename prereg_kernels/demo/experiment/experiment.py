@@ -22,7 +22,6 @@ from prereg_kernels._util.settings_file import from_dict, to_dict
 from prereg_kernels.demo.checkpoints.checkpoint import is_checkpoint
 from prereg_kernels.demo.config import CONTROLS, RunConfig
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, FAMILIES
-from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.experiment.results import claim, read_result, unit_names
 from prereg_kernels.demo.experiment.transfer import TransferConfig, lessons, transfer_test
@@ -150,7 +149,7 @@ def train_and_measure(
     report("training", directory, run.steps)
     trained = train(run, directory, cache_dir=cache, progress=False, device=device)
     report("measuring", directory, 0)
-    test = Scenes("test", run.seed, run.scenes)
+    test = run.scenes.open("test", run.seed)
     names = [name for name in FAMILIES if name in COMMON_FAMILIES or run.families.get(name, 0) > 0]
     answers = evaluate(
         trained.model, trained.packer, test, names, n_scenes=config.evaluation_scenes
@@ -163,7 +162,7 @@ def train_and_measure(
         "train_step_seconds": trained.step_seconds,
         **measure(
             trained.model,
-            Scenes("train", run.seed, run.scenes),
+            run.scenes.open("train", run.seed),
             test,
             train_scenes=config.probe_train_scenes,
             test_scenes=config.probe_test_scenes,

@@ -18,7 +18,7 @@ from prereg_kernels.checkup.report.pictures import Drawing, Picture, draw_all
 from prereg_kernels.checkup.report.style import curve, legend, mark_layer, panels
 from prereg_kernels.checkup.words import over_depth
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, questions
-from prereg_kernels.demo.data.scenes import ATTRIBUTES, PROPERTIES, Scenes
+from prereg_kernels.demo.data.scenes import ATTRIBUTES, PROPERTIES
 from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig
 from prereg_kernels.demo.experiment.summary import (
     TRAINED,
@@ -207,7 +207,7 @@ def progress(results: Results, out: Path, layer: int, colours: Colours) -> Drawi
 def scenes(config: ExperimentConfig, count: int = 6) -> Drawing:
     """Test scenes, their object masks, a digit's attributes, and a question of each family."""
     figure, axes = panels(2 * count, size=(2.5 * count, 6.2), columns=count)
-    test = Scenes("test", 0, config.run.scenes)
+    test = config.run.scenes.open("test")
     told = []
     for column in range(count):
         scene = test.scene(column)

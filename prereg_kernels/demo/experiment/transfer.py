@@ -13,7 +13,6 @@ from typing import Any
 from prereg_kernels._util.settings import check_numbers, require, require_count
 from prereg_kernels.demo.config import RunConfig, StageConfig
 from prereg_kernels.demo.data.questions import check_families
-from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.loop import train
 from prereg_kernels.demo.runs.runs import Report
@@ -140,7 +139,7 @@ def transfer_test(
         answers = evaluate(
             tuned.model,
             tuned.packer,
-            Scenes("test", run.seed, run.scenes),
+            run.scenes.open("test", run.seed),
             [lesson.family],
             n_scenes=config.evaluation_scenes,
         )

@@ -26,7 +26,7 @@ from prereg_kernels._util.files import printable, read_json, write_whole
 from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels.demo.config import TowerConfig
 from prereg_kernels.demo.data.packing import build_tokenizer, pixel_values
-from prereg_kernels.demo.data.scenes import ATTRIBUTES, SceneBatch, SceneConfig, Scenes
+from prereg_kernels.demo.data.scenes import ATTRIBUTES, SceneBatch, SceneConfig
 from prereg_kernels.demo.model.llava import ModelConfig, build_model
 from prereg_kernels.demo.schedule import cosine_with_warmup
 
@@ -126,7 +126,7 @@ def train_tower(
         min_digits=min(tower.min_digits, scenes.grid**2),
         max_digits=min(tower.max_digits, scenes.grid**2),
     )
-    train = Scenes("train", tower.seed, dense)
+    train = dense.open("train", tower.seed)
     parameters = [*vision.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=tower.lr, betas=(0.9, 0.98), weight_decay=tower.weight_decay, fused=True
@@ -146,7 +146,7 @@ def train_tower(
         if on_step is not None:
             on_step(step + 1, tower.steps)
     with torch.no_grad():
-        held_out = Scenes("test", tower.seed, scenes).batch(range(256))
+        held_out = scenes.open("test", tower.seed).batch(range(256))
         pairs = _logits_and_labels(vision, head, classes, held_out)
     accuracy = {
         name: float((logits.argmax(dim=1) == labels).float().mean())
