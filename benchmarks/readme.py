@@ -23,7 +23,7 @@ from benchmarks.studies import claims, depth, photographs
 from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.settings_file import from_dict
-from prereg_kernels.checkup.words import plus_minus, verdict
+from prereg_kernels.checkup.words import plus_minus
 from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.experiment.summary import TRAINED, Results, at, learned, unasked
 from prereg_kernels.demo.sweep.plots import plot_sweep
@@ -70,12 +70,12 @@ def cost_sentence() -> str:
     ]
     peaks = {info["implementation"]: info["peak_bytes"] for info in found if "peak_bytes" in info}
     return (
-        f"On a CPU, a training step of the demo's small LLaVA takes "
+        f"On a CPU, PRe makes a training step of the demo's small LLaVA "
         f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
-        f"{100 * cost['step_ratio_error']:.1f}%) and {extra:.0f} MiB more memory. The loss with "
-        f"its gradients takes {min(ratios):.2f} to {max(ratios):.2f} times as long as its six "
-        f"matmuls alone, and {peaks['eager'] / peaks['tap']:.0f} times less memory than eager "
-        "PyTorch."
+        f"{100 * cost['step_ratio_error']:.1f}%), and takes {extra:.0f} MiB more memory. The loss "
+        f"and its gradients alone take {min(ratios):.2f} to {max(ratios):.2f} times as long as "
+        "PyTorch takes for the six matrix products in them. In eager PyTorch they take "
+        f"{peaks['eager'] / peaks['tap']:.0f} times more memory."
     )
 
 
@@ -92,16 +92,15 @@ def gain_sentence() -> str:
     [_, centre] = points(results.config)[:2]
     test = results.config.experiment.transfer
     effect = results.effect(centre, learned("projector", test.scenes))
-    words = verdict(
-        effect.difference, "is learned better", "is learned worse", "is not clearly learned better"
-    )
     before, after = (f"{100 * x.value:.1f}%" for x in (effect.before, effect.after))
     common = results.effect(centre, at("mean_accuracy")).difference
+    unclear = "" if effect.difference.direction else ", which is not clear"
     return (
-        f"In a small LLaVA, a new kind of question {words} from {test.scenes} scenes after "
-        f"training with PRe, tower and projector frozen: {before} right without, {after} with "
-        f"({plus_minus(effect.difference, 100, '.1f')} points, {results.seeds(centre)} paired "
-        f"seeds). Answers to the training's own questions move by "
+        f"A small LLaVA is trained with PRe and without. Then it learns {len(test.families)} new "
+        f"kinds of question, each from {test.scenes} scenes, with its tower and projector frozen. "
+        f"After PRe it answers {after} of them right, and {before} without: a difference of "
+        f"{plus_minus(effect.difference, 100, '.1f')} points{unclear} (half the 95% interval over "
+        f"{results.seeds(centre)} paired seeds). On the training's own questions the difference is "
         f"{plus_minus(common, 100, '.1f')} points."
     )
 
@@ -115,9 +114,12 @@ def claim_section() -> str:
         f"new questions from {scenes} scenes, {TRAINED[frozen]}": learned(frozen, scenes)
         for frozen, scenes in results.transfers
     }
-    rows["the common questions"] = at("mean_accuracy")
-    rows[f"linear probes at layer {layer} of what no question asks"] = unasked(layer)
-    lines = ["| % | baseline | PRe | PRe − baseline | another scene's target − baseline |"]
+    rows["the training's own questions"] = at("mean_accuracy")
+    rows[f"what no question asks, read by linear probes at layer {layer}"] = unasked(layer)
+    lines = [
+        "| | baseline (% right) | PRe (% right) | PRe − baseline (points) "
+        "| control − baseline (points) |"
+    ]
     lines.append("|---|---|---|---|---|")
     for label, get in rows.items():
         effect, other = results.effect(get), results.effect(get, after="other_scene")
@@ -129,9 +131,10 @@ def claim_section() -> str:
         [
             *lines,
             "",
-            f"`make demo`: means over {len(results.seeds)} paired seeds, after ± half the 95% t "
-            f"interval. PRe: {demo['facts']['PRe']}. New questions are about {families}, each "
-            "learned by itself with PRe switched off.",
+            f"`make demo` prints this table: means over {len(results.seeds)} paired seeds, which "
+            "share data and initial weights. After ± is half the 95% t interval. PRe here: "
+            f"{demo['facts']['PRe']}. The control predicts another scene's features. The new "
+            f"questions are about {families}. Each kind is learned alone, with PRe off.",
         ]
     )
 

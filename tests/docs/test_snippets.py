@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, TrainingArguments
 
 import prereg_kernels
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
@@ -145,6 +145,22 @@ def is_the_loss_each_time(text: str, namespace: Namespace, place: Path) -> None:
         assert namespace["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def trains_by_a_trainer(text: str, namespace: Namespace, place: Path) -> None:
+    """A step logs both losses, and writes the heads into its checkpoint."""
+    batch = make_batch()
+    rows = [{name: x[i] for name, x in batch.items()} for i in range(len(batch["input_ids"]))]
+    namespace["model"] = load_tiny(place)
+    namespace["samples"] = rows
+    namespace["arguments"] = TrainingArguments(
+        str(place / "out"), max_steps=1, logging_steps=1, save_steps=1, use_cpu=True, report_to=[]
+    )
+    exec(text, namespace)
+    namespace["trainer"].train()
+    logs = namespace["trainer"].state.log_history[0]
+    assert logs.keys() >= {"loss", "lm_loss", "pre_loss"}
+    assert (place / "out" / "checkpoint-1" / "pre" / "pre_heads.safetensors").is_file()
+
+
 def takes_the_heads_up(text: str, namespace: Namespace, place: Path) -> None:
     """Settings and heads, from the directory of the model or from the one of the heads."""
     saved = tiny_llava()
@@ -247,7 +263,8 @@ def shares_sequences(text: str, namespace: Namespace, place: Path) -> None:
 # A page's blocks, after its first, are of these models
 TITLES = dict.fromkeys(case.title for case in ORIGINALS.values())
 CASES: dict[tuple[str, int], Callable[[str, Namespace, Path], None]] = {
-    ("README.md", 1): is_the_loss_each_time,
+    ("README.md", 1): trains_by_a_trainer,
+    ("README.md", 2): is_the_loss_each_time,
     ("docs/anchors.md", 0): takes_a_loss,
     ("docs/anchors.md", 1): takes_the_heads_up,
     ("docs/checkup.md", 0): measures,
