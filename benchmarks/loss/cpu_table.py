@@ -26,7 +26,11 @@ def time_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
     sizes = list(dict.fromkeys(size for _, size in cells))
     names = list(dict.fromkeys(name for name, _ in cells))
     rows: list[Row] = [("time / floor", *(size.split(" ", 1)[1] for size in sizes))]
-    return rows + [(name, *(cells.get((name, size), "-") for size in sizes)) for name in names]
+    titles = {"floor": "the floor itself"}
+    return rows + [
+        (titles.get(name, name), *(cells.get((name, size), "-") for size in sizes))
+        for name in names
+    ]
 
 
 def memory_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
@@ -36,29 +40,32 @@ def memory_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
         for b in benchmarks
         if "peak_bytes" in b["extra_info"]
     }
-    rows: list[Row] = [("peak memory", "MiB", "eager / this")]
+    rows: list[Row] = [("peak memory", "MiB", "times less than eager")]
     for name, peak in peaks.items():
         rows.append((name, f"{peak / 2**20:.0f}", f"{peaks['eager'] / peak:.1f}"))
     return rows
 
 
 def describe(benchmarks: list[dict[str, Any]]) -> str:
-    """One sentence on what was measured, where."""
+    """What was measured, where, on how many threads."""
     info = benchmarks[0]["extra_info"]
     changed = " with changes" if info["dirty"] else ""
-    sizes = {b["extra_info"]["size"].split(" ")[0] for b in benchmarks if "peak_bytes" not in
-             b["extra_info"]}  # fmt: skip
+    sizes: dict[bool, set[str]] = {True: set(), False: set()}  # those of memory, and of time
+    for benchmark in benchmarks:
+        size = benchmark["extra_info"]["size"]
+        is_peak = "peak_bytes" in benchmark["extra_info"]
+        sizes[is_peak].add(size if is_peak else size.split(" ")[0])
     emulated = any(b["extra_info"].get("emulated") for b in benchmarks)
     note = (
         " This CPU has no bfloat16 arithmetic, and PyTorch's emulation takes minutes at the larger "
         "sizes (-): the floor is that of float32, in which these rows run their matmuls."
     )
     return (
-        f"Forward and backward, {', '.join(sorted(sizes))}, medians of interleaved rounds; the "
-        "floor is the six matmuls alone. Peak memory of a step beyond its inputs and the gradient "
-        f"of hidden, one thread. {info['device']}, {info['capability']}, {info['threads']} "
-        f"threads, torch {info['torch']}, commit {info['commit']}{changed}."
-        + (note if emulated else "")
+        f"Times: forward and backward, {', '.join(sorted(sizes[False]))}, {info['threads']} "
+        "threads, medians of interleaved rounds. Memory: "
+        f"{', '.join(sorted(sizes[True]))}, one thread, the peak of a step beyond its inputs and "
+        f"the gradient of the hidden states. {info['device']}, {info['capability']}, torch "
+        f"{info['torch']}, commit {info['commit']}{changed}." + (note if emulated else "")
     )
 
 

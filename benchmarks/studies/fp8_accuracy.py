@@ -352,7 +352,7 @@ SHOWN += map(frozenset, (("u", "z", "dW2", "dW1"), MATMULS))
 def print_table(stored: dict[str, Any]) -> None:
     """Markdown: subsets under scales of rows; then, for each scheme, the subsets near the bars."""
     cases = stored["cases"]
-    heads = [f"D = {x['width']}, cos {x['cosine']:.3f} |" for x in cases]
+    heads = [f"D = {x['width']}, {'trained' if x['steps'] else 'new'} head |" for x in cases]
     print("| in fp8 | matmuls alone | with bytes |", *heads)
     print("|---|--:|--:|" + "---|" * len(cases))
 
@@ -367,8 +367,8 @@ def print_table(stored: dict[str, Any]) -> None:
         line(fp8, found, named(fp8))
 
     bar = f"{SPEED_BAR}x"
-    print(f"\n| scales | best of {bar}, matmuls alone | best of {bar}, with bytes |", end="")
-    print(f" fastest above {COSINE_BAR} |\n|---|---|---|---|")
+    print(f"\n| scales | most accurate at {bar}, matmuls alone |", end="")
+    print(f" most accurate at {bar}, with bytes | fastest above {COSINE_BAR} |\n|---|---|---|---|")
     for scheme in cases[0]["schemes"]:
         cosines = {
             fp8: min(worst(_row(case["schemes"][scheme], fp8))[0] for case in cases)

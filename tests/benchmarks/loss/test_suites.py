@@ -194,3 +194,5 @@ def test_readme_s_tables() -> None:
     stored = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
     text = format_tables(stored["benchmarks"])
     assert "| time / floor" in text and "| peak memory" in text
+    assert "Times: forward and backward, N=8192, 2 threads" in text
+    assert "Memory: N=65536 D=512 float32, one thread" in text
