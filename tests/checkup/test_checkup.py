@@ -366,11 +366,11 @@ def test_legends_have_the_names_letter_for_letter(found: CheckupResults) -> None
 
 
 def test_which_cka_is_named(found: CheckupResults) -> None:
-    layer = middle_layer(found.layers)
-    plain, debiased = (
-        found.curves[f"{kind}CKA with input"][layer].value for kind in ("", "debiased ")
-    )
-    assert abs(plain - debiased) > 0.002
+    plain, debiased = 0.421, 0.687  # far apart, as those of a tiny model need not be
+    kinds = {"CKA with input": plain, "debiased CKA with input": debiased}
+    assert kinds.keys() <= found.curves.keys()
+    told = {name: [Estimate(value)] * found.layers for name, value in kinds.items()}
+    found = replace(found, curves={**found.curves, **told})
     (line,) = (line for line in sentences(found) if "CKA" in line)
     assert f"the debiased CKA of all of them {debiased:.3f} (plain {plain:.3f})." in line
     none = [Estimate(math.nan)] * found.layers
