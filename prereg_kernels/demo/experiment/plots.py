@@ -142,7 +142,7 @@ def effect(results: Results, layer: int, colours: Colours) -> Drawing:
     kept = _bars(axes[0], results, variants, [(n, read(n)) for n in ATTRIBUTES], colours)
     for x, name in enumerate(ATTRIBUTES):
         _chance(axes[0], x, 100 * results.values("baseline", at("probe", name, 0))[0], colours)
-    axes[0].set_title(f"probes at layer {layer}: what no question asks (dotted: at the input)")
+    axes[0].set_title(f"what no question asks, at layer {layer}\n(dotted: at the LLM's input)")
     axes[0].set_ylabel("linear probe, test accuracy (%)")
     axes[0].set_ylim(0, 105)
     frozen, scenes = results.transfers[0]
@@ -152,8 +152,11 @@ def effect(results: Results, layer: int, colours: Colours) -> Drawing:
 
     asked = results.new_families
     told = _bars(axes[1], results, variants, [(n, answer(n)) for n in asked], colours)
-    _chance(axes[1], 0, 100 * results.commonest(frozen, scenes), colours)
+    for x, name in enumerate(asked):
+        get = at("transfer", frozen, scenes, name, "majority")
+        _chance(axes[1], x, 100 * results.values("baseline", get)[0], colours)
     axes[1].set_title(f"new questions, from {scenes} scenes\n(dotted: always the commonest answer)")
+    axes[1].set_xlim(-1.5, len(asked) + 0.5)  # bars about as wide as on the left
     axes[1].set_ylabel("right answers (%)")
     axes[1].set_ylim(0, 100)
     legend(figure, axes[0])
