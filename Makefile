@@ -31,7 +31,7 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo notebook train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
@@ -46,6 +46,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
 	$(BIN)/prereg demo
+
+notebook: $(PACKAGES)/notebook/.ready  ## run examples/effect.ipynb, and write its outputs into it (5 minutes)
+	PYTHONPATH=$(CURDIR)/$(PACKAGES)/notebook:$(CURDIR) $(BIN)/python -m tests.notebook.execute
 
 # A LLaVA from a CLIP and a Llama, then a Qwen2.5-VL. Held out are other photographs.
 EXAMPLE := runs/photographs
@@ -63,7 +66,7 @@ train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on ph
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or does no more than call the model that has PRe.
 ANY_BACKEND := ops/backends triton_aot gpu zoo models demo train trainers integrations checkup cli \
-    docs types util benchmarks/common benchmarks/loss/test_gpu.py \
+    docs notebook types util benchmarks/common benchmarks/loss/test_gpu.py \
     benchmarks/studies/test_checkup_measures.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests

@@ -71,6 +71,7 @@ def test_each_week_runs_every_other_target_and_release() -> None:
     tests = {x for x in TARGETS if x.startswith("test-")} - alone
     assert commands(workflow["jobs"]["target"]) == [f"make {x}" for x in sorted(tests)]
     assert commands(workflow["jobs"]["release"]) == ["make release-check"]
+    assert commands(workflow["jobs"]["notebook"]) == ["make notebook"]
     [releases] = re.findall(r"^TRANSFORMERS := (.*)$", MAKEFILE, re.M)
     assert commands(workflow["jobs"]["transformers"]) == [
         f"make test-transformers TRANSFORMERS={x}" for x in releases.split()

@@ -88,13 +88,15 @@ def demo(cache: str, tower_steps: int, steps: int) -> dict[str, dict[str, Any]]:
     """{dtype of the heads: L_PRe and L_LM of each step, and the share of weights that moved}."""
     from benchmarks.studies.token_fraction import BASELINE, run_config
     from prereg_kernels.demo.data.packing import Packer, build_tokenizer
-    from prereg_kernels.demo.loop import _stream, accumulate_gradients, train
+    from prereg_kernels.demo.loop import train
+    from prereg_kernels.demo.stages import accumulate_gradients, stage_stream
 
     run = run_config(BASELINE, 0, steps)
     run = replace(run, tower=replace(run.tower, steps=tower_steps))
     with tempfile.TemporaryDirectory() as out:
         trained = train(run, out, cache_dir=cache, progress=False, tensorboard=False).model
-    stream = _stream(run, run.stages[-1], Packer(build_tokenizer(run.scenes), run.scenes.patches))
+    packer = Packer(build_tokenizer(run.scenes), run.scenes.patches)
+    stream = stage_stream(run, run.stages[-1], packer)
     found: dict[str, dict[str, Any]] = {}
     for name, dtype in DTYPES.items():
         model = copy.deepcopy(trained).to(torch.bfloat16).train()

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference training loop: LLaVA's stages, with or without PRe, resumable bit for bit. A stage
-on descriptions of scenes in words can come before them.
-
-What a step minimises: the mean cross-entropy over all the step's answers + weight * the mean of
-L_PRe over all its visual tokens. Both means are over the step: each micro-batch sums and divides by
-the step's counts, so that 1 x 8 and 4 x 2 scenes give one gradient, however unevenly answers fall.
+on descriptions of scenes in words can come before them. stages.py has the steps of a stage.
 """
 
 from __future__ import annotations
@@ -12,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels.attach.handle import PRe
@@ -35,20 +30,19 @@ from prereg_kernels.demo.checkpoints.checkpoint import (
     set_damaged_aside,
 )
 from prereg_kernels.demo.config import CONTROLS, RunConfig, StageConfig
-from prereg_kernels.demo.data.packing import IGNORE, Batch, Packer, TrainStream, build_tokenizer
+from prereg_kernels.demo.data.packing import Packer, build_tokenizer
 from prereg_kernels.demo.metrics import MetricsLog, ProgressBar
 from prereg_kernels.demo.model.llava import (
     attention_implementation,
-    build_model,
     other_scene_anchor,
     set_trainable,
 )
 from prereg_kernels.demo.model.saved import check_model, load_model, model_writer
-from prereg_kernels.demo.model.tower import trained_tower
+from prereg_kernels.demo.model.tower import new_model
 from prereg_kernels.demo.runs.interrupts import deferred_signals
 from prereg_kernels.demo.runs.processes import check_one_process
 from prereg_kernels.demo.runs.runs import held_run, write_settings
-from prereg_kernels.demo.schedule import cosine_with_warmup
+from prereg_kernels.demo.stages import StageSteps
 from prereg_kernels.demo.training_checkup import CheckupLog, training_checkup
 
 
@@ -136,7 +130,7 @@ def _train(
 ) -> RunResult:
     """As `train`, from where `saved` stands."""
     tokenizer = build_tokenizer(config.scenes)
-    model = _initial_model(config, tokenizer, saved, cache_dir, target)
+    model = _initial_model(config, saved, cache_dir, target)
     model.train()
     packer = Packer(tokenizer, config.scenes.patches)
     step = saved.step if saved is not None else 0
@@ -160,23 +154,19 @@ def _train(
                 continue
             set_trainable(model, stage.trainable, stage.frozen_layers)
             pre = _attach_pre(model, config, stage, pre)
-            optimizer = _optimizer(model, config, stage)
+            steps = StageSteps(model, packer, config, index, pre)
             if saved is not None:
-                _restore(saved, model, pre, config, optimizer if saved.stage == index else None)
+                own = steps.optimizer if saved.stage == index else None
+                _restore(saved, model, pre, config, own)
                 saved = None
             times = []
-            stream = _stream(config, stage, packer)
-            # each kind of data is counted by itself: a stage of text shifts no other's scenes
-            before = sum(s.steps for s in config.stages[:index] if s.data == stage.data)
             while step < last:
                 start = time.perf_counter()
-                lr = stage.lr * cosine_with_warmup(step - first, stage.steps, stage.warmup)
-                batches = stream.micro_batches(before + step - first)
-                values = _step(model, optimizer, batches, lr, config, pre)
+                values = steps(step - first)
                 times.append(time.perf_counter() - start)
                 seconds += times[-1]
                 step += 1
-                values = {"stage": index, **values, "lr": lr, "seconds": times[-1]}
+                values = {**values, "seconds": times[-1]}
                 log.write(step, values)
                 bar.update(step, values)
                 if config.checkup_every is not None and step % config.checkup_every == 0:
@@ -190,7 +180,7 @@ def _train(
                         step=step,
                         stage=index,
                         config=to_dict(config),
-                        optimizer=optimizer,
+                        optimizer=steps.optimizer,
                         write_model=model_writer(model, tokenizer),
                     )
                 if stopping:
@@ -247,43 +237,26 @@ class Stepper:
     def __init__(
         self, config: RunConfig, cache_dir: str | Path, device: str | torch.device = "cpu"
     ) -> None:
-        tokenizer = build_tokenizer(config.scenes)
         stage = config.stages[0]
-        self._config, self._lr = config, stage.lr
-        target = torch.device(device)
-        self._model = _initial_model(config, tokenizer, None, Path(cache_dir), target)
-        self._model.train()
-        set_trainable(self._model, stage.trainable, stage.frozen_layers)
-        self._pre = _attach_pre(self._model, config, stage, None)
-        self._optimizer = _optimizer(self._model, config, stage)
-        self._stream = _stream(config, stage, Packer(tokenizer, config.scenes.patches))
+        model = _initial_model(config, None, Path(cache_dir), torch.device(device))
+        model.train()
+        set_trainable(model, stage.trainable, stage.frozen_layers)
+        pre = _attach_pre(model, config, stage, None)
+        packer = Packer(build_tokenizer(config.scenes), config.scenes.patches)
+        self._steps = StageSteps(model, packer, config, 0, pre)
+        self._device, self._lr = model.device, stage.lr
 
     def timed_step(self, i: int) -> float:
         """Do training step `i` (from 0) at the peak learning rate; returns its seconds."""
         start = time.perf_counter()
-        batches = self._stream.micro_batches(i)
-        _step(self._model, self._optimizer, batches, self._lr, self._config, self._pre)
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)  # the optimizer is still at work
+        self._steps(i, self._lr)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the optimizer is still at work
         return time.perf_counter() - start
-
-
-def _stream(config: RunConfig, stage: StageConfig, packer: Packer) -> TrainStream:
-    return TrainStream(
-        config.scenes.open("train", config.seed),
-        packer,
-        config.families,
-        config.questions_per_scene,
-        config.micro_batch,
-        config.accumulation,
-        config.distinct_scenes,
-        text=stage.data == "text",
-    )
 
 
 def _initial_model(
     config: RunConfig,
-    tokenizer: PreTrainedTokenizerFast,
     saved: Checkpoint | None,
     cache_dir: Path,
     device: torch.device,
@@ -300,10 +273,7 @@ def _initial_model(
         model = load_model(config.init_from, attention=attention)
         check_model(model, config, config.init_from)
         return model.to(device)
-    model = build_model(config.model, config.scenes, tokenizer, config.seed, attention=attention)
-    tower = trained_tower(config.model, config.scenes, config.tower, cache_dir, device=device)
-    model.model.vision_tower.load_state_dict(tower.state)
-    return model.to(device)
+    return new_model(config, cache_dir, attention=attention, device=device)
 
 
 def _attach_pre(
@@ -330,66 +300,3 @@ def _attach_pre(
         token_fraction=config.pre.token_fraction,
         seed=config.seed,
     )
-
-
-def _optimizer(
-    model: LlavaForConditionalGeneration, config: RunConfig, stage: StageConfig
-) -> torch.optim.AdamW:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        parameters,
-        lr=stage.lr,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-def _step(
-    model: LlavaForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    lr: float,
-    config: RunConfig,
-    pre: PRe | None,
-) -> dict[str, float]:
-    """One optimizer step over its micro-batches; returns the losses and the gradient's norm."""
-    optimizer.zero_grad()
-    values = accumulate_gradients(model, batches, pre, precision=config.precision)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    return {**values, "grad_norm": float(norm)}
-
-
-def accumulate_gradients(
-    model: LlavaForConditionalGeneration,
-    batches: Sequence[Batch],
-    pre: PRe | None = None,
-    *,
-    precision: str = "fp32",
-) -> dict[str, float]:
-    """Add a step's gradient, over all its micro-batches, to the parameters' `.grad`.
-
-    Returns:
-        "lm_loss", the mean over the step's answers, and, where PRe is on, "pre_loss", the mean over
-        its visual tokens.
-    """
-    device = model.device
-    answers = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
-    image_token = model.config.image_token_id
-    visual = [int((batch["input_ids"] == image_token).sum()) for batch in batches]
-    if pre is not None:
-        pre.denominator = sum(visual)
-    lm_loss, pre_loss = 0.0, 0.0
-    for batch, tokens in zip(batches, visual, strict=True):
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(**inputs, num_items_in_batch=answers).loss
-        loss.backward()
-        lm_loss += loss.item()  # its value is L_LM alone: PRe is computed in backward
-        if pre is not None:
-            pre_loss += pre.metrics()["pre_loss"] * tokens / sum(visual)
-    return {"lm_loss": lm_loss} if pre is None else {"lm_loss": lm_loss, "pre_loss": pre_loss}

@@ -27,7 +27,6 @@ from prereg_kernels.demo.loop import (
     Stepper,
     TrainingInterrupted,
     _attach_pre,
-    accumulate_gradients,
     load_model,
     train,
 )
@@ -38,7 +37,9 @@ from prereg_kernels.demo.model.llava import (
     other_scene_anchor,
     set_trainable,
 )
+from prereg_kernels.demo.model.tower import new_model
 from prereg_kernels.demo.schedule import cosine_with_warmup
+from prereg_kernels.demo.stages import accumulate_gradients, train_stage
 from prereg_kernels.ops.reference import eager_pre_loss
 from tests.demo.tiny import MODEL, signal_in_step, tiny_run
 
@@ -110,20 +111,20 @@ def test_one_by_eight_is_four_by_two(with_pre: bool) -> None:
 KILLER = """
 import os, random, signal, sys, time
 import torch; torch.set_num_threads(1)
-from prereg_kernels.demo import loop
+from prereg_kernels.demo import loop, stages
 from prereg_kernels._util.settings_file import load_config
 from prereg_kernels.demo.config import RunConfig
 
 config, runs, cache_dir, seed, wanted = sys.argv[1:]
 moments = random.Random(int(seed))
-step = loop._step
+step = stages._step
 
 def child(out, started):
     def slow(*args):
         os.write(started, b".")
         time.sleep(0.04)
         return step(*args)
-    loop._step = slow
+    stages._step = slow
     loop.train(load_config(config, RunConfig), out, cache_dir=cache_dir, progress=False,
                tensorboard=False)
 
@@ -195,9 +196,9 @@ def test_lines_after_the_last_checkpoint_are_dropped(
     unbroken: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash between checkpoints leaves metrics, a torn line among them, that are done again."""
-    from prereg_kernels.demo import loop
+    from prereg_kernels.demo import stages
 
-    original, calls = loop._step, []
+    original, calls = stages._step, []
 
     def crashing(*args):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -205,7 +206,7 @@ def test_lines_after_the_last_checkpoint_are_dropped(
             raise RuntimeError("crash")
         return original(*args)
 
-    monkeypatch.setattr(loop, "_step", crashing)
+    monkeypatch.setattr(stages, "_step", crashing)
     with pytest.raises(RuntimeError, match="crash"):
         train(tiny_run(), tmp_path, cache_dir=cache_dir, progress=False, tensorboard=False)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -227,7 +228,7 @@ def test_starting_anew_forgets_the_run_before(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where the new run dies before its first checkpoint."""
-    from prereg_kernels.demo import loop
+    from prereg_kernels.demo import stages
 
     first = tiny_run(seed=1)
     train(first, tmp_path, cache_dir=cache_dir, progress=False, tensorboard=False)
@@ -235,7 +236,7 @@ def test_starting_anew_forgets_the_run_before(
     def crashing(*args: object) -> None:
         raise RuntimeError("crash")
 
-    monkeypatch.setattr(loop, "_step", crashing)
+    monkeypatch.setattr(stages, "_step", crashing)
     with pytest.raises(RuntimeError, match="crash"):
         train(first, tmp_path, False, cache_dir=cache_dir, progress=False, tensorboard=False)
     monkeypatch.undo()
@@ -362,6 +363,32 @@ def test_training_off_the_main_thread_works(tmp_path: Path, cache_dir: Path) -> 
     worker.start()
     worker.join()
     assert done[0].checkpoint.exists()
+
+
+def test_stages_in_memory_are_those_of_a_run(
+    unbroken: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, with PRe attached by hand where the run attaches it."""
+    run = tiny_run()
+    model = new_model(run, cache_dir)
+    lines = train_stage(model, run, 0)
+    pre = apply_pre(
+        model,
+        layers=run.pre.layer,
+        weight=run.pre.weight,
+        anchor=run.pre.anchor,
+        token_fraction=run.pre.token_fraction,
+    )
+    lines += train_stage(model, run, 1, pre)
+    stored = [
+        {k: v for k, v in line.items() if k not in ("step", "seconds")}
+        for line in read_metrics(unbroken)
+    ]
+    assert lines == stored
+    model.save_pretrained(tmp_path)
+    ours, theirs = _weights(tmp_path), _weights(unbroken / "checkpoints" / "step-00000008")
+    assert ours.keys() == theirs.keys()
+    assert [name for name, x in ours.items() if not torch.equal(x, theirs[name])] == []
 
 
 def test_stepper_times_steps(cache_dir: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from prereg_kernels.demo.data.packing import IMAGE, build_tokenizer, pixel_values
 from prereg_kernels.demo.data.scenes import PROPERTIES, SceneConfig, Scenes
-from prereg_kernels.demo.measure import layer_features, measure
+from prereg_kernels.demo.measure import layer_features, measure, probes
 from prereg_kernels.demo.model.llava import ModelConfig, build_model
 
 
@@ -47,6 +47,9 @@ def test_measure_has_a_figure_per_layer() -> None:
     train, test = Scenes("train", 0, scenes), Scenes("test", 0, scenes)
     found = measure(model, train, test, train_scenes=40, test_scenes=20)
     assert all(len(values) == 3 for group in found.values() for values in group.values())
+    some = probes(model, train, test, layers=(0, 2), scenes=20)
+    same = measure(model, train, test, train_scenes=20, test_scenes=20)["probe"]
+    assert some == {name: {0: values[0], 2: values[2]} for name, values in same.items()}
     assert found["states"]["cosine to input"][0] == pytest.approx(1.0)
     assert found["states"]["cosine to input"][1] < 0.999
     structure = found["structure"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prereg_kernels.demo import loop
+from prereg_kernels.demo import stages
 from prereg_kernels.demo.config import RunConfig, StageConfig
 from prereg_kernels.demo.data.packing import build_tokenizer
 from prereg_kernels.demo.data.scenes import SceneConfig
@@ -37,13 +37,13 @@ def test_a_text_stage_trains_the_decoder_alone_and_shifts_no_scene(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[dict[str, torch.Tensor]]] = []
-    original = loop._step
+    original = stages._step
 
     def watched(model, optimizer, batches, *rest):  # type: ignore[no-untyped-def]
         seen.append(batches)
         return original(model, optimizer, batches, *rest)
 
-    monkeypatch.setattr(loop, "_step", watched)
+    monkeypatch.setattr(stages, "_step", watched)
     quiet = {"cache_dir": cache_dir, "progress": False, "tensorboard": False}
     before = replace(tiny_run(), stages=(replace(TEXT, steps=4),))
     alone = train(before, tmp_path / "text", **quiet)

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from prereg_kernels.demo import loop
+from prereg_kernels.demo import stages
 from prereg_kernels.demo.config import PReSettings, RunConfig, StageConfig, TowerConfig
 from prereg_kernels.demo.model.llava import ModelConfig
 
@@ -43,7 +43,7 @@ def tiny_run(**overrides: Any) -> RunConfig:
 
 def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """SIGTERM while the loop is in its `number`-th step."""
-    original, calls = loop._step, []
+    original, calls = stages._step, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -51,7 +51,7 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(loop, "_step", interrupted)
+    monkeypatch.setattr(stages, "_step", interrupted)
 
 
 def as_version_0_1_0(run: Path) -> None:

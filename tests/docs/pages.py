@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the project's text holds: fenced blocks, and code in backticks, by page.
 
-A page is a Markdown file, the docstrings of a Python file, or the Makefile's help. Docstrings are
-read as Markdown too: what is indented by four after an empty line is a block.
+A page is a Markdown file, a notebook's text, the docstrings of a Python file, or the Makefile's
+help. Docstrings are read as Markdown too: what is indented by four after an empty line is a block.
 
 Before a fenced block a comment says what is not run and why: `<!-- not run: REASON -->` for all of
 it, `<!-- not run where TEXT: REASON -->` for its commands with that text.
@@ -11,6 +11,7 @@ it, `<!-- not run where TEXT: REASON -->` for its commands with that text.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
@@ -89,6 +90,12 @@ def docstrings(path: Path) -> str:
     return "\n\n".join(text for text in found if text)
 
 
+def text_cells(path: Path) -> str:
+    """Those of a notebook, one after the other."""
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "markdown")
+
+
 @cache
 def pages() -> tuple[Page, ...]:
     """All of them."""
@@ -99,6 +106,7 @@ def pages() -> tuple[Page, ...]:
     python = sorted(path for folder in folders for path in folder.rglob("*.py"))
     texts = {path: path.read_text() for path in markdown}
     texts |= {path: docstrings(path) for path in python}
+    texts |= {path: text_cells(path) for path in sorted((ROOT / "examples").glob("*.ipynb"))}
     targets = re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     makefile = Page("Makefile", (), tuple(f"make {target}" for target in targets), "", ())
     named = {str(path.relative_to(ROOT)): text for path, text in texts.items()}

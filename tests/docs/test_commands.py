@@ -60,6 +60,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.input_pipeline",
         "python -m benchmarks.studies.watched_gradients",
         "make fuzz",
+        "make notebook",
         "make train-example",
     ),
     "needs a GPU": (

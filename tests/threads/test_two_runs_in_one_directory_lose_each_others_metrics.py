@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from prereg_kernels.cli.commands import main
-from prereg_kernels.demo import loop
+from prereg_kernels.demo import stages
 from prereg_kernels.demo.config import save_config
 from prereg_kernels.demo.experiment.experiment import ExperimentConfig, open_experiment
 from prereg_kernels.demo.loop import train
@@ -30,17 +30,17 @@ from tests.demo.tiny import tiny_run
 def test_the_second_is_refused_and_the_first_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, refusals = loop._step, []
+    step, refusals = stages._step, []
 
     def start_another(*args: Any) -> Any:
-        monkeypatch.setattr(loop, "_step", step)
+        monkeypatch.setattr(stages, "_step", step)
         for resume in (True, False):
             with pytest.raises(ValueError, match=f"in use by process {os.getpid()}") as refusal:
                 train(tiny_run(), tmp_path, resume, progress=False, tensorboard=False)
             refusals.append(str(refusal.value))
         return step(*args)
 
-    monkeypatch.setattr(loop, "_step", start_another)
+    monkeypatch.setattr(stages, "_step", start_another)
     train(tiny_run(), tmp_path, progress=False, tensorboard=False)
     assert len(refusals) == 2 and all("another --out" in line for line in refusals)
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 9))

@@ -26,7 +26,7 @@ _PADDING = 8  # pixels around what is cut out
 _READABLE = 0.6  # of its size, to which a page may shrink a whole picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Drawing:
     """A figure, and what it shows in words.
 
@@ -40,6 +40,14 @@ class Drawing:
     words: Sequence[str]
     panels: Sequence[Axes] = ()
     key: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What it shows, for who does not see it."""
+        return " ".join(self.words)
+
+    def _repr_png_(self) -> bytes:
+        """The whole figure, which Jupyter shows of a cell that ends in a drawing."""
+        return _png(_rendered(self)[0])
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,38 @@ def transfer(results: Results, colours: Colours) -> Drawing:
     return Drawing(figure, [f"Right answers to new kinds of question, {families}. {levels}"])
 
 
+def effect(results: Results, layer: int, colours: Colours) -> Drawing:
+    """Baseline and PRe alone: what probes read at a layer, and what was learned afterwards."""
+    figure, axes = panels(2, size=(11, 3.6))
+    variants = ("baseline", "pre")
+
+    def read(name: str) -> Callable[[Result], float]:
+        return lambda r: 100 * r["probe"][name][layer]
+
+    kept = _bars(axes[0], results, variants, [(n, read(n)) for n in ATTRIBUTES], colours)
+    for x, name in enumerate(ATTRIBUTES):
+        _chance(axes[0], x, 100 * results.values("baseline", at("probe", name, 0))[0], colours)
+    axes[0].set_title(f"what no question asks, at layer {layer}\n(dotted: at the LLM's input)")
+    axes[0].set_ylabel("linear probe, test accuracy (%)")
+    axes[0].set_ylim(0, 105)
+    frozen, scenes = results.transfers[0]
+
+    def answer(name: str) -> Callable[[Result], float]:
+        return lambda r: 100 * r["transfer"][frozen][scenes][name]["accuracy"]
+
+    asked = results.new_families
+    told = _bars(axes[1], results, variants, [(n, answer(n)) for n in asked], colours)
+    for x, name in enumerate(asked):
+        get = at("transfer", frozen, scenes, name, "majority")
+        _chance(axes[1], x, 100 * results.values("baseline", get)[0], colours)
+    axes[1].set_title(f"new questions, from {scenes} scenes\n(dotted: always the commonest answer)")
+    axes[1].set_xlim(-1.5, len(asked) + 0.5)  # bars about as wide as on the left
+    axes[1].set_ylabel("right answers (%)")
+    axes[1].set_ylim(0, 100)
+    legend(figure, axes[0])
+    return Drawing(figure, [f"Probes at layer {layer}. {kept}", f"New kinds of question. {told}"])
+
+
 def training(results: Results, out: Path, colours: Colours) -> Drawing:
     """Both losses over the steps, a thin line a seed, smoothed over 10 steps."""
     figure, axes = panels(2, size=(11, 3.2))

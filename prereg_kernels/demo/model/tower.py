@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
 from prereg_kernels._util import checked
 from prereg_kernels._util.files import printable, read_json, write_whole
 from prereg_kernels._util.settings_file import to_dict
-from prereg_kernels.demo.config import TowerConfig
+from prereg_kernels.demo.config import RunConfig, TowerConfig
 from prereg_kernels.demo.data.packing import build_tokenizer, pixel_values
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, SceneBatch, SceneConfig
 from prereg_kernels.demo.model.llava import ModelConfig, build_model
@@ -83,6 +84,27 @@ def trained_tower(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, checked.to_bytes(result.state, {"accuracy": result.accuracy}))
     return result
+
+
+def new_model(
+    config: RunConfig,
+    cache_dir: str | Path,
+    *,
+    attention: str = "sdpa",
+    device: str | torch.device = "cpu",
+) -> LlavaForConditionalGeneration:
+    """The model that a run begins with: its tower trained, projector and decoder not.
+
+    Args:
+        cache_dir: as in `trained_tower`.
+        attention: the implementation's name.
+        device: where the model is put, and the tower trained.
+    """
+    tokenizer = build_tokenizer(config.scenes)
+    model = build_model(config.model, config.scenes, tokenizer, config.seed, attention=attention)
+    tower = trained_tower(config.model, config.scenes, config.tower, cache_dir, device=device)
+    model.model.vision_tower.load_state_dict(tower.state)
+    return model.to(device)
 
 
 def _read_tower(path: Path, wanted: TowerState) -> TowerResult:
