@@ -70,6 +70,9 @@ def pytest_configure(config: pytest.Config) -> None:
     registry.FASTEST_FIRST = (backend, "torch")
 
 
+_COMPILATION = "ACCELERATE_DYNAMO_"
+
+
 @pytest.fixture(autouse=True)
 def new_gradient_state() -> Iterator[None]:
     """Accelerate keeps it for the process: a loop that stopped between two micro-batches leaves its
@@ -78,6 +81,17 @@ def new_gradient_state() -> Iterator[None]:
     if (states := sys.modules.get("accelerate.state")) is not None:
         states.GradientState._reset_state()
         states.GradientState()  # for what still lives: all share one dict
+
+
+@pytest.fixture(autouse=True)
+def own_compilation() -> Iterator[None]:
+    """TrainingArguments(torch_compile=True) says so in the environment, and every model of every
+    later trainer of the process is compiled."""
+    before = {name: x for name, x in os.environ.items() if name.startswith(_COMPILATION)}
+    yield
+    for name in [name for name in os.environ if name.startswith(_COMPILATION)]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
