@@ -65,9 +65,11 @@ train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on ph
 
 # The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
 # what has a backend of its own or none, or does no more than call the model that has PRe.
-ANY_BACKEND := ops/backends triton_aot gpu zoo models demo train trainers integrations checkup cli \
-    docs notebook types util benchmarks/common benchmarks/loss/test_gpu.py \
-    benchmarks/studies/test_checkup_measures.py
+ANY_BACKEND := ops/backends attach/families triton_aot gpu zoo models estimate demo train trainers \
+    integrations checkup cli docs notebook packages pages release types util benchmarks/common \
+    benchmarks/first benchmarks/step benchmarks/studies benchmarks/loss/test_gpu.py \
+    benchmarks/test_compare.py benchmarks/test_host.py test_layout.py test_licence.py \
+    test_private_names.py test_workflows.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
     $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
 	$(BIN)/python -m pytest -n 2
