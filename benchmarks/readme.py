@@ -41,6 +41,7 @@ from prereg_kernels.demo.sweep.sweep import (
 ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
 FEW_SHOT = RESULTS / "few_shot"
+NOT_RUN = "Not run yet."
 # {setting of the demo's sweep: its column of docs/pays.md}
 PAYS = {
     BASELINE: "",
@@ -212,16 +213,20 @@ def depth_section() -> str:
 
 def claims_section() -> str:
     """The table of harder tasks."""
+    if not claims.OUT.exists():
+        return NOT_RUN
     return claims.format_table(json.loads(claims.OUT.read_text()))
 
 
 def photographs_section() -> str:
     """The tables of the study with photographs; its pictures, into docs/images/."""
+    photographs.draw_scenes(ROOT / "docs" / "images" / "photographs.png")
+    if not photographs.KEPT.exists():
+        return NOT_RUN
     config = photographs.sweep_config()
     check_sweep(config, photographs.KEPT)
     runs = finished(config, photographs.KEPT)
     results = SweepResults(config, runs)
-    photographs.draw_scenes(ROOT / "docs" / "images" / "photographs.png")
     return markdown(results, stamps(runs))
 
 

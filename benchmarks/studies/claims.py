@@ -2,7 +2,6 @@
 """The paper's claim, harder tasks answered better, at the demo's size: each where it may hold.
 
     python -m benchmarks.studies.claims --workers 2    # 36 runs on two cores
-    python -m benchmarks.studies.claims --table        # prints what is there
 
 Trains the demo's model without PRe and with it, at the demo's setting, on what is harder than the
 demo: clutter, faint digits, a prior that misleads, more digits than in training, a tower that

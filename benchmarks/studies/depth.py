@@ -2,7 +2,6 @@
 """Where what no question asks is lost, and where PRe keeps it: the demo's model, from its tower on.
 
     python -m benchmarks.studies.depth --workers 2    # 20 runs on two cores
-    python -m benchmarks.studies.depth                # the same, one after the other
     python -m benchmarks.studies.depth --table        # prints what is there
 
 Trains the demo's model on paired seeds without PRe and with it, and reads each attribute of a digit
