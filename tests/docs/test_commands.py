@@ -175,6 +175,7 @@ NOT_RUN = {
     "installs packages": (
         "pip install torch",
         "pip install .",
+        "pip install '.[train,checkup]'",
         "pip install git+URL",
         "pip install FILE.tar.gz",
         "pip install -e .",
@@ -235,6 +236,18 @@ def documented() -> dict[str, list[tuple[str, Block | None]]]:
 
 DOCUMENTED = documented()
 REASONS = {command: reason for reason, several in NOT_RUN.items() for command in several}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def results_stay() -> Iterator[None]:
+    """No command here measures: one that goes on with a study belongs to those that do not run."""
+
+    def stored() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in (ROOT / "benchmarks" / "results").rglob("*.json")}
+
+    before = stored()
+    yield
+    assert [path for path, x in stored().items() if x != before.get(path)] == []
 
 
 def test_what_is_not_run_is_listed_here() -> None:
