@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.common.report import RESULTS, made_on
-from benchmarks.studies.demo_run import BASELINE, demo_run, run_study
+from benchmarks.studies.demo_run import BASELINE, demo_run, run_missing
 from prereg_kernels._util.machine import describe_machine
 from prereg_kernels.demo.data.draws import Draws
 from prereg_kernels.demo.data.questions import BIASED_PRESENCE, COMMON_FAMILIES
@@ -211,7 +211,7 @@ def main() -> None:
     def towers() -> list[Any]:
         return [run_config(variant_name(name, False), SEEDS[0]) for name in CONDITIONS]
 
-    run_study(__doc__, SEEDS, OUT, todo, towers, train_and_ask, format_table)
+    run_missing(__doc__, SEEDS, OUT, todo, towers, train_and_ask, format_table)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def keep_sweep(directory: Path, kept: Path) -> None:
 Row = dict[str, Any]
 
 
-def run_study(
+def run_missing(
     documentation: str | None,
     seeds: range,
     out: Path,

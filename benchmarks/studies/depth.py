@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.report import RESULTS, made_on
-from benchmarks.studies.demo_run import BASELINE, demo_run, run_study
+from benchmarks.studies.demo_run import BASELINE, demo_run, run_missing
 from prereg_kernels._util.machine import describe_machine
 
 OUT = RESULTS / "depth.json"
@@ -197,7 +197,7 @@ def main() -> None:
     def towers() -> list[Any]:
         return [run_config(BASELINE, SEEDS[0])]
 
-    run_study(__doc__, SEEDS, OUT, todo, towers, train_and_measure, format_table)
+    run_missing(__doc__, SEEDS, OUT, todo, towers, train_and_measure, format_table)
 
 
 if __name__ == "__main__":
