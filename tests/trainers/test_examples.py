@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,17 +73,23 @@ def test_example_on_two_ranks(name: str, tmp_path: Path) -> None:
     temporary.mkdir()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*launch, str(Path(__file__).with_name("on_cpu_ranks.py")), str(EXAMPLES / f"{name}.py")],
         cwd=tmp_path,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    try:
+        said, errors = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its ranks, too
+        raise
+    assert process.returncode == 0, errors[-2000:]
+    lines = said.splitlines()
     check_fall(lines)
     if name == "pre_trainer":
         assert "resumed, the same: True" in lines
