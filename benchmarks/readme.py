@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.loss.cpu_table import format_tables
 from benchmarks.studies import claims, depth, photographs
 from benchmarks.studies.demo_run import keep_sweep
+from benchmarks.studies.photo_scenes import MEANS
 from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.settings_file import from_dict
 from prereg_kernels.checkup.words import plus_minus
@@ -226,8 +227,9 @@ def photographs_section() -> str:
     config = photographs.sweep_config()
     check_sweep(config, photographs.KEPT)
     runs = finished(config, photographs.KEPT)
-    results = SweepResults(config, runs)
-    return markdown(results, stamps(runs))
+    means = "; ".join(f"*{name}*: {what}" for name, what in MEANS.items())
+    table = markdown(SweepResults(config, runs), stamps(runs))
+    return f"{table}\n\nWhat the names stand for here. {means}."
 
 
 def sweep_section() -> str:

@@ -8,8 +8,8 @@
 Each row is a process of its own: a LLaVA or a Qwen2.5-VL with random weights, one thread, with and
 without PRe, checkpointing and bfloat16. Its time is the processor's, the median of its steps, its
 memory the peak of a step beyond what the process had before the model. A CPU that only emulates
-products of bfloat16 takes minutes for each of its rows, and no estimate is made of that: it has the
-others alone. Writes
+products of bfloat16 takes minutes for each of its rows: it has the others alone, and leaves the
+package's copy as it is. Writes
 benchmarks/results/estimate_cpu.json and, of the same content, the package's own copy.
 """
 
@@ -262,7 +262,7 @@ def main() -> None:
         rows.append(row | in_a_process(counted, case))
         results["rows"] = rows
         write_json(results, options.out)
-    if options.size == "full":
+    if cases == list(CASES):
         write_json(results, cpu.FILE)
     print(table(results))
 

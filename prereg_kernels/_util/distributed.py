@@ -24,14 +24,18 @@ def rank() -> int:
 def tensor_group(model: Any) -> Any:
     """The process group of the ranks that transformers' tensor parallelism made; or None."""
     mesh = getattr(model, private.DEVICE_MESH, None)
-    if mesh is None:
-        return None
-    size = getattr(model, "tp_size", None)
-    if size is None:  # transformers 5.16 leaves it so on a model that it has split
-        size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
-    if (size or 1) == 1:
+    if mesh is None or tensor_ranks(model) == 1:
         return None
     return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+
+def tensor_ranks(model: Any) -> int:
+    """Over how many ranks transformers' tensor parallelism has split the model."""
+    size = getattr(model, "tp_size", None)
+    if size is None and getattr(model, private.DEVICE_MESH, None) is not None:
+        # transformers 5.16 leaves it so on a model that it has split
+        size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+    return size or 1
 
 
 def size_of(group: Any) -> int:

@@ -148,7 +148,7 @@ class State:
         if shared is not None and shared.gradients == "none":
             return 1
         if self.tensor_group is None:
-            return getattr(self.model, "tp_size", None) or 1
+            return distributed.tensor_ranks(self.model)
         return distributed.size_of(self.tensor_group)
 
     @property

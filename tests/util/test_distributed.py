@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prereg_kernels._util import private
-from prereg_kernels._util.distributed import tensor_group
+from prereg_kernels._util.distributed import tensor_group, tensor_ranks
 
 
 class Mesh:
@@ -42,6 +42,7 @@ def model_of(mesh: Mesh | None, tp_size: int | None, of_config: int | None = Non
 )
 def test_a_model_that_is_split(model: Any) -> None:
     assert tensor_group(model) == "ranks of tp"
+    assert tensor_ranks(model) == 2  # where the group is turned off, too
 
 
 @pytest.mark.parametrize(
