@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from prereg_kernels import apply_pre
 from prereg_kernels._util import private
 from prereg_kernels._util.distributed import tensor_group, tensor_ranks
+from prereg_kernels.attach.handle import state_of
+from tests.tiny import tiny_llava
 
 
 class Mesh:
@@ -58,3 +61,15 @@ def test_a_model_that_is_split(model: Any) -> None:
 )
 def test_a_model_that_is_not(model: Any) -> None:
     assert tensor_group(model) is None
+
+
+def test_copies_where_the_sharing_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is on both ranks then, and figures count it once."""
+    model = tiny_llava()
+    pre = apply_pre(model)
+    monkeypatch.setattr(type(model), "tp_size", None, raising=False)
+    monkeypatch.setattr(model, private.DEVICE_MESH, Mesh("tp"), raising=False)
+    of_config = SimpleNamespace(tp_size=2)
+    monkeypatch.setattr(model.config, "distributed_config", of_config, raising=False)
+    pre.tensor_parallel_group = None
+    assert state_of(pre).copies == 2
