@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo notebook train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
+	@awk -F ' *:.*## +' '/^[a-z-]+:.*## / {printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Build tools first: the package is built against the torch that it will run with.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
@@ -70,8 +70,8 @@ ANY_BACKEND := ops/backends attach/families triton_aot gpu zoo models estimate d
     benchmarks/first benchmarks/step benchmarks/studies benchmarks/loss/test_gpu.py \
     benchmarks/test_compare.py benchmarks/test_host.py test_layout.py test_licence.py \
     test_private_names.py test_workflows.py
-test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready \
-    $(PEFTS:%=$(PEFT)/%/.ready)  ## the tests
+test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready $(PEFTS:%=$(PEFT)/%/.ready)
+test:  ## the tests, as CI runs them (half an hour or more)
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prereg_kernels.estimate import shipped
-from tests.cli.run import prereg
+from tests.cli.run import Command
 from tests.zoo import sample
 
 CLUSTER = ("--gpus", "64", "--parallel", "zero3", "--checkpointing", "--gpu", "h200")
@@ -45,8 +45,9 @@ def test_a_shipped_model_is_answered_at_once(name: str, tmp_path: Path) -> None:
     assert "all-gather of weights" in done.stdout
 
 
-def test_json_and_picture(tmp_path: Path) -> None:
-    done = prereg("estimate", "llava-1.5-7b", "--json", "--picture", "memory.svg", cwd=tmp_path)
+def test_json_and_picture(tmp_path: Path, prereg_here: Command) -> None:
+    flags = ("--json", "--picture", "memory.svg")
+    done = prereg_here("estimate", "llava-1.5-7b", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["parameters"] == 7_063_427_072
@@ -57,11 +58,11 @@ def test_json_and_picture(tmp_path: Path) -> None:
     assert all(word in picture for word in ("PRe, layer 16", "optimizer", "with eager PRe"))
 
 
-def test_a_model_of_one_s_own(tmp_path: Path) -> None:
+def test_a_model_of_one_s_own(tmp_path: Path, prereg_here: Command) -> None:
     model = sample("llava").model
     (tmp_path / "mine").mkdir()
     model.config.save_pretrained(tmp_path / "mine")
-    done = prereg("estimate", "mine/config.json", "--gpu", "cpu", "--json", cwd=tmp_path)
+    done = prereg_here("estimate", "mine/config.json", "--gpu", "cpu", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
@@ -83,8 +84,10 @@ def test_a_model_of_one_s_own(tmp_path: Path) -> None:
         (("llava-1.5-7b", "--picture", "x.gif"), "--picture: expected a .png or .svg, got x.gif"),
     ],
 )
-def test_bad_input(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    done = prereg("estimate", *arguments, cwd=tmp_path)
+def test_bad_input(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, prereg_here: Command
+) -> None:
+    done = prereg_here("estimate", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"prereg: {message}")
     assert done.stderr.count("\n") == 1 and not done.stdout

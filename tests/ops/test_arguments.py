@@ -221,8 +221,8 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError, "token_weight: is on meta",
     ),
     "activation": (
-        {"activation": "tanh"},
-        ValueError, f"activation: expected one of {', '.join(ACTIVATION_NAMES)}; got 'tanh'",
+        {"activation": "nope"},
+        ValueError, f"activation: expected one of {', '.join(ACTIVATION_NAMES)}; got 'nope'",
     ),
     "activation None": ({"activation": None}, ValueError, "activation: .* got None"),
     "loss": (
@@ -384,7 +384,7 @@ def test_bad_upcast(upcast: Any) -> None:
         ({"depth": -1}, "depth: expected an integer of at least 0, got -1"),
         ({"depth": True}, "depth: expected an integer of at least 0, got True"),
         ({"depth": 0}, "depth: 0 needs in_features == out_features, got 4 and 5"),
-        ({"activation": "tanh"}, "activation: expected one of gelu, .* got 'tanh'"),
+        ({"activation": "nope"}, "activation: expected one of gelu, .* got 'nope'"),
     ),
 )
 def test_bad_head(overrides: dict[str, Any], message: str) -> None:
@@ -399,7 +399,7 @@ def test_bad_head(overrides: dict[str, Any], message: str) -> None:
         ({"weight": float("nan")}, "weight: .* got nan"),
         ({"weight": "0.5"}, "weight: .* got '0.5'"),
         ({"weight": True}, "weight: .* got True"),
-        ({"activation": "tanh"}, "activation: expected one of gelu, .* got 'tanh'"),
+        ({"activation": "nope"}, "activation: expected one of gelu, .* got 'nope'"),
         ({"loss": "cosin"}, "loss: expected one of cosine, .* got 'cosin'"),
         ({"normalize": "batch"}, "normalize: expected one of none, .* got 'batch'"),
         ({"loss": "cosine", "normalize": "l2"}, "normalize"),

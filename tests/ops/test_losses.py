@@ -64,6 +64,20 @@ def softsign_activation() -> Activation:
     return register_activation(Activation("softsign", softsign, parameters={"steep": 0.5}))
 
 
+BY_HAND = {  # of 1 and of -2, by tables of the normal distribution and of tanh
+    "gelu": (0.8413447, -0.0455003),
+    "gelu_tanh": (0.8411920, -0.0454023),
+    "silu": (0.7310586, -0.2384058),
+    "relu": (1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", get_args(ActivationName))
+def test_activations_by_hand(name: str) -> None:
+    found = ACTIVATIONS.find(name).formula(torch.tensor([1.0, -2.0]))
+    assert found.tolist() == pytest.approx(BY_HAND[name], abs=1e-6)
+
+
 OWN = {"loss": "log_cosh", "activation": "softsign"}
 MASK = torch.tensor([True, False, True, True, False, True, True] * 2).view(2, 7)
 
