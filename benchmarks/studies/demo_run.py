@@ -51,12 +51,19 @@ def prepare(run: Any, cache: str) -> None:
 
 
 def keep_sweep(directory: Path, kept: Path) -> None:
-    """Copy a sweep's settings and each finished run's result, which says where it was made. A sweep
-    that is begun in a copy of them goes on with what is missing."""
+    """Copy a sweep's settings and each finished run's result, which says where it was made."""
     for path in (directory / "sweep.json", *directory.glob("seed-*/*/result.json")):
         copy = kept / path.relative_to(directory)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
+
+
+def begin_from(kept: Path, directory: Path) -> None:
+    """Make a new directory in which a sweep goes on with what is missing of `kept`."""
+    from prereg_kernels._util.directories import held
+
+    with held(directory, "sweep", (), lambda _: False, lambda _: False):
+        shutil.copytree(kept, directory, dirs_exist_ok=True)
 
 
 Row = dict[str, Any]

@@ -10,14 +10,13 @@ has ended is not run again. What has ended is copied to benchmarks/results/photo
 from __future__ import annotations
 
 import argparse
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.common.report import RESULTS
-from benchmarks.studies.demo_run import keep_sweep
+from benchmarks.studies.demo_run import begin_from, keep_sweep
 from benchmarks.studies.photo_scenes import PHOTOGRAPHS, PhotoConfig
 from prereg_kernels.cli.demo import load_sweep, run_sweep
 from prereg_kernels.demo.sweep.sweep import SweepConfig
@@ -64,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     if not arguments.out.exists() and KEPT.exists():
-        shutil.copytree(KEPT, arguments.out)
+        begin_from(KEPT, arguments.out)
     try:
         devices = ["cpu"] * arguments.workers
         _, text = run_sweep(sweep_config(arguments.seeds), arguments.out, devices, console)

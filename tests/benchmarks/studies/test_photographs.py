@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.studies import photo_scenes
-from benchmarks.studies.demo_run import keep_sweep
+from benchmarks.studies.demo_run import begin_from, keep_sweep
 from benchmarks.studies.photo_scenes import (
     PHOTOGRAPHS,
     PhotoConfig,
@@ -19,9 +19,9 @@ from benchmarks.studies.photo_scenes import (
     direction,
     read_photograph,
 )
-from benchmarks.studies.photographs import draw_scenes, sweep_config
+from benchmarks.studies.photographs import KEPT, draw_scenes, sweep_config
 from prereg_kernels.demo.data.scenes import SceneBatch
-from prereg_kernels.demo.sweep.sweep import points
+from prereg_kernels.demo.sweep.sweep import open_sweep, points
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -122,5 +122,13 @@ def test_results_are_kept_and_the_scenes_drawn(tmp_path: Path) -> None:
     kept = sorted(x.relative_to(tmp_path / "kept") for x in (tmp_path / "kept").rglob("*.json"))
     assert kept == [Path("seed-400/centre/result.json"), Path("sweep.json")]
     assert not list((tmp_path / "kept").rglob("*.jsonl"))
+    begin_from(tmp_path / "kept", tmp_path / "again")
+    assert (tmp_path / "again" / "seed-400" / "centre" / "result.json").exists()
     draw_scenes(tmp_path / "scenes.png", 3)
     assert (tmp_path / "scenes.png").stat().st_size > 5000
+
+
+def test_a_sweep_goes_on_from_what_is_kept(tmp_path: Path) -> None:
+    begin_from(KEPT, tmp_path / "again")
+    with open_sweep(sweep_config(), tmp_path / "again", fresh=False):
+        pass
