@@ -31,7 +31,7 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo notebook train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo notebook train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-torch test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@awk -F ' *:.*## +' '/^[a-z-]+:.*## / {printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,23 +63,24 @@ train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on ph
 	$(call ASK,$(EXAMPLE)/qwen_pre)
 	$(BIN)/python examples/read_back.py $(EXAMPLE)
 
-# The whole suite runs on the C++ rows, where they are built, and on plain PyTorch: once each, but for
-# what has a backend of its own or none, or does no more than call the model that has PRe.
-ANY_BACKEND := ops/backends attach/families triton_aot gpu zoo models estimate demo train trainers \
-    integrations checkup cli docs notebook packages pages release types util benchmarks/common \
-    benchmarks/first benchmarks/step benchmarks/studies benchmarks/loss/test_gpu.py \
-    benchmarks/test_compare.py benchmarks/test_host.py test_layout.py test_licence.py \
-    test_private_names.py test_workflows.py
+# The whole suite runs on the C++ rows, where they are built; on plain PyTorch what computes with rows:
+# the loss, the tap, and of `apply_pre` the gradients and what it keeps alive. The rest calls these;
+# test-torch has it.
+ON_TORCH := ops threads benchmarks/loss attach/test_gradients.py attach/test_lifetimes.py test_import.py
+ONCE := ops/backends benchmarks/loss/test_gpu.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready $(PEFTS:%=$(PEFT)/%/.ready)
 test:  ## the tests, as CI runs them (half an hour or more)
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --backend torch $(ANY_BACKEND:%=--ignore=tests/%)
+	$(BIN)/python -m pytest -n 2 --backend torch $(ON_TORCH:%=tests/%) $(ONCE:%=--ignore=tests/%)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON)/$(TRITON_NEWEST) \
 	    $(BIN)/python -m pytest -n 2 tests/ops/backends/test_triton*.py
 	for version in $(PEFTS); do \
 	    PYTHONPATH=$(PEFT)/$$version $(BIN)/python -m pytest -n 2 tests/integrations/test_peft.py \
 	        --peft $$version || exit 1; \
 	done
+
+test-torch: $(READY)  ## all of apply_pre's tests on plain PyTorch (10 minutes, not timed whole)
+	$(BIN)/python -m pytest -n 2 --backend torch tests/attach
 
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models \

@@ -93,6 +93,7 @@ NOT_RUN = {
         "make test",
         "make test-models",
         "make test-estimate",
+        "make test-torch",
         "make test-triton",
         "make test-transformers",
         "make test-ranks",
