@@ -39,6 +39,7 @@ help:  ## this list
 # Build tools first: the package is built against the torch that it will run with.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
     prereg_kernels/ops/backends/cpp_build.py
+	@echo "Setting up $(VENV): about 5 minutes, to install PyTorch and compile the C++ kernels"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
