@@ -67,7 +67,7 @@ train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on ph
 # The whole suite runs on the C++ rows, where they are built; on plain PyTorch what computes with rows:
 # the loss, the tap, and of `apply_pre` the gradients and what it keeps alive. The rest calls these;
 # test-torch has it.
-ON_TORCH := ops threads benchmarks/loss attach/test_gradients.py attach/test_lifetimes.py test_import.py
+ON_TORCH := ops benchmarks/loss attach/test_gradients.py attach/test_lifetimes.py test_import.py
 ONCE := ops/backends benchmarks/loss/test_gpu.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready $(PEFTS:%=$(PEFT)/%/.ready)
 test:  ## the tests, as CI runs them (half an hour or more)
@@ -80,8 +80,8 @@ test:  ## the tests, as CI runs them (half an hour or more)
 	        --peft $$version || exit 1; \
 	done
 
-test-torch: $(READY)  ## all of apply_pre's tests on plain PyTorch (10 minutes, not timed whole)
-	$(BIN)/python -m pytest -n 2 --backend torch tests/attach
+test-torch: $(READY)  ## apply_pre, and all threads, on plain PyTorch (not timed whole)
+	$(BIN)/python -m pytest -n 2 --backend torch tests/attach tests/threads
 
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models \
