@@ -6,6 +6,7 @@ Fuzzers alone, by `make fuzz`, draw other examples on every run.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -68,6 +69,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if reason := registry.unavailable(backend, "cpu"):
         raise pytest.UsageError(f"--backend {backend}: {reason}")
     registry.FASTEST_FIRST = (backend, "torch")
+
+
+@pytest.fixture(autouse=True)
+def libraries_stay() -> None:
+    """The collector leaves alone what was imported before the first test: a second a look, which
+    trainers take at the end of each run. A run with workers has it look at everything again."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 _COMPILATION = "ACCELERATE_DYNAMO_"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,14 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from prereg_kernels import apply_pre, remove_pre
 from tests.attached import NON_REENTRANT, anchor_of_pixels, compare
 from tests.tiny import gradients, make_batch, tiny_llava
-
-
-@pytest.fixture(autouse=True)
-def collects_what_is_new() -> Iterator[None]:
-    """The collector does not look at what the libraries have, a second for each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make_model(checkpointing: bool = False, **overrides: Any) -> Any:
