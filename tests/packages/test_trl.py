@@ -22,7 +22,8 @@ from tests.packages.compared import (
     step_errors,
 )
 from tests.packages.definition import errors, gradients, split
-from tests.packages.run import Run, run
+from tests.packages.run import ROOT, Run, folder_of, run
+from tests.trainers.test_examples import check_fall
 
 pytestmark = pytest.mark.packages
 
@@ -208,3 +209,10 @@ def test_the_command_without_a_known_setting(place: Place) -> None:
     failed = run("trl", command, folder, folder / "out", is_expected_to_fail=True)
     assert failed.text.strip().splitlines()[-1].startswith("prereg: pre.wieght: not a setting")
     assert "Traceback" not in failed.text
+
+
+def test_the_example(tmp_path: Path) -> None:
+    paths = (folder_of("trl"), ROOT, ROOT / "examples")
+    own = {"PYTHONPATH": ":".join(map(str, paths)), "TMPDIR": str(tmp_path)}
+    done = run("trl", ["sft_trainer"], tmp_path, tmp_path, environment=own)
+    check_fall([x for x in done.text.splitlines() if x.startswith("pre_loss ")])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import runpy
@@ -20,7 +19,7 @@ import prereg_kernels
 from tests.releases import HERE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEEDS = {"sft_trainer": ("trl", "datasets")}
+ELSEWHERE = {"sft_trainer": "tests/packages/test_trl.py"}  # with the trainer that it needs
 EXAMPLE = ("photographs", "read_back")  # the beginning and the end of `make train-example`
 LAYERS = ("megatron_layer", "torchtitan_layer")  # a class to add to a model of somebody else
 LINES = 60
@@ -31,15 +30,12 @@ LINES = 60
     sorted(
         path.stem
         for path in EXAMPLES.glob("*.py")
-        if not path.stem.startswith("tiny") and path.stem not in EXAMPLE
+        if not path.stem.startswith("tiny") and path.stem not in {*EXAMPLE, *ELSEWHERE}
     ),
 )
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in NEEDS.get(name, ()):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"needs {module}")
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
