@@ -6,6 +6,7 @@ Fuzzers alone, by `make fuzz`, draw other examples on every run.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -68,6 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if reason := registry.unavailable(backend, "cpu"):
         raise pytest.UsageError(f"--backend {backend}: {reason}")
     registry.FASTEST_FIRST = (backend, "torch")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by then stays: trainers collect garbage, and walk over a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 _COMPILATION = "ACCELERATE_DYNAMO_"
