@@ -93,7 +93,7 @@ def run_sweep(
         steps = sweep_steps_left(settings, out)
         _forecast(settings.experiment, out, steps, len(devices), console)
         run = partial(run_sweep_unit, settings)
-        run_units(sweep_units(settings), run, out, devices, console)
+        run_units(sweep_units(settings), run, out, devices, console, finished=not steps)
         return write_sweep(settings, out, devices[0])
 
 
@@ -130,8 +130,10 @@ def _experiment(arguments: argparse.Namespace, flags: Sequence[str], console: Co
     out = arguments.out or Path("runs") / Path(arguments.preset).stem
     with open_experiment(settings, out, arguments.fresh):
         _tower(settings, out, devices[0], console)
-        _forecast(settings, out, steps_left(settings, out), len(devices), console)
-        run_units(units(settings), partial(run_unit, settings), out, devices, console)
+        steps = steps_left(settings, out)
+        _forecast(settings, out, steps, len(devices), console)
+        run = partial(run_unit, settings)
+        run_units(units(settings), run, out, devices, console, finished=not steps)
         with console.status("measuring what a step costs"):
             cost = measure_cost(settings, out)
         page = write_report(settings, cost, time.perf_counter() - start, out, console)

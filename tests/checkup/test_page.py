@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from prereg_kernels.checkup.images.datasets import ImageFolder
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.report.findings import headline_of_two, tiles_of
+from prereg_kernels.checkup.report.pictures import Drawing, draw_all
+from prereg_kernels.checkup.report.style import curve, legend, panels, theme
 from prereg_kernels.checkup.results import CheckupResults, differences
 from prereg_kernels.checkup.run import checkup, report
 from tests.checkup.pictures import QWEN_PROCESSOR, make_loaded, pillow, save_folder
@@ -127,3 +130,22 @@ def test_a_comparison_without_probes_or_masks(tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_asked_for(models: list[CheckupResults]) -> None:
     assert models[0].notes == ()
+
+
+def test_a_theme_drawn_in_the_layout_of_another_is_as_drawn_alone(tmp_path: Path) -> None:
+    """With letters, a legend and axes whose shape an image decides."""
+
+    def draw(colours: Mapping[str, str]) -> Iterator[tuple[str, Drawing]]:
+        figure, axes = panels(3, size=(9, 3))
+        axes[0].imshow([[0, 1], [1, 0]], cmap="gray")
+        for axis in axes[1:]:
+            curve(axis, [1, 20, 300], [0, 1, 2], [3, 40, 500], color=colours["first"], label="a")
+            axis.set(title="of depth", ylabel="value")
+        legend(figure, axes[1])
+        yield "picture", Drawing(figure, ["", "", ""], axes)
+
+    draw_all(draw, tmp_path)
+    for name, ending in (("light", ""), ("dark", "-dark")):
+        with theme(name) as colours:
+            [(_, alone)] = draw(colours)
+            assert alone._repr_png_() == (tmp_path / f"picture{ending}.png").read_bytes()

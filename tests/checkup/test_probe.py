@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from prereg_kernels.checkup import NoProbeError, linear_probe, probe
@@ -37,6 +38,27 @@ def test_equals_logistic_regression_on_standardised_features(columns: int) -> No
     got = linear_probe(x[:60], y[:60], x[60:], y[60:], strength=0.3)
     assert got == pytest.approx(expected, abs=1 / 2940)
     assert 0.3 < got < 0.97
+
+
+@pytest.mark.parametrize(("worth", "inside"), [(1e6, 1), (10, 2)])
+def test_a_small_fit_has_one_thread(
+    monkeypatch: pytest.MonkeyPatch, worth: float, inside: int
+) -> None:
+    """Two that wait for each other took most of a checkup; afterwards they are what they were."""
+
+    def threads() -> set[int]:
+        return {x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"}
+
+    found: list[set[int]] = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(f"{linear_probe.__module__}._WORTH_THREADS", worth)
+    monkeypatch.setattr(
+        LogisticRegression, "fit", lambda *a, **k: (found.append(threads()), fit(*a, **k))[1]
+    )
+    x, y = noisy()
+    with threadpool_limits(2, "blas"):
+        linear_probe(x, y, x, y)
+        assert (found, threads()) == ([{inside}], {2})
 
 
 def noisy(rows: int = 300, columns: int = 6) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line in a process of its own, and an experiment small enough for it."""
+"""The command line in a process of its own or here, and an experiment small enough for it."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from prereg_kernels.cli.commands import main
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = """
 seeds: 2
 run:
+  model: {width: 32, tower_layers: 1, decoder_layers: 2, heads: 2, tower_mlp: 32, decoder_mlp: 32}
+  pre: {layer: 1}
   tower: {steps: 3, batch: 4}
   stages:
     - {name: projector, steps: 1, trainable: [projector]}
@@ -45,3 +54,22 @@ def prereg(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     process = start(*arguments, cwd=cwd)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for fixtures of a module; a test has `prereg_here`."""
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.chdir(cwd)
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["prereg", *arguments])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)  # which it replaces
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())

@@ -6,19 +6,20 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.run import TINY, Command, prereg
+from tests.cli.run import TINY, Command, here
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("cli")
     (directory / "tiny.yaml").write_text(TINY)
-    run = prereg("demo", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
+    run = here("demo", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
     assert run.returncode == 0, run.stderr
     return directory, run.stdout
 
@@ -58,12 +59,18 @@ def by_variant_of(summary: dict[str, Any], variant: str) -> list[dict[str, Any]]
     return [result for result in summary["results"] if result["variant"] == variant]
 
 
-def test_run_again_uses_what_is_there(experiment: tuple[Path, str]) -> None:
-    directory, _ = experiment
+def test_run_again_uses_what_is_there(
+    experiment: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And starts no process for it."""
+    directory, output = experiment
     result = directory / "runs" / "tiny" / "seed-1" / "pre" / "result.json"
     before = result.stat().st_mtime_ns
-    run = prereg("demo", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
+    monkeypatch.setattr(BaseProcess, "start", lambda _: pytest.fail("a process was started"))
+    run = here("demo", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
     assert run.returncode == 0, run.stderr
+    done = re.findall(r"^\[\d/6\] seed .*", output, re.M)
+    assert len(done) == 6 and re.findall(r"^\[\d/6\] seed .*", run.stdout, re.M) == done
     assert result.stat().st_mtime_ns == before
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -361,8 +362,10 @@ def work(
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",  # or Accelerate gives each rank all cores
     }  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # each Trainer collects garbage, and walks over what is imported
     # Where Trainer reads a rank's optimizer state to, and torch knows "cpu" alone.
     torch.serialization.register_package(
         1, lambda _: None, lambda storage, where: storage if where == "cpu:0" else None

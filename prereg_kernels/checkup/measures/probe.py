@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from prereg_kernels.checkup.intervals import half_width
 from prereg_kernels.checkup.measures.tensors import check_features, check_ids
+
+_WORTH_THREADS = 2e8  # multiplications of a product; one thread takes about 10 ms for them
 
 
 class NoProbeError(ValueError):
@@ -158,10 +162,29 @@ def linear_probe(
         basis, coordinates = np.linalg.qr(fit.T)
         fit, held_out = coordinates.T, held_out @ basis
     probe = LogisticRegression(C=strength, max_iter=300)
-    with warnings.catch_warnings():  # dependent dimensions may not converge, and need not
+    with warnings.catch_warnings(), _threads(fit.size * classes):
+        # dependent dimensions may not converge, and need not
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(fit, train_y.cpu().numpy())
     return float(probe.score(held_out, test_y.cpu().numpy()))
+
+
+def _threads(multiplications: int) -> AbstractContextManager[object]:
+    """BLAS has one thread inside, unless a product of the fit has this many multiplications.
+
+    A step of the solver hands dozens of tiny vectors to BLAS, whose threads spin meanwhile: on two
+    cores the fit of 60 objects takes ten times as long with both of them.
+    """
+    if multiplications > _WORTH_THREADS:
+        return nullcontext()
+    return _libraries().limit(limits=1, user_api="blas")
+
+
+@cache
+def _libraries() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()  # scikit-learn, which needs it, has loaded them by then
 
 
 def _array(x: Tensor, name: str) -> np.ndarray:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from prereg_kernels._util.files import write_whole
@@ -47,7 +49,7 @@ class Drawing:
 
     def _repr_png_(self) -> bytes:
         """The whole figure, which Jupyter shows of a cell that ends in a drawing."""
-        return _png(_rendered(self)[0])
+        return _png(_rendered(self).whole)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,26 @@ class Picture:
     key: Mapping[str, str]
 
 
+class _Layout(NamedTuple):
+    """Where things are in a figure, in every theme.
+
+    Attributes:
+        places: of its axes, in shares of the figure.
+        whole: what is not empty, in pixels: left, bottom, right, top.
+        panels: the same of each panel, with its labels.
+    """
+
+    places: Sequence[Bbox]
+    whole: Sequence[float]
+    panels: Sequence[Sequence[float]]
+
+
+class _Rendered(NamedTuple):
+    whole: Image.Image
+    panels: Sequence[Image.Image]
+    layout: _Layout
+
+
 Draw = Callable[[Mapping[str, str]], Iterable[tuple[str, Drawing]]]
 """From a theme's colours to drawings by name."""
 
@@ -85,12 +107,13 @@ def draw_all(draw: Draw, directory: Path) -> dict[str, Picture]:
         OSError: a file cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, dict[str, list[Image.Image]]] = {}
+    parts: dict[str, dict[str, Sequence[Image.Image]]] = {}
+    layouts: dict[str, _Layout] = {}
     drawings: dict[str, Drawing] = {}
     for name in THEMES:
         with theme(name) as colours:
             for picture, drawing in draw(colours):
-                whole, panels = _rendered(drawing)
+                whole, panels, layouts[picture] = _rendered(drawing, layouts.get(picture))
                 ending = "" if name == "light" else f"-{name}"
                 write_whole(directory / f"{picture}{ending}.png", _png(whole))
                 parts.setdefault(picture, {})[name] = panels or [whole]
@@ -108,20 +131,42 @@ def draw_all(draw: Draw, directory: Path) -> dict[str, Picture]:
     }
 
 
-def _rendered(drawing: Drawing) -> tuple[Image.Image, list[Image.Image]]:
-    """The figure without empty edges, and its panels: those of a figure have one size."""
-    canvas = FigureCanvasAgg(drawing.figure)
+def _rendered(drawing: Drawing, other: _Layout | None = None) -> _Rendered:
+    """The figure without empty edges, and its panels: those of a figure have one size.
+
+    Args:
+        other: of the same figure in another theme, which has the letters' sizes too: to lay out
+            every axis anew takes most of the time.
+    """
+    figure = drawing.figure
+    canvas = FigureCanvasAgg(figure)
+    if other is not None:
+        figure.set_layout_engine("none")
+        for axis, place in zip(figure.axes, other.places, strict=True):
+            axis.set_position(place)
     canvas.draw()
+    layout = other or _layout(drawing, canvas.get_renderer())
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    renderer = canvas.get_renderer()
-    whole = [x * drawing.figure.dpi for x in drawing.figure.get_tightbbox(renderer).extents]
-    boxes = [box.extents for axis in drawing.panels if (box := axis.get_tightbbox(renderer))]
+    boxes = layout.panels
     size = [max((box[i + 2] - box[i] for box in boxes), default=0) for i in (0, 1)]
     # from the right and the bottom: there the axes of all panels end
     panels = [
         _cut(image, (box[2] - size[0], box[1], box[2], box[1] + size[1]), box) for box in boxes
     ]
-    return _cut(image, whole, whole), panels
+    return _Rendered(_cut(image, layout.whole, layout.whole), panels, layout)
+
+
+def _layout(drawing: Drawing, renderer: RendererAgg) -> _Layout:
+    """Of a figure that has been drawn; each of its axes is measured once."""
+    figure = drawing.figure
+    boxes = {artist: artist.get_tightbbox(renderer) for artist in figure.axes}
+    others = [artist.get_tightbbox(renderer) for artist in (*figure.legends, *figure.texts)]
+    whole = Bbox.union([box for box in (*boxes.values(), *others) if box is not None])
+    return _Layout(
+        [axis.get_position(original=True) for axis in figure.axes],
+        whole.extents,
+        [box.extents for axis in drawing.panels if (box := boxes[axis])],
+    )
 
 
 def _cut(image: Image.Image, frame: Sequence[float], box: Sequence[float]) -> Image.Image:

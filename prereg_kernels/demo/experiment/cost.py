@@ -2,7 +2,8 @@
 """What PRe costs on this machine: the time of a training step, and peak memory.
 
 Times are taken in one process, baseline and PRe in turn, so that both meet the same machine. Peaks
-are taken in a process each, whose high-water mark knows no other model.
+are taken in a process each, whose high-water mark knows no other model; that of the baseline goes
+on with the times, as a process takes seconds to start.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
     path = out / "cost.json"
     if path.exists():
         return _read(path)
-    times = _in_fresh_processes(_step_times, [(config, out)])[0]
-    variants = ("baseline", "pre")
-    peaks = _in_fresh_processes(_peak_memory, [(config, out, variant) for variant in variants])
+    with_pre_peak = _in_fresh_process(_peak_memory, config, out, "pre")
+    baseline_peak, times = _in_fresh_process(_peak_and_times, config, out)
     ratios = [with_pre / without for without, with_pre in zip(*times.values(), strict=True)]
     cost = {
         "step_seconds": {name: statistics.median(values) for name, values in times.items()},
@@ -47,7 +47,7 @@ def measure_cost(config: ExperimentConfig, out: Path) -> dict[str, Any]:
         "step_ratio_error": statistics.stdev(ratios) / math.sqrt(len(ratios)),
         "steps": config.cost_steps,
         "device": config.device,
-        "peak_bytes": dict(zip(variants, peaks, strict=True)),
+        "peak_bytes": {"baseline": baseline_peak, "pre": with_pre_peak},
     }
     write_whole(path, json.dumps(cost, indent=1))
     return cost
@@ -67,12 +67,17 @@ def _read(path: Path) -> dict[str, Any]:
     return cost
 
 
-def _in_fresh_processes(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    """The results of the calls, each in a process of its own, at the same time."""
-    with ProcessPoolExecutor(len(calls), multiprocessing.get_context("spawn")) as pool:
+def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         with sigint_ignored():
-            futures = [pool.submit(function, *call) for call in calls]
-        return [future.result() for future in futures]
+            future = pool.submit(function, *arguments)
+        return future.result()
+
+
+def _peak_and_times(config: ExperimentConfig, out: Path) -> tuple[int, dict[str, list[float]]]:
+    """The baseline's peak, before there is another model; then what steps of both take."""
+    return _peak_memory(config, out, "baseline"), _step_times(config, out)
 
 
 def _step_times(config: ExperimentConfig, out: Path) -> dict[str, list[float]]:

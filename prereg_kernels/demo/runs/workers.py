@@ -55,17 +55,29 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for i
 
 
 def run_units(
-    todo: Sequence[Unit], run: Run, out: Path, devices: Sequence[str], console: Console
+    todo: Sequence[Unit],
+    run: Run,
+    out: Path,
+    devices: Sequence[str],
+    console: Console,
+    *,
+    finished: bool = False,
 ) -> None:
     """Run all units; those that are finished already are not run again.
 
     Args:
         devices: of each worker.
+        finished: all of them are, so that their results are read here, and no worker is started.
 
     Raises:
         UnitError: one of them raised; the others were stopped and can be resumed.
         Interrupted: on a signal.
     """
+    if finished:
+        for number, unit in enumerate(todo, 1):
+            result = run(unit, out, lambda *_: None, devices[0])
+            _print_done(console, number, len(todo), unit, summary(result))
+        return
     context = multiprocessing.get_context("spawn")
     work, news = context.Queue(), context.Queue()
     for unit in todo:
@@ -125,7 +137,11 @@ def _follow(news: Any, processes: Sequence[BaseProcess], count: int, console: Co
             else:
                 done += 1
                 progress.update(total, completed=done)
-                progress.console.print(f"[{done}/{count}] {unit.name}: {rest[0]}", highlight=False)
+                _print_done(progress.console, done, count, unit, rest[0])
+
+
+def _print_done(console: Console, done: int, count: int, unit: Unit, text: str) -> None:
+    console.print(f"[{done}/{count}] {unit.name}: {text}", highlight=False)
 
 
 def _last_step(directory: Path) -> tuple[int, str]:
