@@ -209,6 +209,7 @@ release-check: $(PACKAGES)/release/.ready  ## a release but for its upload: file
 	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m build --no-isolation --outdir $(RELEASE)/dist
 	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m twine check --strict $(RELEASE)/dist/*
 	$(BIN)/python -m tests.release.files > $(RELEASE)/notes.md
+	$(BIN)/python -m tests.release.figures > $(RELEASE)/figures.md
 	$(BIN)/python -m pytest -m "release or not release" tests/release
 
 .transformers/%/.ready: constraints.txt Makefile | $(READY)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.release import files
+from tests.release import figures, files
 from tests.release.files import ROOT, Section, disagreements, expected_in_wheel, sections
 
 BUILD = ROOT / "build" / "release"
@@ -132,6 +132,29 @@ def test_what_a_wheel_says_of_itself() -> None:
     assert set(about.get_all("Provides-Extra", [])) == set(re.findall(r"^(\w+) = \[", extras, re.M))
     assert points.split() == ["[console_scripts]", "prereg", "=", "prereg_kernels.cli:main"]
     assert about["Requires-Python"] == ">=3.10"
+
+
+def test_every_result_has_its_line_and_says_what_it_measures() -> None:
+    """Of figures.py, whose table says what is older than the code."""
+    assert set(figures.MEASURES) == {path.name for path in figures.RESULTS.iterdir()}
+    assert all((ROOT / path).exists() for paths in figures.MEASURES.values() for path in paths)
+
+
+def test_the_commits_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"a": [{"commit": "1f5a560", "device": "x"}], "b": {"commit": "0", "dirty": True}}
+    assert set(figures.stamps(there)) == {("1f5a560", "x"), ("0 (dirty)", "not said")}
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    run([*git, "init", "-q"], tmp_path)
+    for name in ("x", "x", "y"):
+        with (tmp_path / name).open("a") as file:
+            file.write(name)
+        run([*git, "add", name], tmp_path)
+        run([*git, "commit", "-q", "-m", name], tmp_path)
+    assert figures.changes_since("HEAD", ("x",)) == 0
+    assert figures.changes_since("HEAD~2", ("x",)) == 1
+    assert figures.changes_since("HEAD~2", ("x", "y")) == 2
+    assert figures.changes_since("0 (dirty)", ("x",)) is None
 
 
 def run(command: list[str | Path], cwd: Path) -> str:

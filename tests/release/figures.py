@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which figures are older than the code that they measure.
+
+`python -m tests.release.figures` prints a table of benchmarks/results/: where each was measured, at
+which commit, and how many commits have changed since then what it measures. Those with any are to
+be measured again, or said to be older, before a release.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tests.release.files import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+OPS = ("csrc", "prereg_kernels/ops")
+ATTACH = (*OPS, "prereg_kernels/attach")
+DEMO = (*ATTACH, "prereg_kernels/demo")
+MEASURES = {
+    "answers_sweep.json": DEMO,
+    "call_overhead.json": OPS,
+    "checkup_measures.json": ("prereg_kernels/checkup/measures",),
+    "compare_epyc.json": OPS,
+    "cpu.json": OPS,
+    "cpu_avx512.json": OPS,
+    "cpu_primitives.json": OPS,
+    "demo.json": DEMO,
+    "depth.json": DEMO,
+    "estimate_cpu.json": (*ATTACH, "prereg_kernels/estimate"),
+    "few_shot": DEMO,
+    "fidelity.json": DEMO,
+    "fp8_accuracy.json": OPS,
+    "head_dtype.json": OPS,
+    "host.json": OPS,
+    "host_epyc.json": OPS,
+    "input_pipeline.json": ("prereg_kernels/train",),
+    "many_samples.json": ("prereg_kernels/train",),
+    "photographs": DEMO,
+    "token_fraction.json": OPS,
+    "watched_gradients.json": (*ATTACH, "prereg_kernels/trainers"),
+}
+
+
+class Stamp(NamedTuple):
+    """Where a figure comes from."""
+
+    commit: str
+    device: str
+
+
+def stamps(value: Any) -> Iterator[Stamp]:
+    """Those in a file of results, at any depth: "commit", and beside it what ran it."""
+    if isinstance(value, dict):
+        if isinstance(commit := value.get("commit"), str):
+            device = value.get("device") or value.get("processor") or "not said"
+            yield Stamp(commit + (" (dirty)" if value.get("dirty") else ""), device)
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from stamps(each)
+
+
+def stamps_of(name: str) -> set[Stamp]:
+    """Those of a file, or of all files of a folder, of benchmarks/results/."""
+    path = RESULTS / name
+    files = path.rglob("*.json") if path.is_dir() else [path]
+    return {stamp for file in files for stamp in stamps(json.loads(file.read_text()))}
+
+
+def changes_since(commit: str, paths: tuple[str, ...]) -> int | None:
+    """How many commits have changed these files or folders since; None where there is no such
+    commit."""
+    command = ["git", "rev-list", "--count", f"{commit.split()[0]}..HEAD", "--", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def table() -> str:
+    """In Markdown, a line each."""
+    lines = [
+        "| results | measured at | on | commits since to what it measures |",
+        "|---|---|---|---|",
+    ]
+    for name, paths in MEASURES.items():
+        found = sorted(stamps_of(name)) or [Stamp("not said", "not said")]
+        for commit, device in found:
+            since = changes_since(commit, paths) if commit[:3] != "not" else None
+            lines.append(f"| {name} | {commit} | {device} | {'?' if since is None else since} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
