@@ -31,18 +31,19 @@ DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo notebook train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-torch test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
+.PHONY: help demo notebook train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-compile test-torch test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@awk -F ' *:.*## +' '/^[a-z-]+:.*## / {printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Build tools first: the package is built against the torch that it will run with.
+# Build tools first: the package is built against the torch that it will run with. Python compiles what
+# it imports; pip would compile everything, one file after the other.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
     prereg_kernels/ops/backends/cpp_build.py
 	@echo "Setting up $(VENV): about 5 minutes, to install PyTorch and compile the C++ kernels"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt setuptools wheel ninja torch numpy
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
@@ -66,7 +67,7 @@ train-example: $(READY)  ## train and evaluate a tiny LLaVA and Qwen2.5-VL on ph
 
 # The whole suite runs on the C++ rows, where they are built; on plain PyTorch what computes with rows:
 # the loss, the tap, and of `apply_pre` the gradients and what it keeps alive. The rest calls these;
-# test-torch has it.
+# test-torch has all of `apply_pre`'s, and the threads.
 ON_TORCH := ops benchmarks/loss attach/test_gradients.py attach/test_lifetimes.py test_import.py
 ONCE := ops/backends benchmarks/loss/test_gpu.py
 test: $(READY) $(TRITON)/$(TRITON_OLDEST)/.ready $(TRITON)/$(TRITON_NEWEST)/.ready $(PEFTS:%=$(PEFT)/%/.ready)
@@ -82,6 +83,10 @@ test:  ## the tests, as CI runs them (half an hour or more)
 
 test-torch: $(READY)  ## apply_pre, and all threads, on plain PyTorch (not timed whole)
 	$(BIN)/python -m pytest -n 2 --backend torch tests/attach tests/threads
+
+test-compile: $(READY)  ## all of torch.compile's graphs (not timed whole)
+	$(BIN)/python -m pytest -n 2 -m "compiled or not compiled" tests/integrations/test_compile.py \
+	    tests/attach/test_sequence_parallel.py tests/trainers/test_denominators.py
 
 test-models: $(READY)  ## every image-text model in every scene (7 minutes)
 	$(BIN)/python -m pytest -n 2 -m "matrix or not matrix" tests/zoo tests/models \
@@ -177,8 +182,8 @@ test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ra
 	    tests/train/test_deepspeed.py tests/trainers/test_deepspeed.py \
 	    tests/trainers/test_accelerate_configs.py
 
-test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, on two CPU ranks (9 minutes)
-	$(BIN)/python -m pytest -m ranks tests/train
+test-ranks: $(READY)  ## ranks that fail, FSDP2, SLURM's script, examples, on two CPU ranks (13 minutes)
+	$(BIN)/python -m pytest -m ranks tests/train tests/trainers
 
 test-lmms-eval: $(PACKAGES)/lmms_eval/.ready  ## prereg evaluate through lmms-eval, on local files (2 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_lmms_eval.py

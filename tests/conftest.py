@@ -71,10 +71,11 @@ def pytest_configure(config: pytest.Config) -> None:
     registry.FASTEST_FIRST = (backend, "torch")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def libraries_stay() -> None:
-    """The collector leaves alone what was imported before the first test: a second a look, which
-    trainers take at the end of each run. A run with workers has it look at everything again."""
+    """The collector leaves alone what was there before a module's fixtures, most of it imported: it
+    takes a second to look through, which trainers do at the end of each run. A run with workers has
+    the collector look at everything again."""
     if not gc.get_freeze_count():
         gc.collect()
         gc.freeze()

@@ -140,7 +140,7 @@ def test_the_whole_is_a_part(one_rank: None, shard: Any, fraction: float) -> Non
     assert all(torch.equal(x, found[1][0][name]) for name, x in found[0][0].items())
 
 
-@pytest.mark.parametrize("shard", (None, "zigzag"))
+@pytest.mark.parametrize("shard", ("zigzag", pytest.param(None, marks=pytest.mark.compiled)))
 def test_compiled(one_rank: None, shard: Any) -> None:
     """A graph goes by a mask of the part. The tower stays out of it, to save time."""
     model, batch = tiny_llava(), make_batch()

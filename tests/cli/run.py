@@ -49,15 +49,8 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def prereg(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same to its end."""
-    process = start(*arguments, cwd=cwd)
-    output, errors = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
 def here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same in this process, for fixtures of a module; a test has `prereg_here`."""
+    """The same in this process, to its end; unlike `prereg_here` in a fixture of a module, too."""
     output, errors, code = io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,

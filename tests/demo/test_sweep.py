@@ -9,6 +9,7 @@ import signal
 import statistics
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def _finished(out: Path) -> dict[str, Path]:
 
 
 def test_stopped_and_run_again_it_ends_where_an_unbroken_one_does(
-    swept: tuple[Path, str],
+    swept: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, _ = swept
     unbroken = directory / "runs" / "sweep-sweep"
@@ -301,6 +302,8 @@ def test_stopped_and_run_again_it_ends_where_an_unbroken_one_does(
     assert len(_finished(out)) == len(before)
     run = here(*arguments, cwd=directory)
     assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(BaseProcess, "start", lambda _: pytest.fail("a process was started"))
+    assert here(*arguments, cwd=directory).stdout.count("seed 0, ") >= 7  # read, not run again
     after = _finished(out)
     first = {name for name in _finished(unbroken) if name.startswith("seed-0/")}
     assert after.keys() == first and len(after) == 7

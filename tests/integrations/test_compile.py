@@ -19,6 +19,8 @@ from tests.attach.families.models import make_model
 from tests.attached import HOOKS_RUN_AGAIN, NON_REENTRANT, compare
 from tests.tiny import gradients
 
+REST = pytest.mark.compiled  # no other kind of graph than the test's first case
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "two layers": {"layers": (1, 3)},
     "value": {"value_in_forward": True},
@@ -100,7 +102,12 @@ def breaks_of_plain(name: str, scene: str, make: Any = make_model) -> int:
 
 
 @pytest.mark.parametrize(
-    "name, compiled", (("llava", whole), ("llava", wrapped), ("qwen2_5_vl", wrapped))
+    "name, compiled",
+    (
+        ("llava", wrapped),
+        pytest.param("llava", whole, marks=REST),
+        pytest.param("qwen2_5_vl", wrapped, marks=REST),
+    ),
 )
 def test_text_is_one_graph_still(name: str, compiled: Callable[[Any], Any]) -> None:
     assert breaks_of_plain(name, "text only") == 0
@@ -114,7 +121,7 @@ def with_the_tower_in_eager(name: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+@pytest.mark.parametrize("name", ("llava", pytest.param("qwen2_5_vl", marks=REST)))
 def test_images_break_the_graph_no_more_often(name: str) -> None:
     """transformers' own code breaks it, where it counts the features and puts them in place."""
     make = with_the_tower_in_eager
@@ -122,7 +129,7 @@ def test_images_break_the_graph_no_more_often(name: str) -> None:
     assert check(name, "images", partial(wrapped, backend="eager"), make) == breaks > 0
 
 
-@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+@pytest.mark.parametrize("name", ("llava", pytest.param("qwen2_5_vl", marks=REST)))
 def test_layers_compiled_one_by_one(name: str) -> None:
     assert check(name, "several images", layers) == 0
 
@@ -132,7 +139,7 @@ def test_settings(setting: str) -> None:
     assert check("llava", "some text only", layers, **SETTINGS[setting]) == 0
 
 
-@pytest.mark.parametrize("setting", ("two layers", "value"))
+@pytest.mark.parametrize("setting", ("two layers", pytest.param("value", marks=REST)))
 def test_settings_break_no_graph(setting: str) -> None:
     assert check("llava", "text only", wrapped, **SETTINGS[setting]) == 0
 
@@ -141,7 +148,7 @@ def test_a_setting_that_breaks_the_graph() -> None:
     assert check("llava", "text only", whole, **SETTINGS["token_fraction"]) > 0
 
 
-@pytest.mark.parametrize("denominator", (0, torch.zeros(())))
+@pytest.mark.parametrize("denominator", (torch.zeros(()), pytest.param(0, marks=REST)))
 def test_a_denominator_of_a_step_without_images(denominator: Any) -> None:
     """Its count of visual tokens is 0, as a number or a tensor; so is the term, with gradients."""
     figures, ours = [], []

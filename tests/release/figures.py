@@ -9,16 +9,15 @@ be measured again, or said to be older, before a release.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tests.release.files import ROOT
+from tests.release.files import ROOT, git
 
 RESULTS = ROOT / "benchmarks" / "results"
 OPS = ("csrc", "prereg_kernels/ops")
 ATTACH = (*OPS, "prereg_kernels/attach")
-DEMO = (*ATTACH, "prereg_kernels/demo")
+DEMO = (*ATTACH, "prereg_kernels/demo", "prereg_kernels/checkup")
 MEASURES = {
     "answers_sweep.json": DEMO,
     "call_overhead.json": OPS,
@@ -33,13 +32,13 @@ MEASURES = {
     "few_shot": DEMO,
     "fidelity.json": DEMO,
     "fp8_accuracy.json": OPS,
-    "head_dtype.json": OPS,
+    "head_dtype.json": DEMO,
     "host.json": OPS,
     "host_epyc.json": OPS,
     "input_pipeline.json": ("prereg_kernels/train",),
     "many_samples.json": ("prereg_kernels/train",),
     "photographs": DEMO,
-    "token_fraction.json": OPS,
+    "token_fraction.json": DEMO,
     "watched_gradients.json": (*ATTACH, "prereg_kernels/trainers"),
 }
 
@@ -48,6 +47,7 @@ class Stamp(NamedTuple):
     """Where a figure comes from."""
 
     commit: str
+    is_dirty: bool
     device: str
 
 
@@ -55,40 +55,42 @@ def stamps(value: Any) -> Iterator[Stamp]:
     """Those in a file of results, at any depth: "commit", and beside it what ran it."""
     if isinstance(value, dict):
         if isinstance(commit := value.get("commit"), str):
-            device = value.get("device") or value.get("processor") or "not said"
-            yield Stamp(commit + (" (dirty)" if value.get("dirty") else ""), device)
+            device = value.get("device") or value.get("processor") or ""
+            yield Stamp(commit, bool(value.get("dirty")), device)
         value = list(value.values())
     if isinstance(value, list):
         for each in value:
             yield from stamps(each)
 
 
-def stamps_of(name: str) -> set[Stamp]:
-    """Those of a file, or of all files of a folder, of benchmarks/results/."""
+def stamps_of(name: str) -> list[Stamp]:
+    """Those of a file, or of all files of a folder, of benchmarks/results/, each once."""
     path = RESULTS / name
     files = path.rglob("*.json") if path.is_dir() else [path]
-    return {stamp for file in files for stamp in stamps(json.loads(file.read_text()))}
+    return sorted({stamp for file in files for stamp in stamps(json.loads(file.read_text()))})
 
 
-def changes_since(commit: str, paths: tuple[str, ...]) -> int | None:
-    """How many commits have changed these files or folders since; None where there is no such
-    commit."""
-    command = ["git", "rev-list", "--count", f"{commit.split()[0]}..HEAD", "--", *paths]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return int(done.stdout) if done.returncode == 0 else None
+def changes_since(commit: str, paths: tuple[str, ...]) -> int:
+    """How many commits have changed these files or folders since.
+
+    Raises:
+        CalledProcessError: there is no such commit, as in a clone without the history.
+    """
+    return int(git("rev-list", "--count", f"{commit}..HEAD", "--", *paths)[0])
 
 
 def table() -> str:
-    """In Markdown, a line each."""
-    lines = [
-        "| results | measured at | on | commits since to what it measures |",
-        "|---|---|---|---|",
-    ]
+    """In Markdown, a line for each commit of each file."""
+    lines = ["| results | measured at | on | commits since to what it measures |", "|-|-|-|-|"]
     for name, paths in MEASURES.items():
-        found = sorted(stamps_of(name)) or [Stamp("not said", "not said")]
-        for commit, device in found:
-            since = changes_since(commit, paths) if commit[:3] != "not" else None
-            lines.append(f"| {name} | {commit} | {device} | {'?' if since is None else since} |")
+        found = stamps_of(name)
+        if not found:
+            lines.append(f"| {name} | not said | | |")
+        for commit, is_dirty, device in found:
+            dirty = " (dirty)" if is_dirty else ""
+            lines.append(
+                f"| {name} | {commit}{dirty} | {device} | {changes_since(commit, paths)} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -142,8 +142,8 @@ def test_every_result_has_its_line_and_says_what_it_measures() -> None:
 
 def test_the_commits_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"a": [{"commit": "1f5a560", "device": "x"}], "b": {"commit": "0", "dirty": True}}
-    assert set(figures.stamps(there)) == {("1f5a560", "x"), ("0 (dirty)", "not said")}
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    assert set(figures.stamps(there)) == {("1f5a560", False, "x"), ("0", True, "")}
+    monkeypatch.setattr(files, "ROOT", tmp_path)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     run([*git, "init", "-q"], tmp_path)
     for name in ("x", "x", "y"):
@@ -154,7 +154,16 @@ def test_the_commits_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert figures.changes_since("HEAD", ("x",)) == 0
     assert figures.changes_since("HEAD~2", ("x",)) == 1
     assert figures.changes_since("HEAD~2", ("x", "y")) == 2
-    assert figures.changes_since("0 (dirty)", ("x",)) is None
+    with pytest.raises(subprocess.CalledProcessError):
+        figures.changes_since("0" * 40, ("x",))
+
+
+def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "changes_since", lambda commit, paths: len(paths))
+    lines = figures.table().splitlines()[2:]
+    assert {line.split(" | ")[0].lstrip("| ") for line in lines} == set(figures.MEASURES)
+    [cpu] = [line for line in lines if line.startswith("| cpu.json ")]
+    assert cpu.endswith(" | 2 |") and len(cpu.split(" | ")[1]) == 7
 
 
 def run(command: list[str | Path], cwd: Path) -> str:

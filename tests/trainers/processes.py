@@ -15,6 +15,20 @@ import torch
 import torch.distributed as dist
 
 
+def enter(rank: int, port: int, count: int) -> None:
+    """Begin a rank: what torch and Accelerate ask the environment for, and one thread.
+
+    Without OMP_NUM_THREADS Accelerate gives each rank all cores. The collector, which each Trainer
+    calls, leaves alone what was imported.
+    """
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    gc.freeze()
+
+
 def leave() -> None:
     """End a rank, models before their process group, and without Python's finalisation.
 

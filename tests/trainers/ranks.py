@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -359,13 +357,7 @@ def work(
     rank: int, port: int, out: Path, cases: dict[str, Callable[[int, Path], Any]] = CASES
 ) -> None:
     """Go through the cases, and write what each returns."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",  # or Accelerate gives each rank all cores
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    gc.freeze()  # each Trainer collects garbage, and walks over what is imported
+    processes.enter(rank, port, RANKS)
     # Where Trainer reads a rank's optimizer state to, and torch knows "cpu" alone.
     torch.serialization.register_package(
         1, lambda _: None, lambda storage, where: storage if where == "cpu:0" else None

@@ -7,7 +7,6 @@ what enters it, as ms-swift's does: embeddings with features in them, after the 
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,8 +195,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def work(rank: int, port: int, out: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    processes.enter(rank, port, RANKS)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for size, group in ((2, halves[rank // 2]), (4, dist.group.WORLD)):

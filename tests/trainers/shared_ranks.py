@@ -7,7 +7,6 @@ accelerator of which a stand-in says that they are on, as the real one refuses t
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,11 +213,7 @@ if HERE >= (5, 0):  # the first whose Trainer knows Ulysses
 
 
 def work(rank: int, port: int, out: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    processes.enter(rank, port, RANKS)
     dist.init_process_group("gloo")
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for name, case in CASES.items():

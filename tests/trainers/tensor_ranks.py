@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -151,11 +150,7 @@ def sequence_region(group: Any) -> dict[str, float]:
 
 
 def work(rank: int, port: int, out: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    processes.enter(rank, port, RANKS)
     dist.init_process_group("gloo")
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {2: halves[rank // 2], 4: dist.group.WORLD}

@@ -77,11 +77,14 @@ def test_there_is_a_test_of_each_file() -> None:
     assert {path.stem for path in CONFIGS.iterdir()} == {"ddp", "fsdp2", "zero2", "zero3"}
 
 
+@pytest.mark.ranks
 def test_ddp(tmp_path: Path) -> None:
     check("ddp", tmp_path, "MULTI_CPU", "MULTI_CPU")
 
 
-@pytest.mark.parametrize("case", ("no values", "values of another seed"))
+@pytest.mark.parametrize(
+    "case", ("no values", pytest.param("values of another seed", marks=pytest.mark.ranks))
+)
 def test_fsdp2(tmp_path: Path, case: str) -> None:
     """On CPUs Accelerate says that it is DDP, whatever the file says; so FSDP is put in by hand.
 

@@ -103,6 +103,7 @@ def test_the_last_step_has_fewer_micro_batches(tmp_path: Path, accepts_loss_kwar
         compare(ours, eager_gradients(heads, rows, groups=groups))
 
 
+@pytest.mark.compiled
 def test_gradients_of_a_compiled_model(tmp_path: Path) -> None:
     """By `torch_compile=True`; the micro-batches have different numbers of images."""
     torch._dynamo.reset()

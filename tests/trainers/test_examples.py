@@ -59,6 +59,7 @@ def test_example_is_short_and_marks_its_lines(name: str) -> None:
     assert len(of_pre) in (2, 3) and all("# PRe" in line for line in of_pre)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", ("accelerate_loop", "pre_trainer"))
 def test_example_on_two_ranks(name: str, tmp_path: Path) -> None:
     """As its docstring advises: it trains, and ends, and all ranks use one folder.

@@ -72,10 +72,7 @@ def mypy(python: Path, place: Path, cache: Path) -> Found:
 
 
 def basedpyright(python: Path, place: Path, cache: Path) -> Found:
-    """As pyright, whose rules are the standard ones here; transformers is not followed either."""
-    stub = place / "typings" / "transformers" / "__init__.pyi"
-    stub.parent.mkdir(parents=True)
-    stub.write_text("from typing import Any\n\ndef __getattr__(name: str) -> Any: ...\n")
+    """As pyright, whose rules are the standard ones here. It follows transformers, too."""
     (place / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
     arguments = ("--pythonpath", python, "--outputjson")
     output = output_of(sys.executable, "-m", "basedpyright", *arguments, *SCRIPTS, place=place)

@@ -170,10 +170,11 @@ def linear_probe(
 
 
 def _threads(multiplications: int) -> AbstractContextManager[object]:
-    """BLAS has one thread inside, unless a product of the fit has this many multiplications.
+    """BLAS has one thread inside, unless a product of the fit is worth more.
 
     A step of the solver hands dozens of tiny vectors to BLAS, whose threads spin meanwhile: on two
-    cores the fit of 60 objects takes ten times as long with both of them.
+    cores the fit of 60 objects takes ten times the processor's time with both of them. The limit is
+    the process's: probes in several threads at once may leave one.
     """
     if multiplications > _WORTH_THREADS:
         return nullcontext()

@@ -136,7 +136,7 @@ def _rendered(drawing: Drawing, other: _Layout | None = None) -> _Rendered:
 
     Args:
         other: of the same figure in another theme, which has the letters' sizes too: to lay out
-            every axis anew takes most of the time.
+            every axis anew takes most of the time. It has no place of a title over all axes.
     """
     figure = drawing.figure
     canvas = FigureCanvasAgg(figure)
@@ -157,15 +157,12 @@ def _rendered(drawing: Drawing, other: _Layout | None = None) -> _Rendered:
 
 
 def _layout(drawing: Drawing, renderer: RendererAgg) -> _Layout:
-    """Of a figure that has been drawn; each of its axes is measured once."""
+    """Of a figure that has been drawn."""
     figure = drawing.figure
-    boxes = {artist: artist.get_tightbbox(renderer) for artist in figure.axes}
-    others = [artist.get_tightbbox(renderer) for artist in (*figure.legends, *figure.texts)]
-    whole = Bbox.union([box for box in (*boxes.values(), *others) if box is not None])
     return _Layout(
         [axis.get_position(original=True) for axis in figure.axes],
-        whole.extents,
-        [box.extents for axis in drawing.panels if (box := boxes[axis])],
+        [x * figure.dpi for x in figure.get_tightbbox(renderer).extents],
+        [box.extents for axis in drawing.panels if (box := axis.get_tightbbox(renderer))],
     )
 
 

@@ -21,7 +21,7 @@ from benchmarks.studies.photo_scenes import (
 )
 from benchmarks.studies.photographs import KEPT, draw_scenes, sweep_config
 from prereg_kernels.demo.data.scenes import SceneBatch
-from prereg_kernels.demo.sweep.sweep import open_sweep, points
+from prereg_kernels.demo.sweep.sweep import open_sweep, points, steps_left
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -131,4 +131,5 @@ def test_results_are_kept_and_the_scenes_drawn(tmp_path: Path) -> None:
 def test_a_sweep_goes_on_from_what_is_kept(tmp_path: Path) -> None:
     begin_from(KEPT, tmp_path / "again")
     with open_sweep(sweep_config(), tmp_path / "again", fresh=False):
-        pass
+        left = steps_left(sweep_config(), tmp_path / "again")
+    assert left < steps_left(sweep_config(), tmp_path / "empty")
