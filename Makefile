@@ -30,20 +30,21 @@ PACKAGES := .packages
 DOCS := .docs
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# As containers set it: each of the hundreds of processes that tests start would compile all anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo notebook train-example test test-models test-estimate test-transformers test-oldest test-oldest-torch test-versions test-compile test-torch test-triton test-pages test-trl test-axolotl test-swift test-llamafactory test-nemo test-liger test-lmms-eval test-deepspeed test-ranks docs test-docs release-check fuzz lint sanitize bench bench-compare bench-host test-gpu-first gpu-first gpu-second gpu-check gpu-step gpu-sanitize clean
 
 help:  ## this list
 	@awk -F ' *:.*## +' '/^[a-z-]+:.*## / {printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Build tools first: the package is built against the torch that it will run with. Python compiles what
-# it imports; pip would compile everything, one file after the other.
+# Build tools first: the package is built against the torch that it will run with.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
     prereg_kernels/ops/backends/cpp_build.py
 	@echo "Setting up $(VENV): about 5 minutes, to install PyTorch and compile the C++ kernels"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt setuptools wheel ninja torch numpy
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (about 10 minutes)
