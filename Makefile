@@ -165,6 +165,7 @@ test-llamafactory: $(PACKAGES)/llamafactory/.ready  ## PRe in LLaMA-Factory, by 
 
 test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command (7 minutes)
 	$(BIN)/python -m pytest -m packages tests/packages/test_trl.py
+	PYTHONPATH=$(PACKAGES)/trl:. $(BIN)/python -m pytest tests/packages/with_trl.py
 
 test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command (14 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py

@@ -63,7 +63,11 @@ def runs(test: str) -> set[tuple[str, str | None]]:
     for mark in getattr(module, function).pytestmark:
         names = mark.args[0].split(", ") if mark.name == "parametrize" else []
         for values in mark.args[1] if "name" in names else ():
-            run = dict(zip(names, values if len(names) > 1 else [values], strict=True))
+            if hasattr(values, "marks"):  # a pytest.param
+                values = values.values
+            elif len(names) == 1:
+                values = [values]
+            run = dict(zip(names, values, strict=True))
             found.add((run["name"], run.get("scene")))
     return found
 

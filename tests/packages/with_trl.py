@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PReTrainerMixin over TRL's SFTTrainer, which computes its own loss from its own outputs."""
+"""PReTrainerMixin over TRL's SFTTrainer, which computes its own loss from its own outputs.
+
+`make test-trl` runs this file by its name, with TRL on the path.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import peft
 import pytest
 import torch
+import trl
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -17,9 +23,6 @@ from prereg_kernels.trainers import PReTrainerMixin, with_pre
 from tests.attached import compare
 from tests.tiny import tiny_llava
 from tests.trainers.rows import WEIGHT, Gradients, collate, eager_gradients, make_rows
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 
 class PReSFTTrainer(PReTrainerMixin, trl.SFTTrainer):
@@ -105,7 +108,6 @@ def test_resumed_training_is_uninterrupted_training(tmp_path: Path) -> None:
 
 def test_lora(tmp_path: Path) -> None:
     """PEFT freezes the heads; thawed, they train, are saved beside the adapter, and come back."""
-    peft = pytest.importorskip("peft")
     states = []
     for seed, checkpoint in ((0, None), (5, str(tmp_path / "checkpoint-2"))):
         model = tiny_llava()
@@ -128,7 +130,6 @@ def test_lora(tmp_path: Path) -> None:
 
 
 def test_lora_with_frozen_heads(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     model = tiny_llava()
     pre = apply_pre(model)
     lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -142,7 +143,6 @@ def test_lora_with_frozen_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapted", (False, True))
 def test_with_pre(tmp_path: Path, named: bool, adapted: bool) -> None:
     """A model or its path, whole or by `peft_config=`: heads move by the rate and the gradient."""
-    peft = pytest.importorskip("peft")
     model: Any = tiny_llava()
     if named:
         model.save_pretrained(tmp_path / "model")
