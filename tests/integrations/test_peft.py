@@ -227,7 +227,6 @@ def quantised(path: Path, kind: str) -> Any:
 @pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_gradients_over_a_quantised_base(tmp_path: Path, kind: str, order: str) -> None:
-    pytest.importorskip("bitsandbytes")
     model = quantised(tmp_path, kind)
     weight = model.get_decoder().layers[0].mlp.up_proj.weight
     assert weight.dtype == (torch.uint8 if kind == "nf4" else torch.int8)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -76,7 +77,6 @@ def applied_late(out: Path) -> Any:
 
 def with_lora(out: Path) -> Any:
     """The adapter's optimizer, from before."""
-    peft = pytest.importorskip("peft")
     model = tiny_llava()
     lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     optimizer = torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=0.1)
