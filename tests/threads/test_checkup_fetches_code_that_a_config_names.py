@@ -22,6 +22,7 @@ from tests.checkup.pictures import save_folder, save_model, save_tokenizer
 # Run in a process of its own: an audit hook cannot be taken out again, and imports are not cached.
 PROGRAM = """
 import json, os, sys
+from types import CodeType
 
 import transformers.integrations.hub_kernels as kernels
 import transformers.modeling_utils as modeling
@@ -33,7 +34,7 @@ place, seen = os.getcwd(), []
 RUNS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.", "urllib.")
 
 def audit(event, arguments):
-    names = [getattr(x, "co_filename", x) for x in arguments]
+    names = [x.co_filename if isinstance(x, CodeType) else x for x in arguments]
     paths = [os.path.abspath(x) for x in names if isinstance(x, str) and "/" in x]
     inside = [path for path in paths if path.startswith(place)]
     code = [path for path in inside if path.endswith((".py", ".pyc", ".so", ".pkl", ".bin"))]
