@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part may import which, and where names of version 0.1 are found."""
+"""Which part may import which, and where names of version 0.1 are found; what tests install."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import prereg_kernels
 from prereg_kernels import checkup
 
 PACKAGE = Path(prereg_kernels.__file__).parent
+ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "_util": set(),
     "ops": {"_util"},
@@ -106,3 +107,12 @@ def test_what_runs_twice_is_there() -> None:
         "ops", "loss", "test_gradients.py", "test_lifetimes.py", "test_import.py",
     ]  # fmt: skip
     assert [path.name for path in once] == ["backends", "test_gpu.py"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tests" / "packages").glob("*.txt")), ids=lambda file: file.stem
+)
+def test_a_folder_of_packages_has_no_copy_of_the_environment(file: Path) -> None:
+    """By `pip install --target --no-deps`: pickle does not find the classes of a second pyarrow."""
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert not [line for line in file.read_text().splitlines() if "==" in line and line in pinned]

@@ -121,11 +121,8 @@ def trainer(rank: int, out: Path, stage: int) -> Any:
 
 def work(rank: int, port: int, out: Path) -> None:
     """Go through the stages, and write what each leaves."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks.RANKS),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    processes.enter(rank, port, ranks.RANKS)
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     deepspeed.init_distributed("gloo")
