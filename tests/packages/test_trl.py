@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from prereg_kernels.attach.storage import load_heads
 from tests.packages.checkpoint import make_llava, write_messages
 from tests.packages.compared import (
     FLOAT32,
@@ -192,6 +194,28 @@ def check_sum(place: Place, done: Run, step: dict[str, Any], without: dict[str, 
     found = errors(step["gradients"], expected)
     assert max(found.values()) < FLOAT32, found
     assert any(x.abs().max() > 1e-4 for x in split(term)[0].values())  # PRe's part is seen
+
+
+def test_the_page_s_file(place: Place) -> None:
+    """docs/trainers/trl.md's, letter for letter but for the model's name, by the page's command."""
+    folder = place.folder / "page"
+    folder.mkdir()
+    page = (ROOT / "docs" / "trainers" / "trl.md").read_text()
+    [file] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert file.count("MODEL ") == 1
+    (folder / "sft.yaml").write_text(file.replace("MODEL ", f"{place.checkpoint} "))
+    (folder / "train.jsonl").write_bytes(place.data["sft"].read_bytes())
+    [command] = re.findall(r"^prereg (trl sft .*)$", page, re.MULTILINE)
+    on_a_cpu = ["--use_cpu", "true", "--report_to", "none"]
+    done = run("trl", ["prereg_kernels", *command.split(), *on_a_cpu], folder, folder / "out")
+    settings = load_heads(done.output).config
+    assert (settings["weight"], settings["head_learning_rate"]) == (0.3, 1e-3)
+    start = done.step(0)["weights"]
+    moved = {n for n, x in done.weights.items() if not torch.equal(x, start[n])}
+    adapted, heads = split({name: done.weights[name] for name in moved})
+    assert len(heads) == 4 and len(adapted) > 4
+    assert all(re.search(r"[qv]_proj.*lora_", name) for name in adapted)
+    check_files(done, (".",))
 
 
 def test_bfloat16(place: Place) -> None:
