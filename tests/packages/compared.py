@@ -124,7 +124,7 @@ def check_low_precision(
     """However a step is spread over micro-batches, the heads' gradients are no further from the
     one definition than eager code is in this dtype. L_PRe falls, and the heads move.
 
-    The model's gradients are the trainer's arithmetic as well, such as another kernel of attention.
+    The model's gradients are the trainer's arithmetic as well, such as what it casts and where.
     """
     exact = expected_of(checkpoint, two, of_step(two), weight, **how)
     for run in (two, one):

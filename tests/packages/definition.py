@@ -20,10 +20,10 @@ from tests.packages.run import Run
 HEADS = "pre_heads."
 
 
-def make_model(checkpoint: Path, run: Run) -> nn.Module:
+def make_model(checkpoint: Path, run: Run, attention: str = "eager") -> nn.Module:
     """The checkpoint in float64, with the run's adapter where it had one; training, no dropout."""
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, dtype=torch.float64, attn_implementation="eager"
+        checkpoint, dtype=torch.float64, attn_implementation=attention
     )
     if (run.recorded / "adapter_config.json").exists():
         from peft import PeftConfig, get_peft_model
@@ -53,13 +53,14 @@ def gradients(
     of the step's labels, or visual tokens. Names as in `step["gradients"]`.
 
     Args:
-        autocast: in this, on the weights as they were recorded; else in float64.
+        autocast: in this, on the weights as they were recorded, with the attention that trainers
+            take by default, which rounds in places of its own; else in float64.
         is_mean_of_means: of L_LM: the trainer takes it so, over the micro-batches' means.
         has_lm_loss: False for the gradients of weight * L_PRe alone, of batches without labels.
     """
-    model = make_model(checkpoint, run)
-    own, heads = split(step["weights"])
     is_exact = autocast is None
+    model = make_model(checkpoint, run, "eager" if is_exact else "sdpa")
+    own, heads = split(step["weights"])
     own, heads = (
         {n: (x.double() if is_exact else x.clone()).requires_grad_(True) for n, x in each.items()}
         for each in (own, heads)
