@@ -245,7 +245,7 @@ sanitize: $(READY)  ## the tests of the compiled code under the address and UB s
 
 # Beside what is tracked: RESULTS=benchmarks/results writes the files that README's tables are made of.
 RESULTS := build/bench
-bench: $(READY)  ## the benchmarks on this machine (20 minutes); prints a table, writes build/bench/
+bench: $(READY)  ## the benchmarks on this machine (16 minutes); prints a table, writes build/bench/
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
 	    --benchmark-json=$(RESULTS)/cpu.json

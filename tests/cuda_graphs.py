@@ -4,13 +4,14 @@ Inductor's own checks, of the graphs that it would get. Nothing is compiled."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import partitioners
-from torch._inductor import compile_fx, cudagraph_utils, utils
+from torch._inductor import compile_fx, config, cudagraph_utils, utils
 
 
 class Verdict(NamedTuple):
@@ -61,6 +62,8 @@ def _wrapped(graph: fx.GraphModule, static: list[int]) -> Any:
     """The graph as Inductor hands it to the check that it makes before each run."""
     places = {n: i for i, n in enumerate(graph.graph.find_nodes(op="placeholder"))}
     copies = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    names = [field.name for field in fields(cudagraph_utils.WrappedFunction)]
+    settings = {n: getattr(config.triton, n) for n in names if n.startswith("cudagraph_")}
     return cudagraph_utils.WrappedFunction(
         model=graph.forward,
         static_input_idxs=static,
@@ -68,4 +71,5 @@ def _wrapped(graph: fx.GraphModule, static: list[int]) -> Any:
         constants=(),
         placeholders=cudagraph_utils.get_placeholder_info(graph.graph),
         mutated_input_idxs=[places[n.args[0]] for n in copies if n.args[0] in places],
+        **settings,  # since torch 2.15
     )

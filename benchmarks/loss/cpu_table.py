@@ -47,25 +47,27 @@ def memory_rows(benchmarks: list[dict[str, Any]]) -> list[Row]:
 
 
 def describe(benchmarks: list[dict[str, Any]]) -> str:
-    """What was measured, where, on how many threads."""
-    info = benchmarks[0]["extra_info"]
-    changed = " with changes" if info["dirty"] else ""
-    sizes: dict[bool, set[str]] = {True: set(), False: set()}  # those of memory, and of time
-    for benchmark in benchmarks:
-        size = benchmark["extra_info"]["size"]
-        is_peak = "peak_bytes" in benchmark["extra_info"]
-        sizes[is_peak].add(size if is_peak else size.split(" ")[0])
-    emulated = any(b["extra_info"].get("emulated") for b in benchmarks)
-    note = (
-        " This CPU has no bfloat16 arithmetic, and PyTorch's emulation takes minutes at the larger "
-        "sizes (-): the floor is that of float32, in which these rows run their matmuls."
+    """What the tables have, where it was measured, on how many threads."""
+    timed, peaks = (
+        [b["extra_info"] for b in benchmarks if key in b["extra_info"]]
+        for key in ("ratio_to_floor", "peak_bytes")
     )
+    info = timed[0]
+    changed = " with changes" if info["dirty"] else ""
+    times = ", ".join(sorted({each["size"].split(" ")[0] for each in timed}))
+    memory = ", ".join(sorted({each["size"] for each in peaks}))
+    note = ""
+    if any(each.get("emulated") for each in timed):
+        note = (
+            " This CPU has no bfloat16 arithmetic, and PyTorch's emulation takes minutes at the "
+            "larger sizes (-): the floor is that of float32, in which these rows run their matmuls."
+        )
     return (
-        f"Times: forward and backward, {', '.join(sorted(sizes[False]))}, {info['threads']} "
-        "threads, medians of interleaved rounds. Memory: "
-        f"{', '.join(sorted(sizes[True]))}, one thread, the peak of a step beyond its inputs and "
-        f"the gradient of the hidden states. {info['device']}, {info['capability']}, torch "
-        f"{info['torch']}, commit {info['commit']}{changed}." + (note if emulated else "")
+        f"Times: forward and backward, {times}, {info['threads']} "
+        f"threads, medians of interleaved rounds. Memory: {memory}, one thread, the peak of a step "
+        f"beyond its inputs and the gradient of the hidden states. {info['device']}, "
+        f"{info['capability']}, torch {info['torch']}, commit {info['commit']}{changed}."
+        f"{note}"
     )
 
 

@@ -23,13 +23,16 @@ class Formula:
     Attributes:
         name: a Python identifier.
         formula: called with tensors and the parameters as keywords.
-        parameters: numbers by name; "huber(delta=0.5)" has one.
+        parameters: numbers by name.
+        text: the name, with the parameters if there are any: "huber(delta=0.5)". Files hold this.
     """
 
     name: str
     formula: Callable[..., Tensor]
     _: KW_ONLY
     parameters: Mapping[str, float] = field(default_factory=dict)
+    # Kept: to torch.compile(dynamic=True) a number may be symbolic, and then it has no text
+    text: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name.isidentifier()):
@@ -43,16 +46,11 @@ class Formula:
                 raise ValueError(f"{name}: expected a finite number, got {value}")
         numbers = {name: float(value) for name, value in self.parameters.items()}
         object.__setattr__(self, "parameters", numbers)
+        written = f"({','.join(f'{k}={v!r}' for k, v in numbers.items())})" if numbers else ""
+        object.__setattr__(self, "text", self.name + written)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         return self.formula(*tensors, **self.parameters)
-
-    @property
-    def text(self) -> str:
-        """The name, with the parameters if there are any: "huber(delta=0.5)". Files hold this."""
-        if not self.parameters:
-            return self.name
-        return f"{self.name}({','.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
 
     def with_parameters(self: F, **parameters: float) -> F:
         """The same formula with other numbers.
@@ -190,7 +188,7 @@ def _is_same(one: Any, other: Any) -> bool:
     """Whether two formulas differ at most in their parameters' values."""
     if type(one) is not type(other) or one.parameters.keys() != other.parameters.keys():
         return False
-    names = (f.name for f in fields(one) if f.name != "parameters")
+    names = (f.name for f in fields(one) if f.name not in ("parameters", "text"))
     return all(_is_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 

@@ -33,10 +33,14 @@ class Spec(NamedTuple):
         return stat_dtype(self.compute_dtype)
 
     def pack(self) -> str:
-        """All of it in a text, which a custom op takes: "gelu cosine none 1e-08 float32 0 auto"."""
+        """All of it in a text, which a custom op takes: "gelu cosine none 1e-08 float32 0 auto".
+
+        A float's text has all of its digits. Its !r would be a graph break in torch.compile from
+        Python 3.13 on, where eps may be symbolic.
+        """
         dtype = str(self.compute_dtype).removeprefix("torch.")
         names = f"{self.activation} {self.loss} {self.normalize}"
-        return f"{names} {self.eps!r} {dtype} {self.chunk_rows} {self.backend}"
+        return f"{names} {self.eps} {dtype} {self.chunk_rows} {self.backend}"
 
     @classmethod
     def unpack(cls, text: str) -> Spec:
@@ -96,7 +100,9 @@ def check_spec(
             )
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows: expected None or a positive integer, got {chunk_rows}")
-    return Spec(activation, loss, normalize, float(eps), compute_dtype, chunk_rows or 0, backend)
+    # float and int make of what torch.compile has not looked at yet a number that has a text
+    rows = int(chunk_rows or 0)
+    return Spec(activation, loss, normalize, float(eps), compute_dtype, rows, backend)
 
 
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:

@@ -108,10 +108,12 @@ def test_inductor_and_autocast() -> None:
         torch.testing.assert_close(ours[name], eager[name], rtol=0, atol=1e-7)
 
 
-def test_other_batch_sizes_do_not_break() -> None:
+@pytest.mark.parametrize("options", ({}, {"loss": "huber"}, {"chunk_rows": 4}, {"eps": 1e-6}))
+def test_other_batch_sizes_do_not_break(options: dict[str, Any]) -> None:
+    """Nor do numbers, which are symbolic with dynamic=True: eps, chunk_rows and huber's delta."""
     compiled = torch.compile(fused_pre_loss, fullgraph=True, dynamic=True, backend=Recorder())
     for tokens in (5, 9, 30):
-        problem = make_problem((2, tokens))
+        problem = make_problem((2, tokens), **options)
         assert torch.equal(run(compiled, problem)["dW0"], run(fused_pre_loss, problem)["dW0"])
 
 

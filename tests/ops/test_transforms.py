@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -262,8 +263,12 @@ def test_compiled_transforms(schedule: str) -> None:
         forward = torch.compile(
             lambda x, v: jvp(ours, (x,), (v,))[1], fullgraph=fullgraph, backend="aot_eager"
         )
-        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*eager_pre_loss"):
-            forward(x, v)
+        try:
+            found = forward(x, v)
+        except RuntimeError as error:
+            assert re.search("no forward-mode derivative.*eager_pre_loss", str(error))
+        else:  # torch 2.15 asks no function for its jvp here, and what computes the loss has one
+            assert relative_error(found, jvp(eager, (x,), (v,))[1]) < 1e-9
 
 
 class Exported(torch.nn.Module):

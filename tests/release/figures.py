@@ -25,6 +25,7 @@ MEASURES = {
     "compare_epyc.json": OPS,
     "cpu.json": OPS,
     "cpu_avx512.json": OPS,
+    "cpu_epyc.json": OPS,
     "cpu_primitives.json": OPS,
     "demo.json": DEMO,
     "depth.json": DEMO,

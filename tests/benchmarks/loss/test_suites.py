@@ -189,9 +189,10 @@ def test_calls_and_primitives(run_suites: Run) -> None:
         assert ("data" in benchmark["stats"]) == (benchmark["stats"]["rounds"] <= 200)
 
 
-def test_readme_s_tables() -> None:
-    """The stored run has what the tables are made of."""
-    stored = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+@pytest.mark.parametrize("name", ("cpu.json", "cpu_epyc.json"))
+def test_readme_s_tables(name: str) -> None:
+    """The stored run has what the tables are made of, beside calls and primitives or not."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
     text = format_tables(stored["benchmarks"])
     assert "| time / floor" in text and "| peak memory" in text
     assert "Times: forward and backward, N=8192, 2 threads" in text
