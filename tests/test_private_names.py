@@ -19,11 +19,7 @@ PRIVATE = Path(private.__file__)
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and of os
 OWN_TEXTS = {"_prereg"}  # an attribute that the package sets by name
 METHODS = (
-    private.MODULE_METHODS
-    | private.FSDP_ATTRIBUTES
-    | private.TRAINER_METHODS
-    | private.RECIPE_METHODS
-    | private.NEMO_METHODS
+    private.MODULE_METHODS | private.TRAINER_METHODS | private.RECIPE_METHODS | private.NEMO_METHODS
 )
 CLASSES = (torch.nn.Module, transformers.Trainer, transformers.PreTrainedModel)
 

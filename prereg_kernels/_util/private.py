@@ -206,6 +206,9 @@ def ddp_parameters(ddp: Any) -> Sequence[nn.Parameter]:
     return parameters
 
 
+FSDP_MANAGED = "_is_fsdp_managed_module"
+"""What FSDP sets on each module that it takes charge of; `fully_shard` does so at its end."""
+
 # transformers' models and configs.
 
 IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
@@ -243,8 +246,6 @@ def ulysses_group() -> Any:
 
 MODULE_METHODS = frozenset({"_apply", "_load_from_state_dict"})
 """Of nn.Module: what `to` and its like call, and what `load_state_dict` does, a module each."""
-FSDP_ATTRIBUTES = frozenset({"_is_fsdp_managed_module"})
-"""What FSDP sets on each module that it takes charge of."""
 TRAINER_METHODS = frozenset(
     {"_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"}
 )

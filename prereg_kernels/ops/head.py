@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from prereg_kernels._util import distributed, fsdp
+from prereg_kernels._util import distributed, fsdp, private
 from prereg_kernels.ops.activations import ACTIVATIONS, Activation, ActivationName
 from prereg_kernels.ops.loss import fused_pre_loss
 from prereg_kernels.ops.options import LossOptions, TapOptions
@@ -81,7 +81,7 @@ class PReHead(nn.Module):
             )
         self.activation, self.depth, self.seed = ACTIVATIONS.text_of(activation), depth, seed
         self._waiting: Mapping[str, Tensor] | None = None
-        self.home, self._is_managed = fsdp.Home(None), False
+        self.home = fsdp.Home(None)
         widths = [in_features, *[hidden_features] * (depth - 1), out_features][: depth + 1]
         for layer in range(depth):
             shape = (widths[layer + 1], widths[layer])
@@ -119,14 +119,14 @@ class PReHead(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             distributed.fill(parameter, values[name])
 
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
-        """FSDP sets this on each module that it manages; `fully_shard` does so at its end."""
-        return self._is_managed
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's; and what FSDP has sharded is one unit with the model, or an error.
 
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, value: bool) -> None:
-        self._is_managed = value
+        A property would tell as much, but Dynamo reads the attribute without calling one.
+        """
+        super().__setattr__(name, value)
+        if name != private.FSDP_MANAGED:
+            return
         is_sharded = any(map(distributed.is_sharded, self.parameters(recurse=False)))
         if is_sharded and self.home.model is not None:
             fsdp.check_unit(self.home.model, self)

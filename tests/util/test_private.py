@@ -399,15 +399,11 @@ def test_what_fully_shard_sets(one_rank: None) -> None:
     set_to = []
 
     class Module(nn.Linear):
-        @property
-        def _is_fsdp_managed_module(self) -> bool:
-            return bool(set_to)
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == private.FSDP_MANAGED:
+                set_to.append((value, type(self.weight).__name__))
 
-        @_is_fsdp_managed_module.setter
-        def _is_fsdp_managed_module(self, value: bool) -> None:
-            set_to.append((value, type(self.weight).__name__))
-
-    assert frozenset(vars(Module)) >= private.FSDP_ATTRIBUTES
     fully_shard(Module(2, 2), mesh=init_device_mesh("cpu", (1,)))
     assert set_to == [(True, "DTensor")]  # after the parameters have been sharded
 
