@@ -35,7 +35,6 @@ NOT_RUN = {
         "prereg sweep --preset scenes",
         "prereg sweep --preset scenes-gpu",
         "make bench",
-        "make bench RESULTS=benchmarks/results",
         "make bench-compare",
         "make bench-compare BASE=main",
         "make bench-compare BASE=REV",
