@@ -78,9 +78,9 @@ def cost_sentence() -> str:
         f"On a CPU, PRe makes a training step of the demo's small LLaVA "
         f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
         f"{100 * cost['step_ratio_error']:.1f}%), and takes {extra:.0f} MiB more memory. The loss "
-        f"and its gradients alone take {min(ratios):.2f} to {max(ratios):.2f} times as long as "
-        "PyTorch takes for the six matrix products in them. In eager PyTorch they take "
-        f"{min(less):.0f} times more memory."
+        f"with its gradients takes {min(ratios):.2f} to {max(ratios):.2f} times as long as its six "
+        f"matrix products alone. Eager PyTorch takes {min(less):.0f} times more memory for the "
+        "same."
     )
 
 
@@ -141,8 +141,9 @@ def claim_section() -> str:
         [
             *lines,
             "",
-            f"`make demo` prints this table: means over {len(results.seeds)} paired seeds, which "
-            "share data and initial weights. After ± is half the 95% t interval. PRe here: "
+            "The figures are those that `make demo` prints, in several tables: means over "
+            f"{len(results.seeds)} paired seeds, which share data and initial weights. After ± is "
+            "half the 95% t interval. PRe here: "
             f"{demo['facts']['PRe']}. The control predicts another scene's features. The new "
             f"questions are about {families}. Each kind is learned alone, with PRe off.",
         ]

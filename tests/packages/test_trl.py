@@ -214,7 +214,7 @@ def test_the_page_s_file(place: Place) -> None:
     moved = {n for n, x in done.weights.items() if not torch.equal(x, start[n])}
     adapted, heads = split({name: done.weights[name] for name in moved})
     assert len(heads) == 4 and len(adapted) > 4
-    assert all(re.search(r"[qv]_proj.*lora_", name) for name in adapted)
+    assert all(re.search(r"language_model.*[qv]_proj.*lora_", name) for name in adapted)
     check_files(done, (".",))
 
 
