@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
 from prereg_kernels import PReHead, eager_pre_loss, fused_pre_loss
+from prereg_kernels._util import private
 from tests.helpers import relative_error
 
 
@@ -92,3 +95,11 @@ def test_state_dict_roundtrip() -> None:
 
 def test_repr_names_sizes() -> None:
     assert "[(10, 8), (6, 10)], activation='gelu'" in repr(PReHead(8, 6, 10))
+
+
+def test_dynamo_sees_no_fsdp() -> None:
+    """torch 2.15 breaks the graph at what FSDP manages, and calls no property to find out."""
+    head = PReHead(4, 3)
+    assert not inspect.getattr_static(head, private.FSDP_MANAGED, False)
+    setattr(head, private.FSDP_MANAGED, True)
+    assert inspect.getattr_static(head, private.FSDP_MANAGED, False) is True
