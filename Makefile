@@ -122,7 +122,7 @@ test-oldest-torch:  ## with torch 2.8, whose CUDA build it installs (some GB)
 # Types are checked against the pinned packages' stubs alone: numpy's for Python 3.10 are others.
 RELEASES ?= torch transformers
 VERSIONS := .versions
-IN_VERSIONS := ops attach trainers
+IN_VERSIONS := ops attach trainers integrations/test_compile.py
 test-versions:  ## ruff and tests on PYTHON with RELEASES="torch==2.8.0 transformers==4.57.6", unpinned
 	rm -rf $(VERSIONS)
 	$(PYTHON) -m venv $(VERSIONS)
