@@ -211,7 +211,7 @@ test-docs: docs  ## the site's pages are whole, and load nothing from elsewhere 
 # Without isolation: an environment of the build's own has no torch, and the wheel no C++ kernels. The
 # wheel is built from the sdist.
 RELEASE := build/release
-release-check: $(PACKAGES)/release/.ready  ## a release but for its upload: files, checks, notes (10 minutes)
+release-check: $(PACKAGES)/release/.ready  ## a release but for its upload: files, checks, notes (13 minutes)
 	rm -rf $(RELEASE)
 	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m build --no-isolation --outdir $(RELEASE)/dist
 	PYTHONPATH=$(CURDIR)/$(PACKAGES)/release $(BIN)/python -m twine check --strict $(RELEASE)/dist/*
