@@ -268,6 +268,7 @@ def test_compiled_transforms(schedule: str) -> None:
         except RuntimeError as error:
             assert re.search("no forward-mode derivative.*eager_pre_loss", str(error))
         else:  # torch 2.15 asks no function for its jvp here, and what computes the loss has one
+            assert tuple(map(int, torch.__version__.split(".")[:2])) > (2, 13)
             assert relative_error(found, jvp(eager, (x,), (v,))[1]) < 1e-9
 
 
