@@ -186,6 +186,7 @@ NOT_RUN = {
         "pip wheel .",
         "pip install '.[checkup]'",
         "pip install torchvision",
+        "pip install pillow",
         "pip install lmms-eval",
         "pip install --no-deps .",
     ),
