@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prereg_kernels._util import private
 from prereg_kernels.attach.anchors import llm_width
 from prereg_kernels.attach.checkpointing import (
     is_called_within_checkpoint,
@@ -42,7 +43,31 @@ class Taps:
     def see(
         self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
-        """A layer's hook."""
+        """A layer's hook, outside of torch.compile's graphs where one cannot hold it."""
+        if self._ends_graph(module):
+            see = torch.compiler.disable(self._see)
+            return see(layer, is_next_input, module, args, output)
+        return self._see(layer, is_next_input, module, args, output)
+
+    def _ends_graph(self, module: nn.Module) -> bool:
+        """Whether torch.compile is to leave the hook out of its graphs.
+
+        A graph does not tell a checkpointed layer's run in backward from the first. And a hook
+        that no graph holds is not to be compiled function by function: what those do to autograd's
+        stacks, and ask of weak references, goes wrong.
+        """
+        if not torch.compiler.is_compiling():
+            return private.compiles_frames()
+        if is_called_within_checkpoint(module):
+            return True
+        call = self._calls.current
+        is_first = call is not None and call.current is not None and call.current.training
+        is_second = call is None and module.training
+        return is_second if torch.is_grad_enabled() else is_first
+
+    def _see(
+        self, layer: int, is_next_input: bool, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
         whole = output[0] if isinstance(output, tuple) else output
         hidden = self._state.family.states_of(output, self._width)
         compiled, call = torch.compiler.is_compiling(), self._calls.current
@@ -137,13 +162,8 @@ class Taps:
         """A layer without grad, of a step that trains: it leaves to the second run what is to do.
 
         Raises:
-            RuntimeError: there will be none, or torch.compile runs this.
+            RuntimeError: there will be none.
         """
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"PRe: layer {layer} runs without grad in a compiled training step, as gradient "
-                "checkpointing does with use_reentrant=True; expected use_reentrant=False"
-            )
         state, config = self._state, self._state.config
         source = source_of(args, layer)
         is_owed = config.gradient == "auto" and current.carry is None and state.collected is None

@@ -12,6 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    _CHECKPOINT_PREFIX,
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 
 from prereg_kernels import apply_pre
 from tests.attach.families.batches import make_batch
@@ -209,42 +214,47 @@ def test_hooks_that_came_after_compilation_raise() -> None:
         call(**batch)
 
 
-@pytest.mark.parametrize(
-    "which, use_reentrant", (("all", False), ("others", False), ("others", True))
-)
-def test_checkpointing_with_layers_compiled_one_by_one(which: str, use_reentrant: bool) -> None:
-    """The way out that the error names: PRe's own layer too, whose graph ends before the tap."""
-    model = make_model("llava")
-    batch = make_batch("llava", model).inputs
-    pre = apply_pre(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    _, expected = train(model, model, batch)
-    for number, layer in enumerate(model.get_decoder().layers, 1):
-        if which == "all" or number not in pre.heads:
-            layer.compile(backend="aot_eager")
+def check_compiled_layers(checkpoint: Callable[[Any], None], number: int | None = None) -> None:
+    """Steps of two models, whose layers (None: all) are compiled one by one, against eager."""
     counters.clear()
-    _, ours = train(model, model, batch)
-    assert counters["stats"]["unique_graphs"] > 0
-    compare(ours, expected)
-
-
-def test_its_own_layer_compiled_in_a_reentrant_checkpoint_raises() -> None:
-    model = make_model("llava")
-    batch = make_batch("llava", model).inputs
-    pre = apply_pre(model)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    for number in pre.heads:
-        model.get_decoder().layers[number - 1].compile(backend="aot_eager")
-    if not HOOKS_RUN_AGAIN:  # then the tap is outside of the checkpoint
-        _, ours = train(model, model, batch)
-        plain = make_model("llava")
-        apply_pre(plain)
-        compare(ours, train(plain, plain, batch)[1])
-        return
-    # In the first step if dynamo runs the layer's hook as it is, else in the second
-    with pytest.raises(RuntimeError, match="so the heads do not train"):
+    for _ in range(2):  # a graph of the first model's must not run for the second
+        model = make_model("llava")
+        batch = make_batch("llava", model).inputs | {"use_cache": False}
+        pre = apply_pre(model)
+        _, expected = train(model, model, batch)
+        for i, layer in enumerate(model.get_decoder().layers, 1):
+            if number is None or (i in pre.heads) == (number in pre.heads):
+                layer.compile(backend="aot_eager")
+        checkpoint(model)
         for _ in range(2):
-            model(**batch).loss.backward()
+            _, ours = train(model, model, batch)
+            named = {name.replace(_CHECKPOINT_PREFIX, ""): x for name, x in ours.items()}
+            compare(named, expected)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("number", (None, 1, 2), ids=("all", "others", "own"))
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_checkpointing_with_layers_compiled_one_by_one(
+    use_reentrant: bool, number: int | None
+) -> None:
+    """The way out that the error names: PRe's own layer too, whose graph ends before the tap."""
+
+    def checkpoint(model: Any) -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+    check_compiled_layers(checkpoint, number)
+
+
+def test_a_reentrant_checkpoint_of_somebody_else_around_compiled_layers() -> None:
+    """The layer does not say that it is checkpointed, and runs without grad, then with."""
+
+    def checkpoint(model: Any) -> None:
+        layers = model.get_decoder().layers
+        for i, layer in enumerate(layers):
+            layers[i] = checkpoint_wrapper(layer, CheckpointImpl.REENTRANT)
+
+    check_compiled_layers(checkpoint)
 
 
 @pytest.mark.filterwarnings("ignore:PRe. .* positions of the batch")
