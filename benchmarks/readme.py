@@ -27,7 +27,8 @@ from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.settings_file import from_dict
 from prereg_kernels.checkup.words import plus_minus
 from prereg_kernels.cli.demo import load_sweep
-from prereg_kernels.demo.experiment.summary import TRAINED, Results, at, learned, unasked
+from prereg_kernels.demo.config import TRAINED
+from prereg_kernels.demo.experiment.summary import Results, at, learned, unasked
 from prereg_kernels.demo.sweep.plots import plot_sweep
 from prereg_kernels.demo.sweep.report import SweepResults, markdown
 from prereg_kernels.demo.sweep.sweep import (

@@ -130,13 +130,16 @@ def _experiment(arguments: argparse.Namespace, flags: Sequence[str], console: Co
     out = arguments.out or Path("runs") / Path(arguments.preset).stem
     with open_experiment(settings, out, arguments.fresh):
         _tower(settings, out, devices[0], console)
+        is_resumed = any(unit.directory(out).exists() for unit in units(settings))
         steps = steps_left(settings, out)
         _forecast(settings, out, steps, len(devices), console)
         run = partial(run_unit, settings)
         run_units(units(settings), run, out, devices, console, finished=not steps)
         with console.status("measuring what a step costs"):
             cost = measure_cost(settings, out)
-        page = write_report(settings, cost, time.perf_counter() - start, out, console)
+        took = f"{(time.perf_counter() - start) / 60:.1f} min"
+        took += ", beside what was there before" if is_resumed else ""
+        page = write_report(settings, cost, took, out, console)
     console.print(f"report: {printable(page)}", markup=False)
 
 
@@ -156,7 +159,8 @@ def _forecast(
     """Say how long what is left will train, before it is begun."""
     if steps:
         hours = steps * step_seconds(settings, out) / workers / 3600
-        time_left = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+        minutes = max(round(60 * hours), 1)
+        time_left = f"{hours:.1f} hours" if hours >= 1 else f"{minutes} minute{'s'[: minutes - 1]}"
         console.print(
             f"{steps:,} steps to train: about {time_left} with workers: {workers}, and a part of "
             "that again for what is measured",

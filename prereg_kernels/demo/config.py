@@ -19,6 +19,8 @@ from prereg_kernels.demo.model.llava import MODULES, ModelConfig
 PRECISIONS = ("fp32", "bf16")
 CONTROLS = {"pre_llm": "other_scene", "pre_projector": "other_scene_pre_projector"}
 """Each anchor, and the control that has its statistics and another scene's content."""
+TRAINED = {"projector": "tower and projector frozen", "nothing": "the projector trained too"}
+"""How learning new questions afterwards is called, by what is frozen beside the tower."""
 ANCHORS = (*CONTROLS, *CONTROLS.values())
 DATA = ("scenes", "text")
 

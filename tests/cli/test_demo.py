@@ -70,6 +70,15 @@ def test_run_again_uses_what_is_there(
     run = here("demo", "--preset", "tiny.yaml", "--workers", "1", cwd=directory)
     assert run.returncode == 0, run.stderr
     done = re.findall(r"^\[\d/6\] seed .*", output, re.M)
+    names = {re.sub(r".*(seed \d, \w+): .*", r"\1", line) for line in done}
+    assert names == {f"seed {x}, {y}" for x in (0, 1) for y in ("baseline", "PRe", "control")}
+    lines = " ".join(run.stdout.split())  # a narrow terminal breaks them
+    for name in names:
+        frozen, too = "tower and projector frozen", "the projector trained too"
+        learned = rf"from 3 scenes, {frozen}: [\d.]+%; new questions from 3 scenes, {too}: [\d.]+%"
+        assert re.search(rf"\] {name}: answers [\d.]+%; new questions {learned}", lines)
+    summary = json.loads((result.parents[2] / "summary.json").read_text())
+    assert re.fullmatch(r"[\d.]+ min, beside what was there before", summary["facts"]["took"])
     assert len(done) == 6 and re.findall(r"^\[\d/6\] seed .*", run.stdout, re.M) == done
     assert result.stat().st_mtime_ns == before
 

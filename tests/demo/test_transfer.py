@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from prereg_kernels.cli.demo import load_preset, load_sweep
+from prereg_kernels.demo.checkpoints.checkpoint import checkpoint_path
 from prereg_kernels.demo.config import CONTROLS, PReSettings
 from prereg_kernels.demo.data.scenes import Scenes
 from prereg_kernels.demo.evaluation import evaluate
@@ -73,6 +74,18 @@ def test_seeds_begin_where_they_are_told() -> None:
     assert [unit.name for unit in sweeps.units(sweep)[:2]] == [
         "seed 70, baseline", "seed 71, baseline",
     ]  # fmt: skip
+
+
+def test_what_checkpoints_hold_is_not_left(tmp_path: Path) -> None:
+    """Of a unit's own run, and of each of its lessons."""
+    config = ExperimentConfig(run=tiny_run(), seeds=1, transfer=TEST)
+    everything, own, lesson = steps_left(config, tmp_path), tiny_run().steps, TEST.steps
+    pre = Unit(0, "pre").directory(tmp_path)
+    for steps in (1, own):
+        checkpoint_path(pre, steps).mkdir(parents=True)
+        assert steps_left(config, tmp_path) == everything - steps
+    checkpoint_path(pre / lessons(TEST)[0].directory, lesson).mkdir(parents=True)
+    assert steps_left(config, tmp_path) == everything - own - lesson
 
 
 @pytest.fixture(scope="module")

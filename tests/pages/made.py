@@ -69,13 +69,13 @@ def report_page(out: Path) -> Path:
         (directory / METRICS_FILE).write_text("\n".join(map(json.dumps, steps)))
         checkups = [{**result, "step": step} for step in (10, 20, 30)]
         (directory / CHECKUPS_FILE).write_text("\n".join(map(json.dumps, checkups)))
-    return write_report(config, COST, 60.0, out, Console(quiet=True))
+    return write_report(config, COST, "1.0 min", out, Console(quiet=True))
 
 
 def _result(seed: int, variant: str) -> dict[str, Any]:
     """What a unit leaves, of random numbers that a variant moves."""
     rng = random.Random(f"{seed} {variant}")
-    base = 0.4 + 0.1 * VARIANTS.index(variant)
+    base = 0.4 + 0.1 * list(VARIANTS).index(variant)
 
     def level() -> float:
         return base + 0.1 * rng.random()

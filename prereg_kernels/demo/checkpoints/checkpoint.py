@@ -86,6 +86,11 @@ def checkpoints_in(run_dir: Path, *, half_written: bool = False) -> list[Path]:
     return [path for path, match in matches if match and (half_written or not match[2])]
 
 
+def steps_saved(run_dir: Path) -> int:
+    """Optimizer steps done at the newest checkpoint, by its name; 0 where there is none."""
+    return max((int(path.name.split("-")[1]) for path in checkpoints_in(run_dir)), default=0)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` has a checkpoint's name and mark, damaged though it may be."""
     names = (MANIFEST, _STATE, _TENSORS)

@@ -9,7 +9,7 @@ of question that are new to it from few scenes (the transfer test), PRe switched
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,17 +19,23 @@ from prereg_kernels._util.directories import held
 from prereg_kernels._util.files import read_json, write_whole
 from prereg_kernels._util.settings import check_numbers, require, require_count
 from prereg_kernels._util.settings_file import from_dict, to_dict
-from prereg_kernels.demo.checkpoints.checkpoint import is_checkpoint
+from prereg_kernels.demo.checkpoints.checkpoint import is_checkpoint, steps_saved
 from prereg_kernels.demo.config import CONTROLS, RunConfig
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, FAMILIES
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.experiment.results import claim, read_result, unit_names
-from prereg_kernels.demo.experiment.transfer import TransferConfig, lessons, transfer_test
+from prereg_kernels.demo.experiment.transfer import (
+    Lesson,
+    TransferConfig,
+    lessons,
+    transfer_test,
+)
 from prereg_kernels.demo.loop import RunResult, train
 from prereg_kernels.demo.measure import measure
 from prereg_kernels.demo.runs.runs import RESULT_FILE, Report
 
-VARIANTS = ("baseline", "pre", "other_scene")
+VARIANTS = {"baseline": "baseline", "pre": "PRe", "other_scene": "control"}
+"""{variant: what tables call it}"""
 _NAMES = ("experiment.json", "cost.json", "summary.json", "report.html", "plots/")
 
 
@@ -91,7 +97,7 @@ class Unit:
     @property
     def name(self) -> str:
         """For people."""
-        return f"seed {self.seed}, {self.variant.replace('_', ' ')}"
+        return f"seed {self.seed}, {VARIANTS[self.variant]}"
 
 
 def units(config: ExperimentConfig) -> list[Unit]:
@@ -100,10 +106,17 @@ def units(config: ExperimentConfig) -> list[Unit]:
 
 
 def steps_left(config: ExperimentConfig, out: Path) -> int:
-    """Training steps of the runs that are not finished, their lessons' among them."""
-    todo = [unit for unit in units(config) if read_result(unit.directory(out)) is None]
-    test = config.transfer
-    return len(todo) * (config.run.steps + len(lessons(test)) * test.steps)
+    """Training steps that are not done yet, those of the lessons among them."""
+    directories = [unit.directory(out) for unit in units(config)]
+    todo = lessons(config.transfer)
+    return sum(unit_steps_left(config, x, todo) for x in directories if read_result(x) is None)
+
+
+def unit_steps_left(config: ExperimentConfig, directory: Path, todo: Sequence[Lesson]) -> int:
+    """Those of a unit that has these lessons to do: what its checkpoints hold is done."""
+    runs = {directory: config.run.steps}
+    runs |= {directory / lesson.directory: config.transfer.steps for lesson in todo}
+    return sum(steps - min(steps_saved(path), steps) for path, steps in runs.items())
 
 
 def run_config(config: ExperimentConfig, unit: Unit) -> RunConfig:

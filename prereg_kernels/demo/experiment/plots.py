@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from prereg_kernels.checkup.measures.measure import STRUCTURE
 from prereg_kernels.checkup.report.pictures import Drawing, Picture, draw_all
 from prereg_kernels.checkup.report.style import curve, legend, mark_layer, panels
 from prereg_kernels.checkup.words import over_depth
+from prereg_kernels.demo.config import TRAINED
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES, questions
 from prereg_kernels.demo.data.scenes import ATTRIBUTES, PROPERTIES
 from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig
 from prereg_kernels.demo.experiment.summary import (
-    TRAINED,
     Result,
     Results,
     at,
@@ -298,7 +298,7 @@ def _in_words(what: str, curves: Mapping[str, Sequence[float]], layer: int, unit
 def _bars(
     axis: Axes,
     results: Results,
-    variants: tuple[str, ...],
+    variants: Collection[str],
     groups: Sequence[tuple[str, Callable[[Any], float]]],
     colours: Colours,
 ) -> str:

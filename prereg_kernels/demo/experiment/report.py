@@ -21,12 +21,12 @@ from prereg_kernels._version import __version__
 from prereg_kernels.checkup.intervals import Estimate
 from prereg_kernels.checkup.report.html import write_html
 from prereg_kernels.checkup.words import plus_minus, spread
+from prereg_kernels.demo.config import TRAINED
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig, units
 from prereg_kernels.demo.experiment.plots import plot_all
 from prereg_kernels.demo.experiment.results import read_result
 from prereg_kernels.demo.experiment.summary import (
-    TRAINED,
     Effect,
     Result,
     Results,
@@ -48,12 +48,12 @@ class Table:
 
 
 def write_report(
-    config: ExperimentConfig, cost: dict[str, Any], seconds: float, out: Path, console: Console
+    config: ExperimentConfig, cost: dict[str, Any], took: str, out: Path, console: Console
 ) -> Path:
     """Print the tables; write report.html, summary.json and plots/ into `out`.
 
     Args:
-        cost: from `measure_cost`. seconds: the whole experiment took.
+        cost: from `measure_cost`. took: how long all of it, for people.
 
     Returns:
         The page.
@@ -77,7 +77,7 @@ def write_report(
         "scenes a step": config.run.micro_batch * config.run.accumulation,
         "PRe": f"layer {layer} of {config.run.model.decoder_layers}, weight {pre.weight:g}, "
         f"anchor {pre.anchor}",
-        "took": f"{seconds / 60:.1f} min",
+        "took": took,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
         + (f", {torch.cuda.get_device_name()}" if config.device.startswith("cuda") else ""),
         "prereg_kernels": __version__,

@@ -16,6 +16,7 @@ from prereg_kernels.checkup.intervals import Estimate
 from prereg_kernels.checkup.measures.measure import DEMO, STATES, STRUCTURE, Measure
 from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.checkup.words import plus_minus, verdict
+from prereg_kernels.demo.config import TRAINED
 from prereg_kernels.demo.data.scenes import PROPERTIES
 
 Result = dict[str, Any]
@@ -124,10 +125,6 @@ class Results:
     def layers(self) -> int:
         """How many layers were measured, the input included."""
         return len(self.by_variant["baseline"][0]["probe"]["digit"])
-
-
-TRAINED = {"projector": "tower and projector frozen", "nothing": "the projector trained too"}
-"""How a transfer test is called, by what is frozen."""
 
 
 def learned(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels._util.settings import check_numbers, require, require_count
-from prereg_kernels.demo.config import RunConfig, StageConfig
+from prereg_kernels.demo.config import TRAINED, RunConfig, StageConfig
 from prereg_kernels.demo.data.questions import check_families
 from prereg_kernels.demo.evaluation import evaluate
 from prereg_kernels.demo.loop import train
@@ -132,7 +132,7 @@ def transfer_test(
     for lesson in todo:
         settings = lesson_run(run, config, lesson, start)
         path = directory / lesson.directory
-        report(f"{lesson.family}, {lesson.frozen} frozen", path, settings.steps)
+        report(f"{lesson.family}, {TRAINED[lesson.frozen]}", path, settings.steps)
         tuned = train(
             settings, path, cache_dir=path, progress=False, tensorboard=False, device=device
         )

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from prereg_kernels.demo.config import TRAINED
 from prereg_kernels.demo.loop import TrainingInterrupted
 from prereg_kernels.demo.metrics import METRICS_FILE
 from prereg_kernels.demo.runs.interrupts import sigint_ignored
@@ -196,8 +197,8 @@ def summary(result: dict[str, Any]) -> str:
     for frozen, by_scenes in result.get("transfer", {}).items():
         for scenes, found in by_scenes.items():
             learned = statistics.fmean(answers["accuracy"] for answers in found.values())
-            parts.append(f"new questions from {scenes} scenes, {frozen} frozen, {learned:.1%}")
-    return ", ".join(parts)
+            parts.append(f"new questions from {scenes} scenes, {TRAINED[frozen]}: {learned:.1%}")
+    return "; ".join(parts)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from prereg_kernels.checkup.report.style import BLUE, GREEN, GREY, ORANGE, STYLE, legend, panels
-from prereg_kernels.demo.config import CONTROLS
-from prereg_kernels.demo.experiment.summary import TRAINED, learned, over_seeds
+from prereg_kernels.demo.config import CONTROLS, TRAINED
+from prereg_kernels.demo.experiment.summary import learned, over_seeds
 from prereg_kernels.demo.sweep.report import (
     Column,
     SweepResults,

@@ -16,8 +16,8 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import to_dict
 from prereg_kernels.checkup.measures.measure import SWEEP, Measure
 from prereg_kernels.checkup.words import plus_minus
+from prereg_kernels.demo.config import TRAINED
 from prereg_kernels.demo.experiment.summary import (
-    TRAINED,
     Effect,
     Result,
     at,

@@ -34,6 +34,7 @@ from prereg_kernels.demo.data.questions import check_families
 from prereg_kernels.demo.experiment.experiment import (
     ExperimentConfig,
     train_and_measure,
+    unit_steps_left,
 )
 from prereg_kernels.demo.experiment.results import check_settings, claim, read_result, unit_names
 from prereg_kernels.demo.experiment.transfer import Lesson, lessons, transfer_test
@@ -195,14 +196,14 @@ def lessons_of(config: SweepConfig, point: Point) -> list[Lesson]:
 
 
 def steps_left(config: SweepConfig, out: Path) -> int:
-    """Training steps of what is not finished, the lessons' among them."""
-    run, test = config.experiment.run, config.experiment.transfer
+    """Training steps that are not done yet, those of the lessons among them."""
     left = 0
     for unit in units(config):
-        wanted, done = lessons_of(config, unit.point), read_result(unit.directory(out))
+        wanted, directory = lessons_of(config, unit.point), unit.directory(out)
+        done = read_result(directory)
         todo = wanted if done is None else _missing(wanted, done)
         if done is None or todo:
-            left += run.steps + len(todo) * test.steps
+            left += unit_steps_left(config.experiment, directory, todo)
     return left
 
 
