@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.photo_scenes import MEANS
 from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.settings_file import from_dict
+from prereg_kernels.checkup.report.pictures import Drawing, draw_all
 from prereg_kernels.checkup.words import plus_minus
 from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.config import TRAINED
+from prereg_kernels.demo.experiment import plots
 from prereg_kernels.demo.experiment.summary import Results, at, learned, unasked
 from prereg_kernels.demo.sweep.plots import plot_sweep
 from prereg_kernels.demo.sweep.report import SweepResults, markdown
@@ -151,9 +154,23 @@ def claim_section() -> str:
     )
 
 
+def _draw_demo(demo: dict[str, Any]) -> None:
+    """The demo's pictures, into docs/images/."""
+    results, layer = Results(demo["results"]), demo["config"]["run"]["pre"]["layer"]
+
+    def draw(colours: plots.Colours) -> Iterator[tuple[str, Drawing]]:
+        yield "probes", plots.probes(results, layer, colours)
+        yield "new-questions", plots.transfer(results, colours)
+
+    with tempfile.TemporaryDirectory() as directory:
+        for name in draw_all(draw, Path(directory)):
+            shutil.copy(Path(directory) / f"{name}.png", ROOT / "docs" / "images")
+
+
 def demo_section() -> str:
-    """The demo's sentences and its main rows."""
+    """The demo's sentences and its main rows; its pictures, into docs/images/."""
     demo = json.loads((RESULTS / "demo.json").read_text())
+    _draw_demo(demo)
     tables = {table["title"]: table for table in demo["tables"]}
     probes = tables["Linear probes at the visual tokens (%)"]
     answers = tables["Answers (%)"]

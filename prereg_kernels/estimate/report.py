@@ -96,10 +96,13 @@ def _place(moment: Moment) -> str:
 
 def _error_line(found: Estimate) -> str:
     if found.error is None:
-        return "error: not known, as no GPU was measured; see docs/estimate.md for the constants"
+        return (
+            "how far off these figures are is not known, as no GPU was measured; docs/estimate.md "
+            "has the constants"
+        )
     return (
-        f"error: 9 of 10 measured steps were within {found.error['seconds']:.0%} of the time and "
-        f"{found.error['bytes']:.0%} of the memory, each by the rates of the others"
+        f"how far off: 9 of 10 measured steps were within {found.error['seconds']:.0%} of the time "
+        f"and {found.error['bytes']:.0%} of the memory, each by the rates of the others"
     )
 
 

@@ -15,7 +15,11 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration, TrainingArguments
+from transformers import (
+    LlavaForConditionalGeneration,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import prereg_kernels
 from prereg_kernels import apply_pre, eager_pre_loss, remove_pre
@@ -150,10 +154,11 @@ def trains_by_a_trainer(text: str, namespace: Namespace, place: Path) -> None:
     batch = make_batch()
     rows = [{name: x[i] for name, x in batch.items()} for i in range(len(batch["input_ids"]))]
     namespace["model"] = load_tiny(place)
-    namespace["samples"] = rows
+    namespace |= {"samples": rows, "collate": default_data_collator}
     namespace["arguments"] = TrainingArguments(
-        str(place / "out"), max_steps=1, logging_steps=1, save_steps=1, use_cpu=True, report_to=[]
-    )
+        str(place / "out"), max_steps=1, logging_steps=1, save_steps=1, use_cpu=True, report_to=[],
+        remove_unused_columns=False,
+    )  # fmt: skip
     exec(text, namespace)
     namespace["trainer"].train()
     logs = namespace["trainer"].state.log_history[0]

@@ -60,13 +60,16 @@ def plot_all(
 
 
 def probes(results: Results, layer: int, colours: Colours) -> Drawing:
-    """Probe accuracy over depth, a panel for each property."""
+    """Probe accuracy over depth, a panel for each property, on one scale."""
     figure, axes = panels(len(PROPERTIES), size=(15, 3.1))
     words = []
     for axis, name in zip(axes, PROPERTIES, strict=True):
         curves = _over_depth(axis, results, at("probe", name), layer, colours, scale=100)
         axis.set_title(f"{name} ({'asked' if name == 'digit' else 'never asked'})")
         words.append(_in_words(f"Probe of {name}, over the layers", curves, layer, "%"))
+    lowest = min(axis.get_ylim()[0] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(lowest, 100)
     axes[0].set_ylabel("linear probe, test accuracy (%)")
     legend(figure, axes[0])
     return Drawing(figure, words, axes, _key(VARIANTS))
@@ -94,7 +97,7 @@ def structure(results: Results, layer: int, colours: Colours) -> Drawing:
 
 def answers(results: Results, colours: Colours) -> Drawing:
     """Accuracy per question family, a bar a variant, a dot a seed."""
-    figure, [axis] = panels(1, size=(9, 3.4))
+    figure, [axis] = panels(1, size=(9, 3.7))
     families = [*results.families, "mean"]
 
     def get(family: str) -> Callable[[Result], float]:
@@ -126,7 +129,10 @@ def transfer(results: Results, colours: Colours) -> Drawing:
     families, scenes = ", ".join(results.new_families), results.transfers[0][1]
     axis.set_ylabel("right answers (%)")
     axis.set_ylim(0, 105)
-    axis.set_title(f"new kinds of question ({families}), learned afterwards from {scenes} scenes")
+    axis.set_title(
+        f"new kinds of question ({families}), learned afterwards from {scenes} scenes\n"
+        "dots: seeds; dotted: always the commonest answer"
+    )
     legend(figure, axis)
     return Drawing(figure, [f"Right answers to new kinds of question, {families}. {levels}"])
 
@@ -275,7 +281,6 @@ def _over_depth(
     scale: float = 1,
 ) -> dict[str, list[float]]:
     """Draws, and returns, each variant's mean over seeds, by layer."""
-    mark_layer(axis, layer, color=colours["soft"], alpha=0.2, linewidth=6)
     means = {}
     for variant in VARIANTS:
         lines = scale * np.array([get(result) for result in results.by_variant[variant]])
@@ -286,6 +291,9 @@ def _over_depth(
             marker=MARKERS[variant], label=LABELS[variant],
         )  # fmt: skip
         means[LABELS[variant]] = (mean / scale).tolist()
+    soft: dict[str, Any] = {"color": colours["soft"], "alpha": 0.2}
+    axis.fill_between([], [], [], **soft, label="band: ± the standard deviation over seeds")
+    mark_layer(axis, layer, **soft, linewidth=6, zorder=0, label="the layer with PRe")
     axis.set_xticks(range(results.layers))
     return means
 
