@@ -152,19 +152,20 @@ def activation_backward_kernel(
     if partials_ptr is not None:
         sums = tl.zeros([BLOCK_M, BLOCK_N], STAT)
 
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_dg = offs_m[:, None] * stride_dg + offs_n[None, :]
+    offs_u = offs_m[:, None] * stride_u + offs_n[None, :]
     for start in range(program * BLOCK_M, rows, tl.num_programs(1) * BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        mask = (offs_m < rows)[:, None] & mask_n[None, :]
-        offs_dg = offs_m[:, None] * stride_dg + offs_n[None, :]
-        offs_u = offs_m[:, None] * stride_u + offs_n[None, :]
-        dg = tl.load(dg_ptr + offs_dg, mask=mask, other=0).to(STAT)  # [BLOCK_M, BLOCK_N]
-        u = tl.load(u_ptr + offs_u, mask=mask, other=0).to(STAT)  # [BLOCK_M, BLOCK_N]
+        mask = (start + offs_m < rows)[:, None] & mask_n[None, :]
+        at_dg = dg_ptr + start * stride_dg + offs_dg
+        dg = tl.load(at_dg, mask=mask, other=0).to(STAT)  # [BLOCK_M, BLOCK_N]
+        u = tl.load(u_ptr + start * stride_u + offs_u, mask=mask, other=0).to(STAT)
         if bias_ptr is not None:
             u += bias
         du = activation_gradient(dg, u, ACTIVATION)
-        tl.store(dg_ptr + offs_dg, du, mask=mask)
         if partials_ptr is not None:
             sums += du  # 0 outside, as dg is
+        tl.store(at_dg, du, mask=mask)
 
     if partials_ptr is not None:
         tl.store(partials_ptr + program * columns + offs_n, tl.sum(sums, axis=0), mask=mask_n)
