@@ -22,6 +22,7 @@ MEASURES = {
     "answers_sweep.json": DEMO,
     "call_overhead.json": OPS,
     "checkup_measures.json": ("prereg_kernels/checkup/measures",),
+    "claims.json": DEMO,
     "compare_epyc.json": OPS,
     "cpu.json": OPS,
     "cpu_avx512.json": OPS,
