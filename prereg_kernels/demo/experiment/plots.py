@@ -97,7 +97,7 @@ def structure(results: Results, layer: int, colours: Colours) -> Drawing:
 
 def answers(results: Results, colours: Colours) -> Drawing:
     """Accuracy per question family, a bar a variant, a dot a seed."""
-    figure, [axis] = panels(1, size=(9, 3.7))
+    figure, [axis] = panels(1, size=(9, 3.4))
     families = [*results.families, "mean"]
 
     def get(family: str) -> Callable[[Result], float]:
