@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,6 +47,16 @@ PARTS = {
 REST = "autograd"
 
 
+def find(path: str) -> Any:
+    """A module, or a class of one; None where this revision has none of that name."""
+    name, _, member = path.partition(":")
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError:
+        return None
+    return getattr(module, member) if member else module
+
+
 class NoGPU:
     """Triton's driver of a GPU that is not there."""
 
@@ -71,9 +80,6 @@ def stub() -> None:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from prereg_kernels.ops import arguments
-    from prereg_kernels.ops.backends.triton import backend
-
     def load(kernel: Any) -> None:
         kernel.__dict__["_run" if "run" in vars(CompiledKernel) else "run"] = do_nothing
         kernel.module = kernel.function = 0
@@ -82,12 +88,26 @@ def stub() -> None:
     CompiledKernel._init_handles = load
     CompiledKernel.__del__ = do_nothing
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    backend.TritonBackend.unavailable = staticmethod(do_nothing)
-    arguments._values_readable = lambda tensor: False
+    for places, function in STUBS:
+        [holder] = filter(None, map(find, places))
+        setattr(holder, *function)
 
 
 def do_nothing(*arguments: object) -> None:
     """In place of a launch."""
+
+
+# What is set in stub(), in the first of these places that a revision has: the layout changed
+STUBS = (
+    (
+        (f"{OPS}.backends.triton.backend:TritonBackend", "prereg_kernels.rows.triton_rows"),
+        ("unavailable", staticmethod(do_nothing)),
+    ),
+    (
+        (f"{OPS}.arguments", "prereg_kernels.inputs"),
+        ("_values_readable", lambda tensor: False),
+    ),
+)
 
 
 def make_call(name: str, chunks: int, rows: int, width: int, dtype: str) -> Callable[[], object]:
@@ -164,9 +184,10 @@ def parts_of(cell: list[Any], calls: int) -> dict[str, float]:
     before = []
     for part, places in PARTS.items():
         for module, name in places:
-            if find_spec(module) and hasattr(import_module(module), name):
-                before.append((import_module(module), name, getattr(import_module(module), name)))
-                setattr(import_module(module), name, clock.of(part, before[-1][2]))
+            holder = find(module)
+            if hasattr(holder, name):
+                before.append((holder, name, getattr(holder, name)))
+                setattr(holder, name, clock.of(part, before[-1][2]))
     found: dict[str, list[float]] = {part: [] for part in clock.spent}
     for _ in range(calls):
         clock.spent = dict.fromkeys(clock.spent, 0)

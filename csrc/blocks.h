@@ -52,7 +52,7 @@ class Blocks {
   int64_t rows_, size_;
 };
 
-// sums += the column sums of what the blocks add to their own rows of partial sums.
+// sums = the column sums of what the blocks add to their own rows of partial sums.
 template <typename C>
 class ColumnSums {
  public:
@@ -88,8 +88,7 @@ class ColumnSums {
       for (int64_t block = 0; block < blocks_; ++block) {
         sum = sum + load<C>(partial_.get() + block * columns_ + begin + i, part);
       }
-      C* const to = sums_ + begin + i;
-      store<C>(to, load<C>(to, part) + sum, part);
+      store<C>(sums_ + begin + i, sum, part);
     });
   }
 

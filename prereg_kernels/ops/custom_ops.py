@@ -95,12 +95,14 @@ def call_total(
     )[0]  # fmt: skip
 
 
-def write_value(out: Tensor, value: Tensor) -> None:
-    """out = value, both 0-dim, where the tap's caller reads it."""
-    if is_plain(out, value):
-        out.copy_(value)
+def write_sum(out: Tensor, terms: Tensor) -> None:
+    """out = the sum of the terms (S,) or (), 0-dim, where the tap's caller reads it."""
+    if not is_plain(out, terms):
+        store_value(out, terms.sum())
+    elif out.dtype == terms.dtype:
+        torch.sum(terms, dim=0, out=out)
     else:
-        store_value(out, value)
+        out.copy_(terms.sum())
 
 
 def _pre_losses(

@@ -122,10 +122,10 @@ def losses_and_gradients(
             pre_activations.append(u)
             inputs.append(g)
 
-        d = scratch("z", chunk, problem.anchor.shape[1])
+        d, db = scratch("z", chunk, problem.anchor.shape[1]), sums.new_bias(last)
         out = LossChunk(
             h if last < 0 else d, None, t, t_index, _part(losses, chunk), _part(coefficient, chunk),
-            d, sums.bias(last),
+            d, db,
         )  # fmt: skip
         if last < 0:
             backend.token_losses(out, spec)
@@ -134,12 +134,11 @@ def losses_and_gradients(
 
         for layer in range(last, lowest - 1, -1):
             x, u = inputs.pop(), pre_activations.pop()
-            sums.add(layer, d, x)
+            sums.add(layer, d, x, db)
             if layer > lowest:  # du is written over g, which nobody needs any more
                 weight, bias = head.weights[layer], head.biases[layer - 1]
-                backend.linear_backward_activation(
-                    d, weight, u, bias, spec.activation, x, sums.bias(layer - 1)
-                )
+                db = sums.new_bias(layer - 1)
+                backend.linear_backward_activation(d, weight, u, bias, spec.activation, x, db)
                 d = x
         if dh is not None:
             into = _rows(dh, index, chunk)
@@ -236,21 +235,22 @@ class _WeightGradients:
         # One product is rounded once, as in eager autograd. In float16 it could overflow.
         self.single = single and spec.compute_dtype != torch.float16
         self.weights: list[Tensor | None] = [None] * len(head.weights)
-        self.biases = [
-            b.new_zeros(b.shape, dtype=self.dtype) if b is not None and need else None
-            for b, need in zip(head.biases, needs.biases, strict=True)
-        ]
+        self.biases: list[Tensor | None] = [None] * len(head.weights)
 
-    def bias(self, layer: int) -> Tensor | None:
-        """Where the column sums of this layer's gradient go, if anywhere."""
-        return self.biases[layer] if self.biases else None
+    def new_bias(self, layer: int) -> Tensor | None:
+        """Where the column sums of a chunk's d go; None: nowhere."""
+        bias = self.head.biases[layer] if layer >= 0 and self.needs.biases[layer] else None
+        return None if bias is None else bias.new_empty(bias.shape, dtype=self.dtype)
 
-    def add(self, layer: int, d: Tensor, x: Tensor) -> None:
-        """dW += d^T x, for d (n, out) and x (n, in)."""
+    def add(self, layer: int, d: Tensor, x: Tensor, db: Tensor | None) -> None:
+        """dW += d^T x and the bias's gradient += db, for d (n, out), x (n, in) and db (out,)."""
         if self.needs.weights[layer]:
             keep = self.single and self.head.weights[layer].dtype != self.dtype
             wide = None if keep else self.dtype
-            self.weights[layer] = self.backend.add_product(self.weights[layer], d.T, x, wide)
+            self.weights[layer] = self.backend.add_product(self.weights[layer], d.t(), x, wide)
+        if db is not None:
+            total = self.biases[layer]
+            self.biases[layer] = db if total is None else total.add_(db)
 
     def finish(self, unscale: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The sums, in each parameter's own dtype."""

@@ -19,7 +19,7 @@ from prereg_kernels._util import private
 from prereg_kernels.ops.activations import Activation, ActivationName
 from prereg_kernels.ops.arguments import Inputs, check_inputs, is_mask, token_coefficients
 from prereg_kernels.ops.backends.registry import BACKENDS, BackendName
-from prereg_kernels.ops.custom_ops import call_gradients, call_losses, write_value
+from prereg_kernels.ops.custom_ops import call_gradients, call_losses, write_sum
 from prereg_kernels.ops.dtypes import matmul_dtype
 from prereg_kernels.ops.layouts import batch_first
 from prereg_kernels.ops.loss import fused_pre_loss
@@ -287,14 +287,17 @@ class _Tap(torch.autograd.Function):
                         coefficient * factor, needs,
                     )  # fmt: skip
                     own = gradients[0]
-                value = [] if ctx.value_out is None else [(losses * coefficient).sum()]
+                value = None if ctx.value_out is None else losses * coefficient
                 if ctx.group is not None:
                     sums = [x for x in gradients[1:] if x is not None]
-                    sum_over(ctx.group, sums if share is None else [*value, *sums])
+                    if share is not None and value is not None:
+                        value = value.sum()
+                        sums.append(value)
+                    sum_over(ctx.group, sums)
                 if share is not None and need_hidden:
                     gradients[0] = share.add_rows(gradients[0], grad_hidden, hidden)
-                if value:
-                    write_value(ctx.value_out, *value)
+                if value is not None:
+                    write_sum(ctx.value_out, value)
             if ctx.probe is not None and need_hidden:
                 if own is None:
                     own = _own_rows(hidden, anchor, inputs, ctx.spec, coefficient * factor)

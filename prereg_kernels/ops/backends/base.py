@@ -29,7 +29,7 @@ class LossChunk(NamedTuple):
     # With a gradient; None: losses alone
     coefficient: Tensor | None = None  # (n,)
     dz: Tensor | None = None  # (n, A), written: coefficient * dloss/dz; may be z
-    sums: Tensor | None = None  # (A,) += the column sums of dz
+    sums: Tensor | None = None  # (A,), written: the column sums of dz
 
 
 class Backend(ABC):
@@ -75,7 +75,7 @@ class Backend(ABC):
     def activation_backward(
         self, dg: Tensor, u: Tensor, bias: Tensor | None, activation: str, sums: Tensor | None
     ) -> None:
-        """du = dg * act'(u + bias), written over dg; sums (M,) += its column sums."""
+        """du = dg * act'(u + bias), written over dg; sums (M,) = its column sums."""
 
     @abstractmethod
     def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
@@ -106,9 +106,9 @@ class Backend(ABC):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out = x W^T, plus the bias unless `bias_left` says otherwise."""
         if bias is not None and self.bias_left(bias, x.dtype) is None:
-            torch.addmm(bias, x, weight.T, out=out)
+            torch.addmm(bias, x, weight.t(), out=out)
         else:
-            torch.mm(x, weight.T, out=out)
+            torch.mm(x, weight.t(), out=out)
 
     def linear_activate(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, u: Tensor, g: Tensor
@@ -137,7 +137,7 @@ class Backend(ABC):
         du: Tensor,
         sums: Tensor | None,
     ) -> None:
-        """du = (d W) * act'(...) for the u of `linear_activate`; sums += its column sums."""
+        """du = (d W) * act'(...) for the u of `linear_activate`; sums = its column sums."""
         torch.mm(d, weight, out=du)
         self.activation_backward(du, u, self.bias_left(bias, d.dtype), activation, sums)
 

@@ -41,7 +41,7 @@ class TorchBackend(Backend):
         else:
             stat = stat_dtype(u.dtype)
             dg.copy_(value_and_vjp(act, u.to(stat), dg.to(stat))[1])
-        _add_column_sums(sums, dg)
+        _write_column_sums(sums, dg)
 
     def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
         assert chunk.bias is None
@@ -62,7 +62,7 @@ class TorchBackend(Backend):
             )
         chunk.losses.copy_(losses)
         dz.copy_(gradient)
-        _add_column_sums(chunk.sums, dz)
+        _write_column_sums(chunk.sums, dz)
 
     def start_rows(self, into: Tensor, index: Tensor, residual: Tensor | None) -> Tensor | None:
         if residual is None:
@@ -92,6 +92,6 @@ def _select(source: Tensor, index: Tensor | None) -> Tensor:
     return source if index is None else source.index_select(0, index)
 
 
-def _add_column_sums(sums: Tensor | None, values: Tensor) -> None:
+def _write_column_sums(sums: Tensor | None, values: Tensor) -> None:
     if sums is not None:
-        sums += values.sum(dim=0, dtype=sums.dtype)
+        torch.sum(values, dim=0, dtype=sums.dtype, out=sums)

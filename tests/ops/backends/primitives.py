@@ -156,8 +156,7 @@ def check_activation(
     backend.activate(u.view, bias, activation, out.view)
     assert relative_error(out.view, g.detach()) < BOUND[dtype]
 
-    sums = draw(columns, seed=3).to(stat_dtype(dtype))
-    expected_sums = sums.double() + du.sum(0)
+    sums, expected_sums = draw(columns, seed=3).to(stat_dtype(dtype)), du.sum(0)
     again = dg.view.clone()
     backend.activation_backward(dg.view, u.view, bias, activation, sums)
     assert relative_error(dg.view, du) < BOUND[dtype]
@@ -212,8 +211,7 @@ def check_losses(
     assert relative_error(losses, expected.detach()) < 2 * BOUND[stat_dtype(dtype)]
     assert torch.equal(z.view, kept_z)
     dz = z if in_place else Placed(torch.full_like(z.view, math.nan), layout)
-    sums = draw(columns, seed=3).to(spec.stat_dtype)
-    expected_sums = sums.double() + gradient.sum(0)
+    sums, expected_sums = draw(columns, seed=3).to(spec.stat_dtype), gradient.sum(0)
     backend.token_losses(LossChunk(z.view, bias, t, index, again, coefficient, dz.view, sums), spec)
     assert torch.equal(again, losses)
     assert relative_error(dz.view, gradient) < 2 * BOUND[dtype]

@@ -81,8 +81,8 @@ def test_launches(chunk_rows: int, chunks: int, monkeypatch: pytest.MonkeyPatch)
     for module in (activation, copy, gather, loss, scatter, sums):
         monkeypatch.setattr(module, "launch", recorded)
     chunk = [
-        "gather_kernel", "activate_kernel", "loss_row_kernel", "add_partials_kernel",
-        "activation_backward_kernel", "add_partials_kernel", "scatter_kernel",
+        "gather_kernel", "activate_kernel", "loss_row_kernel", "sum_partials_kernel",
+        "activation_backward_kernel", "sum_partials_kernel", "scatter_kernel",
     ]  # fmt: skip
     problem = make_problem(visual_index=INDEX)
     for small in (False, True):

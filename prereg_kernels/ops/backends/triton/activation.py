@@ -24,7 +24,7 @@ from prereg_kernels.ops.backends.triton.launch import (
     row_block,
     stat_dtype,
 )
-from prereg_kernels.ops.backends.triton.sums import add_partials
+from prereg_kernels.ops.backends.triton.sums import sum_partials
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def activate(u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None
 def activation_backward(
     dg: Tensor, u: Tensor, bias: Tensor | None, activation: str, sums: Tensor | None
 ) -> None:
-    """du (n, M) = dg * act'(u + bias), over dg; sums (M,) += its column sums."""
+    """du (n, M) = dg * act'(u + bias), over dg; sums (M,) = its column sums."""
     rows, columns = dg.shape
     blocks = config.tile(columns)
     programs, partials = config.cdiv(rows, blocks.block_m), None
@@ -199,4 +199,4 @@ def activation_backward(
         ACTIVATION=activation, STAT=stat_dtype(u), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip
     if sums is not None and partials is not None:
-        add_partials(partials, sums)
+        sum_partials(partials, sums)

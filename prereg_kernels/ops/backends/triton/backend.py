@@ -107,10 +107,14 @@ class TritonBackend(Backend):
     ) -> None:
         if dg.numel():
             self._kernels.activation_backward(dg, u, bias, activation, sums)
+        elif sums is not None:
+            sums.zero_()
 
     def token_losses(self, chunk: LossChunk, spec: Spec) -> None:
         if chunk.z.numel():
             self._kernels.token_losses(chunk, spec)
+        elif chunk.sums is not None:
+            chunk.sums.zero_()
 
     def start_rows(self, into: Tensor, index: Tensor, residual: Tensor | None) -> Tensor | None:
         if into.nbytes < SMALL_COPY:

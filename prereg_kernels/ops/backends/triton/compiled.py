@@ -12,6 +12,7 @@ GPUs it looks at more, the interpreter, and releases that nobody has looked at.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,12 +64,20 @@ def has_hooks(kernel: Any) -> bool:
     )
 
 
+@lru_cache(maxsize=MOST_KEPT)
+def _kinds(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """What Triton specialises of each integer; () where one is beyond 32 bits."""
+    if max(numbers) > MOST_INT:
+        return ()
+    return tuple(2 if x == 1 else x % ALIGNMENT == 0 for x in numbers)
+
+
 def launch_compiled(
     kernel: Any,
     grid: Sequence[int],
     device: int,
     tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
+    numbers: tuple[int, ...],
     constants: dict[str, Any],
     options: Key,
 ) -> Key | None:
@@ -92,9 +101,9 @@ def launch_compiled(
             pointer = x.data_ptr()
             pointers.append(pointer)
             bits |= pointer
-    if bits % ALIGNMENT or max(numbers) > MOST_INT:
+    kinds = _kinds(numbers)
+    if bits % ALIGNMENT or not kinds:
         return ()
-    kinds = [2 if x == 1 else x % ALIGNMENT == 0 for x in numbers]
     key = (kernel.fn, device, *options, *dtypes, *kinds, *constants, *constants.values())
     found = _compiled.get(key)
     if found is None:

@@ -11,7 +11,7 @@ from prereg_kernels.ops.backends.triton.launch import (
 )
 from prereg_kernels.ops.backends.triton.loss_blocks import loss_blocks_kernel
 from prereg_kernels.ops.backends.triton.loss_row import loss_row_kernel
-from prereg_kernels.ops.backends.triton.sums import add_partials
+from prereg_kernels.ops.backends.triton.sums import sum_partials
 from prereg_kernels.ops.losses import LOSSES
 from prereg_kernels.ops.spec import Spec
 
@@ -39,4 +39,4 @@ def token_losses(chunk: LossChunk, spec: Spec) -> None:
         most_registers=None if normalization == "layer" else chosen.most_registers,
     )  # fmt: skip
     if sums is not None and partials is not None:
-        add_partials(partials, sums)
+        sum_partials(partials, sums)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partial column sums, added up in a fixed order."""
+"""Column sums of partial ones, in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -10,10 +10,10 @@ from prereg_kernels.ops.backends.triton.launch import launch
 
 
 @triton.jit(do_not_specialize=["programs"])
-def add_partials_kernel(
+def sum_partials_kernel(
     partials_ptr, sums_ptr, programs, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """sums[j] += sum_k partials[k, j].
+    """sums[j] = sum_k partials[k, j].
 
     partials (programs, columns), contiguous; sums (columns,), in whose dtype everything is summed.
 
@@ -27,15 +27,14 @@ def add_partials_kernel(
         offs = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
         mask = (offs_m < programs)[:, None] & mask_n[None, :]
         total += tl.load(partials_ptr + offs, mask=mask, other=0)  # [BLOCK_M, BLOCK_N]
-    sums = tl.load(sums_ptr + offs_n, mask=mask_n, other=0)  # [BLOCK_N]
-    tl.store(sums_ptr + offs_n, sums + tl.sum(total, axis=0), mask=mask_n)
+    tl.store(sums_ptr + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
-def add_partials(partials: Tensor, sums: Tensor) -> None:
-    """sums (columns,) += the column sums of partials (programs, columns)."""
+def sum_partials(partials: Tensor, sums: Tensor) -> None:
+    """sums (columns,) = the column sums of partials (programs, columns)."""
     programs, columns = partials.shape
     blocks = config.SUMS
     launch(
-        add_partials_kernel, (config.cdiv(columns, blocks.block_n),), blocks.num_warps,
+        sum_partials_kernel, (config.cdiv(columns, blocks.block_n),), blocks.num_warps,
         (partials, sums), (programs, columns), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

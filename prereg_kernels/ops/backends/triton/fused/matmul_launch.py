@@ -21,7 +21,7 @@ from prereg_kernels.ops.backends.triton.fused.matmul_forward import (
     linear_losses_kernel,
 )
 from prereg_kernels.ops.backends.triton.launch import on_device_of
-from prereg_kernels.ops.backends.triton.sums import add_partials
+from prereg_kernels.ops.backends.triton.sums import sum_partials
 from prereg_kernels.ops.spec import Spec
 
 COMBINED_ROWS = 32  # a program
@@ -83,7 +83,7 @@ def linear_backward_activation(
     config: MatmulConfig,
     multiprocessors: int,
 ) -> None:
-    """du = (d W) * act'(u); sums += its column sums."""
+    """du = (d W) * act'(u); sums = its column sums."""
     rows, columns = du.shape
     partials = None
     if sums is not None:
@@ -94,7 +94,7 @@ def linear_backward_activation(
         partials, rows, columns, d.shape[1], ACTIVATION=activation,
     )  # fmt: skip
     if sums is not None and partials is not None:
-        add_partials(partials, sums)
+        sum_partials(partials, sums)
 
 
 def linear_backward_scatter(

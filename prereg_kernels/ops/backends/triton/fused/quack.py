@@ -83,7 +83,7 @@ class QuackStages(Backend):
             quack.gemm_dact(d, weight, u, activation=name, dx_out=du, **UNTUNED)
         else:
             results = quack.dact_dbias_mod(name)(d, weight, u, out={"D": du}, **UNTUNED)
-            sums += results["dwb"].view_as(sums)
+            sums.copy_(results["dwb"].view_as(sums))
 
 
 class QuackBackend(QuackStages, TritonBackend):
