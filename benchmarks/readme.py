@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.studies import claims, depth, photographs
 from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.photo_scenes import MEANS
 from benchmarks.studies.token_fraction import format_table
+from prereg_kernels._util.files import read_json
 from prereg_kernels._util.settings_file import from_dict
 from prereg_kernels.checkup.report.pictures import Drawing, draw_all
 from prereg_kernels.checkup.words import plus_minus
@@ -96,6 +98,9 @@ def _cpu_runs() -> list[list[dict[str, Any]]]:
 def _few_shot() -> SweepResults:
     """The demo's sweep, as far as it was run."""
     config = load_sweep("scenes")
+    asked = read_json(FEW_SHOT / "sweep.json")
+    experiment = replace(config.experiment, seeds=asked["seeds"])  # some settings have more
+    config = replace(config, experiment=experiment)
     check_sweep(config, FEW_SHOT)
     return SweepResults(config, finished(config, FEW_SHOT))
 
