@@ -57,6 +57,7 @@ PAYS = {
     BASELINE: "",
     CENTRE: "weight 0.5",
     "weight 5": "weight 5",
+    "anchor pre_llm": "weight 0.5, the default anchor",
     "anchor other_scene_pre_projector": "another scene's target",
 }
 
@@ -108,18 +109,23 @@ def _few_shot() -> SweepResults:
 def gain_sentence() -> str:
     """What PRe gives, in words: the centre of the demo's sweep."""
     results = _few_shot()
-    [_, centre] = points(results.config)[:2]
+    by_name = {point.name: point for point in points(results.config)}
+    centre, default = by_name[CENTRE], by_name["anchor pre_llm"]
     test = results.config.experiment.transfer
-    effect = results.effect(centre, learned("projector", test.scenes))
+    effect, of_default = (
+        results.effect(point, learned("projector", test.scenes)) for point in (centre, default)
+    )
     before, after = (f"{100 * x.value:.1f}%" for x in (effect.before, effect.after))
     common = results.effect(centre, at("mean_accuracy")).difference
     unclear = "" if effect.difference.direction else ", which is not clear"
     return (
-        f"A small LLaVA is trained with PRe and without. Then it learns {len(test.families)} new "
-        f"kinds of question, each from {test.scenes} scenes, with its tower and projector frozen. "
-        f"After PRe it answers {after} of them right, and {before} without: a difference of "
-        f"{plus_minus(effect.difference, 100, '.1f')} points{unclear} (half the 95% interval over "
-        f"{results.seeds(centre)} paired seeds). On the training's own questions the difference is "
+        f"A small LLaVA is trained with PRe and without, the anchor `{centre.pre.anchor}`. Then it "
+        f"learns {len(test.families)} new kinds of question, each from {test.scenes} scenes, with "
+        f"its tower and projector frozen. After PRe it answers {after} of them right, and {before} "
+        f"without: a difference of {plus_minus(effect.difference, 100, '.1f')} points{unclear} "
+        f"(half the 95% interval over {results.seeds(centre)} paired seeds). With the default "
+        f"anchor, `pre_llm`, it is {plus_minus(of_default.difference, 100, '.1f')} over "
+        f"{results.seeds(default)}. On the training's own questions the difference is "
         f"{plus_minus(common, 100, '.1f')} points."
     )
 

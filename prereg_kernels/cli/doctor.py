@@ -80,10 +80,10 @@ def _coverage(name: str, device: torch.device) -> str:
     """That the backend runs, and what "auto" leaves to the next one."""
     backend = choose_backend(name, device)
     plain = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
-    specs = [plain._replace(loss=LOSSES.find(loss).text) for loss in LOSSES.names]
-    specs += [plain._replace(activation=ACTIVATIONS.find(a).text) for a in ACTIVATIONS.names]
-    refused = [reason for spec in specs if (reason := backend.refuses(spec))]
-    return f"runs; no kernel for {', '.join(refused)}" if refused else "runs"
+    specs = {loss: plain._replace(loss=LOSSES.find(loss).text) for loss in LOSSES.names}
+    specs |= {a: plain._replace(activation=ACTIVATIONS.find(a).text) for a in ACTIVATIONS.names}
+    left = ", ".join(formula for formula, spec in specs.items() if backend.refuses(spec))
+    return f"runs; leaves {left} to the next backend" if left else "runs"
 
 
 def _cpu() -> dict[str, Any]:

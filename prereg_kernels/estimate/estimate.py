@@ -107,7 +107,7 @@ def estimate(structure: Structure, settings: Settings) -> Estimate:
     }
     if device is None:
         for moment in (moment for several in moments.values() for moment in several):
-            moment.bytes["process"] = calibration.overhead[itemsize]
+            moment.bytes["correction"] = calibration.overhead[itemsize]
     share = settings.images / settings.samples * settings.split  # of one GPU's are all of them
     flops = {part: x.flops * share for part, x in done.items() if x.flops}
     head_flops = head.flops * settings.images / settings.samples

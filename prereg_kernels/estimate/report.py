@@ -8,6 +8,7 @@ from prereg_kernels.estimate.estimate import Estimate
 from prereg_kernels.estimate.memory import How, Moment, peak
 
 HOWS = ("fused", "eager")
+FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
 def describe(found: Estimate) -> str:
@@ -18,9 +19,10 @@ def describe(found: Estimate) -> str:
     added = peaks["fused"].total - plain
     gpus = f"{settings.gpus} {settings.gpu}" + f", {settings.parallel}" * (settings.gpus > 1)
     trains = ", ".join(found.structure.trains)
+    memory = "peak memory of " + ("the process" if settings.gpu == "cpu" else "a GPU")
     lines = [
         f"PRe adds {found.time_share:.2%} to the time of a step, {found.flops_share:.2%} to its "
-        f"FLOPs and {added / plain:+.2%} to the peak memory of a GPU.",
+        f"FLOPs and {added / plain:.2%} to the {memory}.",
         "",
         f"{found.structure.name}: {_count(found.structure.parameters())} parameters, "
         f"{_count(found.structure.parameters(found.structure.trains))} of them train ({trains})",
@@ -28,11 +30,11 @@ def describe(found: Estimate) -> str:
         f"text tokens, {gpus}{', checkpointing' * settings.checkpointing}; PRe at layer "
         f"{found.head.layer} of {found.structure.layers}",
         "",
-        f"{'':<24}{'without PRe':>14}{'PRe adds':>14}{'eager PRe adds':>16}",
+        _row("", "without PRe", "PRe adds", "eager PRe adds"),
         _row("time of a step", *(_time(x) for x in _differences(found.seconds))),
         _row("FLOPs", _flops(sum(found.flops.values())), _flops(found.head_flops), "the same"),
         _row(
-            "peak memory of a GPU",
+            memory,
             *(_bytes(x) for x in _differences({how: m.total for how, m in peaks.items()})),
         ),
     ]
@@ -66,7 +68,7 @@ def _differences(figures: dict[str, float]) -> tuple[float, ...]:
 
 
 def _row(name: str, plain: str, fused: str, eager: str) -> str:
-    return f"{name:<24}{plain:>14}{fused:>14}{eager:>16}".rstrip()
+    return f"{name:<26} {plain:>13} {fused:>13} {eager:>15}".rstrip()
 
 
 def _peak_lines(found: Estimate, peaks: dict[str, Moment]) -> list[str]:
@@ -107,7 +109,7 @@ def _error_line(found: Estimate) -> str:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}e9"
+    return f"{number / 1e9:.2f}e9" if number >= 1e8 else f"{number:,}"
 
 
 def _time(seconds: float) -> str:
@@ -119,4 +121,5 @@ def _bytes(count: float) -> str:
 
 
 def _flops(count: float) -> str:
-    return f"{count / 1e12:,.4g} TFLOP"
+    size, unit = next(((s, u) for s, u in FLOPS if count >= s), FLOPS[-1])
+    return f"{count / size:,.4g} {unit}"

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `prereg estimate` prints of a tiny model, whose figures have other units."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+
+from prereg_kernels.estimate import report
+from prereg_kernels.estimate.estimate import estimate
+from prereg_kernels.estimate.settings import Settings
+from prereg_kernels.estimate.walk import walk
+from prereg_kernels.train.parts import parts_of
+from tests.zoo import sample
+
+
+@pytest.mark.parametrize(
+    "flops, text",
+    ((2.345e12, "2.345 TFLOP"), (1.5e15, "1,500 TFLOP"), (2e10, "20 GFLOP"), (2e5, "0.2 MFLOP")),
+)
+def test_units(flops: float, text: str) -> None:
+    assert report._flops(flops) == text
+
+
+def test_a_tiny_model_on_a_cpu() -> None:
+    case = sample("llava")
+    trains, twin = ("projector", "llm"), copy.deepcopy(case.model).to("meta")
+    batch = case.batches["images"].inputs
+    structure = walk(twin, [batch], "llava", parts_of(case.model), trains, None)
+    found = estimate(structure, Settings(gpu="cpu", weights="float32"))
+    lines = report.describe(found).splitlines()
+    assert f"{structure.parameters():,} parameters" in lines[2]
+    [heading] = [number for number, line in enumerate(lines) if "without PRe" in line]
+    table = lines[heading + 1 : lines.index("", heading)]
+    unit = r" +-?[\d.,e-]+ (s|ms|MiB|MFLOP|GFLOP)"
+    assert len(table) == 3 + len(found.flops)
+    assert all(re.fullmatch(rf"[\w ]+?{unit}({unit}({unit}| +the same))?", x) for x in table)
+    assert not re.search(r"\bGPU\b|process -", "\n".join(lines))
