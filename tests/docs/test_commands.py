@@ -187,6 +187,7 @@ NOT_RUN = {
         "pip install '.[checkup]'",
         "pip install torchvision",
         "pip install pillow",
+        "pip install peft",
         "pip install lmms-eval",
         "pip install --no-deps .",
     ),

@@ -72,6 +72,8 @@ def effects(results: SweepResults, axis: str, values: dict[object, Point]) -> Fi
         _panel(panel, results, axis, values, columns)
         panel.set_title(title, fontsize=10)
     legend(figure, axes[2], lambda label: label.partition(", ")[2])
+    if transfer:  # its lines are others than those of the probes
+        axes[-1].legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("PRe - baseline")
     return figure
 
@@ -111,9 +113,10 @@ def trade(results: SweepResults) -> Figure:
     """What each setting gives and takes: new questions learned against common questions answered,
     both as differences to the baseline with their 95% intervals."""
     [gain, *_], cost = transfer_columns(results.config), answer_columns([])[0]
-    figure, [axis] = panels(1, size=(8, 5))
+    figure, [axis] = panels(1, size=(9, 5))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axvline(0, color="black", linewidth=0.8)
+    named = []
     for point in results.settings:
         if point.long_tail:
             continue
@@ -127,14 +130,27 @@ def trade(results: SweepResults) -> Figure:
             100 * x.value, 100 * y.value, xerr=100 * x.half_width, yerr=100 * y.half_width,
             color=colour, marker="o", markersize=5, linewidth=0.8, alpha=0.9,
         )  # fmt: skip
-        axis.annotate(
-            _described(point), (100 * x.value, 100 * y.value), fontsize=8,
-            xytext=(4, 4), textcoords="offset points",
-        )  # fmt: skip
+        named.append((100 * y.value, 100 * x.value, _described(point)))
+    _name_at_the_right(axis, named)
     axis.set_xlabel("common questions: PRe - baseline (points)")
     axis.set_ylabel("new questions learned: PRe - baseline (points)")
     axis.set_title(f"what a setting gives and takes ({gain.heading})", fontsize=10)
     return figure
+
+
+def _name_at_the_right(axis: Axes, named: list[tuple[float, float, str]]) -> None:
+    """Names of points (y, x, name) in a column beside the panel, a line to each: points may be
+    close to each other."""
+    least = 0.05  # of the panel's height, from one to the next
+    low, high = axis.get_ylim()
+    top = 1.0
+    for y, x, name in sorted(named, reverse=True):
+        top = min(top, (y - low) / (high - low))
+        axis.annotate(
+            name, (x, y), xytext=(1.02, top), textcoords="axes fraction", fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "relpos": (0, 0.5)},
+        )  # fmt: skip
+        top -= least
 
 
 def _described(point: Point) -> str:
