@@ -119,9 +119,9 @@ def gain_sentence() -> str:
     common = results.effect(centre, at("mean_accuracy")).difference
     unclear = "" if effect.difference.direction else ", which is not clear"
     return (
-        f"A small LLaVA is trained with PRe and without, the anchor `{centre.pre.anchor}`. Then it "
-        f"learns {len(test.families)} new kinds of question, each from {test.scenes} scenes, with "
-        f"its tower and projector frozen. After PRe it answers {after} of them right, and {before} "
+        f"A small LLaVA is trained with PRe, whose anchor is `{centre.pre.anchor}`, and without. "
+        f"Then it learns {len(test.families)} new kinds of question, each from {test.scenes} "
+        f"scenes, with its tower and projector frozen. After PRe it answers {after} of them right, and {before} "
         f"without: a difference of {plus_minus(effect.difference, 100, '.1f')} points{unclear} "
         f"(half the 95% interval over {results.seeds(centre)} paired seeds). With the default "
         f"anchor, `pre_llm`, it is {plus_minus(of_default.difference, 100, '.1f')} over "
