@@ -121,11 +121,11 @@ def gain_sentence() -> str:
     return (
         f"A small LLaVA is trained with PRe, whose anchor is `{centre.pre.anchor}`, and without. "
         f"Then it learns {len(test.families)} new kinds of question, each from {test.scenes} "
-        f"scenes, with its tower and projector frozen. After PRe it answers {after} of them right, and {before} "
-        f"without: a difference of {plus_minus(effect.difference, 100, '.1f')} points{unclear} "
-        f"(half the 95% interval over {results.seeds(centre)} paired seeds). With the default "
-        f"anchor, `pre_llm`, it is {plus_minus(of_default.difference, 100, '.1f')} over "
-        f"{results.seeds(default)}. On the training's own questions the difference is "
+        f"scenes, with its tower and projector frozen. After PRe it answers {after} of them "
+        f"right, and {before} without: a difference of {plus_minus(effect.difference, 100, '.1f')} "
+        f"points{unclear} (half the 95% interval over {results.seeds(centre)} paired seeds). With "
+        f"the default anchor, `pre_llm`, it is {plus_minus(of_default.difference, 100, '.1f')} "
+        f"over {results.seeds(default)}. On the training's own questions the difference is "
         f"{plus_minus(common, 100, '.1f')} points."
     )
 
