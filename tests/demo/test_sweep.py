@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.text import Text
 
 from prereg_kernels.cli.commands import main
 from prereg_kernels.demo.config import PReSettings
@@ -22,8 +24,14 @@ from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import ExperimentConfig
 from prereg_kernels.demo.experiment.summary import Effect, at, learned, unasked
 from prereg_kernels.demo.metrics import read_metrics
-from prereg_kernels.demo.sweep.plots import learning_curve, trade
-from prereg_kernels.demo.sweep.report import SweepResults, answer_columns, markdown, probe_columns
+from prereg_kernels.demo.sweep.plots import effects, learning_curve, trade
+from prereg_kernels.demo.sweep.report import (
+    SweepResults,
+    answer_columns,
+    markdown,
+    probe_columns,
+    transfer_columns,
+)
 from prereg_kernels.demo.sweep.sweep import (
     SweepConfig,
     axis_points,
@@ -201,6 +209,31 @@ def test_the_curve_and_the_trade_show_every_setting() -> None:
     [axis] = trade(results).axes
     ends = [[line.get_xdata()[0], line.get_ydata()[0]] for line in axis.lines[2:]]
     assert ends[:5] == [pytest.approx([10 * place, 10 * place]) for place in range(1, 6)]
+    plt.close("all")
+
+
+def test_names_of_close_settings_are_apart_and_lines_have_their_own() -> None:
+    weights = (0.5, 1.0, 5.0, 7.0)
+    names = ["centre", *(f"weight {weight:g}" for weight in weights)]
+    sweep = config(weights=weights, transfer=True)
+    rows = []
+    for name in ["baseline", *names]:
+        for seed in (0, 1):
+            level = 0.1 + 0.5 * (name != "baseline") + 0.02 * seed
+            answers = {"64": {"tilt": {"accuracy": level, "majority": 0.25}}}
+            kinds = {"projector": answers, "nothing": answers}
+            rows.append({**result(name, seed, level), "transfer": kinds})
+    results = SweepResults(sweep, rows)
+    [axis] = trade(results).axes
+    axis.figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without their lines
+    assert len(boxes) == len(names) and len({text.get_text() for text in axis.texts}) == len(names)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    *_, probes, _, learned_after = effects(results, "weights", axis_points(sweep, "weights")).axes
+    legend = learned_after.get_legend()
+    assert legend is not None and probes.get_legend() is None
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [column.heading for column in transfer_columns(sweep)]
     plt.close("all")
 
 

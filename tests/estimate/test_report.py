@@ -38,3 +38,8 @@ def test_a_tiny_model_on_a_cpu() -> None:
     assert len(table) == 3 + len(found.flops)
     assert all(re.fullmatch(rf"[\w ]+?{unit}({unit}({unit}| +the same))?", x) for x in table)
     assert not re.search(r"\bGPU\b|process -", "\n".join(lines))
+
+
+def test_cells_that_are_too_wide_stay_apart() -> None:
+    cells = ("n" * 30, "1" * 20, "2" * 20, "3" * 20)
+    assert report._row(*cells).split() == list(cells)

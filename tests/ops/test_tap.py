@@ -56,13 +56,14 @@ def test_value_at_once() -> None:
     assert all(torch.equal(without[name], with_value[name]) for name in without)
 
 
-def test_value_out() -> None:
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_value_out(dtype: torch.dtype) -> None:
     problem = make_problem((3, 5))
-    out = torch.full((), 7.0)
+    out = torch.full((), 7.0, dtype=dtype)
     _, value = pre_tap(*problem.arguments(problem.leaves()), value_out=out)
     assert out.item() == 7.0
     value.backward(torch.tensor(0.125))
-    assert out.item() == value_of(problem).item()
+    assert out.item() == value_of(problem).to(dtype).item()
 
 
 @pytest.mark.parametrize(
