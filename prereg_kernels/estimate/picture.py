@@ -54,7 +54,7 @@ def draw(found: Estimate, path: Path) -> None:
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.set_xlim(0, len(moments) - 1)
         axes.set_xlabel("forward, then backward")
-        axes.set_ylabel("GiB of a GPU")
+        axes.set_ylabel(f"GiB of {found.settings.holder}")
         axes.set_title(
             f"{found.structure.name}, {found.settings.gpus} {found.settings.gpu}: peak "
             f"{highest.total / 2**30:.1f} GiB", loc="left",

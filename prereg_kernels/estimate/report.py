@@ -19,7 +19,7 @@ def describe(found: Estimate) -> str:
     added = peaks["fused"].total - plain
     gpus = f"{settings.gpus} {settings.gpu}" + f", {settings.parallel}" * (settings.gpus > 1)
     trains = ", ".join(found.structure.trains)
-    memory = "peak memory of " + ("the process" if settings.gpu == "cpu" else "a GPU")
+    memory = f"peak memory of {settings.holder}"
     lines = [
         f"PRe adds {found.time_share:.2%} to the time of a step, {found.flops_share:.2%} to its "
         f"FLOPs and {added / plain:.2%} to the {memory}.",

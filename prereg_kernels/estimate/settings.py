@@ -96,6 +96,11 @@ class Settings:
         """For JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"images": self.images}
 
+    @property
+    def holder(self) -> str:
+        """Whose memory it is, in words."""
+        return "the process" if self.gpu == "cpu" else "a GPU"
+
 
 def _wrong(name: str, expected: str, value: Any) -> ValueError:
     flag = name.replace("_", "-")
