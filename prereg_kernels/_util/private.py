@@ -190,6 +190,13 @@ def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def drop_pre_hooks(module: nn.Module, ids: set[int]) -> None:
+    """Those with one of these `RemovableHandle.id`s, which are unique in a process."""
+    for hook in ids & module._forward_pre_hooks.keys():
+        del module._forward_pre_hooks[hook]
+        module._forward_pre_hooks_with_kwargs.pop(hook, None)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether a call of it is a graph of torch.compile, by `compile()` or as what wraps another."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules

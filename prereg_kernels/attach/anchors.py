@@ -34,18 +34,28 @@ def llm_width(embeddings: nn.Module) -> int:
 
 
 def _input_width(family: Family, projector: nn.Module) -> int:
-    """The width that its first norm or matrix takes: a projector begins with one of them."""
+    """The width that its first norm or matrix takes: a projector begins with one of them.
+
+    One that joins rows may have a norm of each row by itself before the matrix of all of them.
+    """
     for module in projector.modules():
         features = getattr(module, "in_features", None)
-        shape = getattr(module, "normalized_shape", None)
         if isinstance(features, int):
             return features
-        if isinstance(shape, tuple):
-            return int(shape[-1])
+        if not family.joins_rows and (width := _norm_width(module)):
+            return width
     raise ValueError(
         f"anchor_features: expected the width of what enters {family.projector!r}, as no module "
         "there says it; got None"
     )
+
+
+def _norm_width(module: nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    # Of an RMSNorm of transformers; under ZeRO-3 its weight has no shape
+    shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    shape = getattr(module, "normalized_shape", shape)
+    return int(shape[-1]) if len(shape) == 1 else None
 
 
 def projector_rows(
@@ -55,29 +65,32 @@ def projector_rows(
     family: Family,
     like: Tensor,
     shown: Callable[[Tensor], Tensor],
-    kinds: Callable[[], int],
+    kinds: Callable[[], list[Tensor]],
+    places: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """The projector's inputs, (N, A): a row for each visual token, in their order.
 
     Args:
-        seen: the projector's inputs in the order of its calls, (..., A) each.
+        seen: the projector's inputs in the order of its calls, (..., A) each. If it joins rows,
+            their last axis is a part of A.
         tokens: N.
         like: gives the dtype and device of the result if there are no visual tokens.
         shown: removes the rows of tokens that attention hides.
-        kinds: counts the ids of the visual tokens, such as one of images and one of videos.
+        kinds: gives, for each id of visual tokens that the batch has, where among the visual tokens
+            it is, such as those of images and those of videos: bool, (tokens, hidden or not,).
+        places: gives where among the rows of all calls each one belongs; None: where it is.
 
     Raises:
         ValueError: there is not one row for each visual token, or the rows' order is not known.
     """
     if not tokens:
         return like.new_zeros(0, width)
-    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]) if seen else like.new_zeros(0, 0)
-    if len(seen) > 1 and kinds() > 1:
-        raise ValueError(
-            f"anchor: 'pre_projector' takes the rows at {family.projector!r} in the order of its "
-            f"{len(seen)} calls, and a batch of images and videos may have its visual tokens in "
-            "another; expected batches of one kind, 'pre_llm' or a function"
-        )
+    parts = [_rows(x, width, family.joins_rows) for x in seen]
+    rows = torch.cat(parts) if parts else like.new_zeros(0, 0)
+    if places is not None and len(rows):
+        rows = _put(rows, places())
+    if len(parts) > 1 and len(of_kind := kinds()) > 1:
+        rows = _merge(rows, [len(part) for part in parts], of_kind, family)
     rows = shown(rows)
     if tuple(rows.shape) != (tokens, width):
         raise ValueError(
@@ -85,6 +98,44 @@ def projector_rows(
             f"shape {(tokens, width)}, got {tuple(rows.shape)} at {family.projector!r}"
         )
     return rows
+
+
+def _rows(x: Tensor, width: int, joins: bool) -> Tensor:
+    """(rows, A), or as they come if they cannot be joined: then they are not as many as tokens."""
+    can_join = joins and width % x.shape[-1] == 0 and x.numel() % width == 0
+    return x.reshape(-1, width if can_join else x.shape[-1])
+
+
+def _put(rows: Tensor, places: Tensor) -> Tensor:
+    """The rows, each at its place.
+
+    Raises:
+        ValueError: there is not a place for each.
+    """
+    if len(places) != len(rows):
+        raise ValueError(
+            f"family.places: expected a place for each of {len(rows)} rows, got {len(places)}"
+        )
+    return torch.empty_like(rows).index_copy_(0, places.to(rows.device), rows)
+
+
+def _merge(rows: Tensor, calls: list[int], kinds: list[Tensor], family: Family) -> Tensor:
+    """The rows of one call for each kind of visual token, each where tokens of its kind are.
+
+    Raises:
+        ValueError: the calls have other numbers of rows than the kinds have tokens.
+    """
+    expected = [int(kind.sum()) for kind in kinds]
+    if calls != expected:
+        raise ValueError(
+            f"anchor: 'pre_projector' expected a call of {family.projector!r} for each kind of "
+            f"visual token, images and videos, of {expected} rows, got calls of {calls} rows; "
+            "expected batches of one kind, 'pre_llm' or a function"
+        )
+    merged = torch.empty_like(rows)
+    for kind, part in zip(kinds, rows.split(calls), strict=True):
+        merged[kind.to(rows.device)] = part
+    return merged
 
 
 def function_rows(

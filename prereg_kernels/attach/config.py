@@ -44,11 +44,12 @@ class PReConfig:
         weight: lambda in `L = L_LM + lambda * L_PRe`, at least 0. With several layers, L_PRe is
             the mean over them. With a weight of 0, L_PRe is not computed: see `PRe.weight`.
         anchor: what the head predicts. "pre_llm": the visual features as they enter the LLM.
-            "pre_projector": the vision encoder's output, for families in which each of its rows
-            becomes one visual token. Or a function, which gets the keyword arguments of the
-            model's forward. It returns (N, A), floating, on the batch's device: a row for each
-            visual token in the order of `input_ids`, or, with level="global", for each image. It
-            runs without grad. The first pass with images checks that its numbers are finite.
+            "pre_projector": the vision encoder's output for each visual token, as it enters the
+            projector; of several patches, joined or averaged as the model does. Or a function,
+            which gets the keyword arguments of the model's forward. It returns (N, A), floating,
+            on the batch's device: a row for each visual token in the order of `input_ids`, or,
+            with level="global", for each image. It runs without grad. The first pass with images
+            checks that its numbers are finite.
         anchor_features: A. Needed with an anchor function; otherwise found on the model.
         level: "patch": each visual token predicts its own anchor. "global": for each image, the
             mean over its visual tokens predicts the mean of their anchors, and L_PRe is the mean

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,9 +139,11 @@ class Entry:
             )  # fmt: skip
             self._saw_finite_anchor |= tokens > 0
         else:
+            family, model = state.family, state.model
             rows = projector_rows(
-                current.encoded, tokens, width, state.family, embeddings, current.shown,
-                kinds=current.kinds,
+                current.encoded, tokens, width, family, embeddings, current.shown,
+                kinds=lambda: current.kinds(family.visual_token_ids(model)),
+                places=family.places and partial(family.places, model.config, current.inputs),
             )  # fmt: skip
             current.encoded.clear()
         if images is not None:

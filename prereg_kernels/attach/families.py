@@ -17,9 +17,10 @@ from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.visual import hide
 
 _PROJECTOR = "model.multi_modal_projector"
-_MERGES = "merges several patches into a token"
-_SHUFFLES = "shuffles several patches into a token"
-_AVERAGES = "averages several patches into a token"
+# A merger reads an image's patches block by block, those of a token one after another.
+_MERGER: dict[str, Any] = {"projector": "model.visual.merger", "joins_rows": True}
+_CONVOLVES = "convolves several patches into a token"
+_MOVES = "has its merger in another place from transformers 5.24 on"
 _RESAMPLES = "resamples an image to a fixed number of tokens"
 _TILES = "puts the patches of tiles together again, crops them and adds newlines"
 _CODES = "turns an image into tokens of the vocabulary"
@@ -71,6 +72,24 @@ _QWEN_IMAGES: dict[str, Any] = {
     "markers": ("vision_start_token_id", "vision_end_token_id"),
     "token_types": "mm_token_type_ids",
 }
+
+
+def _places_of_windows(config: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The place of each token of an encoder that reads it window by window, as Qwen2.5-VL's."""
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    side = vision.window_size // merge // vision.patch_size
+    places, start = [], 0
+    for name in ("image_grid_thw", "video_grid_thw"):
+        for t, h, w in () if batch.get(name) is None else batch[name].tolist():
+            frames, rows, columns = torch.meshgrid(
+                *(torch.arange(n) for n in (t, h // merge, w // merge)), indexing="ij"
+            )
+            windows = (frames * (h + side) + rows // side) * (w + side) + columns // side
+            # Stable: within a window row by row, as in the image
+            places.append(windows.flatten().argsort(stable=True) + start)
+            start += windows.numel()
+    return torch.cat(places)
 
 
 def _first_stream(states: Tensor, width: int) -> Tensor:
@@ -141,57 +160,84 @@ FAMILIES = (
     ),
     Family("Phi-4-multimodal", ("phi4_multimodal",), enters_at=0, regroups=_TILES, **_SIZES),
     # A video is one run.
-    Family("Qwen2-VL", ("qwen2_vl",), regroups=_MERGES, **_GRIDS_OF_RUNS, **_QWEN_IMAGES),
-    Family("Qwen2.5-VL", ("qwen2_5_vl",), regroups=_MERGES, **_GRIDS_OF_RUNS, **_QWEN_IMAGES),
+    Family("Qwen2-VL", ("qwen2_vl",), **_MERGER, **_GRIDS_OF_RUNS, **_QWEN_IMAGES),
+    Family(
+        "Qwen2.5-VL", ("qwen2_5_vl",), **_MERGER, places=_places_of_windows, **_GRIDS_OF_RUNS,
+        **_QWEN_IMAGES,
+    ),
     # The audio of a video cuts it into many runs, and the count says so.
-    Family("Qwen2.5-Omni", ("qwen2_5_omni_thinker",), regroups=_MERGES, **_GRIDS_OF_RUNS),
-    Family("Qwen3-Omni", ("qwen3_omni_moe_thinker",), regroups=_MERGES, **_GRIDS_OF_RUNS),
-    Family("EXAONE 4.5", ("exaone4_5",), regroups=_MERGES, **_GRIDS_OF_RUNS),
-    Family("Ernie 4.5 VL", ("ernie4_5_vl_moe",), regroups=_MERGES, **_GRIDS_OF_RUNS),
+    Family("Qwen2.5-Omni", ("qwen2_5_omni_thinker",), regroups=_MOVES, **_GRIDS_OF_RUNS),
+    Family("Qwen3-Omni", ("qwen3_omni_moe_thinker",), regroups=_MOVES, **_GRIDS_OF_RUNS),
+    Family(
+        "EXAONE 4.5", ("exaone4_5",), **_MERGER, places=_places_of_windows, **_GRIDS_OF_RUNS
+    ),
+    Family(
+        "Ernie 4.5 VL", ("ernie4_5_vl_moe",), **_GRIDS_OF_RUNS,
+        regroups="merges patches, and frames after that",
+    ),
     # Of a video, a grid for each chunk, with a timestamp before it.
-    Family("Kimi K2.5", ("kimi_k25",), regroups=_MERGES, **_GRIDS_OF_RUNS),
+    Family(
+        "Kimi K2.5", ("kimi_k25",), projector="model.mm_projector", joins_rows=True,
+        **_GRIDS_OF_RUNS,
+    ),
     # A video is a run for each frame, or pair of frames.
-    Family("Qwen3-VL", ("qwen3_vl",), regroups=_MERGES, **_GRIDS_OF_FRAMES, **_QWEN_IMAGES),
-    Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), regroups=_MERGES, **_GRIDS_OF_FRAMES),
-    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), regroups=_MERGES, **_GRIDS_OF_FRAMES),
+    Family("Qwen3-VL", ("qwen3_vl",), **_MERGER, **_GRIDS_OF_FRAMES, **_QWEN_IMAGES),
+    Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), **_MERGER, **_GRIDS_OF_FRAMES),
+    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), **_MERGER, **_GRIDS_OF_FRAMES),
     # Hyper-connections: streams that a learned mixture ends. Their mean is nearest to it.
     Family(
-        "Qwen4", ("qwen4_exp",), streams=_mean_of_joined_streams, regroups=_MERGES,
+        "Qwen4", ("qwen4_exp",), streams=_mean_of_joined_streams, **_MERGER,
         **_GRIDS_OF_FRAMES,
     ),
-    Family("Cosmos 3", ("cosmos3_edge", "cosmos3_omni"), regroups=_MERGES, **_GRIDS_OF_FRAMES),
-    Family("Cohere Compass", ("cohere_compass",), regroups=_MERGES, **_GRIDS_OF_FRAMES),
+    Family("Cosmos 3", ("cosmos3_omni",), **_MERGER, **_GRIDS_OF_FRAMES),
+    Family(
+        "Cosmos 3 Edge", ("cosmos3_edge",), projector="model.projector", joins_rows=True,
+        **_GRIDS_OF_FRAMES,
+    ),
+    Family("Cohere Compass", ("cohere_compass",), **_MERGER, **_GRIDS_OF_FRAMES),
     # The frames of a video are at the id of images.
     Family(
-        "GLM-V", ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"), regroups=_MERGES,
+        "GLM-V", ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"), regroups=_CONVOLVES,
         **_GRIDS_OF_FRAMES,
     ),
     # Hyper-connections: the final norm reads the mean of the streams.
     Family(
-        "GLM-5-Next", ("glm5_next",), streams=_mean_of_streams, regroups=_MERGES,
+        "GLM-5-Next", ("glm5_next",), streams=_mean_of_streams, regroups=_CONVOLVES,
         **_GRIDS_OF_FRAMES,
     ),
-    Family("MiniMax M3 VL", ("minimax_m3_vl",), regroups=_MERGES, **_GRIDS_OF_FRAMES),
-    Family("Muse Glimmer", ("muse_glimmer",), regroups=_SHUFFLES, **_GRIDS_OF_FRAMES),
+    Family(
+        "MiniMax M3 VL", ("minimax_m3_vl",), regroups="projects patches before it merges them",
+        **_GRIDS_OF_FRAMES,
+    ),
+    Family(
+        "Muse Glimmer", ("muse_glimmer",), projector="model.vision_adapter", **_GRIDS_OF_FRAMES
+    ),
     Family(
         "VideoLLaMA 3", ("video_llama_3",), **_GRIDS_OF_FRAMES,
         regroups="interpolates patches and leaves out those of a video that hardly change",
     ),
     # Images alone.
-    Family("PaddleOCR-VL", ("paddleocr_vl",), regroups=_MERGES, **_GRIDS),
+    Family("PaddleOCR-VL", ("paddleocr_vl",), projector="model.projector.linear_1", **_GRIDS),
     Family(
         "HunYuan-VL", ("hunyuan_vl",), **_GRIDS,
         regroups="merges several patches into a token and adds newlines, a begin and an end",
     ),
-    Family("LightOnOCR", ("lighton_ocr",), regroups=_MERGES, **_SIZES),
+    Family(
+        "LightOnOCR", ("lighton_ocr",),
+        projector="model.vision_projection.patch_merger.merging_layer", **_SIZES,
+    ),
     Family("Emu3", ("emu3",), codes=_codes_of("<|visual token"), regroups=_CODES, **_SIZES),
     Family(
         "Chameleon", ("chameleon",), enters_at=0, codes=_codes_of("IMGIMG"), regroups=_CODES,
         **_PIXELS,
     ),
     Family(
-        "Gemma 3", ("gemma3", "shieldgemma2", "t5gemma2"), starts_at_zero=True,
-        regroups=_AVERAGES, **_PIXELS,
+        "Gemma 3", ("gemma3", "shieldgemma2"), starts_at_zero=True,
+        projector=f"{_PROJECTOR}.mm_soft_emb_norm", **_PIXELS,
+    ),
+    Family(
+        "T5Gemma 2", ("t5gemma2",), starts_at_zero=True,
+        projector="model.encoder.multi_modal_projector.mm_soft_emb_norm", **_PIXELS,
     ),
     # AltUp: the first stream is the one that attention and MLPs read, and the others predict. The
     # tokens around images and sounds have rows in the towers' own tables.
@@ -226,22 +272,27 @@ FAMILIES = (
         counted_by=("pixel_values_images", "pixel_values_videos"),
     ),
     Family(
-        "Perception LM", ("perception_lm",), regroups=_AVERAGES, **_RUNS,
+        "Perception LM", ("perception_lm",), **_RUNS,
+        regroups="averages patches that it has projected",
         counted_by=("pixel_values", "pixel_values_videos"),
     ),
     # A batch counts only tiles, patches or padded frames; tokens stand around each image, always.
-    Family("InternVL", ("internvl",), regroups=_SHUFFLES, **_RUNS),
-    Family("Qianfan-OCR", ("qianfan_ocr",), regroups=_SHUFFLES, **_RUNS),
-    Family("Gemma 4", ("gemma4",), regroups=_AVERAGES, **_RUNS),
+    Family("InternVL", ("internvl",), projector=_PROJECTOR, **_RUNS),
+    Family("Qianfan-OCR", ("qianfan_ocr",), projector=_PROJECTOR, **_RUNS),
+    Family("Gemma 4", ("gemma4",), projector="model.embed_vision", **_RUNS),
     Family("Gemma 4 Unified", ("gemma4_unified",), regroups=_NO_ENCODER, **_RUNS),
     # An image is several runs of tokens, one for each of its tiles or rows.
-    Family("SmolVLM and Idefics3", ("smolvlm", "idefics3"), regroups=_SHUFFLES),
-    Family("Aya Vision", ("aya_vision",), regroups=_SHUFFLES),
-    Family("Cohere 2 Vision", ("cohere2_vision",), regroups=_SHUFFLES),
-    Family("Llama 4", ("llama4",), regroups=_SHUFFLES),
-    Family("LFM2-VL", ("lfm2_vl", "lfm2-vl"), regroups=_SHUFFLES),
-    Family("Mistral 3", ("mistral3",), regroups=_MERGES),
-    Family("MiniCPM-V 4.6", ("minicpmv4_6",), regroups=_MERGES),
+    # Where the projector itself shuffles or averages patches, its part after that has the rows.
+    Family(
+        "SmolVLM and Idefics3", ("smolvlm", "idefics3"),
+        projector="model.connector.modality_projection",
+    ),
+    Family("Aya Vision", ("aya_vision",), projector=f"{_PROJECTOR}.layernorm"),
+    Family("Cohere 2 Vision", ("cohere2_vision",), projector=f"{_PROJECTOR}.linear_1"),
+    Family("Llama 4", ("llama4",), projector="vision_model.vision_adapter.mlp"),
+    Family("LFM2-VL", ("lfm2_vl", "lfm2-vl"), projector=f"{_PROJECTOR}.linear_1"),
+    Family("Mistral 3", ("mistral3",), projector=f"{_PROJECTOR}.patch_merger.merging_layer"),
+    Family("MiniCPM-V 4.6", ("minicpmv4_6",), regroups="merges patches in several rounds"),
     Family(
         "Step 3.7", ("step3p7",), regroups="puts the tiles of an image before the whole of it"
     ),
@@ -255,8 +306,7 @@ FAMILIES = (
     # Its decoder norms the rows of its table, and so nothing is seen of where features are.
     Family("Inkling", ("inkling_mm_model",), regroups="has no projector"),
     Family(
-        "GOT-OCR 2", ("got_ocr2", "pp_chart2table"),
-        regroups="convolves several patches into a token",
+        "GOT-OCR 2", ("got_ocr2", "pp_chart2table"), regroups=_CONVOLVES
     ),
     # What PRe cannot regularise.
     Family("Llama 3.2 Vision", ("mllama",), refused=_CROSS_ATTENTION),

@@ -64,10 +64,16 @@ class Family:
             may have them in place of pixels; then `PRe.next_visual_mask` has to say where.
         starts_at_zero: whether a projector that has not been trained gives zeros.
         projector: path of the module that receives the vision encoder's output as its first
-            argument, one row for each visual token in the order of `input_ids`. It is the source
-            of the anchor "pre_projector". None: the encoder's rows do not map one to one to
-            visual tokens.
-        regroups: the reason for that, shown after the family's name in the error message.
+            argument, a row for each visual token in the order of `input_ids`. It is the source of
+            the anchor "pre_projector". If it is called once for images and again for videos, the
+            calls come in the order of `visual_tokens`. None: there is no such module.
+        joins_rows: whether the projector makes a token of several rows that follow each other, as
+            the mergers of Qwen's models. The anchor of a token is these rows, joined.
+        places: a function for an encoder whose order is another, as Qwen2.5-VL's windows. It takes
+            the config and the keyword arguments of the model's forward, and returns where among
+            the visual tokens each row of the projector belongs: (N,), int64. None: the order is
+            that of the tokens.
+        regroups: why there is no `projector`, shown after the family's name in the error message.
         images: how `level="global"` tells images apart, "runs" or "equal" (see
             `prereg_kernels.attach.image_spans`). None: a batch does not say.
         counted_by: the arguments of the model's forward that have an entry for each image or
@@ -102,6 +108,8 @@ class Family:
     codes: Callable[[Any], Sequence[int]] | None = None
     starts_at_zero: bool = False
     projector: str | None = None
+    joins_rows: bool = False
+    places: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
     regroups: str = "was given no projector"
     images: Literal["runs", "equal"] | None = None
     counted_by: tuple[str, ...] = ()
@@ -130,7 +138,7 @@ class Family:
             raise ValueError("visual_tokens: expected one at least, or None, got ()")
         if self.visual_mask is not None and self.visual_tokens is not None:
             raise ValueError("visual_mask: expected it or visual_tokens, got both")
-        for field in ("visual_mask", "streams", "codes"):
+        for field in ("visual_mask", "streams", "codes", "places"):
             function = getattr(self, field)
             if function is not None and not callable(function):
                 raise TypeError(f"{field}: expected a function or None, got {function!r}")
@@ -216,12 +224,20 @@ class Family:
         Raises:
             ValueError: there is none at that path, or the family has none.
         """
+        return self.projectors_of(model)[0]
+
+    def projectors_of(self, model: nn.Module) -> list[nn.Module]:
+        """The same, and those that may run in its place: PEFT's copies of what it trains whole.
+
+        Raises:
+            ValueError: as `projector_of`.
+        """
         if self.projector is None:
             raise ValueError(
                 "anchor: 'pre_projector' needs a row of the vision encoder for each visual token, "
                 f"but {self.name} {self.regroups}; expected 'pre_llm' or a function"
             )
-        return self._follow(model, "projector")
+        return self._follow_all(model, "projector")
 
     def visual_token_ids(self, model: nn.Module) -> tuple[int, ...]:
         """The ids that mark visual positions in `input_ids`; none where `visual_mask` does.
@@ -283,20 +299,36 @@ class Family:
         return states if self.streams is None else self.streams(states, width)
 
     def _follow(self, model: nn.Module, field: str) -> Any:
+        return self._follow_all(model, field)[0]
+
+    def _follow_all(self, model: nn.Module, field: str) -> list[Any]:
         path = getattr(self, field)
         assert path is not None  # the resolver has found it
-        module: Any = model
+        modules: list[Any] = [model]
         for depth, name in enumerate(path.split(".")):
-            # Not getattr: a wrapper may pass on the names of what it wraps.
-            inner = private.submodules(module).get(name)
-            if inner is None:
-                here = ".".join(["model", *path.split(".")[:depth]])
-                raise ValueError(
-                    f"family.{field}: there is no {path!r} in {type(model).__name__}: {here}, a "
-                    f"{type(module).__name__}, has no submodule {name!r}; it has {names_of(module)}"
-                )
-            module = inner
-        return module
+            found = []
+            for module in (each for outer in modules for each in _insides(outer)):
+                # Not getattr: a wrapper may pass on the names of what it wraps.
+                inner = private.submodules(module).get(name)
+                if inner is None:
+                    here = ".".join(["model", *path.split(".")[:depth]])
+                    raise ValueError(
+                        f"family.{field}: there is no {path!r} in {type(model).__name__}: {here}, "
+                        f"a {type(module).__name__}, has no submodule {name!r}; it has "
+                        f"{names_of(module)}"
+                    )
+                found.append(inner)
+            modules = found
+        return modules
+
+
+def _insides(module: nn.Module) -> list[Any]:
+    """The module; or, of PEFT's wrapper of one that it trains whole, each copy and the original."""
+    parts = private.submodules(module)
+    copies, original = parts.get("modules_to_save"), parts.get("original_module")
+    if copies is None or original is None:
+        return [module]
+    return [*private.submodules(copies).values(), original]
 
 
 def _is_token(token: Any) -> bool:

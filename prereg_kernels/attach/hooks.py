@@ -215,12 +215,10 @@ class Hooks:
         address = state.config.seed, state.replica, state.passes
         return choose_tokens(index.numel(), state.config.token_fraction, address, index.device)
 
-    def see_projector(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def see_projector(self, states: Tensor) -> None:
         current = self._pass
         if current is not None:
-            current.encoded.append((args or tuple(kwargs.values()))[0].detach())
+            current.encoded.append(states.detach())
 
     def see_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -80,10 +80,18 @@ class Pass:
             return (shifted != -100).sum()
         return None if labels is None else (labels[..., 1:] != -100).sum()
 
-    def kinds(self) -> int:
-        """How many ids the visual tokens have."""
-        ids = self.inputs.get("input_ids")
-        return 1 if ids is None else len(ids.flatten()[self.index].unique())
+    def kinds(self, ids: tuple[int, ...]) -> list[Tensor]:
+        """For each of these ids that the batch has: where it is among its visual tokens.
+
+        Returns:
+            bool, (visual tokens, hidden or not,) each. None, if the batch has no ids.
+        """
+        given = self.inputs.get("input_ids")
+        if given is None:
+            return []
+        marked = self.index if self.by_id is None else self.by_id.flatten()
+        found = [given.flatten()[marked] == id for id in ids]
+        return [kind for kind in found if kind.any()]
 
     def shown(self, rows: Tensor) -> Tensor:
         """The rows that attention shows, out of a row for each visual id or image of the batch."""

@@ -17,6 +17,7 @@ from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.forward import ModelForward
 from prereg_kernels.attach.handle import ATTRIBUTE, PRe, get_pre, state_of
 from prereg_kernels.attach.hooks import Hooks
+from prereg_kernels.attach.projector_hook import ProjectorHook
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.attach.saving import fill, save_pretrained
 from prereg_kernels.attach.state import State
@@ -146,9 +147,10 @@ def _attach_hooks(state: State) -> None:
             inner.register_forward_hook(hooks.end, always_call=True),
         ]
     if state.config.anchor == "pre_projector":
-        projector = family.projector_of(model)
-        hook = projector.register_forward_pre_hook(hooks.see_projector, with_kwargs=True)
-        state.hooks.append(hook)
+        see_projector = ProjectorHook(hooks)
+        for projector in family.projectors_of(model):
+            hook = projector.register_forward_pre_hook(see_projector, with_kwargs=True)
+            state.hooks.append(hook)
     if family.enters_at is not None:
         hooks.watch_entry()
     for number in state.heads:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from prereg_kernels import PReConfig, apply_pre
 from prereg_kernels.attach.anchors import anchor_width, projector_rows
@@ -124,15 +126,64 @@ def _without_ids(forward: Any) -> Any:
     return lambda *args, **kwargs: forward(*args, **kwargs | {"input_ids": None})
 
 
+def rows(
+    parts: list[Tensor],
+    tokens: int,
+    width: int = 3,
+    kinds: str = "",
+    hidden: str = "",
+    **family: Any,
+) -> Tensor:
+    """`projector_rows` of a batch whose visual tokens are of these kinds, and hidden where "x"."""
+    of_kind = [torch.tensor([k == kind for k in kinds]) for kind in sorted({*kinds})]
+    keep = torch.tensor([h != "x" for h in hidden], dtype=torch.bool)
+    places = family.pop("places", None)
+    return projector_rows(
+        parts, tokens, width, dataclasses.replace(LLAVA, **family), torch.zeros(1),
+        shown=lambda rows: rows[keep] if hidden else rows, kinds=lambda: of_kind, places=places,
+    )  # fmt: skip
+
+
 def test_rows_of_several_calls_follow_each_other() -> None:
     parts = [torch.zeros(1, 2, 3), torch.ones(2, 3)]
-    family, like = LLAVA, torch.zeros(1)
-    rows = projector_rows(parts, 4, 3, family, like, lambda rows: rows, lambda: 1)
-    assert rows[:, 0].tolist() == [0, 0, 1, 1]
+    assert rows(parts, 4)[:, 0].tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match=r"shape \(5, 3\), got \(4, 3\)"):
-        projector_rows(parts, 5, 3, family, like, lambda rows: rows, lambda: 1)
-    with pytest.raises(ValueError, match="a batch of images and videos may have its visual tokens"):
-        projector_rows(parts, 4, 3, family, like, lambda rows: rows, lambda: 2)
+        rows(parts, 5)
+
+
+def test_rows_of_a_call_for_each_kind() -> None:
+    """Each is where a token of its kind is, hidden or not; images (a) come before videos (b)."""
+    parts = [torch.tensor([[1.0], [2.0]]), torch.tensor([[7.0], [8.0], [9.0]])]
+    assert rows(parts, 5, 1, "babba").flatten().tolist() == [7, 1, 8, 9, 2]
+    assert rows(parts, 3, 1, "babba", "..xx.").flatten().tolist() == [7, 1, 2]
+    assert rows(parts, 5, 1, "aaaaa").flatten().tolist() == [1, 2, 7, 8, 9]
+    with pytest.raises(
+        ValueError, match=r"images and videos, of \[3, 2\] rows, got calls of \[2, 3\]"
+    ):
+        rows(parts, 5, 1, "aabab")
+    with pytest.raises(ValueError, match=r"of \[1, 3, 1\] rows, got calls of \[2, 3\] rows"):
+        rows(parts, 5, 1, "abcbb")
+
+
+def test_rows_that_are_joined() -> None:
+    """Those that follow each other. An anchor that is no whole number of them has no rows."""
+    part = torch.arange(8.0).reshape(1, 4, 2)
+    assert rows([part], 2, 4, joins_rows=True).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match=r"shape \(2, 4\), got \(4, 2\)"):
+        rows([part], 2, 4)
+    with pytest.raises(ValueError, match=r"shape \(3, 4\), got \(2, 4\)"):
+        rows([part], 3, 4, joins_rows=True)
+    three = torch.zeros(4, 3)  # six of its numbers are two rows, and four are none
+    with pytest.raises(ValueError, match=r"shape \(3, 4\), got \(4, 3\)"):
+        rows([three], 3, 4, joins_rows=True)
+
+
+def test_rows_of_another_order() -> None:
+    parts = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
+    place = torch.tensor([2, 0, 1])
+    assert rows(parts, 3, 1, places=lambda: place).flatten().tolist() == [2, 3, 1]
+    with pytest.raises(ValueError, match=r"places: expected a place for each of 3 rows, got 2"):
+        rows(parts, 3, 1, places=lambda: place[:2])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +191,7 @@ def test_rows_of_several_calls_follow_each_other() -> None:
     (
         (nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 9)), 7),
         (nn.ModuleDict({"inner": nn.Linear(5, 9)}), 5),
+        (nn.Sequential(Gemma3RMSNorm(6), nn.Linear(6, 9)), 6),
     ),
 )
 def test_the_width_of_a_projector(projector: nn.Module, width: int) -> None:
@@ -193,6 +245,7 @@ def test_settings(settings: dict[str, Any], exception: type[Exception], message:
 @pytest.mark.parametrize(
     "fields, exception, message",
     (
+        ({"places": (1, 0)}, TypeError, r"places: expected a function or None, got \(1, 0\)"),
         ({"projector": 3}, TypeError, "projector: expected the path of a submodule or None, got 3"),
         ({"images": "tiles"}, ValueError, "images: expected 'runs', 'equal' or None, got 'tiles'"),
         ({"counted_by": "pixels"}, TypeError, "counted_by: expected a tuple of names"),

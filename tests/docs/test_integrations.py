@@ -11,7 +11,7 @@ from prereg_kernels.attach.families import family_of_type
 from tests.attach.families.models import CASES
 from tests.docs.pages import ROOT
 from tests.models.places import TRAINED, UNMERGED
-from tests.models.test_anchors import IMAGES, TOWERS
+from tests.models.test_anchors import IMAGES, PROJECTED
 from tests.zoo import sample
 from tests.zoo.refused import REFUSED
 
@@ -109,7 +109,7 @@ def types_table() -> str:
             any(argument.startswith(("input_features", "audio")) for argument in heard(name)),
             "text only" in batches,
             name in IMAGES,
-            name in TOWERS,
+            name in PROJECTED,
         )
         cells = " | ".join("✓" if mark else "" for mark in marks)
         lines.append(f"| {name} | {family.name if family else 'found'} | {cells} |")

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from prereg_kernels import apply_pre, find_pre, remove_pre
 from prereg_kernels.attach.handle import PRe
+from prereg_kernels.attach.projector_hook import ProjectorHook
 from tests.attach.families.batches import make_batch
 from tests.attach.families.models import make_model
 from tests.attach.misplaced import ERROR, FAMILY, right_batch, wrong_batch
@@ -284,3 +285,50 @@ def test_the_check_of_the_first_steps_with_a_prefix() -> None:
     with pytest.raises(ValueError, match=ERROR):
         tuned(**wrong_batch())
     tuned(**right_batch()).loss.backward()
+
+
+WHOLE = {
+    "llava": "multi_modal_projector", "qwen3_vl": "merger", "gemma3": "multi_modal_projector",
+    "smolvlm": "connector",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ("LoRA first", "PRe first"))
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_projector_that_trains_whole(name: str, order: str) -> None:
+    """PEFT trains a copy: its input is the anchor, and with it goes no copy of the model."""
+    model = make_model(name)
+    batch, before = make_batch(name, model), traces(model)
+    plain = apply_pre(model, anchor="pre_projector", value_in_eval=True)
+    model(**batch.inputs).loss.backward()
+    expected = plain.metrics()["pre_loss"]
+    remove_pre(model)
+    model.zero_grad()
+    assert traces(model) == before
+
+    settings: Any = {"anchor": "pre_projector", "value_in_eval": True}
+    config = peft.LoraConfig(
+        target_modules=r".*(language|text)_model.*q_proj", modules_to_save=[WHOLE[name]]
+    )
+    if order == "LoRA first":
+        lora: Any = peft.get_peft_model(model, config)
+        pre = apply_pre(lora, **settings)
+    else:
+        pre = apply_pre(model, **settings)
+        lora = peft.get_peft_model(model, config)
+        thaw(pre)
+    lora(**batch.inputs).loss.backward()
+    assert pre.metrics()["pre_loss"] == pytest.approx(expected, rel=1e-6)
+    assert any(p.grad is not None for n, p in lora.named_parameters() if "modules_to_save" in n)
+    with lora.disable_adapter(), torch.no_grad():
+        lora.eval()(**batch.inputs)
+    assert pre.metrics()["pre_loss"] == pytest.approx(expected, rel=1e-6)
+    hooks = [hook for m in lora.modules() for hook in m._forward_pre_hooks.values()]
+    ours = [hook for hook in hooks if isinstance(hook, ProjectorHook)]
+    assert len(ours) >= 1 and {id(hook._hooks.model) for hook in ours} == {id(model)}
+    remove_pre(lora)
+    assert not any(
+        isinstance(hook, ProjectorHook)
+        for m in lora.modules() for hook in m._forward_pre_hooks.values()
+    )  # fmt: skip
+    lora.train()(**batch.inputs).loss.backward()

@@ -13,6 +13,7 @@ from torch import Tensor
 from prereg_kernels import apply_pre
 from prereg_kernels.attach.families import family_of_type
 from tests.attached import both, compare
+from tests.encoder_rows import SOURCES, encoder_rows, source_of_tokens, watching
 from tests.models.places import TRAINED, place_of
 from tests.models.test_gradients import checkpointed
 from tests.releases import here
@@ -202,23 +203,67 @@ TOWERS = {
 }  # fmt: skip
 
 
+PROJECTED = (*TOWERS, *(n for n in TRAINED if n.split("+")[0] in SOURCES))
+
+
+def rows_of(name: str) -> Any:
+    return rows_of_tower(TOWERS[name]) if name in TOWERS else encoder_rows
+
+
 @checkpointed
-@pytest.mark.parametrize("name", here(*TOWERS))
+@pytest.mark.parametrize("name", here(*PROJECTED))
 def test_rows_of_the_encoder(name: str, checkpointing: bool) -> None:
-    run(name, "images", checkpointing, anchor="pre_projector",
-        anchor_rows=rows_of_tower(TOWERS[name]))  # fmt: skip
+    scene = next(reversed(sample(name).batches))
+    run(name, scene, checkpointing, anchor="pre_projector", anchor_rows=rows_of(name))
 
 
-@pytest.mark.parametrize("name", here(*TOWERS))
+@pytest.mark.parametrize("name", here(*PROJECTED))
 @pytest.mark.matrix
 def test_means_of_rows_of_the_encoder(name: str) -> None:
-    run(
-        name, "images", anchor="pre_projector", level="global", images=IMAGES[name]["images"],
-        anchor_rows=rows_of_tower(TOWERS[name]),
-    )  # fmt: skip
+    for scene, images in IMAGES.get(name, {}).items():
+        run(
+            name, scene, anchor="pre_projector", level="global", images=images,
+            anchor_rows=rows_of(name),
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if n not in (*TOWERS, UNEVEN)])
+@pytest.mark.parametrize("name", here(*(n for n in PROJECTED if n not in TOWERS)))
+def test_each_row_is_what_its_token_is_made_of(name: str) -> None:
+    """Other rows of half of the tokens, and of another half: the features of these change alone.
+
+    In as many ways to halve them as tell each token from all others.
+    """
+    scene = next(reversed(sample(name).batches))
+    model, batch = sample(name).model.eval(), sample(name).batches[scene]
+
+    def entered(change: Any = None) -> tuple[Tensor, list[Tensor]]:
+        states: list[Tensor] = []
+        place = model.get_submodule(place_of(name).language_model)
+        hook = place.register_forward_pre_hook(
+            lambda module, args, kwargs: states.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        with torch.no_grad(), watching(model, change) as calls:
+            model(**batch.inputs)
+        hook.remove()
+        return states[0][batch.visual], calls
+
+    plain, calls = entered()
+    source = source_of_tokens(model, batch.inputs, calls)
+    assert sorted(source.tolist()) == list(range(len(plain)))
+    tokens = torch.arange(len(plain))
+    for bit in range(len(plain).bit_length()):
+        chosen = (tokens >> bit) % 2 == 1
+        other = torch.zeros_like(chosen)
+        other[source[chosen]] = True
+
+        def change(rows: Tensor, start: int, other: Tensor = other) -> None:
+            rows[other[start : start + len(rows)]] *= torch.linspace(-2, 2, rows.shape[1])
+
+        changed = (entered(change)[0] != plain).any(dim=1)
+        assert changed.tolist() == chosen.tolist()
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if n not in (*PROJECTED, UNEVEN)])
 def test_encoders_of_other_rows(name: str) -> None:
     model = sample(name).model
     family = family_of_type(model.config.model_type)

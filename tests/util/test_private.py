@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import sys
 from collections.abc import Iterator
@@ -335,6 +336,18 @@ def test_submodules() -> None:
     found = private.submodules(module)
     assert list(found) == ["a", "b", "c"]
     assert found["a"] is found["b"] is shared and found["c"] is None
+
+
+def test_drop_pre_hooks() -> None:
+    """Of a copy, whose hooks the handles of the original do not reach."""
+    module, seen = nn.Linear(2, 2), []
+    ours = module.register_forward_pre_hook(lambda *given: seen.append("ours"), with_kwargs=True)
+    module.register_forward_pre_hook(lambda *given: seen.append("theirs"))
+    clone = copy.deepcopy(module)
+    ours.remove()
+    private.drop_pre_hooks(clone, {ours.id})
+    clone(torch.zeros(1, 2))
+    assert seen == ["theirs"] and not clone._forward_pre_hooks_with_kwargs
 
 
 def test_compiled_modules() -> None:

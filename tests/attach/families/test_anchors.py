@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,10 @@ from tests.attach.families.packing import pack
 from tests.attach.families.test_models import FAMILY_SCENES, checkpointed, every_family
 from tests.attach.test_regularizer import traces
 from tests.attached import both, compare
+from tests.encoder_rows import SOURCES, encoder_rows, window_index
 from tests.releases import HERE
 
+JOINED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3")
 PROJECTED = tuple(name for name in CASES if family_of_type(name).projector)
 TELLING = tuple(name for name in CASES if family_of_type(name).images)
 EQUAL = ("llava", "paligemma")  # a row of `pixel_values` is an image of theirs
@@ -35,7 +38,7 @@ def run(name: str, batch: Batch, **options: Any) -> Any:
 # anchor="pre_projector"
 
 
-def encoder_rows(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def tower_rows(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The vision tower's rows, without the class token where the family drops it."""
     if "pixel_values" not in inputs:
         return torch.zeros(0, 16)
@@ -57,9 +60,10 @@ def test_gradients_with_what_the_encoder_saw(name: str, scene: str, checkpointin
     batch = make_batch(name, make_model(name), scene)
     ours, expected, metrics, (_, term) = run(
         name, batch, checkpointing=checkpointing, anchor="pre_projector",
-        anchor_rows=encoder_rows, layers=(1, 2),
+        anchor_rows=encoder_rows if name in SOURCES else tower_rows, layers=(1, 2),
     )  # fmt: skip
-    assert ours["pre_heads.2.weight_1"].shape == (16, 32)
+    # Of 16 columns, once or for each patch of a token
+    assert ours["pre_heads.2.weight_1"].shape == (64 if name in JOINED else 16, 32)
     compare(ours, expected)
     assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4, abs=1e-7)
     assert (term == 0) == (scene == "text only")
@@ -86,7 +90,7 @@ def test_the_features_that_llava_selects(settings: dict[str, Any], width: int) -
     batch = make_batch("llava", make())
     ours, expected, _, _ = both(
         batch.inputs, make=make, mask=batch.visual, anchor="pre_projector",
-        anchor_rows=encoder_rows,
+        anchor_rows=tower_rows,
     )  # fmt: skip
     assert ours["pre_heads.2.weight_1"].shape == (width, 32)
     compare(ours, expected)
@@ -252,3 +256,20 @@ def test_visual_tokens_that_are_not_those_of_the_features(name: str) -> None:
         model(**batch.inputs | {"input_ids": ids})
     model(**batch.inputs).loss.backward()
     assert pre.metrics() == expected
+
+
+def test_places_of_windows() -> None:
+    """As transformers has them, of images and videos of many sizes."""
+    model, numbers = make_model("qwen2_5_vl"), random.Random(0)
+    family = family_of_type("qwen2_5_vl")
+    moved = 0
+    for _ in range(40):
+        sizes = [[numbers.randint(1, 3), *(2 * numbers.randint(1, 9) for _ in "hw")] for _ in "abc"]
+        grids = torch.tensor(sizes)
+        batch = {"image_grid_thw": grids[:2], "video_grid_thw": grids[2:]}
+        places = family.places(model.config, batch)
+        assert torch.equal(places, window_index(model.model.visual, grids))
+        moved += int((places != torch.arange(len(places))).sum())
+        alone = family.places(model.config, {"image_grid_thw": None, "video_grid_thw": grids})
+        assert torch.equal(alone, places)
+    assert moved > 1000
