@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loss.cpu_table import format_tables
-from benchmarks.studies import claims, depth, photographs
+from benchmarks.studies import claims, depth, merging, photographs
 from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.photo_scenes import MEANS
 from benchmarks.studies.token_fraction import format_table
@@ -257,6 +257,13 @@ def claims_section() -> str:
     return claims.format_table(json.loads(claims.OUT.read_text()))
 
 
+def merging_section() -> str:
+    """The table of a projector that merges patches."""
+    if not merging.OUT.exists():
+        return NOT_RUN
+    return merging.format_table(json.loads(merging.OUT.read_text()))
+
+
 def photographs_section() -> str:
     """The tables of the study with photographs; its pictures, into docs/images/."""
     photographs.draw_scenes(ROOT / "docs" / "images" / "photographs.png")
@@ -316,6 +323,7 @@ def main() -> None:
     fill(ROOT / "docs" / "why.md", "depth", depth_section())
     fill(ROOT / "docs" / "fidelity.md", "photographs", photographs_section())
     fill(ROOT / "docs" / "fidelity.md", "claims", claims_section())
+    fill(ROOT / "docs" / "fidelity.md", "merging", merging_section())
     fill(ROOT / "docs" / "fidelity.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 

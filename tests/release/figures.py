@@ -39,6 +39,7 @@ MEASURES = {
     "host_epyc.json": OPS,
     "input_pipeline.json": ("prereg_kernels/train",),
     "many_samples.json": ("prereg_kernels/train",),
+    "merging.json": DEMO,
     "photographs": DEMO,
     "token_fraction.json": DEMO,
     "watched_gradients.json": (*ATTACH, "prereg_kernels/trainers"),
