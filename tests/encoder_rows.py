@@ -104,10 +104,10 @@ def window_index(visual: Any, grids: Tensor) -> Tensor:
     return index
 
 
-def encoder_rows(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """(N, A): the source's row of each visual token."""
+def encoder_rows(model: Any, inputs: Mapping[str, Any], width: int = 0) -> Tensor:
+    """(N, A): the source's row of each visual token. `width`: A, for a batch that has none."""
     with torch.no_grad(), watching(model) as calls:
         model(**inputs)
     if not calls:
-        return torch.zeros(0, 1)
+        return torch.zeros(0, width)
     return torch.cat(calls)[source_of_tokens(model, inputs, calls)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,12 +59,13 @@ def tower_rows(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("name, scene", [x for x in FAMILY_SCENES if x[0] in PROJECTED])
 def test_gradients_with_what_the_encoder_saw(name: str, scene: str, checkpointing: bool) -> None:
     batch = make_batch(name, make_model(name), scene)
+    width = 64 if name in JOINED else 16  # the encoder's, for each patch of a token or once
+    rows = partial(encoder_rows, width=width) if name in SOURCES else tower_rows
     ours, expected, metrics, (_, term) = run(
-        name, batch, checkpointing=checkpointing, anchor="pre_projector",
-        anchor_rows=encoder_rows if name in SOURCES else tower_rows, layers=(1, 2),
+        name, batch, checkpointing=checkpointing, anchor="pre_projector", anchor_rows=rows,
+        layers=(1, 2),
     )  # fmt: skip
-    # Of 16 columns, once or for each patch of a token
-    assert ours["pre_heads.2.weight_1"].shape == (64 if name in JOINED else 16, 32)
+    assert ours["pre_heads.2.weight_1"].shape == (width, 32)
     compare(ours, expected)
     assert metrics["pre_loss"] == pytest.approx(term, rel=1e-4, abs=1e-7)
     assert (term == 0) == (scene == "text only")
