@@ -7,7 +7,7 @@ import re
 from functools import cache
 from importlib import import_module
 
-from prereg_kernels.attach.families import family_of_type
+from prereg_kernels.attach.families import FAMILIES, family_of_type
 from tests.attach.families.models import CASES
 from tests.docs.pages import ROOT
 from tests.models.places import TRAINED, UNMERGED
@@ -95,6 +95,17 @@ def test_the_table_of_families() -> None:
     assert named.keys() == COLUMNS.keys()
     for column, (test, _) in COLUMNS.items():
         assert f"`{test}`" in named[column].partition("elsewhere")[0], column
+
+
+def test_the_families_with_an_encoders_row() -> None:
+    """docs/anchors.md has each of them once, and no other."""
+    page = (ROOT / "docs" / "anchors.md").read_text()
+    table = page.partition("| a token is |")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in row.split("|")[3].split(",")]
+    projected = [family.name for family in FAMILIES if family.projector is not None]
+    assert sorted(name.strip() for name in named) == sorted(projected)
+    states = (ROOT / "docs" / "status.md").read_text()
+    assert f'`anchor="pre_projector"` ({len(projected)} families)' in states
 
 
 def types_table() -> str:
