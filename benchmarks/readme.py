@@ -156,7 +156,8 @@ def claim_section() -> str:
         [
             *lines,
             "",
-            "The figures are those that `make demo` prints, in several tables: means over "
+            "`make demo` prints these figures in several tables, the control's without the "
+            "difference. They are means over "
             f"{len(results.seeds)} paired seeds, which share data and initial weights. After ± is "
             "half the 95% t interval. PRe here: "
             f"{demo['facts']['PRe']}. The control predicts another scene's features. The new "

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -80,8 +81,19 @@ def crops(name: str, count: int, random: np.random.Generator) -> Iterator[NDArra
             count -= 1
 
 
+def in_messages(record: dict[str, Any], images: Path) -> dict[str, Any]:
+    """A record of LLaVA's format as one of TRL's."""
+    messages = []
+    for turn in record["conversations"]:
+        before, image, text = turn["value"].rpartition("<image>\n")
+        parts = [{"type": "image"}] * bool(image) + [{"type": "text", "text": before + text}]
+        role = "user" if turn["from"] == "human" else "assistant"
+        messages.append({"role": role, "content": parts})
+    return {"images": [str(images / record["image"])], "messages": messages}
+
+
 def write_data(folder: Path) -> None:
-    """images/, train.json and held_out.json, in LLaVA's format."""
+    """images/, train.json and held_out.json in LLaVA's format, and train.jsonl in TRL's."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for split, names in (("train", TRAIN), ("held_out", HELD_OUT)):
@@ -100,6 +112,10 @@ def write_data(folder: Path) -> None:
                         turns.append({"from": "gpt", "value": answer})
                     records.append({"image": file, "conversations": turns})
         (folder / f"{split}.json").write_text(json.dumps(records, indent=1))
+        if split == "train":
+            images = (folder / "images").resolve()
+            rows = [json.dumps(in_messages(record, images)) for record in records]
+            (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def write_clip(folder: Path) -> None:

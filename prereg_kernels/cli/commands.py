@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -118,19 +119,13 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from prereg_kernels.cli.doctor import doctor
 
     if arguments.model is None:
-        doctor(arguments.json)
+        _guarded(lambda: doctor(arguments.json), "stopped")
         return
     try:
         from prereg_kernels.cli.doctor_model import doctor_model
     except ModuleNotFoundError as error:
         _fail(f"{error}; a model needs: pip install 'prereg-kernels[checkup]'")
-    try:
-        works = doctor_model(arguments.model, arguments.json)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    sys.exit(0 if works else 1)
+    _guarded(lambda: sys.exit(not doctor_model(arguments.model, arguments.json)), "stopped")
 
 
 def _build() -> None:
@@ -142,6 +137,9 @@ def _build() -> None:
 def _guarded(action: Callable[[], object], stopped: str) -> None:
     try:
         action()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         _fail(stopped, 130)
     except (ValueError, OSError) as error:

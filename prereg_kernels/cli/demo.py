@@ -162,8 +162,8 @@ def _forecast(
         minutes = max(round(60 * hours), 1)
         time_left = f"{hours:.1f} hours" if hours >= 1 else f"{minutes} minute{'s'[: minutes - 1]}"
         console.print(
-            f"{steps:,} steps to train: about {time_left} with workers: {workers}, and a part of "
-            "that again for what is measured",
+            f"{steps:,} steps to train, about {time_left} with workers: {workers}. Measuring "
+            "comes on top",
             highlight=False,
         )
 

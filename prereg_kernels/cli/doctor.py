@@ -68,7 +68,7 @@ def _backends() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reasons follow
         auto = choose_backend("auto", device).name
-    facts: dict[str, Any] = {"auto": f"{auto}, {device}"}
+    facts: dict[str, Any] = {"auto": f"{auto}, on {device}"}
     for name in CLASSES:
         where = torch.device("cpu") if name == "cpp" else device
         reason = unavailable(name, where)

@@ -44,7 +44,10 @@ def add_parser(commands: Any) -> None:
     add("--parallel", choices=PARALLEL, default="ddp", help="how GPUs share the work; default ddp")
     add("--checkpointing", action="store_true", help="the decoder's layers are computed again")
     add("--train", default="projector,llm", help="of tower, projector, llm; default projector,llm")
-    add("--weights", choices=tuple(DTYPES), default="bfloat16", help="default bfloat16")
+    add(
+        "--weights", choices=tuple(DTYPES), default="bfloat16",
+        help="as they are kept, default bfloat16; products are of bfloat16, a CPU's of the weights",
+    )  # fmt: skip
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default adamw")
     add = one.add_argument
     add("--layer", type=int, dest="pre_layer", help="counted from 1; default: the middle one")
@@ -69,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     picture: Path | None = arguments.picture
     if picture is not None and picture.suffix not in ENDINGS:
         raise ValueError(f"--picture: expected a .png or .svg, got {printable(picture.name)}")
-    found = estimate(structure_of(arguments.model, settings.train), settings)
+    found = estimate(structure_of(arguments.model, settings), settings)
     if picture is not None:
         try:
             from prereg_kernels.estimate.picture import draw
@@ -88,13 +91,19 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     return Settings(**{name: given[name] for name in names if name != "train"}, train=train)
 
 
-def structure_of(model: str, train: Sequence[str]) -> Structure:
+def structure_of(model: str, settings: Settings) -> Structure:
     """Of a shipped model, at once; of any other by steps on the meta device.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none of these products.
     """
+    train, dtype = settings.train, settings.products
     if model in shipped.names():
+        if dtype != "bfloat16":
+            raise ValueError(
+                f"--weights: expected bfloat16 with --gpu cpu for {model}, which was counted so; "
+                f"got {dtype}. Give the model's config.json to have it counted anew"
+            )
         return shipped.structure_of(model, train)
     path = Path(model)
     if path.name == "config.json" and path.is_file():
@@ -106,13 +115,13 @@ def structure_of(model: str, train: Sequence[str]) -> Structure:
         )
     print("prereg: the model takes some steps without weights first", file=sys.stderr)
     try:
-        return _walked(path, train)
+        return _walked(path, train, dtype)
     except ModuleNotFoundError as error:
         needs = "pip install 'prereg-kernels[checkup]'"
         raise ValueError(f"model: {error}; one of your own needs: {needs}") from None
 
 
-def _walked(directory: Path, train: Sequence[str]) -> Structure:
+def _walked(directory: Path, train: Sequence[str], dtype: str) -> Structure:
     import torch
 
     from prereg_kernels.attach.resolver import resolve
@@ -129,7 +138,7 @@ def _walked(directory: Path, train: Sequence[str]) -> Structure:
         config, _ = read_config(directory)
         config.get_text_config(decoder=True).use_cache = False
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(getattr(torch, dtype))
         try:
             with torch.device("meta"):
                 model = model_class(directory, config)(config).train()

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from prereg_kernels.estimate.cpu import calibration
 from prereg_kernels.estimate.devices import DEVICES
 from prereg_kernels.estimate.estimate import Estimate
 from prereg_kernels.estimate.memory import How, Moment, peak
+from prereg_kernels.estimate.settings import DTYPES
 
 HOWS = ("fused", "eager")
 FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
@@ -35,7 +37,7 @@ def describe(found: Estimate) -> str:
         _row("FLOPs", _flops(sum(found.flops.values())), _flops(found.head_flops), "the same"),
         _row(
             memory,
-            *(_bytes(x) for x in _differences({how: m.total for how, m in peaks.items()})),
+            *(size(x) for x in _differences({how: m.total for how, m in peaks.items()})),
         ),
     ]
     for part, flops in found.flops.items():
@@ -43,7 +45,7 @@ def describe(found: Estimate) -> str:
     lines += ["", *_peak_lines(found, peaks)]
     for x in found.sent:
         lines.append(
-            f"sent by a GPU, {x.kind} of {x.what}: {_bytes(x.bytes)}, and {_bytes(x.pre)} of PRe"
+            f"sent by a GPU, {x.kind} of {x.what}: {size(x.bytes)}, and {size(x.pre)} of PRe"
         )
     lines.append(_error_line(found))
     return "\n".join(lines)
@@ -58,7 +60,7 @@ def short(found: Estimate, how: How = "fused", times: int = 1) -> str:
         seconds, memory = found.error["seconds"], found.error["bytes"]
         error = f"; 9 of 10 were within {seconds:.0%} and {memory:.0%}"
     return (
-        f"{_time(times * found.seconds[how])} a step{share}, and {_bytes(highest.total)} of memory "
+        f"{_time(times * found.seconds[how])} a step{share}, and {size(highest.total)} of memory "
         f"at its peak ({_place(highest)}){error}"
     )
 
@@ -73,19 +75,19 @@ def _row(name: str, plain: str, fused: str, eager: str) -> str:
 
 def _peak_lines(found: Estimate, peaks: dict[str, Moment]) -> list[str]:
     highest = peaks["fused"]
-    parts = ", ".join(f"{kind} {_bytes(x)}" for kind, x in highest.bytes.items() if x)
+    parts = ", ".join(f"{kind} {size(x)}" for kind, x in highest.bytes.items() if x)
     lines = [f"the peak is in {_place(highest)}: {parts}"]
     tap = next((m for m in found.moments["fused"] if m.place == "PRe"), None)
     if tap is not None:
         lines.append(
-            f"PRe's own place, backward of layer {tap.layer}: {_bytes(tap.total)}, "
-            f"{_bytes(highest.total - tap.total)} below the peak; scratch "
-            f"{_bytes(found.head.scratch)}, and a head of {found.head.parameters:,} parameters"
+            f"PRe's own place, backward of layer {tap.layer}: {size(tap.total)}, "
+            f"{size(highest.total - tap.total)} below the peak; scratch "
+            f"{size(found.head.scratch)}, and a head of {found.head.parameters:,} parameters"
         )
     device = DEVICES.get(found.settings.gpu)
     if device is not None and highest.total > 0.92 * device.memory:
         lines.append(
-            f"It does not fit: a {found.settings.gpu} has {_bytes(device.memory)}. Use more GPUs "
+            f"It does not fit: a {found.settings.gpu} has {size(device.memory)}. Use more GPUs "
             "with --parallel fsdp, --checkpointing, or fewer --images-per-step."
         )
     return lines
@@ -102,9 +104,13 @@ def _error_line(found: Estimate) -> str:
             "how far off these figures are is not known, as no GPU was measured; docs/estimate.md "
             "has the constants"
         )
+    dtype = {itemsize: name for name, itemsize in DTYPES.items()}[found.structure.itemsize]
     return (
-        f"how far off: 9 of 10 measured steps were within {found.error['seconds']:.0%} of the time "
-        f"and {found.error['bytes']:.0%} of the memory, each by the rates of the others"
+        f"a CPU is one thread of the {calibration().machine} that was measured, with products of "
+        f"{dtype}; its memory is what the process takes beyond what it had before the step\n"
+        f"how far off: 9 of 10 steps measured there were within {found.error['seconds']:.0%} of "
+        f"the time and {found.error['bytes']:.0%} of the memory, each by the rates of the others. "
+        "Another CPU may be several times slower, most of all in bfloat16"
     )
 
 
@@ -116,7 +122,8 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if abs(seconds) >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _bytes(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes, for people."""
     return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 

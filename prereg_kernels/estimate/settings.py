@@ -31,7 +31,8 @@ class Settings:
             and samples over machines.
         checkpointing: whether the decoder's layers are computed again in backward.
         train: the parts that train.
-        weights: dtype of the weights. Of float32 ones, bfloat16 copies are multiplied.
+        weights: dtype of the weights. GPUs multiply bfloat16 copies of float32 ones, as autocast
+            makes them. A CPU multiplies weights as they are.
         optimizer: "adamw", or "sgd" without momentum.
         pre_layer: counted from 1; None: the middle one.
         head_features: M; None: D.
@@ -95,6 +96,11 @@ class Settings:
     def describe(self) -> dict[str, Any]:
         """For JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"images": self.images}
+
+    @property
+    def products(self) -> str:
+        """The dtype of what is multiplied."""
+        return self.weights if self.gpu == "cpu" else "bfloat16"
 
     @property
     def holder(self) -> str:

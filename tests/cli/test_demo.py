@@ -76,8 +76,8 @@ def test_run_again_uses_what_is_there(
     lines = " ".join(run.stdout.split())  # a narrow terminal breaks them
     for name in names:
         frozen, too = "tower and projector frozen", "the projector trained too"
-        learned = rf"from 3 scenes, {frozen}: [\d.]+%; new questions from 3 scenes, {too}: [\d.]+%"
-        assert re.search(rf"\] {name}: answers [\d.]+%; new questions {learned}", lines)
+        learned = rf"[\d.]+% \({frozen}\), [\d.]+% \({too}\)"
+        assert re.search(rf"\] {name}: questions [\d.]+%; new ones {learned}", lines)
     summary = json.loads((result.parents[2] / "summary.json").read_text())
     assert re.fullmatch(r"[\d.]+ min, beside what was there before", summary["facts"]["took"])
     assert len(done) == 6 and re.findall(r"^\[\d/6\] seed .*", run.stdout, re.M) == done

@@ -69,6 +69,27 @@ def test_a_model_of_one_s_own(tmp_path: Path, prereg_here: Command) -> None:
     assert set(found["error"]) == {"seconds", "bytes"}
 
 
+def test_a_step_in_float32(tmp_path: Path, prereg_here: Command) -> None:
+    """On a CPU: twice the bytes of what is kept, and no copies of the weights."""
+    sample("llava").model.config.save_pretrained(tmp_path)
+    peaks = {}
+    for weights in ("bfloat16", "float32"):
+        flags = ("--gpu", "cpu", "--weights", weights, "--images-per-step", "512", "--json")
+        done = prereg_here("estimate", str(tmp_path), *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        peaks[weights] = json.loads(done.stdout)["peak"]["fused"]["bytes"]
+    for kind in ("weights", "activations"):
+        assert 1.6 < peaks["float32"][kind] / peaks["bfloat16"][kind] <= 2, kind
+
+
+def test_a_reader_who_has_enough(tmp_path: Path) -> None:
+    """As `head`: no error, of the command or of Python's end."""
+    for command in ("estimate llava-1.5-7b --json", "doctor"):
+        piped = f"{sys.executable} -m prereg_kernels {command} | head -c 1"
+        done = subprocess.run(piped, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert len(done.stdout) == 1 and not done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +102,10 @@ def test_a_model_of_one_s_own(tmp_path: Path, prereg_here: Command) -> None:
         (("llava-1.5-7b", "--token-fraction", "2"), "--token-fraction: expected a number"),
         (("llava-1.5-7b", "--train", "head"), "--train: expected some of tower"),
         (("llava-1.5-7b", "--gpus", "8", "--images-per-step", "4"), "--images-per-step: expected"),
+        (
+            ("llava-1.5-7b", "--gpu", "cpu", "--weights", "float32"),
+            "--weights: expected bfloat16 w",
+        ),
         (("llava-1.5-7b", "--picture", "x.gif"), "--picture: expected a .png or .svg, got x.gif"),
     ],
 )

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from prereg_kernels.estimate import report
+from prereg_kernels.estimate.cpu import calibration
 from prereg_kernels.estimate.estimate import estimate
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.walk import walk
@@ -38,6 +39,8 @@ def test_a_tiny_model_on_a_cpu() -> None:
     assert len(table) == 3 + len(found.flops)
     assert all(re.fullmatch(rf"[\w ]+?{unit}({unit}({unit}| +the same))?", x) for x in table)
     assert not re.search(r"\bGPU\b|process -", "\n".join(lines))
+    assert f"thread of the {calibration().machine} that was measured" in lines[-2]
+    assert f"products of {'float32' if structure.itemsize == 4 else 'bfloat16'}" in lines[-2]
 
 
 def test_cells_that_are_too_wide_stay_apart() -> None:

@@ -184,16 +184,20 @@ def training(results: Results, out: Path, colours: Colours) -> Drawing:
                 smooth = np.convolve(values, np.ones(10) / 10, mode="valid")
                 label = LABELS[variant] if position == 0 else None
                 axis.plot(
-                    steps[9:], smooth, color=colours[COLOURS[variant]], linewidth=1, label=label
-                )
+                    steps[9:], smooth, color=colours[COLOURS[variant]], linewidth=1, label=label,
+                    linestyle="--" if variant == "other_scene" else "-",  # over the baseline's
+                )  # fmt: skip
                 ends.setdefault(LABELS[variant], []).append(smooth[-1])
-    axes[0].set(xlabel="step", ylabel="L_LM (nats per answer)", title="language-model loss")
-    axes[1].set(xlabel="step", ylabel="L_PRe (negative cosine)", title="PRe loss")
+    names = ("Language-model loss", "PRe loss")
+    for axis, name, unit in zip(
+        axes, names, ("L_LM (nats per answer)", "L_PRe (negative cosine)"), strict=True
+    ):
+        axis.set(xlabel="step", ylabel=unit, title=name)
     legend(figure, axes[0])
     words = []
-    for axis, ends in zip(axes, last.values(), strict=True):
-        levels = [f"{name} {statistics.fmean(values):.3f}" for name, values in ends.items()]
-        words.append(f"{axis.get_title()}, at the end: {'; '.join(levels) or 'too few steps'}.")
+    for name, ends in zip(names, last.values(), strict=True):
+        levels = [f"{label} {statistics.fmean(values):.3f}" for label, values in ends.items()]
+        words.append(f"{name}, at the end: {'; '.join(levels) or 'too few steps'}.")
     return Drawing(figure, words, axes, _key(VARIANTS))
 
 
@@ -269,6 +273,10 @@ def scenes(config: ExperimentConfig, count: int = 6) -> Drawing:
         bottom.set_title("\n".join(lines), fontsize=8, loc="left")
         for axis in (top, bottom):
             axis.set_axis_off()
+    figure.suptitle(
+        "above: scenes, and the attributes of the digit in the frame; below: the pixels of each "
+        "digit, and a question of each kind with its answer", fontsize=10,
+    )  # fmt: skip
     return Drawing(figure, [f"Test scenes and their object masks: {'. '.join(told)}."])
 
 
@@ -291,9 +299,10 @@ def _over_depth(
             marker=MARKERS[variant], label=LABELS[variant],
         )  # fmt: skip
         means[LABELS[variant]] = (mean / scale).tolist()
-    soft: dict[str, Any] = {"color": colours["soft"], "alpha": 0.2}
-    axis.fill_between([], [], [], **soft, label="band: ± the standard deviation over seeds")
-    mark_layer(axis, layer, **soft, linewidth=6, zorder=0, label="the layer with PRe")
+    band: dict[str, Any] = {"color": colours["soft"], "alpha": 0.2}
+    axis.fill_between([], [], [], **band, label="band: ± the standard deviation over seeds")
+    line: dict[str, Any] = {"color": colours["ink"], "linestyle": ":", "linewidth": 1}
+    mark_layer(axis, layer, **line, zorder=0, label="the layer with PRe")
     axis.set_xticks(range(results.layers))
     return means
 
@@ -321,7 +330,11 @@ def _bars(
             label = LABELS[variant] if x == 0 else None
             colour = colours[COLOURS[variant]]
             axis.bar(centre, mean, 0.9 * width, color=colour, label=label)
-            axis.plot([centre] * len(values), values, ".", color=colours["ink"], markersize=4)
+            # Side by side: two seeds may have the same value
+            beside = [
+                centre + 0.12 * width * (i - (len(values) - 1) / 2) for i in range(len(values))
+            ]
+            axis.plot(beside, values, ".", color=colours["ink"], markersize=4)
             told[x].append(f"{LABELS[variant]} {mean:.1f}%")
     axis.set_xticks(range(len(groups)), [name for name, _ in groups])
     axis.grid(axis="x", visible=False)

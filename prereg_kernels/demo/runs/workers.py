@@ -193,12 +193,14 @@ def _end_with_parent() -> None:
 
 def summary(result: dict[str, Any]) -> str:
     """A finished unit in a line."""
-    parts = [f"answers {result['mean_accuracy']:.1%}"]
+    learned = []
     for frozen, by_scenes in result.get("transfer", {}).items():
         for scenes, found in by_scenes.items():
-            learned = statistics.fmean(answers["accuracy"] for answers in found.values())
-            parts.append(f"new questions from {scenes} scenes, {TRAINED[frozen]}: {learned:.1%}")
-    return "; ".join(parts)
+            share = statistics.fmean(answers["accuracy"] for answers in found.values())
+            count = f"from {scenes} scenes, " if len(by_scenes) > 1 else ""
+            learned.append(f"{share:.1%} ({count}{TRAINED[frozen]})")
+    new = f"; new ones {', '.join(learned)}" if learned else ""
+    return f"questions {result['mean_accuracy']:.1%}{new}"
 
 
 @contextmanager
