@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make train-example` trains on: a tiny CLIP, Llama and Qwen2.5-VL, and photographs.
 
-The first argument is the folder to write. The photographs are those that scikit-image, scikit-learn
-and matplotlib install. Training and held-out crops are of different photographs. The questions are
-about their brightness. In place of all this, take models of the hub and your own images, in the
-same files.
+The photographs are those that scikit-image, scikit-learn and matplotlib install. Training and
+held-out crops are of different photographs. The questions are about their brightness. In place of
+all this, take models of the hub and your own images, in the same files.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,7 +205,9 @@ def write_qwen(folder: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="to write into")
+    place = parser.parse_args().folder
     write_data(place)
     write_clip(place / "clip")
     questions_and_answers = (place / "train.json").read_text()

@@ -53,6 +53,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.depth --workers 2",
         "python -m benchmarks.studies.photographs --workers 2",
         "python -m benchmarks.studies.claims --workers 2",
+        "python -m benchmarks.studies.merging --workers 2",
         "python -m benchmarks.studies.many_samples",
         "python -m benchmarks.step.cpu",
         "python -m benchmarks.step.structures",
@@ -103,6 +104,10 @@ NOT_RUN = {
         "make test-oldest",
         "make test-oldest-torch",
         "make test-versions",
+    ),
+    "make train-example runs both": (
+        "python examples/photographs.py photos",
+        "prereg assemble --vision photos/clip --llm photos/llama --out photos/llava",
     ),
     "installs what builds the site": ("make docs",),
     "builds both files of a release, and installs them": ("make release-check",),
