@@ -126,7 +126,7 @@ def _merge(rows: Tensor, calls: list[int], kinds: list[Tensor], family: Family) 
         ValueError: the calls have other numbers of rows than the kinds have tokens.
     """
     expected = [int(kind.sum()) for kind in kinds]
-    if calls != expected:
+    if calls != expected or len(kinds[0]) != len(rows):  # some of another id, in a given mask
         raise ValueError(
             f"anchor: 'pre_projector' expected a call of {family.projector!r} for each kind of "
             f"visual token, images and videos, of {expected} rows, got calls of {calls} rows; "

@@ -135,7 +135,8 @@ def rows(
     **family: Any,
 ) -> Tensor:
     """`projector_rows` of a batch whose visual tokens are of these kinds, and hidden where "x"."""
-    of_kind = [torch.tensor([k == kind for k in kinds]) for kind in sorted({*kinds})]
+    names = sorted({*kinds} - {" "})
+    of_kind = [torch.tensor([k == name for k in kinds]) for name in names]
     keep = torch.tensor([h != "x" for h in hidden], dtype=torch.bool)
     places = family.pop("places", None)
     return projector_rows(
@@ -163,6 +164,8 @@ def test_rows_of_a_call_for_each_kind() -> None:
         rows(parts, 5, 1, "aabab")
     with pytest.raises(ValueError, match=r"of \[1, 3, 1\] rows, got calls of \[2, 3\] rows"):
         rows(parts, 5, 1, "abcbb")
+    with pytest.raises(ValueError, match=r"of \[2, 3\] rows, got calls of \[2, 3\] rows"):
+        rows(parts, 6, 1, "aabbb ")  # a position that a mask marks, and that has another id
 
 
 def test_rows_that_are_joined() -> None:
