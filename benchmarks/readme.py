@@ -119,13 +119,13 @@ def gain_sentence() -> str:
     common = results.effect(centre, at("mean_accuracy")).difference
     unclear = "" if effect.difference.direction else ", which is not clear"
     return (
-        f"A small LLaVA is trained with PRe, whose anchor is `{centre.pre.anchor}`, and without. "
+        f"A small LLaVA is trained twice: with PRe (anchor `{centre.pre.anchor}`) and without. "
         f"Then it learns {len(test.families)} new kinds of question, each from {test.scenes} "
         f"scenes, with its tower and projector frozen. After PRe it answers {after} of them "
         f"right, and {before} without: a difference of {plus_minus(effect.difference, 100, '.1f')} "
         f"points{unclear} (half the 95% interval over {results.seeds(centre)} paired seeds). With "
         f"the default anchor, `pre_llm`, it is {plus_minus(of_default.difference, 100, '.1f')} "
-        f"over {results.seeds(default)}. On the training's own questions the difference is "
+        f"({results.seeds(default)} seeds). On the training's own questions the difference is "
         f"{plus_minus(common, 100, '.1f')} points."
     )
 
@@ -156,8 +156,8 @@ def claim_section() -> str:
         [
             *lines,
             "",
-            "`make demo` prints these figures in several tables, the control's without the "
-            "difference. They are means over "
+            "`make demo` prints these figures in several tables, but for the last column. They are "
+            "means over "
             f"{len(results.seeds)} paired seeds, which share data and initial weights. After ± is "
             "half the 95% t interval. PRe here: "
             f"{demo['facts']['PRe']}. The control predicts another scene's features. The new "

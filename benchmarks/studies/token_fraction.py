@@ -105,8 +105,10 @@ def format_table(stored: dict[str, Any]) -> str:
             cells.append(f"{100 * effect.after.value:.1f}" + interval * (variant != BASELINE))
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines.append(
-        f"\n{stored['seeds']} paired seeds; after ± the standard error of the time, and half the "
-        f"95% t interval of the difference to the baseline. "
+        "\nThe times over the baseline are medians of paired ratios, of steps in turn. The layers "
+        "have the mean accuracy of linear probes of what no question asks about, over "
+        f"{stored['seeds']} paired seeds; PRe is at {layers[0]}. After ± is the standard error of "
+        "the time, and half the 95% t interval of the difference to the baseline. "
         f"{made_on(stored['machine'])}."
     )
     return "\n".join(lines)
