@@ -101,7 +101,7 @@ def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         text = doctor.show(doctor.examine())
     finally:
         forget_backends()
-    assert "auto            torch, cpu" in text
+    assert "auto            torch, on cpu" in text
     assert "does not run here: no cpp on cpu, because of a reason" in text
     assert "does not run here: no triton on cpu, because of a reason" in text
 
