@@ -40,7 +40,7 @@ def test_experiment_writes_its_report(experiment: tuple[Path, str]) -> None:
         }
     assert by_variant["pre"]["probe"]["tilt"] != by_variant["baseline"]["probe"]["tilt"]
     assert by_variant["pre"]["probe"]["tilt"] != by_variant["other_scene"]["probe"]["tilt"]
-    assert re.search(r"^\d+ steps to train: about (1 minute|(?!1 )\d+ minutes) with", output, re.M)
+    assert re.search(r"^\d+ steps to train, about (1 minute|(?!1 )\d+ minutes) with", output, re.M)
     page = (out / "report.html").read_text()
     for sentence in summary["headline"]:
         assert sentence.split("±")[0].strip() in page.replace("&#39;", "'")
