@@ -41,7 +41,6 @@ SOURCES = {
     "mistral3": Source("model.multi_modal_projector.patch_merger.merging_layer"),
     "lighton_ocr": Source("model.vision_projection.patch_merger.merging_layer"),
     "paddleocr_vl": Source("model.projector.linear_1"),
-    **dict.fromkeys(("lfm2_vl", "lfm2-vl"), Source("model.multi_modal_projector.linear_1")),
     "aya_vision": Source("model.multi_modal_projector.layernorm"),
     "cohere2_vision": Source("model.multi_modal_projector.linear_1"),
     "kimi_k25": Source("model.mm_projector", 4),

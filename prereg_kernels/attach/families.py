@@ -290,7 +290,10 @@ FAMILIES = (
     Family("Aya Vision", ("aya_vision",), projector=f"{_PROJECTOR}.layernorm"),
     Family("Cohere 2 Vision", ("cohere2_vision",), projector=f"{_PROJECTOR}.linear_1"),
     Family("Llama 4", ("llama4",), projector="vision_model.vision_adapter.mlp"),
-    Family("LFM2-VL", ("lfm2_vl", "lfm2-vl"), projector=f"{_PROJECTOR}.linear_1"),
+    Family(
+        "LFM2-VL", ("lfm2_vl", "lfm2-vl"),
+        regroups="pads images to one size from transformers 5.24 on",
+    ),
     Family("Mistral 3", ("mistral3",), projector=f"{_PROJECTOR}.patch_merger.merging_layer"),
     Family("MiniCPM-V 4.6", ("minicpmv4_6",), regroups="merges patches in several rounds"),
     Family(
