@@ -37,7 +37,7 @@ SOURCES = {
     ),
     "t5gemma2": Source("model.encoder.multi_modal_projector.mm_soft_emb_norm"),
     "gemma4": Source("model.embed_vision"),
-    "llama4": Source("vision_model.vision_adapter.mlp"),
+    "llama4": Source("multi_modal_projector"),
     "mistral3": Source("model.multi_modal_projector.patch_merger.merging_layer"),
     "lighton_ocr": Source("model.vision_projection.patch_merger.merging_layer"),
     "paddleocr_vl": Source("model.projector.linear_1"),

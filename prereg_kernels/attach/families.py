@@ -289,7 +289,7 @@ FAMILIES = (
     ),
     Family("Aya Vision", ("aya_vision",), projector=f"{_PROJECTOR}.layernorm"),
     Family("Cohere 2 Vision", ("cohere2_vision",), projector=f"{_PROJECTOR}.linear_1"),
-    Family("Llama 4", ("llama4",), projector="vision_model.vision_adapter.mlp"),
+    Family("Llama 4", ("llama4",), projector="multi_modal_projector"),  # after the encoder's own
     Family(
         "LFM2-VL", ("lfm2_vl", "lfm2-vl"),
         regroups="pads images to one size from transformers 5.24 on",
