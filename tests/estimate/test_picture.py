@@ -8,11 +8,13 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from prereg_kernels.estimate import picture, shipped
 from prereg_kernels.estimate.estimate import Estimate, estimate
-from prereg_kernels.estimate.memory import peak
+from prereg_kernels.estimate.memory import Moment, peak
 from prereg_kernels.estimate.settings import Settings
 from prereg_kernels.estimate.walk import walk
 from prereg_kernels.train.parts import parts_of
@@ -61,5 +63,16 @@ def test_words(made: object, unit: str, tmp_path: Path) -> None:
     assert f"peak {top:.{1 if unit == 'MiB' else 2}f} {unit}" in words
     assert any(word.startswith(f"PRe, layer {found.head.layer}: ") for word in words)
     assert f"{unit} of {found.settings.holder}" in words
-    at = [float(x) for x in re.findall(r'id="xtick_\d+".*?x="([\d.]+)"', drawn, re.S)]
-    assert min(b - a for a, b in zip(sorted(at), sorted(at)[1:], strict=False)) > 30
+
+
+def test_names_stay_apart() -> None:
+    """The first layer's, beside the loss in a model of one layer, is left out."""
+    places = [("tower", "forward", 0)] * 8 + [("a", "forward", 1), ("loss", "loss", 0)]
+    places += [("a", "backward", 1), *[("tower", "backward", 0)] * 8]
+    moments = [Moment(*place, {}) for place in places]
+    for far, expected in ((0, ["loss"]), (9, ["layer 1", "layer 1", "loss"])):
+        between = [Moment("b", "forward", 2, {})] * far
+        several = [*moments[:9], *between, moments[9], *between, *moments[10:]]
+        axes = Figure().add_subplot()
+        picture._name_places(axes, several, np.arange(len(several) + 1.0))
+        assert sorted(label.get_text() for label in axes.get_xticklabels()) == expected
