@@ -218,8 +218,9 @@ class State:
         """Take PRe off the model: see `remove_pre`."""
         for hook in self.hooks:
             hook.remove()
+        ours = {hook.id for hook in self.hooks}
         for module in self.model.modules():  # copies of a module have copies of its hooks
-            private.drop_pre_hooks(module, {hook.id for hook in self.hooks})
+            private.drop_pre_hooks(module, ours)
         delattr(self.model, HEADS)
         for name, ours in self._ours.items():
             if vars(self.model).get(name) != ours:  # replaced, or wrapped, by somebody since

@@ -45,7 +45,8 @@ def main() -> None:
         _checkup(arguments)
         return
     if arguments.command == "estimate":
-        return _guarded(lambda: estimate.run(arguments), "stopped")
+        _guarded(lambda: estimate.run(arguments), "stopped")
+        return
     if arguments.command in ("train", "assemble", "evaluate"):
         _train(arguments, flags)
         return
@@ -125,7 +126,8 @@ def _doctor(arguments: argparse.Namespace) -> None:
         from prereg_kernels.cli.doctor_model import doctor_model
     except ModuleNotFoundError as error:
         _fail(f"{error}; a model needs: pip install 'prereg-kernels[checkup]'")
-    _guarded(lambda: sys.exit(not doctor_model(arguments.model, arguments.json)), "stopped")
+    works = _guarded(lambda: doctor_model(arguments.model, arguments.json), "stopped")
+    sys.exit(works is False)
 
 
 def _build() -> None:
@@ -134,10 +136,12 @@ def _build() -> None:
     _guarded(lambda: print(build_libraries()), "stopped; run again to go on")
 
 
-def _guarded(action: Callable[[], object], stopped: str) -> None:
+def _guarded(action: Callable[[], Any], stopped: str) -> Any:
+    """What the action returns; None where nobody reads to the end what it prints."""
     try:
-        action()
+        result = action()
         sys.stdout.flush()
+        return result
     except BrokenPipeError:  # whoever reads has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -82,9 +82,10 @@ def test_a_step_in_float32(tmp_path: Path, prereg_here: Command) -> None:
         assert 1.6 < peaks["float32"][kind] / peaks["bfloat16"][kind] <= 2, kind
 
 
-@pytest.mark.parametrize("command", ("estimate llava-1.5-7b --json", "doctor"))
+@pytest.mark.parametrize("command", ("estimate llava-1.5-7b --json", "doctor", "doctor ."))
 def test_a_reader_who_has_enough(command: str, tmp_path: Path) -> None:
     """As `head`, which is gone by then: no error, of the command or of Python's end."""
+    sample("llava").model.config.save_pretrained(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, "-m", "prereg_kernels", *command.split()]
