@@ -89,7 +89,11 @@ def test_a_reader_who_has_enough(command: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, "-m", "prereg_kernels", *command.split()]
-    done = subprocess.run(words, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    # What is printed is written at the end, as where nobody has asked Python for anything else
+    buffered = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
     os.close(writer)
     assert not done.stderr and not done.returncode
 
