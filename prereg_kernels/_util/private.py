@@ -9,7 +9,8 @@ once, and costs what torch's own name costs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -51,9 +52,8 @@ def is_in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def version_of(x: Tensor) -> int:
-    """The number that every write in place counts up."""
-    return x._version
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+"""The number that every write in place to a tensor counts up."""
 
 
 def compiles_frames() -> bool:

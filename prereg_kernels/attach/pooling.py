@@ -79,7 +79,7 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         image_of_row, index, counts = ctx.constants
         if not torch.compiler.is_compiling():
-            check_versions(ctx.versions, {"image_of_row": image_of_row, "index": index})
+            check_versions(ctx.versions, ("image_of_row", "index"), image_of_row, index)
         each = gradient / counts
         if ctx.group is not None:  # a rank's loss may be of some of the images
             sum_over(ctx.group, [each])

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from prereg_kernels.ops.dtypes import DTYPES, stat_dtype
 from prereg_kernels.ops.head_tensors import Head
-from prereg_kernels.ops.transforms import is_wrapped
+from prereg_kernels.ops.transforms import PLAIN, is_wrapped
 
-PLAIN = (Tensor, nn.Parameter)
 EXACT_INT = 2**24  # up to here float32 has every integer
 
 
@@ -133,9 +132,11 @@ def token_coefficients(
     return (like.new_ones((), dtype=dtype) / total).expand(inputs.slots)
 
 
-def _check_tensor(argument: str, value: Any, hidden: Tensor) -> None:
+def _check_tensor(argument: str, value: Any, hidden: Tensor, layer: int | None = None) -> None:
     if type(value) in PLAIN and value.dtype in DTYPES and value.device == hidden.device:
         return
+    if layer is not None:
+        argument = f"{argument}[{layer}]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a Tensor, got {type(value).__name__}")
     if type(value).__name__ == "DTensor":
@@ -149,6 +150,12 @@ def _check_tensor(argument: str, value: Any, hidden: Tensor) -> None:
         )
     if value.device != hidden.device:
         raise ValueError(f"{argument}: is on {value.device}, but hidden is on {hidden.device}")
+
+
+def _is_sequence(value: Any) -> bool:
+    if type(value) in (list, tuple):  # a class's registered subclasses take longer to look at
+        return True
+    return not isinstance(value, Tensor) and isinstance(value, (Sequence, nn.ParameterList))
 
 
 def _check_selection(mask: Any, index: Any, hidden: Tensor) -> Tensor | None:
@@ -191,17 +198,17 @@ def _check_selection(mask: Any, index: Any, hidden: Tensor) -> Tensor | None:
 
 
 def _check_weights(weights: Any, hidden: Tensor, anchor: Tensor) -> list[Tensor]:
-    if isinstance(weights, Tensor) or not isinstance(weights, (Sequence, nn.ParameterList)):
+    if not _is_sequence(weights):
         raise TypeError(f"weights: expected a sequence of Tensors, got {type(weights).__name__}")
     columns = hidden.shape[-1]
     for layer, weight in enumerate(weights):
-        name = f"weights[{layer}]"
-        _check_tensor(name, weight, hidden)
-        if weight.dim() != 2 or weight.shape[1] != columns:
+        _check_tensor("weights", weight, hidden, layer)
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != columns:
             raise ValueError(
-                f"{name}: expected shape (out_features, {columns}), got {tuple(weight.shape)}"
+                f"weights[{layer}]: expected shape (out_features, {columns}), got {tuple(shape)}"
             )
-        columns = weight.shape[0]
+        columns = shape[0]
     if columns != anchor.shape[-1]:
         what = f"weights[{len(weights) - 1}] gives" if weights else "hidden (no head) has"
         raise ValueError(
@@ -214,7 +221,7 @@ def _check_weights(weights: Any, hidden: Tensor, anchor: Tensor) -> list[Tensor]
 def _check_biases(biases: Any, weights: list[Tensor]) -> Sequence[Tensor | None]:
     if biases is None:
         return [None] * len(weights)
-    if isinstance(biases, Tensor) or not isinstance(biases, (Sequence, nn.ParameterList)):
+    if not _is_sequence(biases):
         raise TypeError(f"biases: expected None or a sequence, got {type(biases).__name__}")
     if len(biases) != len(weights):
         raise ValueError(
@@ -224,10 +231,12 @@ def _check_biases(biases: Any, weights: list[Tensor]) -> Sequence[Tensor | None]
     for layer, bias in enumerate(biases):
         if bias is None:
             continue
-        _check_tensor(f"biases[{layer}]", bias, weights[layer])
-        expected = (weights[layer].shape[0],)
-        if tuple(bias.shape) != expected:
-            raise ValueError(f"biases[{layer}]: expected shape {expected}, got {tuple(bias.shape)}")
+        _check_tensor("biases", bias, weights[layer], layer)
+        expected = weights[layer].shape[:1]
+        if bias.shape != expected:
+            raise ValueError(
+                f"biases[{layer}]: expected shape {tuple(expected)}, got {tuple(bias.shape)}"
+            )
     return list(biases)
 
 

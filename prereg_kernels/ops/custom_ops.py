@@ -26,7 +26,7 @@ from torch import Tensor
 from prereg_kernels.ops.arguments import Inputs, check_anchor_rows, is_mask
 from prereg_kernels.ops.backends.base import Backend
 from prereg_kernels.ops.backends.registry import choose_backend
-from prereg_kernels.ops.chunking import choose_chunk_rows, chunk_budget
+from prereg_kernels.ops.chunking import ChunkBudget, choose_chunk_rows, chunk_budget
 from prereg_kernels.ops.dtypes import operand_dtype, without_autocast
 from prereg_kernels.ops.head_tensors import Head, by_layer
 from prereg_kernels.ops.layouts import is_turned, of_rows, places_of, rows_of
@@ -389,18 +389,27 @@ def _decide(problem: Problem, spec: Spec) -> tuple[Spec, Backend]:
     device = problem.hidden.device
     backend = choose_backend(spec.backend, device, spec)
     dtype = operand_dtype(spec.compute_dtype, device)
-    chunk_rows = spec.chunk_rows
-    if not chunk_rows:
-        shapes = tuple(w.shape for w in problem.head.weights)
+    if not spec.chunk_rows or dtype != spec.compute_dtype:
+        shapes = tuple([w.shape for w in problem.head.weights])
         budget = chunk_budget(device, dtype, backend.has_wide_products(device, dtype))
-        columns = problem.hidden.shape[1]
-        chunk_rows = _chunk_rows(problem.tokens, columns, shapes, dtype.itemsize, budget)
-    if dtype != spec.compute_dtype or chunk_rows != spec.chunk_rows:
-        spec = spec._replace(compute_dtype=dtype, chunk_rows=chunk_rows)
+        spec = _decided(spec, dtype, problem.tokens, problem.hidden.shape[1], shapes, budget)
     return spec, with_ranges(backend)
 
 
-_chunk_rows = lru_cache(maxsize=1024)(choose_chunk_rows)
+@lru_cache(maxsize=1024)
+def _decided(
+    spec: Spec,
+    dtype: torch.dtype,
+    tokens: int,
+    columns: int,
+    shapes: tuple[tuple[int, int], ...],
+    budget: ChunkBudget,
+) -> Spec:
+    """The spec with this dtype, and rows of a chunk where it has none."""
+    rows = spec.chunk_rows
+    if not rows:
+        rows = choose_chunk_rows(tokens, columns, shapes, dtype.itemsize, budget)
+    return spec._replace(compute_dtype=dtype, chunk_rows=rows)
 
 
 def _slots(hidden: Tensor, select: Tensor | None) -> Any:

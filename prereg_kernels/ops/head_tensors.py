@@ -49,7 +49,5 @@ class Head(NamedTuple):
 def by_layer(values: Sequence[T], bias_layers: Sequence[int]) -> tuple[Sequence[T], list[T | None]]:
     """What belongs to each packed parameter, as (of the weights, of the biases or None)."""
     depth = len(values) - len(bias_layers)
-    of_biases: list[T | None] = [None] * depth
-    for layer, value in zip(bias_layers, values[depth:], strict=True):
-        of_biases[layer] = value
-    return values[:depth], of_biases
+    of_biases = dict(zip(bias_layers, values[depth:], strict=True))
+    return values[:depth], [*map(of_biases.get, range(depth))]

@@ -51,7 +51,7 @@ def rows_of(x: Tensor, turned: bool) -> Tensor:
 def of_rows(rows: Tensor, shape: torch.Size, turned: bool) -> Tensor:
     """`rows_of`, undone."""
     if not turned:
-        return rows.view(shape)
+        return rows if rows.dim() == len(shape) else rows.view(shape)
     batch, length, width = shape
     return rows.view(length, batch, width).transpose(0, 1)
 

@@ -104,7 +104,7 @@ def losses_and_gradients(
         coefficient = coefficient / unscale
     dh, base = None, residual
     if needs.hidden:
-        dh = problem.hidden.new_empty(problem.hidden.shape)
+        dh = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
         if problem.hidden_index is not None:
             base = backend.start_rows(dh, problem.hidden_index, residual)
     head = problem.head.to(spec.compute_dtype)
@@ -164,12 +164,13 @@ class _Scratch:
         self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, chunk: Chunk, columns: int) -> Tensor:
-        buffer = self.buffers.get(name)
+        buffer = None if chunk is None else self.buffers.get(name)
         if buffer is None:
-            shape = (self.rows, columns)
-            buffer = self.problem.hidden.new_empty(shape, dtype=self.dtype)
-            self.buffers[name] = buffer
-        return buffer if chunk is None else buffer[: chunk.stop - chunk.start]
+            buffer = self.problem.hidden.new_empty(self.rows, columns, dtype=self.dtype)
+        if chunk is None:  # there is no other
+            return buffer
+        self.buffers[name] = buffer
+        return buffer[: chunk.stop - chunk.start]
 
     def hidden_rows(
         self, backend: Backend, chunk: Chunk, index: Tensor | None
@@ -240,7 +241,7 @@ class _WeightGradients:
     def new_bias(self, layer: int) -> Tensor | None:
         """Where the column sums of a chunk's d go; None: nowhere."""
         bias = self.head.biases[layer] if layer >= 0 and self.needs.biases[layer] else None
-        return None if bias is None else bias.new_empty(bias.shape, dtype=self.dtype)
+        return None if bias is None else torch.empty_like(bias, dtype=self.dtype)
 
     def add(self, layer: int, d: Tensor, x: Tensor, db: Tensor | None) -> None:
         """dW += d^T x and the bias's gradient += db, for d (n, out), x (n, in) and db (out,)."""

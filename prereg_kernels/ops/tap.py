@@ -264,8 +264,8 @@ class _Tap(torch.autograd.Function):
             hidden, *parameters = ctx.saved_tensors
             anchor, select, coefficient = ctx.constants
             if not torch.compiler.is_compiling():
-                selector = "visual_mask" if is_mask(select) else "visual_index"
-                check_versions(ctx.versions, {"anchor": anchor, selector: select})
+                names = "anchor", "visual_mask" if is_mask(select) else "visual_index"
+                check_versions(ctx.versions, names, anchor, select)
                 if not private.keeps_graph():
                     ctx.constants = ctx.share = None  # as autograd frees what it saved
         constants = len(others) - len(parameters)  # the arguments before the parameters

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from prereg_kernels._util import private
 
+PLAIN = frozenset({Tensor, nn.Parameter})
+"""The types of tensors whose operators do nothing of their own."""
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
@@ -34,16 +36,11 @@ def is_plain(*tensors: Tensor) -> bool:
 
     Nor a subclass of Tensor, or a profiler.
     """
-    for x in tensors:
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
-            return False
-    return not (
-        torch.compiler.is_compiling()
-        or forgets_functions()
-        or private.dispatch_depth()
-        or private.profiler_runs()
-        or private.compiles_frames()
-    )
+    if torch.compiler.is_compiling() or forgets_functions():
+        return False
+    if private.dispatch_depth() or private.profiler_runs() or private.compiles_frames():
+        return False
+    return PLAIN.issuperset(map(type, tensors))
 
 
 def without_grad() -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ Autograd does the same for what it saves, by the number that every write in plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -18,12 +18,12 @@ def versions_of(*tensors: Tensor | None) -> list[int | None]:
     return [None if x is None or x.is_inference() else version_of(x) for x in tensors]
 
 
-def check_versions(before: list[int | None], tensors: Mapping[str, Tensor | None]) -> None:
+def check_versions(before: list[int | None], names: Sequence[str], *tensors: Tensor | None) -> None:
     """Raise RuntimeError, naming the argument, if one was written since `versions_of` saw it."""
-    after = versions_of(*tensors.values())
+    after = versions_of(*tensors)
     if after == before:
         return
-    written = [name for name, x, y in zip(tensors, before, after, strict=True) if x != y]
+    written = [name for name, x, y in zip(names, before, after, strict=True) if x != y]
     raise RuntimeError(
         f"{written[0]}: was modified in place between forward and backward, which reads it; "
         "write to a copy, or after backward"

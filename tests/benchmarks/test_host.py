@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from benchmarks import host
-from benchmarks.compare import BASE, ROOT, THIS, Program, Worker, ratio_of
+from benchmarks.compare import BASE, ROOT, THIS, Program, Worker, ratio_of, started
 
 TRITON = ROOT / ".triton" / "3.9.0"
 PARTS = {"arguments", "op", "chunks", "launches", "autograd"}
@@ -29,6 +30,14 @@ def test_a_worker_times_a_call_and_its_parts() -> None:
     finally:
         worker.end()
     assert of_one.keys() == of_two.keys() == PARTS and min(of_one.values()) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no CPU can be chosen here")
+def test_workers_share_a_cpu() -> None:
+    """As two CPUs may have neighbours that are not equally busy."""
+    with started({THIS: ROOT, BASE: ROOT}) as workers:
+        cpus = [os.sched_getaffinity(worker.process.pid) for worker in workers.values()]
+    assert cpus[0] == cpus[1] and len(cpus[0]) == 1
 
 
 def test_the_fastest_call_of_a_batch_counts() -> None:

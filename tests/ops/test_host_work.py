@@ -53,7 +53,8 @@ def test_one_chunk_takes_no_views(tap: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert one["aten::slice"] == 0 and not any("prereg" in name for name in one)
     assert four["aten::slice"] == 2 * two["aten::slice"] > 0
     # Buffers are allocated once, but for a chunk's sums of each bias
-    assert two["aten::new_empty"] == one["aten::new_empty"] + 2 > 6
+    assert two["aten::new_empty"] == one["aten::new_empty"] > 4
+    assert two["aten::empty_like"] == one["aten::empty_like"] + 2 > 4
     assert one["aten::new_zeros"] == tap  # its scalar
     assert one["aten::mm"] + one["aten::addmm"] == 6
 

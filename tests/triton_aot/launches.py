@@ -66,29 +66,34 @@ def stubbed() -> Iterator[tuple[list[Any], list[Any]]]:
 
 
 def cases() -> dict[str, tuple[Any, ...]]:
-    """(kernel, grid, warps, tensors, numbers, constants) that Triton tells apart, and others."""
+    """(kernel, grid, variant, tensors, numbers) that Triton tells apart, and others."""
     import torch
     import triton.language as tl
 
+    from prereg_kernels.ops.backends.triton.compiled import Variant
     from prereg_kernels.ops.backends.triton.gather import gather_kernel
     from prereg_kernels.ops.backends.triton.loss_blocks import loss_blocks_kernel
     from prereg_kernels.ops.backends.triton.loss_row import loss_row_kernel
 
+    usual = Variant(4, BLOCK_M=4, BLOCK_N=32)
+
     def gather(
-        source: Any, out: Any, index: Any = None, warps: int = 4, block: int = 32
+        source: Any, out: Any, index: Any = None, variant: Variant = usual
     ) -> tuple[Any, ...]:
         rows, columns = out.shape
         numbers = (rows, columns, len(source), *source.stride(), int(index is not None))
-        constants = {"BLOCK_M": 4, "BLOCK_N": block}
         return (
-            gather_kernel, (2, 3), warps, (source, index, out), (*numbers, out.stride(0)), constants
+            gather_kernel, (2, 3, 1), variant, (source, index, out), (*numbers, out.stride(0))
         )  # fmt: skip
 
     def losses(kernel: Any) -> tuple[Any, ...]:
-        constants = {"COLUMNS": 32, "EPS": 1e-8, "LOSS": "mse", "NORMALIZE": "none"}
         tensors = (wide, None, wide, None, None, torch.zeros(12), None, None)
         numbers = (12, 12, 32, 32, 1, 0, 0, 0)
-        return kernel, (12,), 1, tensors, numbers, constants | {"STAT": tl.float32, "BLOCK_N": 32}
+        return kernel, (12, 1, 1), of_losses, tensors, numbers
+
+    of_losses = Variant(
+        1, COLUMNS=32, EPS=1e-8, LOSS="mse", NORMALIZE="none", STAT=tl.float32, BLOCK_N=32
+    )
 
     wide, narrow = torch.zeros(12, 32), torch.zeros(12, 32, dtype=torch.bfloat16)
     index = torch.arange(12)
@@ -104,8 +109,8 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "one column": gather(torch.zeros(12, 1), torch.zeros(12, 1)),
         "odd columns": gather(wide[:, :31], wide[:, :31]),
         "odd stride": gather(torch.zeros(12, 33)[:, :32], wide),
-        "warps": gather(wide, wide, warps=8),
-        "block": gather(wide, wide, block=64),
+        "warps": gather(wide, wide, variant=Variant(8, BLOCK_M=4, BLOCK_N=32)),
+        "block": gather(wide, wide, variant=Variant(4, BLOCK_M=4, BLOCK_N=64)),
         "another kernel": losses(loss_row_kernel),
         "of the same parameters": losses(loss_blocks_kernel),
         "off 16 bytes": gather(torch.zeros(12 * 32 + 1)[1:].view(12, 32), wide),
@@ -137,8 +142,7 @@ def launches() -> dict[str, Any]:
             )  # fmt: skip
 
         def ours(case: str, part: tuple[Any, ...]) -> None:
-            *given, constants = part
-            note(case, lambda: launch(*given, **constants))
+            note(case, lambda: launch(*part))
 
         every = cases()
         for case, part in every.items():
@@ -146,15 +150,15 @@ def launches() -> dict[str, Any]:
             ours(case, part)
         for case, part in [*every.items()][::-1]:
             ours(case, part)
-            kernel, grid, warps, tensors, numbers, constants = part
-            options = compiler_options(None) | {"num_warps": warps, "enable_fp_fusion": False}
-            note(case, partial(kernel[grid], *tensors, *numbers, **constants, **options))
+            kernel, grid, variant, tensors, numbers = part
+            options = compiler_options(None) | {"enable_fp_fusion": False}
+            options |= variant.constants | {"num_warps": variant.num_warps}
+            note(case, partial(kernel[grid], *tensors, *numbers, **options))
         with watched(triton.knobs.runtime):
             ours("with a hook", every["float32"])
         ours("with a hook", every["float32"])
-        kernel, grid, warps, *given = every["float32"]
-        options = warps, None
-        found["on another device"] = [bool(launch_compiled(kernel, grid, 5, *given, options))]
+        kernel, grid, variant, *given = every["float32"]
+        found["on another device"] = [bool(launch_compiled(kernel, grid, 5, *given, variant))]
     return found
 
 

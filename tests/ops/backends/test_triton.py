@@ -425,7 +425,7 @@ def test_nothing_is_launched_without_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prereg_kernels.ops.backends.triton import launch
+    from prereg_kernels.ops.backends.triton import compiled, launch
 
     events: list[Any] = []
     current = 0
@@ -450,11 +450,11 @@ def test_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None
     tensor = SimpleNamespace(is_cuda=True, device=device, get_device=lambda: 3)
     for before, first in ((0, tensor), (3, tensor), (0, torch.zeros(1))):
         current = before
-        launch.launch(Kernel(), (7,), 4, (first,), (1,))
+        launch.launch(Kernel(), (7, 1, 1), compiled.Variant(4), (first,), (1,))
         if first is tensor and before == 0:
-            assert events == [("enter", 3), ((7,), 4), "leave"]
+            assert events == [("enter", 3), ((7, 1, 1), 4), "leave"]
         else:
-            assert events == [((7,), 4)]
+            assert events == [((7, 1, 1), 4)]
         events.clear()
 
 

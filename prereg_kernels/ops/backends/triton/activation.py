@@ -22,7 +22,7 @@ from prereg_kernels.ops.backends.triton.launch import (
     launch,
     multiprocessors,
     row_block,
-    stat_dtype,
+    tiled,
 )
 from prereg_kernels.ops.backends.triton.sums import sum_partials
 
@@ -174,11 +174,10 @@ def activation_backward_kernel(
 def activate(u: Tensor, bias: Tensor | None, activation: str, g: Tensor) -> None:
     """g (n, M) = act(u + bias); g may be u."""
     rows, columns = u.shape
-    blocks = config.tile(columns)
+    blocks, variant = tiled(columns, 1, u.dtype, activation=activation)
     launch(
-        activate_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
+        activate_kernel, config.grid(rows, columns, blocks), variant,
         (u, bias, g), (rows, columns, u.stride(0), g.stride(0)),
-        ACTIVATION=activation, STAT=stat_dtype(u), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip
 
 
@@ -187,16 +186,14 @@ def activation_backward(
 ) -> None:
     """du (n, M) = dg * act'(u + bias), over dg; sums (M,) = its column sums."""
     rows, columns = dg.shape
-    blocks = config.tile(columns)
+    blocks, variant = tiled(columns, 1, u.dtype, activation=activation)
     programs, partials = config.cdiv(rows, blocks.block_m), None
     if sums is not None:
         programs = config.programs_along_rows(rows, columns, blocks, multiprocessors(dg.device))
         partials = sums.new_empty(programs, columns)
     launch(
-        activation_backward_kernel, (config.cdiv(columns, blocks.block_n), programs),
-        blocks.num_warps,
+        activation_backward_kernel, (config.cdiv(columns, blocks.block_n), programs, 1), variant,
         (dg, u, bias, partials), (rows, columns, dg.stride(0), u.stride(0)),
-        ACTIVATION=activation, STAT=stat_dtype(u), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip
     if sums is not None and partials is not None:
         sum_partials(partials, sums)

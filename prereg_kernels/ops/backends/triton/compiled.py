@@ -12,7 +12,9 @@ GPUs it looks at more, the interpreter, and releases that nobody has looked at.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import repeat
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,24 @@ MOST_KEPT = 1024  # a program has some tens
 RUNTIME = triton.knobs.runtime
 
 Key = tuple[Any, ...]
+DTYPE, NOTHING = repeat("dtype"), repeat(None)
+
+
+class Variant:
+    """How a kernel is compiled, but for what Triton sees of its tensors and numbers.
+
+    Variants are found by identity: make one for each way, not for each launch.
+
+    Attributes:
+        num_warps: of a program.
+        constants: the kernel's last parameters, in their order.
+        most_registers: of a thread, on NVIDIA's GPUs; None leaves it to the compiler, as AMD's do.
+    """
+
+    def __init__(
+        self, num_warps: int, *, most_registers: int | None = None, **constants: Any
+    ) -> None:
+        self.num_warps, self.most_registers, self.constants = num_warps, most_registers, constants
 
 
 class Compiled(NamedTuple):
@@ -57,8 +77,8 @@ def has_hooks(kernel: Any) -> bool:
     """Whether somebody watches launches, or changes how kernels are compiled."""
     enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
     return bool(
-        (enter is not None and getattr(enter, "calls", True))  # since 3.5 a chain, mostly empty
-        or (leave is not None and getattr(leave, "calls", True))
+        getattr(enter, "calls", enter)  # since 3.5 a chain, mostly empty; before, a hook or None
+        or getattr(leave, "calls", leave)
         or kernel.pre_run_hooks
         or getattr(RUNTIME, "add_stages_inspection_hook", None) is not None
     )
@@ -74,12 +94,11 @@ def _kinds(numbers: tuple[int, ...]) -> tuple[int, ...]:
 
 def launch_compiled(
     kernel: Any,
-    grid: Sequence[int],
+    grid: tuple[int, int, int],
     device: int,
     tensors: Sequence[Tensor | None],
     numbers: tuple[int, ...],
-    constants: dict[str, Any],
-    options: Key,
+    variant: Variant,
 ) -> Key | None:
     """Launch what Triton has compiled for such arguments, on the current stream of the device.
 
@@ -89,29 +108,18 @@ def launch_compiled(
     """
     if not IS_KNOWN or has_hooks(kernel):
         return ()
-    dtypes: list[Any] = []
-    pointers: list[int | None] = []
-    bits = 0
-    for x in tensors:
-        if x is None:
-            dtypes.append(None)
-            pointers.append(None)
-        else:
-            dtypes.append(x.dtype)
-            pointer = x.data_ptr()
-            pointers.append(pointer)
-            bits |= pointer
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
     kinds = _kinds(numbers)
-    if bits % ALIGNMENT or not kinds:
+    if reduce(or_, filter(None, pointers), 0) % ALIGNMENT or not kinds:
         return ()
-    key = (kernel.fn, device, *options, *dtypes, *kinds, *constants, *constants.values())
+    key = (kernel.fn, device, variant, kinds, *map(getattr, tensors, DTYPE, NOTHING))
     found = _compiled.get(key)
     if found is None:
         return key
     stream = driver.active.get_current_stream(device)
     found.run(
-        *(*grid, 1, 1)[:3], stream, found.function, found.metadata, None, None, None,
-        *pointers, *numbers, *constants.values(),
+        *grid, stream, found.function, found.metadata, None, None, None,
+        *pointers, *numbers, *variant.constants.values(),
     )  # fmt: skip
     return None
 

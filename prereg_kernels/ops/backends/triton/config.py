@@ -60,6 +60,8 @@ def grid(rows: int, columns: int, blocks: Tile) -> tuple[int, int, int]:
     So programs that run together read and write memory that lies together.
     """
     row_blocks = cdiv(rows, blocks.block_m)
+    if row_blocks <= MOST_PROGRAMS:
+        return cdiv(columns, blocks.block_n), row_blocks, 1
     deep = cdiv(row_blocks, MOST_PROGRAMS)
     return cdiv(columns, blocks.block_n), cdiv(row_blocks, deep), deep
 

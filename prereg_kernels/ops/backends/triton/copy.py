@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prereg_kernels.ops.backends.triton import config
-from prereg_kernels.ops.backends.triton.launch import launch
+from prereg_kernels.ops.backends.triton.launch import launch, tiled
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,10 +49,9 @@ def copy_others(into: Tensor, index: Tensor, source: Tensor | None) -> None:
     """into (T, C) = source (T, C), or 0, in the rows that are not in the index (N,)."""
     rows, columns = into.shape
     is_other = index.new_ones((rows,), dtype=torch.bool).index_fill_(0, index, False)
-    blocks = config.tile(columns, 1 if source is None else source.stride(1))
+    blocks, variant = tiled(columns, 1 if source is None else source.stride(1))
     launch(
-        copy_kernel, (config.cdiv(rows, blocks.block_m),), blocks.num_warps,
+        copy_kernel, (config.cdiv(rows, blocks.block_m), 1, 1), variant,
         (into, source, is_other),
         (rows, columns, *(into if source is None else source).stride(), into.stride(0)),
-        BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

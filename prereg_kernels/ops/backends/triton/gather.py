@@ -11,6 +11,7 @@ from prereg_kernels.ops.backends.triton.launch import (
     launch,
     row_block,
     rows_at,
+    tiled,
 )
 
 
@@ -50,10 +51,9 @@ def gather_kernel(
 def gather_rows(source: Tensor, index: Tensor | None, out: Tensor) -> None:
     """out (n, C) = source[index], source (any, C)."""
     rows, columns = out.shape
-    blocks = config.tile(columns, source.stride(1))
+    blocks, variant = tiled(columns, source.stride(1))
     launch(
-        gather_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
+        gather_kernel, config.grid(rows, columns, blocks), variant,
         (source, index, out),
         (rows, columns, source.shape[0], *source.stride(), index_stride(index), out.stride(0)),
-        BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

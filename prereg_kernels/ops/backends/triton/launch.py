@@ -2,7 +2,7 @@
 """How kernels are launched, and what several of them need."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prereg_kernels.ops.backends.triton.compiled import keep, launch_compiled
+from prereg_kernels.ops.backends.triton import config
+from prereg_kernels.ops.backends.triton.compiled import MOST_KEPT, Variant, keep, launch_compiled
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
@@ -18,35 +19,28 @@ HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.in
 
 def launch(
     kernel: Any,
-    grid: tuple[int, ...],
-    num_warps: int,
+    grid: tuple[int, int, int],
+    variant: Variant,
     tensors: tuple[Tensor | None, ...],
     numbers: tuple[int, ...],
-    *,
-    most_registers: int | None = None,
-    **constants: Any,
 ) -> None:
     """Launch on the device of the first tensor, and on its current stream.
 
-    tensors, numbers, constants: the kernel's parameters, in this order.
-    most_registers: of a thread, on NVIDIA's GPUs; None leaves it to the compiler, as AMD's do.
+    tensors, numbers, the variant's constants: the kernel's parameters, in this order.
     Triton itself takes the current device. Products are not fused into sums, whatever this Triton's
     default is: so every one rounds as the interpreter does, and dz is exactly 0 where z = t.
     """
     first = tensors[0]
     assert first is not None
-    device, options = first.get_device(), (num_warps, most_registers)
+    device = first.get_device()
     if first.is_cuda and device != torch.cuda.current_device():
         with on_device_of(first):
-            return launch(
-                kernel, grid, num_warps, tensors, numbers, most_registers=most_registers,
-                **constants,
-            )  # fmt: skip
-    key = launch_compiled(kernel, grid, device, tensors, numbers, constants, options)
+            return launch(kernel, grid, variant, tensors, numbers)
+    key = launch_compiled(kernel, grid, device, tensors, numbers, variant)
     if key is not None:
         compiled = kernel[grid](
-            *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False,
-            **compiler_options(most_registers),
+            *tensors, *numbers, **variant.constants, num_warps=variant.num_warps,
+            enable_fp_fusion=False, **compiler_options(variant.most_registers),
         )  # fmt: skip
         keep(key, compiled)
 
@@ -67,12 +61,27 @@ def compiler_options(most_registers: int | None) -> dict[str, Any]:
     return options | {"maxnreg": most_registers} if nvidia and most_registers else options
 
 
-def stat_dtype(*tensors: Tensor) -> Any:
-    """In which elementwise work is done: float64 if any of the tensors is, else float32."""
-    for x in tensors:
-        if x.dtype == torch.float64:
-            return tl.float64
-    return tl.float32
+def stat_dtype(*dtypes: torch.dtype) -> Any:
+    """In which elementwise work on them is done: float64 if one of them is, else float32."""
+    return tl.float64 if torch.float64 in dtypes else tl.float32
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def tiled(
+    columns: int, column_stride: int, *dtypes: torch.dtype, activation: str | None = None
+) -> tuple[config.Tile, Variant]:
+    """The blocks of an elementwise kernel, and its variant.
+
+    dtypes: of the tensors that STAT follows, for a kernel that has it; activation: for one that has
+    ACTIVATION.
+    """
+    blocks = config.tile(columns, column_stride)
+    constants: dict[str, Any] = {} if activation is None else {"ACTIVATION": activation}
+    if dtypes:
+        constants["STAT"] = stat_dtype(*dtypes)
+    return blocks, Variant(
+        blocks.num_warps, **constants, BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n
+    )
 
 
 def index_stride(index: Tensor | None) -> int:

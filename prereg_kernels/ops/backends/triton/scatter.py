@@ -11,7 +11,7 @@ from prereg_kernels.ops.backends.triton.launch import (
     launch,
     row_block,
     rows_at,
-    stat_dtype,
+    tiled,
 )
 
 
@@ -69,14 +69,12 @@ def scatter_rows(
 ) -> None:
     """into[index] = values * scale + residual[index]; values (n, C), into and residual (any, C)."""
     rows, columns = values.shape
-    blocks = config.tile(columns, into.stride(1))
+    blocks, variant = tiled(columns, into.stride(1), values.dtype, into.dtype)
     launch(
-        scatter_kernel, config.grid(rows, columns, blocks), blocks.num_warps,
+        scatter_kernel, config.grid(rows, columns, blocks), variant,
         (values, into, index, scale, residual),
         (
             rows, columns, into.shape[0], values.stride(0), *into.stride(),
             *(into if residual is None else residual).stride(), index_stride(index),
         ),
-        STAT=stat_dtype(values, into),
-        BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
     )  # fmt: skip

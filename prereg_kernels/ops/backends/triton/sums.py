@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prereg_kernels.ops.backends.triton import config
+from prereg_kernels.ops.backends.triton.compiled import Variant
 from prereg_kernels.ops.backends.triton.launch import launch
 
 
@@ -30,11 +31,12 @@ def sum_partials_kernel(
     tl.store(sums_ptr + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
+BLOCKS = config.SUMS
+VARIANT = Variant(BLOCKS.num_warps, BLOCK_M=BLOCKS.block_m, BLOCK_N=BLOCKS.block_n)
+
+
 def sum_partials(partials: Tensor, sums: Tensor) -> None:
     """sums (columns,) = the column sums of partials (programs, columns)."""
     programs, columns = partials.shape
-    blocks = config.SUMS
-    launch(
-        sum_partials_kernel, (config.cdiv(columns, blocks.block_n),), blocks.num_warps,
-        (partials, sums), (programs, columns), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
-    )  # fmt: skip
+    grid = config.cdiv(columns, BLOCKS.block_n), 1, 1
+    launch(sum_partials_kernel, grid, VARIANT, (partials, sums), (programs, columns))
