@@ -265,10 +265,10 @@ def measure(
         for pair in range(pairs):
             if pair >= LEAST_PAIRS and time.monotonic() - began > seconds:
                 break
-            with ExitStack() as stack:
-                for worker in [*workers.values()][:: 1 if pair % 2 else -1]:
-                    stack.enter_context(worker.renewed())
-                for cell in cells:
+            for cell in cells:  # of which each has a heap that no other one has used
+                with ExitStack() as stack:
+                    for worker in [*workers.values()][:: 1 if pair % 2 else -1]:
+                        stack.enter_context(worker.renewed())
                     found[cell].append(take_turns(workers, cell, turns, cell_seconds))
     return found
 
