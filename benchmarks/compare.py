@@ -75,6 +75,10 @@ STEPS = tuple(
 )
 MEMORY = tuple(cell._replace(rows=16384) for cell in STEPS)
 
+# glibc's: a call that frees the heap's end would give it back, and fault in the next one, or not,
+# by what else has ended up behind it
+HEAP = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+
 Turn = dict[str, list[int]]  # nanoseconds of the calls of each checkout's batch
 
 
@@ -92,9 +96,10 @@ CALLS_PROGRAM = Program(WORKER)
 def start(
     checkout: Path, *arguments: str, program: Program = CALLS_PROGRAM
 ) -> subprocess.Popen[str]:
-    """A worker on the package of one checkout."""
+    """A worker on the package of one checkout; with arguments it answers once, of memory."""
     path = os.pathsep.join(map(str, (checkout, *program.paths)))
     paths = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    paths |= HEAP if not arguments else {}
     return subprocess.Popen(
         [sys.executable, str(program.file), *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | paths,

@@ -40,6 +40,13 @@ def test_workers_share_a_cpu() -> None:
     assert cpus[0] == cpus[1] and len(cpus[0]) == 1
 
 
+def test_a_heap_keeps_its_pages() -> None:
+    """Or a call's time is that of the pages that the one before has given back."""
+    with started({THIS: ROOT}) as workers:
+        environment = Path(f"/proc/{workers[THIS].process.pid}/environ").read_bytes()
+    assert b"MALLOC_TRIM_THRESHOLD_=4294967296" in environment.split(b"\0")
+
+
 def test_the_fastest_call_of_a_batch_counts() -> None:
     turns = [{THIS: [900, 500, 700], BASE: [1000, 1900]}]
     assert host.fastest([turns]) == [[{THIS: [500], BASE: [1000]}]]
