@@ -86,7 +86,9 @@ def projector_rows(
     if not tokens:
         return like.new_zeros(0, width)
     parts = [_rows(x, width, family.joins_rows) for x in seen]
-    rows = torch.cat(parts) if parts else like.new_zeros(0, 0)
+    rows = like.new_zeros(0, 0)
+    if parts:  # `cat` copies a single one, too
+        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
     if places is not None and len(rows):
         rows = _put(rows, places())
     if len(parts) > 1 and len(of_kind := kinds()) > 1:

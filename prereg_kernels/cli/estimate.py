@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels._util.files import printable
+from prereg_kernels.attach.config import ANCHORS
 from prereg_kernels.estimate import shipped
 from prereg_kernels.estimate.devices import DEVICES
 from prereg_kernels.estimate.estimate import estimate
@@ -51,6 +52,7 @@ def add_parser(commands: Any) -> None:
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default adamw")
     add = one.add_argument
     add("--layer", type=int, dest="pre_layer", help="counted from 1; default: the middle one")
+    add("--anchor", choices=ANCHORS, default="pre_llm", help="what the head predicts")
     add("--head-features", type=int, help="the head's inner width; default: the decoder's")
     add("--depth", type=int, default=2, help="matrices of the head; default 2")
     add("--head-dtype", choices=tuple(DTYPES), default="float32", help="default float32")

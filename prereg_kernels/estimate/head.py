@@ -27,6 +27,7 @@ class Head:
         itemsize: bytes of an element of the hidden states.
         weight_itemsize: of the head's weights.
         chunk_rows: of the fused op.
+        kept: bytes of the anchor's rows, where it is not what entered the LLM, which is there.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class Head:
     itemsize: int
     weight_itemsize: int
     chunk_rows: int
+    kept: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -99,7 +101,7 @@ def head_of(structure: Structure, settings: Settings, visual: int, memory: float
         memory: bytes of the GPU; None: a CPU.
 
     Raises:
-        ValueError: the decoder has no such layer.
+        ValueError: the decoder has no such layer, or the model no such anchor.
     """
     layer = settings.pre_layer or max(1, structure.layers // 2)
     if layer > structure.layers:
@@ -108,12 +110,31 @@ def head_of(structure: Structure, settings: Settings, visual: int, memory: float
             f"{structure.layers}; got {layer}"
         )
     width, inner = structure.width, settings.head_features or structure.width
-    widths = [width, *[inner] * (settings.depth - 1), width][: settings.depth + 1]
-    if settings.depth:
-        widths[-1] = width
+    last = _anchor_width(structure, settings)
+    widths = [width, *[inner] * (settings.depth - 1), last][: settings.depth + 1]
     shapes = tuple((out, columns) for columns, out in pairwise(widths))
     rows = max(1, round(settings.samples * visual * settings.token_fraction))
     budget: ChunkBudget = CPU if memory is None else gpu_budget(int(memory))
     chunk = choose_chunk_rows(rows, width, shapes, structure.itemsize, budget)
     head_itemsize = DTYPES[settings.head_dtype]
-    return Head(layer, rows, width, shapes, structure.itemsize, head_itemsize, chunk)
+    kept = 0.0
+    if settings.anchor != "pre_llm":
+        kept = float(settings.samples * visual * last * structure.itemsize)
+    return Head(layer, rows, width, shapes, structure.itemsize, head_itemsize, chunk, kept)
+
+
+def _anchor_width(structure: Structure, settings: Settings) -> int:
+    """A."""
+    if settings.anchor == "pre_llm":
+        return structure.width
+    if structure.encoder_width is None:
+        raise ValueError(
+            f"--anchor: expected pre_llm, as `apply_pre` takes no other for {structure.name}; got "
+            f"{settings.anchor}"
+        )
+    if not settings.depth and structure.encoder_width != structure.width:
+        raise ValueError(
+            f"--depth: expected at least 1 with --anchor {settings.anchor}, whose "
+            f"{structure.encoder_width} features are not the decoder's {structure.width}; got 0"
+        )
+    return structure.encoder_width

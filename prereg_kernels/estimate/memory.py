@@ -130,6 +130,7 @@ def timeline(
         ledger.add("activations", row if redone else _saved(structure, settings, counts, positions))
     # The layer's output, of which a norm keeps a float32 copy alone
     kept = row if head and not settings.checkpointing and structure.itemsize == 2 else 0.0
+    kept += head.kept if head else 0.0
     ledger.add("pre", kept)
     words = float(positions) * structure.vocabulary / settings.split
     eager = head.eager_saved if head is not None and how == "eager" else 0.0

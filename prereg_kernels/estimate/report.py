@@ -30,7 +30,7 @@ def describe(found: Estimate) -> str:
         f"{_count(found.structure.parameters(found.structure.trains))} of them train ({trains})",
         f"{settings.images} samples a step of {found.visual_tokens} visual and {settings.tokens} "
         f"text tokens, {gpus}{', checkpointing' * settings.checkpointing}; PRe at layer "
-        f"{found.head.layer} of {found.structure.layers}",
+        f"{found.head.layer} of {found.structure.layers}, anchor {settings.anchor}",
         "",
         _row("", "without PRe", "PRe adds", "eager PRe adds"),
         _row("time of a step", *(_time(x) for x in _differences(found.seconds))),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from prereg_kernels._util.files import printable
+from prereg_kernels.attach.config import ANCHORS
 from prereg_kernels.estimate.structure import PARTS
 
 PARALLEL = ("ddp", "fsdp", "zero2", "zero3", "tp")
@@ -35,6 +36,7 @@ class Settings:
             makes them. A CPU multiplies weights as they are.
         optimizer: "adamw", or "sgd" without momentum.
         pre_layer: counted from 1; None: the middle one.
+        anchor: what the head predicts, by the names of `apply_pre`.
         head_features: M; None: D.
         depth: matrices of the head.
         head_dtype: dtype of its weights.
@@ -52,6 +54,7 @@ class Settings:
     weights: str = "bfloat16"
     optimizer: str = "adamw"
     pre_layer: int | None = None
+    anchor: str = "pre_llm"
     head_features: int | None = None
     depth: int = 2
     head_dtype: str = "float32"
@@ -62,6 +65,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST:
                 raise _wrong(name, "an integer of at least 1", value)
+        if self.anchor not in ANCHORS:
+            raise _wrong("anchor", f"one of {', '.join(ANCHORS)}", self.anchor)
         if not 0 <= self.depth <= 64:
             raise _wrong("depth", "an integer from 0 to 64", self.depth)
         if not 0 < self.token_fraction <= 1:

@@ -81,6 +81,8 @@ class Structure:
         blocks: in the order of a forward pass.
         layers: of the decoder.
         width: D, of the decoder.
+        encoder_width: of what enters the projector for a visual token; None: a token has no such
+            row, so that the model has no anchor "pre_projector".
         vocabulary: words.
         visual_tokens: of an image of the usual size.
         grows: whether a larger image has more tokens by itself, rather than in tiles.
@@ -92,6 +94,7 @@ class Structure:
     blocks: tuple[Block, ...]
     layers: int
     width: int
+    encoder_width: int | None
     vocabulary: int
     visual_tokens: int
     grows: bool

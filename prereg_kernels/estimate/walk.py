@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
+from prereg_kernels.attach.anchors import anchor_width
+from prereg_kernels.attach.config import PReConfig
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.estimate.structure import NAMES, PARTS, Block, Counts, Polynomial, Structure
 from prereg_kernels.estimate.trace import block_of, tracing
@@ -87,12 +90,20 @@ def walk(
         blocks=tuple(blocks),
         layers=len(family.layers_of(model)),
         width=int(model.get_input_embeddings().weight.shape[1]),
+        encoder_width=_encoder_width(family, model),
         vocabulary=int(text.vocab_size),
         visual_tokens=visual[0],
         grows=len(batches) > 1,
         itemsize=next(model.parameters()).dtype.itemsize,
         trains=tuple(part for part in PARTS if part in trains),
     )
+
+
+def _encoder_width(family: Family, model: nn.Module) -> int | None:
+    try:
+        return anchor_width(PReConfig(anchor="pre_projector"), family, model)
+    except ValueError:
+        return None
 
 
 def trace_step(model: nn.Module, batch: Batch) -> dict[str, Counts]:

@@ -39,6 +39,20 @@ def run(name: str, batch: Batch, **options: Any) -> Any:
 # anchor="pre_projector"
 
 
+def test_rows_of_one_call_are_not_copied() -> None:
+    """What enters the merger is its input, and autograd keeps it anyway if the merger trains."""
+    model, seen = make_model("qwen3_vl"), dict[str, Tensor]()
+    pre = apply_pre(model, anchor="pre_projector")
+    family_of_type("qwen3_vl").projector_of(model).register_forward_pre_hook(
+        lambda module, args: seen.update(entered=args[0])
+    )
+    [head] = pre.heads.values()
+    head.register_forward_pre_hook(lambda head, args: seen.update(anchor=args[1]))
+    model(**make_batch("qwen3_vl", model, "images").inputs)
+    assert seen["anchor"].data_ptr() == seen["entered"].data_ptr()
+    assert seen["anchor"].numel() == seen["entered"].numel()
+
+
 def tower_rows(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The vision tower's rows, without the class token where the family drops it."""
     if "pixel_values" not in inputs:
