@@ -50,7 +50,7 @@ ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` 
 RESULTS = ROOT / "benchmarks" / "results"
 FEW_SHOT = RESULTS / "few_shot"
 # Of `make bench`, a machine each
-CPU_RUNS = (RESULTS / "cpu_epyc.json", RESULTS / "cpu.json")
+CPU_RUNS = tuple(RESULTS / f"{name}.json" for name in ("cpu_avx512", "cpu_epyc", "cpu"))
 NOT_RUN = "Not run yet."
 # {setting of the demo's sweep: its column of docs/pays.md}
 PAYS = {

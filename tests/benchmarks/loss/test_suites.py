@@ -189,7 +189,7 @@ def test_calls_and_primitives(run_suites: Run) -> None:
         assert ("data" in benchmark["stats"]) == (benchmark["stats"]["rounds"] <= 200)
 
 
-@pytest.mark.parametrize("name", ("cpu.json", "cpu_epyc.json"))
+@pytest.mark.parametrize("name", ("cpu.json", "cpu_avx512.json", "cpu_epyc.json"))
 def test_readme_s_tables(name: str) -> None:
     """The stored run has what the tables are made of, beside calls and primitives or not."""
     stored = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
