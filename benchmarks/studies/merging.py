@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether PRe gives what it gives a LLaVA where the projector merges patches, as Qwen-VL's does.
 
-    python -m benchmarks.studies.merging --workers 2    # 9 runs on two cores
+    python -m benchmarks.studies.merging --workers 2    # 18 runs on two cores
 
 The demo's model, with patches of half the side and a projector that joins 2 x 2 of them into a
 token (LayerNorm, joining, two matrices, as Qwen2-VL's merger, arXiv 2409.12191). So the decoder has
@@ -30,7 +30,7 @@ from prereg_kernels.demo.data.questions import COMMON_FAMILIES
 from prereg_kernels.demo.data.scenes import SceneConfig
 
 OUT = RESULTS / "merging.json"
-SEEDS = range(600, 603)  # no other study has them
+SEEDS = range(600, 606)  # no other study has them
 TEST = 512  # scenes, a question of each family about each
 MERGE = 2  # patches of a token, per side
 VARIANTS: Mapping[str, Mapping[str, Any] | None] = {

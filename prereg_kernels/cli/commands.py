@@ -65,6 +65,9 @@ def main() -> None:
         console = Console()
         command = {"demo": demo, "sweep": sweep}[arguments.command]
         command(arguments, flags, console if console.is_terminal else Console(width=120))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_left("" if arguments.settings else "stopped, as nobody reads what it prints")
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
         _fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
@@ -85,6 +88,10 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
     warnings.showwarning = _warn_in_a_line(warnings.showwarning)
     try:
         run(arguments, flags)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        is_list = getattr(arguments, "dry_run", False)
+        _reader_left("" if is_list else "stopped, as nobody reads what it prints")
     except (KeyboardInterrupt, *STOPPED) as stop:
         _fail(str(stop) or "stopped; run again to go on from the last checkpoint", 130)
     except (ValueError, TypeError, OSError, ImportError) as error:  # of what a setting asks for
@@ -142,12 +149,19 @@ def _guarded(action: Callable[[], Any], stopped: str) -> Any:
         result = action()
         sys.stdout.flush()
         return result
-    except BrokenPipeError:  # whoever reads has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _reader_left()
     except KeyboardInterrupt:
         _fail(stopped, 130)
     except (ValueError, OSError) as error:
         _fail(str(error))
+
+
+def _reader_left(lost: str = "") -> None:
+    """Whoever reads has enough, as `head` does. `lost`: what that ended, where it is an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's end
+    if lost:
+        _fail(lost)
 
 
 _TRAINING_NEEDS = "training needs: pip install 'prereg-kernels[train]'"

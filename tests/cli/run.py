@@ -66,3 +66,18 @@ def here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         except SystemExit as stop:
             code = int(stop.code or 0)
     return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())
+
+
+def unread(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in a process of its own, whose reader is gone by then, as `head` may be."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    # What is printed is written at the end, as where nobody has asked Python for anything else
+    buffered = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "prereg_kernels", *arguments]
+    try:
+        return subprocess.run(
+            command, cwd=cwd, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(writer)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prereg_kernels.estimate import shipped
-from tests.cli.run import Command
+from tests.cli.run import Command, unread
 from tests.zoo import sample
 
 CLUSTER = ("--gpus", "64", "--parallel", "zero3", "--checkpointing", "--gpu", "h200")
@@ -82,19 +81,13 @@ def test_a_step_in_float32(tmp_path: Path, prereg_here: Command) -> None:
         assert 1.6 < peaks["float32"][kind] / peaks["bfloat16"][kind] <= 2, kind
 
 
-@pytest.mark.parametrize("command", ("estimate llava-1.5-7b --json", "doctor", "doctor ."))
+@pytest.mark.parametrize(
+    "command",
+    ("estimate llava-1.5-7b --json", "doctor", "doctor .", "demo --settings", "sweep --settings"),
+)
 def test_a_reader_who_has_enough(command: str, tmp_path: Path) -> None:
-    """As `head`, which is gone by then: no error, of the command or of Python's end."""
     sample("llava").model.config.save_pretrained(tmp_path)
-    reader, writer = os.pipe()
-    os.close(reader)
-    words = [sys.executable, "-m", "prereg_kernels", *command.split()]
-    # What is printed is written at the end, as where nobody has asked Python for anything else
-    buffered = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(
-        words, cwd=tmp_path, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True
-    )
-    os.close(writer)
+    done = unread(*command.split(), cwd=tmp_path)
     assert not done.stderr and not done.returncode
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.run import Command
+from tests.cli.run import Command, unread
 from tests.packages.definition import errors, gradients
 from tests.packages.run import Run
 from tests.train.launching import PREREG, start, torchrun
@@ -110,6 +110,8 @@ def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     assert f"  1 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
     assert "stage align: 2 steps of 4 samples" in done.stdout
     assert "stage tune: 6 steps of 4 samples" in done.stdout
+    half_read = unread("train", str(path), "--dry-run", cwd=tmp_path)
+    assert not half_read.stderr and not half_read.returncode
     costs = re.findall(r"^stage (\w+): at most \S+ m?s a step.* of memory .*", done.stdout, re.M)
     assert costs == ["align", "tune"]
     assert not (tmp_path / "out").exists()
