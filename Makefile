@@ -47,7 +47,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## train a small LLaVA with and without PRe on real images (10 to 20 minutes)
+demo: $(READY)  ## train a small LLaVA with and without PRe on real images (7 to 20 minutes)
 	$(BIN)/prereg demo
 
 notebook: $(PACKAGES)/notebook/.ready  ## run examples/effect.ipynb, and write its outputs into it (5 minutes)

@@ -74,6 +74,7 @@ def cost_sentence() -> str:
     """What PRe costs, from the demo's training step and the benchmark of the loss."""
     cost = json.loads((RESULTS / "demo.json").read_text())["cost"]
     extra = (cost["peak_bytes"]["pre"] - cost["peak_bytes"]["baseline"]) / 2**20
+    memory = f"{extra:.0f} MiB more memory" if extra >= 1 else f"as much memory ({extra:+.0f} MiB)"
     ratios, less = [], []
     for benchmarks in _cpu_runs():
         found = [benchmark["extra_info"] for benchmark in benchmarks]
@@ -84,7 +85,7 @@ def cost_sentence() -> str:
     return (
         f"On a CPU, PRe makes a training step of the demo's small LLaVA "
         f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
-        f"{100 * cost['step_ratio_error']:.1f}%), and takes {extra:.0f} MiB more memory. The loss "
+        f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. The loss "
         f"with its gradients takes {min(ratios):.2f} to {max(ratios):.2f} times as long as its six "
         f"matrix products alone. Eager PyTorch takes {min(less):.0f} times more memory for the "
         "same."
