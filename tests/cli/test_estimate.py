@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -83,7 +84,13 @@ def test_a_step_in_float32(tmp_path: Path, prereg_here: Command) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ("estimate llava-1.5-7b --json", "doctor", "doctor .", "demo --settings", "sweep --settings"),
+    (
+        "estimate llava-1.5-7b --json",
+        "doctor",
+        "doctor .",
+        "demo --settings",
+        "sweep --preset scenes --settings",
+    ),
 )
 def test_a_reader_who_has_enough(command: str, tmp_path: Path) -> None:
     sample("llava").model.config.save_pretrained(tmp_path)

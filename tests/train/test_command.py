@@ -111,7 +111,8 @@ def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     assert "stage align: 2 steps of 4 samples" in done.stdout
     assert "stage tune: 6 steps of 4 samples" in done.stdout
     half_read = unread("train", str(path), "--dry-run", cwd=tmp_path)
-    assert not half_read.stderr and not half_read.returncode
+    assert not half_read.returncode
+    assert not re.search("prereg: |BrokenPipe", half_read.stderr)  # transformers has warnings there
     costs = re.findall(r"^stage (\w+): at most \S+ m?s a step.* of memory .*", done.stdout, re.M)
     assert costs == ["align", "tune"]
     assert not (tmp_path / "out").exists()
