@@ -58,7 +58,9 @@ def describe_source(commit: str | None) -> dict[str, Any]:
     head = ours and _output("git", "rev-parse", "--short", "HEAD")
     if not head:
         return {"commit": "unknown", "dirty": None}
-    changed = _output("git", "status", "--short", "prereg_kernels", "benchmarks", "tests")
+    # A study writes its results as it goes, and they compute nothing
+    code = "prereg_kernels", "benchmarks", "tests", ":!benchmarks/results"
+    changed = _output("git", "status", "--short", *code)
     return {"commit": head, "dirty": None if changed is None else bool(changed)}
 
 

@@ -29,9 +29,10 @@ from tests.release.files import ROOT
 
 OUT = RESULTS / "same_results.json"
 FLAGS = (
-    "--preset", "scenes", "--seeds", "2", "--steps", "40", "--run.tower.steps", "40",
-    "--evaluation_scenes", "64", "--probe_train_scenes", "64", "--probe_test_scenes", "64",
-    "--transfer.steps", "20", "--transfer.evaluation_scenes", "64", "--cost_steps", "2",
+    "--preset", "scenes", "--seeds", "2", "--steps", "20", "--run.tower.steps", "20",
+    "--evaluation_scenes", "48", "--probe_train_scenes", "48", "--probe_test_scenes", "48",
+    "--transfer.steps", "10", "--transfer.warmup", "2", "--transfer.evaluation_scenes", "48",
+    "--cost_steps", "2",
 )  # fmt: skip
 LEFT_OUT = ("cost", "seconds", "memory", "bytes", "ms")
 """Words in the names of what depends on the machine's load."""

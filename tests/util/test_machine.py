@@ -33,6 +33,13 @@ def test_an_installed_package_does_not_take_the_commit_of_what_is_around_it(
     git("commit", "-q", "-m", "ours", cwd=tmp_path)
     head = git("rev-parse", "--short", "HEAD", cwd=tmp_path)
     assert machine.describe_source(None) == {"commit": head, "dirty": False}
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "study.json").write_text("{}")  # which a study writes as it goes
+    assert machine.describe_source(None) == {"commit": head, "dirty": False}
+    (results.parent / "study.py").write_text("pass")
+    assert machine.describe_source(None) == {"commit": head, "dirty": True}
+    (results.parent / "study.py").unlink()
     file.write_text("two")
     assert machine.describe_source(None) == {"commit": head, "dirty": True}
     assert machine.describe_source("abc-dirty") == {"commit": "abc", "dirty": True}
