@@ -25,6 +25,16 @@ def prepare(name: str, arguments: Sequence[str]) -> Callable[[], None]:
     try:
         command = import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; {name} has to be in the environment that PRe is in") from None
+        raise ValueError(_absent(name, error)) from None
     start: Callable[[], None] = command.prepare(arguments)
     return start
+
+
+def _absent(name: str, error: ModuleNotFoundError) -> str:
+    """Why the trainer is not there: transformers hides what another package's import raised."""
+    first: BaseException = error
+    while (earlier := first.__cause__ or first.__context__) is not None:
+        first = earlier
+    if first is error:
+        return f"{error}; {name} has to be in the environment that PRe is in"
+    return f"{error}: {first}; {name} is there, or a package of its own, and cannot be imported"

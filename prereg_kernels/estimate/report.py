@@ -10,6 +10,7 @@ from prereg_kernels.estimate.memory import How, Moment, peak
 from prereg_kernels.estimate.settings import DTYPES
 
 HOWS = ("fused", "eager")
+SHARDED = ("fsdp", "zero3")
 FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
@@ -74,7 +75,7 @@ def _row(name: str, plain: str, fused: str, eager: str) -> str:
 
 
 def _peak_lines(found: Estimate, peaks: dict[str, Moment]) -> list[str]:
-    highest = peaks["fused"]
+    settings, highest = found.settings, peaks["fused"]
     parts = ", ".join(f"{kind} {size(x)}" for kind, x in highest.bytes.items() if x)
     lines = [f"the peak is in {_place(highest)}: {parts}"]
     tap = next((m for m in found.moments["fused"] if m.place == "PRe"), None)
@@ -84,11 +85,12 @@ def _peak_lines(found: Estimate, peaks: dict[str, Moment]) -> list[str]:
             f"{size(highest.total - tap.total)} below the peak; scratch "
             f"{size(found.head.scratch)}, and a head of {found.head.parameters:,} parameters"
         )
-    device = DEVICES.get(found.settings.gpu)
+    device = DEVICES.get(settings.gpu)
     if device is not None and highest.total > 0.92 * device.memory:
         lines.append(
-            f"It does not fit: a {found.settings.gpu} has {size(device.memory)}. Use more GPUs "
-            "with --parallel fsdp, --checkpointing, or fewer --images-per-step."
+            f"It does not fit: a {settings.gpu} has {size(device.memory)}. Use more GPUs"
+            f"{' with --parallel fsdp' * (settings.parallel not in SHARDED)}"
+            f"{', --checkpointing' * (not settings.checkpointing)}, or fewer --images-per-step."
         )
     return lines
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import Trainer
 
 from prereg_kernels._util.settings_file import take_flags
-from prereg_kernels.cli import main
+from prereg_kernels.cli import launch, main
 from prereg_kernels.cli.launch import SWIFT_PLUGIN
 from prereg_kernels.trainers import PReTrainerMixin, swift
 
@@ -36,6 +36,20 @@ def test_a_trainer_that_is_not_there(
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "llamafactory has to be in the environment" in printed
+
+
+def test_a_trainer_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers says nothing of what a torchvision of another torch has raised."""
+
+    def broken(name: str) -> None:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    monkeypatch.setattr(launch, "import_module", broken)
+    with pytest.raises(ValueError, match=r"'PreTrainedModel': operator torchvision::nms .* is th"):
+        launch.prepare("llamafactory", [])
 
 
 @pytest.fixture
