@@ -43,6 +43,7 @@ NOT_RUN = {
         "make bench-host BASE=main",
         "make bench-host BASE=REV",
         "python -m benchmarks.compare BASE",
+        "python -m tests.release.same_results",
         "make test-gpu-first",
         "python -m benchmarks.first first --out DIR --size tiny",
         "python -m benchmarks.loss.gpu --size tiny --no-compile --out build/peers.json",

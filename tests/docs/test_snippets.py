@@ -7,6 +7,7 @@ import ast
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def load_tiny(place: Path) -> LlavaForConditionalGeneration:
     return model
 
 
+def rows_of_encoder(model: LlavaForConditionalGeneration, batch: Namespace) -> torch.Tensor:
+    """(N, A): what enters the projector, by a hook of its own."""
+    seen: list[torch.Tensor] = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    return torch.cat([x.flatten(0, -2) for x in seen])
+
+
 def trains_the_heads(text: str, namespace: Namespace, place: Path) -> None:
     """The gradient of `L_LM + 0.5 * L_PRe` by the definition, and the figures."""
     model, batch = load_tiny(place), make_batch()
@@ -111,7 +124,8 @@ def trains_the_heads(text: str, namespace: Namespace, place: Path) -> None:
     pre, ours, metrics = namespace["pre"], gradients(model), namespace["pre"].metrics()
     model.zero_grad()
     remove_pre(model)
-    lm, term = eager_term(model, batch, pre.heads)
+    anchor = partial(rows_of_encoder, model) if pre.config.anchor == "pre_projector" else None
+    lm, term = eager_term(model, batch, pre.heads, anchor=anchor)
     (lm + 0.5 * term).backward()
     expected = gradients(model)
     for layer, head in pre.heads.items():
