@@ -41,6 +41,7 @@ MEASURES = {
     "many_samples.json": ("prereg_kernels/train",),
     "merging.json": DEMO,
     "photographs": DEMO,
+    "same_results.json": (*DEMO, "tests/release/same_results.py"),
     "token_fraction.json": DEMO,
     "watched_gradients.json": (*ATTACH, "prereg_kernels/trainers"),
 }
