@@ -67,3 +67,15 @@ def bounds() -> str:
     """The bounds as pip writes them."""
     (major, minor), (end, _) = TRANSFORMERS
     return f">={major}.{minor},<{end}"
+
+
+def absent(error: ImportError) -> str:
+    """What could not be imported, with what was raised first.
+
+    transformers says "Could not import module" of its own, whatever another package's import has
+    raised, as torchvision's does beside another torch.
+    """
+    first: BaseException = error
+    while (earlier := first.__cause__ or first.__context__) is not None:
+        first = earlier
+    return str(error) if first is error else f"{error}: {first}"

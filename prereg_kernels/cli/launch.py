@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from prereg_kernels._util.supported import absent
+
 COMMANDS = {
     "llamafactory": ("prereg_kernels.cli.llamafactory", "llamafactory-cli, which trains with PRe"),
     "trl": ("prereg_kernels.cli.trl", "TRL's command, which trains with PRe"),
@@ -25,16 +27,7 @@ def prepare(name: str, arguments: Sequence[str]) -> Callable[[], None]:
     try:
         command = import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
-        raise ValueError(_absent(name, error)) from None
+        hint = f"{name} has to be in the environment that PRe is in"
+        raise ValueError(f"{absent(error)}; {hint}, beside packages that fit it") from None
     start: Callable[[], None] = command.prepare(arguments)
     return start
-
-
-def _absent(name: str, error: ModuleNotFoundError) -> str:
-    """Why the trainer is not there: transformers hides what another package's import raised."""
-    first: BaseException = error
-    while (earlier := first.__cause__ or first.__context__) is not None:
-        first = earlier
-    if first is error:
-        return f"{error}; {name} has to be in the environment that PRe is in"
-    return f"{error}: {first}; {name} is there, or a package of its own, and cannot be imported"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from transformers import Trainer
 
 from prereg_kernels._util.settings_file import take_flags
+from prereg_kernels._util.supported import absent
 from prereg_kernels.cli import launch, main
 from prereg_kernels.cli.launch import SWIFT_PLUGIN
 from prereg_kernels.trainers import PReTrainerMixin, swift
@@ -48,8 +50,11 @@ def test_a_trainer_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> N
             raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
 
     monkeypatch.setattr(launch, "import_module", broken)
-    with pytest.raises(ValueError, match=r"'PreTrainedModel': operator torchvision::nms .* is th"):
+    with pytest.raises(ValueError, match=r"'PreTrainedModel': operator torchvision::nms .*; llama"):
         launch.prepare("llamafactory", [])
+    with pytest.raises(ModuleNotFoundError) as plain:
+        import_module("a_module_that_nobody_has")
+    assert absent(plain.value) == "No module named 'a_module_that_nobody_has'"
 
 
 @pytest.fixture
