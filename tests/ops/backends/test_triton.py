@@ -458,6 +458,33 @@ def test_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None
         events.clear()
 
 
+def test_a_second_call_has_no_other_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found by identity: with a new one each launch would go Triton's own way."""
+    from prereg_kernels import fused_pre_loss, pre_tap
+    from prereg_kernels.ops.backends.triton import launch
+
+    seen: list[Any] = []
+
+    def launch_compiled(*arguments: Any) -> tuple[()]:
+        seen.append(arguments[-1])
+        return ()
+
+    monkeypatch.setattr(launch, "launch_compiled", launch_compiled)
+    weights, biases = (draw(4, 4), draw(4, 4)), (draw(4), draw(4))
+    index = torch.arange(4, device=DEVICE)
+    for function in (fused_pre_loss, pre_tap):
+        variants = []
+        for seed in (0, 1):
+            seen.clear()
+            hidden = draw(6, 4, seed=seed).requires_grad_()
+            given = hidden, draw(6, 4), weights, biases
+            found = function(*given, visual_index=index, backend="triton")
+            (found if function is fused_pre_loss else found[0].sum() + found[1]).backward()
+            variants.append([*seen])
+        assert len(variants[0]) > 2
+        assert all(x is y for x, y in zip(*variants, strict=True))
+
+
 @pytest.mark.skipif(not interpreting(), reason="a failed assertion ends the use of a GPU")
 @pytest.mark.parametrize("row", (-1, 3))
 def test_index_out_of_range(row: int) -> None:
