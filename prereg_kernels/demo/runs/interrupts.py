@@ -39,17 +39,9 @@ def deferred_signals() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def sigint_ignored() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, from their first instruction on.
-
-    One that comes meanwhile acts at the end. Linux keeps a blocked signal that is ignored; where a
-    system does not, or has no masks, it is lost.
-    """
-    blocks = getattr(signal, "pthread_sigmask", None)
-    mask = blocks and blocks(signal.SIG_BLOCK, {signal.SIGINT})
+    """Processes started inside ignore Ctrl-C, from their first instruction on."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if blocks:
-            blocks(signal.SIG_SETMASK, mask)
