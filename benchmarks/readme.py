@@ -49,8 +49,8 @@ from prereg_kernels.demo.sweep.sweep import (
 ROOT = Path.cwd()  # the top of a checkout, where `python -m benchmarks.readme` runs
 RESULTS = ROOT / "benchmarks" / "results"
 FEW_SHOT = RESULTS / "few_shot"
-# Of `make bench`, a machine each
-CPU_RUNS = tuple(RESULTS / f"{name}.json" for name in ("cpu_avx512", "cpu_epyc", "cpu"))
+CPU_RUN = RESULTS / "cpu_avx512.json"  # of `make bench`
+OLDER_CPU_RUNS = (RESULTS / "cpu_epyc.json", RESULTS / "cpu.json")  # machines that are gone
 NOT_RUN = "Not run yet."
 # {setting of the demo's sweep: its column of docs/pays.md}
 PAYS = {
@@ -74,27 +74,24 @@ def cost_sentence() -> str:
     """What PRe costs, from the demo's training step and the benchmark of the loss."""
     cost = json.loads((RESULTS / "demo.json").read_text())["cost"]
     extra = (cost["peak_bytes"]["pre"] - cost["peak_bytes"]["baseline"]) / 2**20
-    memory = f"{extra:.0f} MiB more memory" if extra >= 1 else f"as much memory ({extra:+.0f} MiB)"
-    ratios, less = [], []
-    for benchmarks in _cpu_runs():
-        found = [benchmark["extra_info"] for benchmark in benchmarks]
-        taps = [x for x in found if x.get("implementation") == "tap"]
-        ratios += [x["ratio_to_floor"] for x in taps if "ratio_to_floor" in x]
-        peaks = {x["implementation"]: x["peak_bytes"] for x in found if "peak_bytes" in x}
-        less.append(peaks["eager"] / peaks["tap"])
+    memory = f"{extra:.0f} MiB more memory" if extra >= 1 else f"no more memory ({extra:+.0f} MiB)"
+    benchmarks = json.loads(CPU_RUN.read_text())["benchmarks"]
+    found = [benchmark["extra_info"] for benchmark in benchmarks]
+    taps = [x for x in found if x.get("implementation") == "tap" and "ratio_to_floor" in x]
+    ratios = [
+        [x["ratio_to_floor"] for x in taps if x["size"].endswith(dtype)]
+        for dtype in ("float32", "bfloat16")
+    ]
+    ranges = [f"{min(of_dtype):.2f} to {max(of_dtype):.2f}" for of_dtype in ratios]
+    peaks = {x["implementation"]: x["peak_bytes"] for x in found if "peak_bytes" in x}
     return (
         f"On a CPU, PRe makes a training step of the demo's small LLaVA "
         f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
-        f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. The loss "
-        f"with its gradients takes {min(ratios):.2f} to {max(ratios):.2f} times as long as its six "
-        f"matrix products alone. Eager PyTorch takes {min(less):.0f} times more memory for the "
-        "same."
+        f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. Computing the loss and its "
+        f"gradients takes {ranges[0]} times as long as its six matrix products alone, in bfloat16 "
+        f"{ranges[1]}. Eager PyTorch takes {peaks['eager'] / peaks['tap']:.0f} times more memory "
+        "for this."
     )
-
-
-def _cpu_runs() -> list[list[dict[str, Any]]]:
-    """What `make bench` found on each machine."""
-    return [json.loads(path.read_text())["benchmarks"] for path in CPU_RUNS]
 
 
 def _few_shot() -> SweepResults:
@@ -121,12 +118,13 @@ def gain_sentence() -> str:
     unclear = "" if effect.difference.direction else ", which is not clear"
     return (
         f"A small LLaVA is trained twice: with PRe (anchor `{centre.pre.anchor}`) and without. "
-        f"Then it learns {len(test.families)} new kinds of question, each from {test.scenes} "
-        f"scenes, with its tower and projector frozen. After PRe it answers {after} of them "
-        f"right, and {before} without: a difference of {plus_minus(effect.difference, 100, '.1f')} "
-        f"points{unclear} (half the 95% interval over {results.seeds(centre)} paired seeds). With "
-        f"the default anchor, `pre_llm`, it is {plus_minus(of_default.difference, 100, '.1f')} "
-        f"({results.seeds(default)} seeds). On the training's own questions the difference is "
+        f"Then each of the two models learns {len(test.families)} new kinds of question, from "
+        f"{test.scenes} scenes each, with tower and projector frozen and PRe off. The model that "
+        f"was trained with PRe answers {after} of these questions right, the other {before}: a "
+        f"difference of {plus_minus(effect.difference, 100, '.1f')} points{unclear} (half the 95% "
+        f"interval over {results.seeds(centre)} paired seeds). With the default anchor, `pre_llm`, "
+        f"it is {plus_minus(of_default.difference, 100, '.1f')} ({results.seeds(default)} seeds). "
+        "On the training's own questions the difference is "
         f"{plus_minus(common, 100, '.1f')} points."
     )
 
@@ -141,7 +139,9 @@ def claim_section() -> str:
         for frozen, scenes in results.transfers
     }
     rows["the training's own questions"] = at("mean_accuracy")
-    rows[f"what no question asks, read by linear probes at layer {layer}"] = unasked(layer)
+    rows[f"properties that no question asks about, by linear probes at layer {layer}"] = unasked(
+        layer
+    )
     lines = [
         "| | baseline (% right) | PRe (% right) | PRe − baseline (points) "
         "| control − baseline (points) |"
@@ -161,7 +161,7 @@ def claim_section() -> str:
             "means over "
             f"{len(results.seeds)} paired seeds, which share data and initial weights. After ± is "
             "half the 95% t interval. PRe here: "
-            f"{demo['facts']['PRe']}. The control predicts another scene's features. The new "
+            f"{demo['facts']['PRe']}. The new "
             f"questions are about {families}. Each kind is learned alone, with PRe off.",
         ]
     )
@@ -208,9 +208,9 @@ def demo_section() -> str:
     return "\n".join(lines)
 
 
-def cpu_section() -> str:
+def cpu_section(*runs: Path) -> str:
     """The CPU benchmark's tables, a machine's after another's."""
-    return "\n\n".join(map(format_tables, _cpu_runs()))
+    return "\n\n".join(format_tables(json.loads(run.read_text())["benchmarks"]) for run in runs)
 
 
 def few_shot_section() -> str:
@@ -320,13 +320,14 @@ def main() -> None:
     fill(ROOT / "docs" / "pays.md", "pays", pays_section())
     fill(ROOT / "docs" / "pays.md", "cost", cost_sentence())
     fill(ROOT / "docs" / "demo.md", "demo", demo_section())
-    fill(ROOT / "docs" / "performance.md", "cpu-table", cpu_section())
+    fill(ROOT / "docs" / "performance.md", "cpu-table", cpu_section(CPU_RUN))
+    fill(ROOT / "docs" / "history.md", "older-cpu-table", cpu_section(*OLDER_CPU_RUNS))
     fill(ROOT / "docs" / "fidelity.md", "few-shot", few_shot_section())
     fill(ROOT / "docs" / "why.md", "depth", depth_section())
     fill(ROOT / "docs" / "fidelity.md", "photographs", photographs_section())
     fill(ROOT / "docs" / "fidelity.md", "claims", claims_section())
     fill(ROOT / "docs" / "fidelity.md", "merging", merging_section())
-    fill(ROOT / "docs" / "fidelity.md", "sweep", sweep_section())
+    fill(ROOT / "docs" / "history.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 
 

@@ -110,3 +110,20 @@ def encoder_rows(model: Any, inputs: Mapping[str, Any], width: int = 0) -> Tenso
     if not calls:
         return torch.zeros(0, width)
     return torch.cat(calls)[source_of_tokens(model, inputs, calls)]
+
+
+def tower_rows(model: Any, inputs: Mapping[str, Any], width: int = 16) -> Tensor:
+    """The same for LLaVA and others whose projector reads the tower's rows as they are, without
+    the class token where the family drops it."""
+    if "pixel_values" not in inputs:
+        return torch.zeros(0, width)
+    with torch.no_grad():
+        out = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    if not hasattr(model.config, "vision_feature_layer"):
+        return out.last_hidden_state.flatten(0, 1)
+    layers = model.config.vision_feature_layer
+    rows = torch.cat(
+        [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=2
+    )
+    whole = model.config.vision_feature_select_strategy == "full"
+    return (rows if whole else rows[:, 1:]).flatten(0, 1)

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from prereg_kernels import eager_pre_loss
 from tests.attached import seen
+from tests.encoder_rows import SOURCES, encoder_rows, tower_rows
 from tests.packages.run import Run
 
 HEADS = "pre_heads."
@@ -46,6 +47,7 @@ def gradients(
     *,
     autocast: torch.dtype | None = None,
     image_token: int = 4,
+    anchor: str = "pre_llm",
     is_mean_of_means: bool = False,
     has_lm_loss: bool = True,
 ) -> dict[str, Tensor]:
@@ -55,6 +57,7 @@ def gradients(
     Args:
         autocast: in this, on the weights as they were recorded, with the attention that trainers
             take by default, which rounds in places of its own; else in float64.
+        anchor: "pre_llm", or "pre_projector": rows of `tests/encoder_rows.py`.
         is_mean_of_means: of L_LM: the trainer takes it so, over the micro-batches' means.
         has_lm_loss: False for the gradients of weight * L_PRe alone, of batches without labels.
     """
@@ -80,6 +83,13 @@ def gradients(
         }
         with torch.autocast("cpu", autocast, enabled=not is_exact), seen(inner) as states:
             logits = model(**inputs).logits
+            entered = states[0]
+            if anchor == "pre_projector":
+                rows_of = encoder_rows if inner.config.model_type in SOURCES else tower_rows
+                width = heads[max(n for n in heads if ".weight" in n)].shape[0]
+                rows = rows_of(inner, inputs, width)
+                entered = rows.new_zeros(*batch["input_ids"].shape, rows.shape[-1])
+                entered[batch["input_ids"] == image_token] = rows
         if has_lm_loss:
             labels = batch["labels"][:, 1:]
             sums.append(
@@ -91,7 +101,7 @@ def gradients(
         for layer in sorted({int(n.split(".")[0]) for n in heads}):
             hidden, anchors = by_layer.setdefault(layer, ([], []))
             hidden.append(states[layer][mask])
-            anchors.append(states[0][mask])
+            anchors.append(entered[mask])
     terms = []
     for layer, (hidden, anchors) in by_layer.items():
         matrices = [heads[n] for n in sorted(heads) if n.startswith(f"{layer}.weight")]

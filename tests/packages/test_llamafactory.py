@@ -36,7 +36,9 @@ pytestmark = pytest.mark.packages
 PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "llamafactory.md").read_text())
 SETTINGS, COMMAND = PAGE.blocks
 COMMANDS = COMMAND.text.splitlines()  # in one process, and in several
+ANCHOR = yaml.safe_load(SETTINGS.text)["pre"]["anchor"]
 WEIGHT = 0.3  # by the command
+HOW: dict[str, Any] = {"anchor": ANCHOR, "is_mean_of_means": True}
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
 
@@ -129,7 +131,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def test_a_step(place: Place, tuned: str) -> None:
     done = place.run(tuned)
     for number in (0, 3):
-        found = step_errors(place.checkpoint, done, WEIGHT, number=number, is_mean_of_means=True)
+        found = step_errors(place.checkpoint, done, WEIGHT, **HOW, number=number)
         assert max(found.values()) < FLOAT32, found
     check_files(done, (*STEPS, "."))
     check_logs(done, "checkpoint-4")
@@ -156,14 +158,14 @@ def test_text_alone(place: Place) -> None:
     hidden = [batch for batch in batches if not batch["attention_mask"].all()]
     assert any((batch["input_ids"] == 4).any() for batch in hidden)
     for number in (0, 1):
-        found = step_errors(place.checkpoint, done, WEIGHT, number=number, is_mean_of_means=True)
+        found = step_errors(place.checkpoint, done, WEIGHT, **HOW, number=number)
         assert max(found.values()) < FLOAT32, found
 
 
 def test_ranks(place: Place) -> None:
     done = place.run("full", 1, 2, "data", ranks=2)
     weight = yaml.safe_load(SETTINGS.text)["pre"]["weight"]
-    found = step_errors(place.checkpoint, done, weight, ranks=2, is_mean_of_means=True)
+    found = step_errors(place.checkpoint, done, weight, **HOW, ranks=2)
     assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
 
@@ -171,14 +173,14 @@ def test_ranks(place: Place) -> None:
 def test_bfloat16(place: Place) -> None:
     """As its examples train."""
     two, one = (place.run("full", *sizes, bf16=True, use_cpu=True) for sizes in ((2, 2), (4, 1)))
-    check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16, is_mean_of_means=True)
+    check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16, **HOW)
 
 
 @BOTH
 def test_preferences(place: Place, tuned: str) -> None:
     """DPO: its loss is its own, and PRe's heads see the better and the worse answers' images."""
     done = place.run(tuned, data="data", stage="dpo", dataset="pairs")
-    found = head_error(place.checkpoint, done, WEIGHT)
+    found = head_error(place.checkpoint, done, WEIGHT, anchor=ANCHOR)
     assert found < FLOAT32, found
     check_files(done, STEPS)
 

@@ -19,6 +19,7 @@ from prereg_kernels.train.config import DataConfig
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.source import read_records
 from prereg_kernels.train.sources import FORMATS, open_source
+from tests.docs.pages import ROOT, read_page
 
 LLAVA = [
     {
@@ -205,6 +206,17 @@ def test_a_bad_record_is_named(tmp_path: Path, record: Any, message: str) -> Non
         source[1]
     assert source.where(1) == f"{path}:2"
     assert plain(source[0]) == (MESSAGES[0], PATHS[0])
+
+
+def test_the_page_s_samples(tmp_path: Path) -> None:
+    page = read_page("training.md", (ROOT / "docs" / "training.md").read_text())
+    llava, messages = (json.loads(x.text) for x in page.blocks if x.language == "json")
+    found = []
+    for name, record in (("llava", llava), ("messages", messages)):
+        path = write(tmp_path / f"{name}.json", [record], "list")
+        found.append(plain(open_source(DataConfig(str(path), name))[0]))
+    question = user(PICTURE, text("What is it?"))
+    assert found == [([question, assistant("A cat.")], ["cat.jpg"])] * 2
 
 
 def test_a_bad_line_is_one_sample(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ from tests.attach.families.packing import pack
 from tests.attach.families.test_models import FAMILY_SCENES, checkpointed, every_family
 from tests.attach.test_regularizer import traces
 from tests.attached import both, compare
-from tests.encoder_rows import SOURCES, encoder_rows, window_index
+from tests.encoder_rows import SOURCES, encoder_rows, tower_rows, window_index
 from tests.releases import HERE
 
 JOINED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3")
@@ -51,22 +50,6 @@ def test_rows_of_one_call_are_not_copied() -> None:
     model(**make_batch("qwen3_vl", model, "images").inputs)
     assert seen["anchor"].data_ptr() == seen["entered"].data_ptr()
     assert seen["anchor"].numel() == seen["entered"].numel()
-
-
-def tower_rows(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The vision tower's rows, without the class token where the family drops it."""
-    if "pixel_values" not in inputs:
-        return torch.zeros(0, 16)
-    with torch.no_grad():
-        out = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
-    if not hasattr(model.config, "vision_feature_layer"):
-        return out.last_hidden_state.flatten(0, 1)
-    layers = model.config.vision_feature_layer
-    rows = torch.cat(
-        [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=2
-    )
-    whole = model.config.vision_feature_select_strategy == "full"
-    return (rows if whole else rows[:, 1:]).flatten(0, 1)
 
 
 @checkpointed
