@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import queue
-import signal
 import statistics
 import sys
 import threading
@@ -25,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from prereg_kernels.demo.config import TRAINED
 from prereg_kernels.demo.loop import TrainingInterrupted
 from prereg_kernels.demo.metrics import METRICS_FILE
-from prereg_kernels.demo.runs.interrupts import sigint_ignored
+from prereg_kernels.demo.runs.interrupts import deferred_signals, sigint_ignored
 from prereg_kernels.demo.runs.runs import ERROR_FILE, Report
 
 
@@ -92,8 +91,8 @@ def run_units(
             work.put(None)
             process.start()
     try:
-        with _sigterm_as_interrupt():
-            _follow(news, processes, len(todo), console)
+        with deferred_signals() as interrupted:  # raised anywhere, it might get lost in a __del__
+            _follow(news, processes, len(todo), console, interrupted)
     except BaseException as error:
         for process in processes:
             if process.is_alive():
@@ -107,14 +106,27 @@ def run_units(
         raise
 
 
-def _follow(news: Any, processes: Sequence[BaseProcess], count: int, console: Console) -> None:
-    """Show progress until all units are done."""
+def _follow(
+    news: Any,
+    processes: Sequence[BaseProcess],
+    count: int,
+    console: Console,
+    interrupted: Callable[[], bool],
+) -> None:
+    """Show progress until all units are done.
+
+    Raises:
+        KeyboardInterrupt: `interrupted`, which is asked at least twice a second.
+        UnitError: a unit raised, or a worker stopped early.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     done = 0
     with Progress(*columns, TextColumn("{task.fields[losses]}"), console=console) as progress:
         total = progress.add_task("runs", total=count, losses="")
         shown: dict[int, tuple[TaskID, Path]] = {}  # per worker: its bar and the run it is on
         while done < count:
+            if interrupted():
+                raise KeyboardInterrupt
             try:
                 kind, worker, unit, *rest = news.get(timeout=0.5)
             except queue.Empty:
@@ -122,7 +134,8 @@ def _follow(news: Any, processes: Sequence[BaseProcess], count: int, console: Co
                     step, losses = _last_step(directory)
                     progress.update(task, completed=step, losses=losses)
                 codes = [process.exitcode for process in processes]
-                if any(codes) or None not in codes:  # one failed, or all have left work undone
+                early = any(codes) or None not in codes  # one failed, or all left work undone
+                if early and not interrupted():  # a signal to the group reaches workers first
                     raise UnitError(
                         f"a worker stopped early (exit codes {codes}); run again to resume"
                     ) from None
@@ -217,15 +230,3 @@ def _one_thread_each() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

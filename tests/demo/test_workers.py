@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Units of work in processes of their own, and what stops them."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from prereg_kernels.demo.runs.workers import Interrupted, run_units
+
+
+@dataclass
+class Wait:
+    """A unit that takes so long."""
+
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.seconds} seconds"
+
+    def directory(self, out: Path) -> Path:
+        return out
+
+
+def wait(unit: Wait, out: Path, report: Any, device: str) -> dict[str, Any]:
+    time.sleep(unit.seconds)
+    return {"mean_accuracy": 1.0}
+
+
+class Finalized:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Interrupting(Console):
+    """While it prints, a SIGINT comes in a finalizer, whose exceptions Python drops."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        Finalized()
+        super().print(*objects, **options)
+
+
+def test_a_signal_in_a_finalizer_stops_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Interrupted, match=f"stopped; what was trained is in {tmp_path}"):
+        run_units([Wait(0), Wait(3)], wait, tmp_path, ["cpu"], Interrupting())
+    assert "[1/2] 0 seconds" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
