@@ -2,8 +2,8 @@
 """Which figures are older than the code that they measure.
 
 `python -m tests.release.figures` prints a table of benchmarks/results/: where each was measured, at
-which commit, and how many commits have changed since then what it measures. Those with any are to
-be measured again, or said to be older, before a release.
+which commit, and how many files of what it measures are not as they were then. Those with any are
+to be measured again, or moved to docs/history.md, before a release.
 """
 
 from __future__ import annotations
@@ -18,33 +18,39 @@ RESULTS = ROOT / "benchmarks" / "results"
 OPS = ("csrc", "prereg_kernels/ops")
 ATTACH = (*OPS, "prereg_kernels/attach")
 DEMO = (*ATTACH, "prereg_kernels/demo", "prereg_kernels/checkup")
+STUDY = (*DEMO, "benchmarks/studies/demo_run.py")
 MEASURES = {
-    "answers_sweep.json": DEMO,
-    "call_overhead.json": OPS,
-    "checkup_measures.json": ("prereg_kernels/checkup/measures",),
-    "claims.json": DEMO,
+    "checkup_measures.json": (
+        "prereg_kernels/checkup/measures",
+        "benchmarks/studies/checkup_measures.py",
+    ),
+    "claims.json": (*STUDY, "benchmarks/studies/claims.py"),
     "compare_epyc.json": OPS,
-    "cpu.json": OPS,
     "cpu_avx512.json": OPS,
-    "cpu_epyc.json": OPS,
-    "cpu_primitives.json": OPS,
     "demo.json": DEMO,
-    "depth.json": DEMO,
+    "depth.json": (*STUDY, "benchmarks/studies/depth.py"),
     "estimate_cpu.json": (*ATTACH, "prereg_kernels/estimate"),
     "few_shot": DEMO,
-    "fidelity.json": DEMO,
-    "fp8_accuracy.json": OPS,
-    "head_dtype.json": DEMO,
+    "head_dtype.json": (*STUDY, "benchmarks/studies/head_dtype.py"),
     "host.json": OPS,
-    "host_epyc.json": OPS,
-    "input_pipeline.json": ("prereg_kernels/train",),
-    "many_samples.json": ("prereg_kernels/train",),
-    "merging.json": DEMO,
-    "photographs": DEMO,
+    "input_pipeline.json": ("prereg_kernels/train", "benchmarks/studies/input_pipeline.py"),
+    "many_samples.json": ("prereg_kernels/train", "benchmarks/studies/many_samples.py"),
+    "merging.json": (*STUDY, "benchmarks/studies/merging.py"),
+    "photographs": (
+        *STUDY,
+        "benchmarks/studies/photographs.py",
+        "benchmarks/studies/photo_scenes.py",
+    ),
     "same_results.json": (*DEMO, "tests/release/same_results.py"),
-    "token_fraction.json": DEMO,
-    "watched_gradients.json": (*ATTACH, "prereg_kernels/trainers"),
+    "token_fraction.json": (*STUDY, "benchmarks/studies/token_fraction.py"),
+    "watched_gradients.json": (
+        *ATTACH,
+        "prereg_kernels/trainers",
+        "benchmarks/studies/watched_gradients.py",
+    ),
 }
+HISTORY = ("answers_sweep.json", "cpu.json", "cpu_epyc.json", "fidelity.json", "fp8_accuracy.json")
+"""Of earlier commits: on docs/history.md alone, which says so."""
 
 
 class Stamp(NamedTuple):
@@ -74,26 +80,24 @@ def stamps_of(name: str) -> list[Stamp]:
     return sorted({stamp for file in files for stamp in stamps(json.loads(file.read_text()))})
 
 
-def changes_since(commit: str, paths: tuple[str, ...]) -> int:
-    """How many commits have changed these files or folders since.
+def changed_since(commit: str, paths: tuple[str, ...]) -> list[str]:
+    """The files below these paths that are not as they were then.
 
     Raises:
         CalledProcessError: there is no such commit, as in a clone without the history.
     """
-    return int(git("rev-list", "--count", f"{commit}..HEAD", "--", *paths)[0])
+    return git("diff", "--name-only", commit, "--", *paths)
 
 
 def table() -> str:
     """In Markdown, a line for each commit of each file."""
-    lines = ["| results | measured at | on | commits since to what it measures |", "|-|-|-|-|"]
+    lines = ["| results | measured at | on | of what it measures, files changed since |"]
+    lines.append("|-|-|-|-|")
     for name, paths in MEASURES.items():
-        found = stamps_of(name)
-        if not found:
-            lines.append(f"| {name} | not said | | |")
-        for commit, is_dirty, device in found:
+        for commit, is_dirty, device in stamps_of(name):
             dirty = " (dirty)" if is_dirty else ""
             lines.append(
-                f"| {name} | {commit}{dirty} | {device} | {changes_since(commit, paths)} |"
+                f"| {name} | {commit}{dirty} | {device} | {len(changed_since(commit, paths))} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -136,11 +136,20 @@ def test_what_a_wheel_says_of_itself() -> None:
 
 def test_every_result_has_its_line_and_says_what_it_measures() -> None:
     """Of figures.py, whose table says what is older than the code."""
-    assert set(figures.MEASURES) == {path.name for path in figures.RESULTS.iterdir()}
+    there = {path.name for path in figures.RESULTS.iterdir()}
+    assert sorted((*figures.MEASURES, *figures.HISTORY)) == sorted(there)
+    assert all(figures.stamps_of(name) for name in figures.MEASURES)
     assert all((ROOT / path).exists() for paths in figures.MEASURES.values() for path in paths)
 
 
-def test_the_commits_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_page_has_figures_of_earlier_commits() -> None:
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")):
+        cited = set(re.findall(r"benchmarks/results/([\w.]+)", page.read_text()))
+        if page.name != "history.md":
+            assert not cited & set(figures.HISTORY), page
+
+
+def test_what_has_changed_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"a": [{"commit": "1f5a560", "device": "x"}], "b": {"commit": "0", "dirty": True}}
     assert set(figures.stamps(there)) == {("1f5a560", False, "x"), ("0", True, "")}
     monkeypatch.setattr(files, "ROOT", tmp_path)
@@ -151,18 +160,20 @@ def test_the_commits_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             file.write(name)
         run([*git, "add", name], tmp_path)
         run([*git, "commit", "-q", "-m", name], tmp_path)
-    assert figures.changes_since("HEAD", ("x",)) == 0
-    assert figures.changes_since("HEAD~2", ("x",)) == 1
-    assert figures.changes_since("HEAD~2", ("x", "y")) == 2
+    assert figures.changed_since("HEAD", ("x", "y")) == []
+    assert figures.changed_since("HEAD~2", ("x",)) == ["x"]
+    assert figures.changed_since("HEAD~2", ("x", "y")) == ["x", "y"]
+    (tmp_path / "x").write_text("x")  # as it was at first, and not committed
+    assert figures.changed_since("HEAD~2", ("x",)) == []
     with pytest.raises(subprocess.CalledProcessError):
-        figures.changes_since("0" * 40, ("x",))
+        figures.changed_since("0" * 40, ("x",))
 
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "changes_since", lambda commit, paths: len(paths))
+    monkeypatch.setattr(figures, "changed_since", lambda commit, paths: paths)
     lines = figures.table().splitlines()[2:]
     assert {line.split(" | ")[0].lstrip("| ") for line in lines} == set(figures.MEASURES)
-    [cpu] = [line for line in lines if line.startswith("| cpu.json ")]
+    [cpu] = [line for line in lines if line.startswith("| cpu_avx512.json ")]
     assert cpu.endswith(" | 2 |") and len(cpu.split(" | ")[1]) == 7
 
 
