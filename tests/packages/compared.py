@@ -119,7 +119,13 @@ def check_resumed(whole: Run, resumed: Run, start: Mapping[str, Tensor]) -> None
 
 
 def check_low_precision(
-    checkpoint: Path, two: Run, one: Run, weight: float, dtype: torch.dtype, **how: Any
+    checkpoint: Path,
+    two: Run,
+    one: Run,
+    weight: float,
+    dtype: torch.dtype,
+    last: str = "checkpoint-4",
+    **how: Any,
 ) -> None:
     """However a step is spread over micro-batches, the heads' gradients are no further from the
     one definition than eager code is in this dtype. L_PRe falls, and the heads move.
@@ -133,7 +139,7 @@ def check_low_precision(
         found, allowed = errors(step["gradients"], exact), errors(eager, exact)
         assert 0 < found["heads"] <= allowed["heads"] + 1e-6, (found, allowed)
         assert 0 < found["model"] <= 1.1 * allowed["model"], (found, allowed)
-        losses = [entry["pre_loss"] for entry in run.logs("checkpoint-4")]
+        losses = [entry["pre_loss"] for entry in run.logs(last)]
         assert losses[-1] < losses[0] - 0.05, losses
         _, start = split(step["weights"])
         _, end = split(run.weights)

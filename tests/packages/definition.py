@@ -75,21 +75,22 @@ def gradients(
     accepted = inspect.signature(inner.forward).parameters
     by_layer: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     sums, counts = [], []
+    width = heads[max(n for n in heads if ".weight" in n)].shape[0]  # of the anchor
     for batch in step["batches"]:
         inputs = {n: x for n, x in batch.items() if n in accepted and n != "labels"}
         inputs = {
             n: x.double() if is_exact and isinstance(x, Tensor) and x.is_floating_point() else x
             for n, x in inputs.items()
         }
-        with torch.autocast("cpu", autocast, enabled=not is_exact), seen(inner) as states:
-            logits = model(**inputs).logits
-            entered = states[0]
-            if anchor == "pre_projector":
-                rows_of = encoder_rows if inner.config.model_type in SOURCES else tower_rows
-                width = heads[max(n for n in heads if ".weight" in n)].shape[0]
-                rows = rows_of(inner, inputs, width)
-                entered = rows.new_zeros(*batch["input_ids"].shape, rows.shape[-1])
-                entered[batch["input_ids"] == image_token] = rows
+        with torch.autocast("cpu", autocast, enabled=not is_exact):
+            rows_of = encoder_rows if inner.config.model_type in SOURCES else tower_rows
+            rows = rows_of(inner, inputs, width) if anchor == "pre_projector" else None
+            with seen(inner) as states:
+                logits = model(**inputs).logits
+        entered = states[0]
+        if rows is not None:
+            entered = rows.new_zeros(*entered.shape[:2], width)
+            entered[batch["input_ids"] == image_token] = rows
         if has_lm_loss:
             labels = batch["labels"][:, 1:]
             sums.append(
