@@ -66,6 +66,8 @@ def projector_rows(
     like: Tensor,
     shown: Callable[[Tensor], Tensor],
     kinds: Callable[[], list[Tensor]],
+    has_both: bool,
+    is_listed: bool,
     places: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """The projector's inputs, (N, A): a row for each visual token, in their order.
@@ -78,6 +80,8 @@ def projector_rows(
         shown: removes the rows of tokens that attention hides.
         kinds: gives, for each id of visual tokens that the batch has, where among the visual tokens
             it is, such as those of images and those of videos: bool, (tokens, hidden or not,).
+        has_both: whether the batch has images and videos.
+        is_listed: whether the family is one of the package's, or somebody else's.
         places: gives where among the rows of all calls each one belongs; None: where it is.
 
     Raises:
@@ -86,13 +90,17 @@ def projector_rows(
     if not tokens:
         return like.new_zeros(0, width)
     parts = [_rows(x, width, family.joins_rows) for x in seen]
-    rows = like.new_zeros(0, 0)
-    if parts:  # `cat` copies a single one, too
-        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if places is not None and len(rows):
+    if not parts:
+        raise ValueError(
+            f"anchor: 'pre_projector' expected the model's call to run {family.projector!r}, which "
+            f"has the rows of its {tokens} visual tokens; it did not. Give the model pixels, not "
+            "embeddings or features that are made before, or take 'pre_llm' or a function"
+        )
+    rows = torch.cat(parts) if len(parts) > 1 else parts[0]  # `cat` copies a single one, too
+    if places is not None:
         rows = _put(rows, places())
-    if len(parts) > 1 and len(of_kind := kinds()) > 1:
-        rows = _merge(rows, [len(part) for part in parts], of_kind, family)
+    if (len(parts) > 1 or has_both) and len(of_kind := kinds()) > 1:  # a sync
+        rows = _merge(rows, [len(part) for part in parts], of_kind, family, is_listed)
     rows = shown(rows)
     if tuple(rows.shape) != (tokens, width):
         raise ValueError(
@@ -121,13 +129,20 @@ def _put(rows: Tensor, places: Tensor) -> Tensor:
     return torch.empty_like(rows).index_copy_(0, places.to(rows.device), rows)
 
 
-def _merge(rows: Tensor, calls: list[int], kinds: list[Tensor], family: Family) -> Tensor:
+def _merge(
+    rows: Tensor, calls: list[int], kinds: list[Tensor], family: Family, is_listed: bool
+) -> Tensor:
     """The rows of one call for each kind of visual token, each where tokens of its kind are.
+
+    ms-swift encodes images and videos of listed families by one call, images first. Of another
+    family's one call nobody knows the order.
 
     Raises:
         ValueError: the calls have other numbers of rows than the kinds have tokens.
     """
     expected = [int(kind.sum()) for kind in kinds]
+    if is_listed and calls == [sum(expected)]:
+        calls = expected
     if calls != expected or len(kinds[0]) != len(rows):  # some of another id, in a given mask
         raise ValueError(
             f"anchor: 'pre_projector' expected a call of {family.projector!r} for each kind of "

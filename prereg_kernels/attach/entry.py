@@ -20,6 +20,9 @@ from prereg_kernels.attach.sequence_parallel import WHOLE_ROWS
 from prereg_kernels.attach.state import State
 
 
+PIXELS = ("pixel_values", "pixel_values_videos")
+
+
 class Entry:
     """Takes the anchor of a pass from what enters the decoder.
 
@@ -143,6 +146,8 @@ class Entry:
             rows = projector_rows(
                 current.encoded, tokens, width, family, embeddings, current.shown,
                 kinds=lambda: current.kinds(family.visual_token_ids(model)),
+                has_both=all(current.inputs.get(name) is not None for name in PIXELS),
+                is_listed=state.origin == "listed",
                 places=family.places and partial(family.places, model.config, current.inputs),
             )  # fmt: skip
             current.encoded.clear()

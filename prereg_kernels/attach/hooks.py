@@ -117,6 +117,11 @@ class Hooks:
                 "torch.nn.DataParallel, whose threads share the hooks of one; use "
                 "DistributedDataParallel, a process per GPU"
             )
+        encoded: list[Tensor] = []  # before the call
+        if state.encoded:
+            encoded, state.encoded = state.encoded, []
+            if inputs.get("input_ids") is not None:  # this call encodes its own
+                encoded = []
         next_mask = state.next_mask
         given = None
         if next_mask.mask is not None or next_mask.kept:
@@ -177,7 +182,7 @@ class Hooks:
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
         current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
-        current.images, current.part = images, part
+        current.images, current.part, current.encoded = images, part, encoded
         if images is not None and shared is not None:
             current.image_rows = share_of(images.count, shared.group)
         if mask is not marked:
@@ -216,9 +221,11 @@ class Hooks:
         return choose_tokens(index.numel(), state.config.token_fraction, address, index.device)
 
     def see_projector(self, states: Tensor) -> None:
-        current = self._pass
-        if current is not None:
-            current.encoded.append(states.detach())
+        call, state = self._calls.current, self._state
+        if call is None and state.batch is not None:  # in a trainer's hook, before its call
+            state.encoded.append(states.detach())
+        elif call is not None and call.current is not None:
+            call.current.encoded.append(states.detach())
 
     def see_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -38,6 +38,7 @@ class State:
         given_group: `PRe.tensor_parallel_group`, if it was set.
         next_mask: `PRe.next_visual_mask`, and what became of the masks before.
         batch: the batch of a trainer's step, for calls that no longer have its ids; or None.
+        encoded: what entered the projector before such a call.
         last: the record of the last training call; with `value_in_eval`, of an evaluation too.
         collected: the passes so far while `PRe.collecting` is open; else None.
         shapes: {name inside of `model.pre_heads`: shape of the whole parameter}.
@@ -68,6 +69,7 @@ class State:
         self.given_group: distributed.Held | None = None
         self.next_mask = NextMask()
         self.batch: Mapping[str, Any] | None = None
+        self.encoded: list[Tensor] = []
         self.last: Record | None = None
         self.collected: list[Collected] | None = None
         self.hooks: list[RemovableHandle] = []
@@ -99,7 +101,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which do not get a term that waits for backward."""
-        return vars(self) | {"loss": None, "collected": None, "batch": None}
+        return vars(self) | {"loss": None, "collected": None, "batch": None, "encoded": []}
 
     @contextmanager
     def computing_on(self, batch: Any) -> Iterator[None]:
@@ -113,6 +115,7 @@ class State:
             yield
         finally:
             self.batch = before
+            self.encoded.clear()
 
     def completed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments; without ids, with those of the batch that it is of, if there is one.
