@@ -47,6 +47,11 @@ def is_before(major: int) -> bool:
     return numbers is not None and int(numbers[1]) < major
 
 
+def install_torchvision() -> str:
+    """The command that takes the release for the torch that is here, and not another torch."""
+    return f"pip install torchvision 'torch=={importlib.metadata.version('torch')}'"
+
+
 def too_old_to_train() -> str | None:
     """What to tell a user of `prereg train` whose transformers is; None: it is not, or missing."""
     try:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from prereg_kernels._util.files import read_json
+from prereg_kernels._util.supported import install_torchvision
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.regularizer import apply_pre
 from prereg_kernels.attach.resolver import resolve
@@ -104,7 +105,7 @@ def _processor(directory: Path, config: Any) -> Any:
                 raise
             raise NotRunError(
                 "AutoProcessor needs torchvision for it, as wherever a model takes videos: "
-                "pip install torchvision"
+                + install_torchvision()
             ) from error
     if not isinstance(processor, ProcessorMixin):
         raise NotRunError(f"{directory.name} has a {type(processor).__name__} and no processor")

@@ -17,6 +17,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import PushToHubMixin
 from transformers.video_processing_utils import BaseVideoProcessor as WithSettings
 
+from prereg_kernels._util.supported import install_torchvision
+
 
 class VideoSettings(BaseVideoProcessor, PushToHubMixin):
     """In the place of a processor of videos.
@@ -36,7 +38,7 @@ class VideoSettings(BaseVideoProcessor, PushToHubMixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ImportError."""
         raise ImportError(
-            "videos: expected torchvision, which is not here; pip install torchvision"
+            f"videos: expected torchvision, which is not here; {install_torchvision()}"
         )
 
 

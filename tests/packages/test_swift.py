@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +37,9 @@ from tests.packages.run import Run, run
 pytestmark = pytest.mark.packages
 
 PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "ms-swift.md").read_text())
-COMMAND, FILE, *_ = PAGE.blocks
+COMMAND, FILE, _, TRY = PAGE.blocks
 WEIGHT = {"lora": 0.3, "full": 0.5}
-ANCHOR = {
-    "lora": "pre_llm", "full": yaml.safe_load(FILE.text)["model_kwargs"]["pre"]["anchor"],
-}  # fmt: skip
+ANCHOR = "pre_projector"
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
 KINDS = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl"}
@@ -86,11 +88,13 @@ class Place:
         if resumed:
             whole = self.run(tuned, rows, micro_batches, model)
             own["resume_from_checkpoint"] = str(whole.output / "checkpoint-2")
-        start = shlex.split(COMMAND.text.replace("$(prereg swift-plugin)", str(SWIFT_PLUGIN)))
-        assert start[:2] == ["swift", "sft"] and start[-1] == "..."
-        start = ["swift", command, *start[2:-1]]
+        text = COMMAND.text.replace("$(prereg swift-plugin)", str(SWIFT_PLUGIN))
+        start = shlex.split(text.replace("\\\n", "").replace('"weight": 0.5', '"weight": 0.3'))
+        assert start[:3] == ["swift", "sft", "..."] and ANCHOR in start[-1]
+        start = ["swift", command, *start[3:]]
         if tuned == "full":
             place.mkdir()
+            assert ANCHOR in FILE.text
             text = FILE.text.replace("PATH", str(SWIFT_PLUGIN))
             (place / "sft.yaml").write_text(text + yaml.safe_dump(own))
             start = ["swift", command, "sft.yaml"]
@@ -111,7 +115,7 @@ def test_a_step(place: Place, tuned: str) -> None:
     done = place.run(tuned)
     for number in (0, 3):
         found = step_errors(
-            place.checkpoints["llava"], done, WEIGHT[tuned], number=number, anchor=ANCHOR[tuned]
+            place.checkpoints["llava"], done, WEIGHT[tuned], number=number, anchor=ANCHOR
         )
         assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
@@ -138,7 +142,7 @@ def test_a_template_that_takes_the_ids(place: Place, tuned: str) -> None:
     done = place.run(tuned, model="qwen")
     for number in (0, 3):
         found = step_errors(
-            place.checkpoints["qwen"], done, WEIGHT[tuned], number=number, anchor=ANCHOR[tuned],
+            place.checkpoints["qwen"], done, WEIGHT[tuned], number=number, anchor=ANCHOR,
             image_token=QWEN_IMAGE,
         )  # fmt: skip
         assert max(found.values()) < FLOAT32, found
@@ -147,7 +151,7 @@ def test_a_template_that_takes_the_ids(place: Place, tuned: str) -> None:
 
 def test_ranks(place: Place) -> None:
     done = place.run("lora", 1, 2, ranks=2)
-    found = step_errors(place.checkpoints["llava"], done, WEIGHT["lora"], ranks=2)
+    found = step_errors(place.checkpoints["llava"], done, WEIGHT["lora"], ranks=2, anchor=ANCHOR)
     assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
 
@@ -160,7 +164,9 @@ def test_sequences_that_ranks_share(place: Place) -> None:
         torch.equal(x, done.step(0, 1)["gradients"][n]) for n, x in step["gradients"].items()
     )
     for number in (0, 3):
-        found = step_errors(place.checkpoints["llava"], done, WEIGHT["lora"], number=number)
+        found = step_errors(
+            place.checkpoints["llava"], done, WEIGHT["lora"], number=number, anchor=ANCHOR
+        )
         assert max(found.values()) < FLOAT32, found
     check_logs(done, "checkpoint-4")
 
@@ -168,7 +174,7 @@ def test_sequences_that_ranks_share(place: Place) -> None:
 def test_preferences(place: Place) -> None:
     """DPO: its loss is its own, and PRe's heads see the better and the worse answers' images."""
     done = place.run("lora", command="rlhf", rlhf_type="dpo", dataset=str(place.pairs))
-    found = head_error(place.checkpoints["llava"], done, WEIGHT["lora"])
+    found = head_error(place.checkpoints["llava"], done, WEIGHT["lora"], anchor=ANCHOR)
     assert found < FLOAT32, found
     check_files(done, STEPS)
 
@@ -183,8 +189,22 @@ def test_bfloat16(place: Place) -> None:
     )
     check_low_precision(
         place.checkpoints["llava"], two, one, WEIGHT["full"], torch.bfloat16,
-        last="checkpoint-16", anchor=ANCHOR["full"],
+        last="checkpoint-16", anchor=ANCHOR,
     )  # fmt: skip
+
+
+def test_the_page_s_try(tmp_path: Path) -> None:
+    make, assemble, *train = TRY.text.splitlines()
+    (_, script, *rest), (_, *arguments) = shlex.split(make), shlex.split(assemble)
+    for command in ([str(ROOT / script), *rest], ["-m", "prereg_kernels", *arguments]):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
+    text = "".join(train).replace("\\", "").replace("$(prereg swift-plugin)", str(SWIFT_PLUGIN))
+    done = run("swift", shlex.split(text), tmp_path, tmp_path / "photos" / "out")
+    [logged] = done.output.glob("*/logging.jsonl")
+    losses = [json.loads(line).get("pre_loss") for line in logged.read_text().splitlines()]
+    first, *_, last = (x for x in losses if x is not None)
+    assert last < first - 0.1
 
 
 def test_a_merged_model(place: Place) -> None:
