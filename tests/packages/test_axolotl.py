@@ -45,7 +45,8 @@ BOTH = pytest.mark.parametrize("tuned", TUNED)
 STEPS = ("checkpoint-2", "checkpoint-4")
 PLUGIN = "prereg_kernels.trainers.axolotl.PRePlugin"
 # L_LM of a step is the mean of its micro-batches' means, as axolotl takes it
-HOW = {"is_mean_of_means": True}
+ANCHOR = "pre_projector"
+HOW: dict[str, Any] = {"is_mean_of_means": True, "anchor": ANCHOR}
 
 
 def write_chats(folder: Path) -> tuple[Path, Path]:
@@ -109,7 +110,8 @@ class Place:
             "gradient_accumulation_steps": micro_batches, "max_steps": 4, "save_steps": 2,
             "logging_steps": 1, "learning_rate": 1e-3, "optimizer": "adamw_torch",
             "bf16": False, "plugins": [PLUGIN],
-            "pre": {"weight": WEIGHT, "head_learning_rate": "1e-2"}, **TUNED[tuned],
+            "pre": {"weight": WEIGHT, "anchor": ANCHOR, "head_learning_rate": "1e-2"},
+            **TUNED[tuned],
         }  # fmt: skip
         if resumed:
             whole = self.run(tuned, rows, micro_batches, data=data)

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from prereg_kernels import apply_pre, eager_pre_loss
 from tests.attached import seen
+from tests.encoder_rows import tower_rows
 from tests.helpers import relative_error
 from tests.packages.checkpoint import make_llava
 from tests.packages.nemo_run import IMAGE
@@ -55,7 +56,7 @@ def config_of(model: Path, out: Path, **changes: Any) -> dict[str, Any]:
     here = "tests.packages.nemo_run"
     return {
         "recipe": "prereg_kernels.trainers.nemo.PReFinetuneRecipeForVLM",
-        "pre": {"weight": WEIGHT, "layers": LAYERS},
+        "pre": {"weight": WEIGHT, "layers": LAYERS, "anchor": "pre_projector"},
         "seed": 0,
         "step_scheduler": {
             "global_batch_size": 4, "local_batch_size": 2, "ckpt_every_steps": 2,
@@ -140,7 +141,7 @@ def expected(model_path: Path, step: dict[str, Any]) -> tuple[dict[str, Tensor],
         loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
         losses.append(loss)
         mask = batch["input_ids"] == IMAGE
-        anchors.append(states[0][mask].detach())
+        anchors.append(tower_rows(model, inputs))
         for layer in LAYERS:
             hidden[layer].append(states[layer][mask])
     terms = [

@@ -29,6 +29,7 @@ from tests.trainers.test_examples import check_fall
 
 pytestmark = pytest.mark.packages
 
+ANCHOR = "pre_projector"
 WEIGHT = 0.3
 TUNED = {
     "full": {},
@@ -100,7 +101,7 @@ class Place:
             own["resume_from_checkpoint"] = str(whole.output / "checkpoint-2")
         program, flags = ["trl", command, "--config", "x.yaml"], []
         if has_pre:
-            own["pre"] = {"head_learning_rate": 0.01}
+            own["pre"] = {"head_learning_rate": 0.01, "anchor": ANCHOR}
             program, flags = ["prereg_kernels", *program], ["--pre.weight", str(WEIGHT)]
         place.mkdir()
         (place / "x.yaml").write_text(yaml.safe_dump(own | settings))
@@ -120,7 +121,7 @@ def test_a_step(place: Place, tuned: str) -> None:
     images = [batch["pixel_values"].shape[0] for batch in done.step(0)["batches"]]
     assert sum(images) > 0
     for number in (0, 3):
-        found = step_errors(place.checkpoint, done, WEIGHT, number=number)
+        found = step_errors(place.checkpoint, done, WEIGHT, number=number, anchor=ANCHOR)
         assert max(found.values()) < FLOAT32, found
     check_files(done, (*STEPS, "."))
     check_logs(done, "checkpoint-4")
@@ -147,7 +148,7 @@ def test_text_alone(place: Place) -> None:
     images = {int((batch["input_ids"] == 4).sum()) // 4 for batch in batches}
     assert images == {0, 1, 2}, images
     for number in (0, 1):
-        found = step_errors(place.checkpoint, done, WEIGHT, number=number)
+        found = step_errors(place.checkpoint, done, WEIGHT, number=number, anchor=ANCHOR)
         assert max(found.values()) < FLOAT32, found
 
 
@@ -188,7 +189,7 @@ def test_grpo(place: Place, tuned: str) -> None:
 
 def check_sum(place: Place, done: Run, step: dict[str, Any], without: dict[str, Any]) -> None:
     """The gradients are those of TRL's own loss, without PRe, and those of the term."""
-    term = gradients(place.checkpoint, done, step, WEIGHT, has_lm_loss=False)
+    term = gradients(place.checkpoint, done, step, WEIGHT, anchor=ANCHOR, has_lm_loss=False)
     own = without["gradients"]
     expected = {n: own.get(n, 0) + term.get(n, 0) for n in step["gradients"]}
     found = errors(step["gradients"], expected)
@@ -222,7 +223,7 @@ def test_bfloat16(place: Place) -> None:
     """TRL's default, for which it wants to be told of a CPU."""
     settings = {"bf16": True, "use_cpu": True}
     two, one = (place.run("full", *sizes, **settings) for sizes in ((2, 2), (4, 1)))
-    check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16)
+    check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16, anchor=ANCHOR)
 
 
 def test_the_command_without_a_known_setting(place: Place) -> None:
