@@ -87,10 +87,10 @@ def cost_sentence() -> str:
     return (
         f"On a CPU, PRe makes a training step of the demo's small LLaVA "
         f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
-        f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. Computing the loss and its "
-        f"gradients takes {ranges[0]} times as long as its six matrix products alone, in bfloat16 "
-        f"{ranges[1]}. Eager PyTorch takes {peaks['eager'] / peaks['tap']:.0f} times more memory "
-        "for this."
+        f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. The loss with its gradients "
+        f"takes {ranges[0]} times as long as the six matrix products in it, in float32; in "
+        f"bfloat16 it takes {ranges[1]} times. For the loss alone, eager PyTorch takes "
+        f"{peaks['eager'] / peaks['tap']:.0f} times the memory of the package."
     )
 
 
@@ -117,15 +117,16 @@ def gain_sentence() -> str:
     common = results.effect(centre, at("mean_accuracy")).difference
     unclear = "" if effect.difference.direction else ", which is not clear"
     return (
-        f"A small LLaVA is trained twice: with PRe (anchor `{centre.pre.anchor}`) and without. "
+        f"A small LLaVA is trained twice: without PRe, and with PRe, whose head predicts the "
+        f"vision encoder's output (the anchor `{centre.pre.anchor}`). "
         f"Then each of the two models learns {len(test.families)} new kinds of question, from "
         f"{test.scenes} scenes each, with tower and projector frozen and PRe off. The model that "
         f"was trained with PRe answers {after} of these questions right, the other {before}: a "
         f"difference of {plus_minus(effect.difference, 100, '.1f')} points{unclear} (half the 95% "
-        f"interval over {results.seeds(centre)} paired seeds). With the default anchor, `pre_llm`, "
-        f"it is {plus_minus(of_default.difference, 100, '.1f')} ({results.seeds(default)} seeds). "
-        "On the training's own questions the difference is "
-        f"{plus_minus(common, 100, '.1f')} points."
+        f"interval over {results.seeds(centre)} paired seeds). On the training's own questions the "
+        f"difference is {plus_minus(common, 100, '.1f')} points. With the default anchor, "
+        f"`pre_llm`, the difference on new questions is "
+        f"{plus_minus(of_default.difference, 100, '.1f')} points ({results.seeds(default)} seeds)."
     )
 
 
@@ -157,8 +158,8 @@ def claim_section() -> str:
         [
             *lines,
             "",
-            "`make demo` prints these figures in several tables, but for the last column. They are "
-            "means over "
+            "`make demo` prints all of these figures but the last column, in several tables. They "
+            "are means over "
             f"{len(results.seeds)} paired seeds, which share data and initial weights. After ± is "
             "half the 95% t interval. PRe here: "
             f"{demo['facts']['PRe']}. The new "
