@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,8 @@ def test_the_page_s_file(place: Place) -> None:
     (folder / "train.jsonl").write_bytes(place.data["sft"].read_bytes())
     [command] = re.findall(r"^prereg (trl sft .*)$", page, re.MULTILINE)
     on_a_cpu = ["--use_cpu", "true", "--report_to", "none"]
-    done = run("trl", ["prereg_kernels", *command.split(), *on_a_cpu], folder, folder / "out")
+    command_line = ["prereg_kernels", *shlex.split(command, comments=True), *on_a_cpu]
+    done = run("trl", command_line, folder, folder / "out")
     settings = load_heads(done.output).config
     assert (settings["weight"], settings["head_learning_rate"]) == (0.3, 1e-3)
     start = done.step(0)["weights"]
