@@ -121,7 +121,7 @@ def gradients_of(trainer: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return gradients(trainer.model)
 
 
-NAMES = ("llava", "qwen2_vl", "qwen2_5_vl")
+NAMES = ("llava", "qwen2_vl", "qwen2_5_vl", "internvl")
 SCENES = ("several images", "video", "left padding", "text only")
 
 
