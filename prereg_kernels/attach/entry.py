@@ -19,7 +19,6 @@ from prereg_kernels.attach.pooling import pool_images
 from prereg_kernels.attach.sequence_parallel import WHOLE_ROWS
 from prereg_kernels.attach.state import State
 
-
 PIXELS = ("pixel_values", "pixel_values_videos")
 
 
