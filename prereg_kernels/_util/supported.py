@@ -48,8 +48,11 @@ def is_before(major: int) -> bool:
 
 
 def install_torchvision() -> str:
-    """The command that takes the release for the torch that is here, and not another torch."""
-    return f"pip install torchvision 'torch=={importlib.metadata.version('torch')}'"
+    """How to get the build for the torch that is here, and not another torch."""
+    torch = importlib.metadata.version("torch")
+    if "+" in torch:  # an index of PyTorch's own, and so is torchvision's build for it
+        return f"install it from where torch {torch} came from: https://pytorch.org/get-started"
+    return f"pip install torchvision 'torch=={torch}'"
 
 
 def too_old_to_train() -> str | None:

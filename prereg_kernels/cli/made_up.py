@@ -104,7 +104,7 @@ def _processor(directory: Path, config: Any) -> Any:
             if "torchvision" not in str(error).lower():
                 raise
             raise NotRunError(
-                "AutoProcessor needs torchvision for it, as wherever a model takes videos: "
+                "AutoProcessor needs torchvision for it, as wherever a model takes videos; "
                 + install_torchvision()
             ) from error
     if not isinstance(processor, ProcessorMixin):

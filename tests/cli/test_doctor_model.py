@@ -137,9 +137,7 @@ def test_a_processor_that_needs_torchvision(bare: Path) -> None:
     settings |= {"processor_class": "Qwen2_5_VLProcessor"}
     (bare / "preprocessor_config.json").write_text(json.dumps(settings))
     (bare / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
-    with pytest.raises(
-        made_up.NotRunError, match=r"needs torchvision .* pip install torchvision 'torch=="
-    ):
+    with pytest.raises(made_up.NotRunError, match=r"needs torchvision .*; .*install.* torch.*2\."):
         made_up._processor(bare, Qwen2_5_VLConfig())
 
 

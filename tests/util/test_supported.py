@@ -92,3 +92,13 @@ def test_a_release_that_is_too_old_to_train(
     for version in ("5.6.0", "5.17.0.dev0", "6.0.0"):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
         assert supported.too_old_to_train() is None
+
+
+def test_torchvision_is_the_one_for_the_torch_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's is built for CUDA: beside a torch for CPUs it cannot be imported."""
+    for version, advice in (
+        ("2.13.0", "pip install torchvision 'torch==2.13.0'"),
+        ("2.13.0+cpu", "install it from where torch 2.13.0+cpu came from: https://pytorch.org/"),
+    ):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        assert supported.install_torchvision().startswith(advice)
