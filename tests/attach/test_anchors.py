@@ -116,7 +116,7 @@ def test_without_a_row_for_each_visual_token() -> None:
     batch["inputs_embeds"][batch["input_ids"] == IMAGE_TOKEN] = torch.cat(list(features))
     del batch["pixel_values"]
     model.model.forward = _without_ids(model.model.forward)
-    message = r"anchor: 'pre_projector' .* shape \(8, 16\), got \(0, 0\) at 'model\.multi_modal"
+    message = r"anchor: 'pre_projector' .* run 'model\.multi_modal_projector', .* its 8 visual"
     with pytest.raises(ValueError, match=message):
         model(**batch)
 
@@ -132,6 +132,7 @@ def rows(
     width: int = 3,
     kinds: str = "",
     hidden: str = "",
+    is_listed: bool = True,
     **family: Any,
 ) -> Tensor:
     """`projector_rows` of a batch whose visual tokens are of these kinds, and hidden where "x"."""
@@ -141,7 +142,8 @@ def rows(
     places = family.pop("places", None)
     return projector_rows(
         parts, tokens, width, dataclasses.replace(LLAVA, **family), torch.zeros(1),
-        shown=lambda rows: rows[keep] if hidden else rows, kinds=lambda: of_kind, places=places,
+        shown=lambda rows: rows[keep] if hidden else rows, kinds=lambda: of_kind,
+        has_both=len(names) > 1, is_listed=is_listed, places=places,
     )  # fmt: skip
 
 
@@ -166,6 +168,15 @@ def test_rows_of_a_call_for_each_kind() -> None:
         rows(parts, 5, 1, "abcbb")
     with pytest.raises(ValueError, match=r"of \[2, 3\] rows, got calls of \[2, 3\] rows"):
         rows(parts, 6, 1, "aabbb ")  # a position that a mask marks, and that has another id
+
+
+def test_rows_of_one_call_for_both_kinds() -> None:
+    """As ms-swift encodes those of listed families, images first."""
+    part = torch.tensor([[1.0], [2.0], [7.0], [8.0], [9.0]])
+    assert rows([part], 5, 1, "babba").flatten().tolist() == [7, 1, 8, 9, 2]
+    assert rows([part], 3, 1, "babba", "..xx.").flatten().tolist() == [7, 1, 2]
+    with pytest.raises(ValueError, match=r"of \[2, 3\] rows, got calls of \[5\] rows"):
+        rows([part], 5, 1, "babba", is_listed=False)
 
 
 def test_rows_that_are_joined() -> None:

@@ -50,7 +50,8 @@ class Interrupting(Console):
 def test_a_signal_in_a_finalizer_stops_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=f"stopped; what was trained is in {tmp_path}"):
         run_units([Wait(0), Wait(3)], wait, tmp_path, ["cpu"], Interrupting())
     assert "[1/2] 0 seconds" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

@@ -191,7 +191,7 @@ NOT_RUN = {
         "pip install --no-build-isolation -e '.[dev]'",
         "pip wheel .",
         "pip install '.[checkup]'",
-        "pip install torchvision 'torch==2.13.0'",
+        "pip install torchvision torch==2.13.0",
         "pip install pillow",
         "pip install peft",
         "pip install lmms-eval",
