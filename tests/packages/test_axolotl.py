@@ -44,8 +44,8 @@ TUNED = {
 BOTH = pytest.mark.parametrize("tuned", TUNED)
 STEPS = ("checkpoint-2", "checkpoint-4")
 PLUGIN = "prereg_kernels.trainers.axolotl.PRePlugin"
-# L_LM of a step is the mean of its micro-batches' means, as axolotl takes it
 ANCHOR = "pre_projector"
+# L_LM of a step is the mean of its micro-batches' means, as axolotl takes it
 HOW: dict[str, Any] = {"is_mean_of_means": True, "anchor": ANCHOR}
 
 
