@@ -167,13 +167,13 @@ test-trl: $(PACKAGES)/trl/.ready  ## PRe in TRL, by its own command (18 minutes 
 	$(BIN)/python -m pytest -m packages tests/packages/test_trl.py
 	PYTHONPATH=$(PACKAGES)/trl:. $(BIN)/python -m pytest tests/packages/with_trl.py
 
-test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command (13 minutes beside other work)
+test-axolotl: $(PACKAGES)/axolotl/.ready  ## PRe in axolotl, by its own command (4 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_axolotl.py
 
-test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (14 minutes beside other work)
+test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (4 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_swift.py
 
-test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (14 minutes beside other work)
+test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (8 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
 
 test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
