@@ -37,7 +37,7 @@ from tests.packages.run import Run, run
 pytestmark = pytest.mark.packages
 
 PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "ms-swift.md").read_text())
-COMMAND, FILE, _, TRY = PAGE.blocks
+COMMAND, FILE, _, MAKE, TRY = PAGE.blocks
 WEIGHT = {"lora": 0.3, "full": 0.5}
 ANCHOR = "pre_projector"
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
@@ -194,12 +194,12 @@ def test_bfloat16(place: Place) -> None:
 
 
 def test_the_page_s_try(tmp_path: Path) -> None:
-    make, assemble, *train = TRY.text.splitlines()
+    make, assemble = MAKE.text.splitlines()
     (_, script, *rest), (_, *arguments) = shlex.split(make), shlex.split(assemble)
     for command in ([str(ROOT / script), *rest], ["-m", "prereg_kernels", *arguments]):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
-    text = "".join(train).replace("\\", "").replace("$(prereg swift-plugin)", str(SWIFT_PLUGIN))
+    text = TRY.text.replace("\\\n", "").replace("$(prereg swift-plugin)", str(SWIFT_PLUGIN))
     done = run("swift", shlex.split(text), tmp_path, tmp_path / "photos" / "out")
     [logged] = done.output.glob("*/logging.jsonl")
     losses = [json.loads(line).get("pre_loss") for line in logged.read_text().splitlines()]
