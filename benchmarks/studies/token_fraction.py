@@ -105,10 +105,11 @@ def format_table(stored: dict[str, Any]) -> str:
             cells.append(f"{100 * effect.after.value:.1f}" + interval * (variant != BASELINE))
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines.append(
-        "\nThe times over the baseline are medians of paired ratios, of steps in turn. The layers "
-        "have the mean accuracy of linear probes of what no question asks about, over "
-        f"{stored['seeds']} paired seeds; PRe is at {layers[0]}. After ± is the standard error of "
-        "the time, and half the 95% t interval of the difference to the baseline. "
+        '\nSteps of all rows were taken in turn; "over the baseline" is the median of the paired '
+        "ratios. A layer's column is the mean accuracy there of linear probes of properties that "
+        f"no question asks about, over {stored['seeds']} paired seeds; PRe is at {layers[0]}. "
+        "After ± is the standard error of the time, and half the 95% t interval of the "
+        "difference to the baseline. "
         f"{made_on(stored['machine'])}."
     )
     return "\n".join(lines)
