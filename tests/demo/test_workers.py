@@ -47,11 +47,12 @@ class Interrupting(Console):
         super().print(*objects, **options)
 
 
+@pytest.mark.parametrize("seconds", ((0, 3), (0,)), ids=("in the middle", "at the end"))
 def test_a_signal_in_a_finalizer_stops_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seconds: tuple[float, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=f"stopped; what was trained is in {tmp_path}"):
-        run_units([Wait(0), Wait(3)], wait, tmp_path, ["cpu"], Interrupting())
-    assert "[1/2] 0 seconds" in capsys.readouterr().out
+        run_units([Wait(x) for x in seconds], wait, tmp_path, ["cpu"], Interrupting())
+    assert f"[1/{len(seconds)}] 0 seconds" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before

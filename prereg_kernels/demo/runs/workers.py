@@ -124,9 +124,11 @@ def _follow(
     with Progress(*columns, TextColumn("{task.fields[losses]}"), console=console) as progress:
         total = progress.add_task("runs", total=count, losses="")
         shown: dict[int, tuple[TaskID, Path]] = {}  # per worker: its bar and the run it is on
-        while done < count:
+        while True:
             if interrupted():
                 raise KeyboardInterrupt
+            if done == count:
+                return
             try:
                 kind, worker, unit, *rest = news.get(timeout=0.5)
             except queue.Empty:
