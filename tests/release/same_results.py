@@ -46,7 +46,8 @@ def studied() -> dict[str, list[str]]:
     for name, paths in MEASURES.items():
         if set(DEMO) <= set(paths) and name != OUT.name:
             for stamp in stamps_of(name):
-                found.setdefault(stamp.commit, []).append(name)
+                names = found.setdefault(stamp.commit, [])
+                names += [name] * (name not in names)  # once, dirty or not
     return found
 
 
