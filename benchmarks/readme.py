@@ -90,7 +90,8 @@ def cost_sentence() -> str:
         f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. The loss with its gradients "
         f"takes {ranges[0]} times as long as the six matrix products in it, in float32; in "
         f"bfloat16 it takes {ranges[1]} times. For the loss alone, eager PyTorch takes "
-        f"{peaks['eager'] / peaks['tap']:.0f} times the memory of the package."
+        f"{peaks['eager'] / peaks['tap']:.0f} times the memory of the package "
+        f"({found[0]['device']}, commit {found[0]['commit']})."
     )
 
 
@@ -116,6 +117,7 @@ def gain_sentence() -> str:
     before, after = (f"{100 * x.value:.1f}%" for x in (effect.before, effect.after))
     common = results.effect(centre, at("mean_accuracy")).difference
     unclear = "" if effect.difference.direction else ", which is not clear"
+    commits = sorted({stamp["commit"] for stamp in stamps(finished(results.config, FEW_SHOT))})
     return (
         f"A small LLaVA is trained twice: without PRe, and with PRe, whose head predicts the "
         f"vision encoder's output (the anchor `{centre.pre.anchor}`). "
@@ -127,7 +129,8 @@ def gain_sentence() -> str:
         f"interval over {results.seeds(centre)} paired seeds). On the training's own questions the "
         f"difference is {plus_minus(common, 100, '.1f')} points. With the default anchor, "
         f"`pre_llm`, the difference on new questions is "
-        f"{plus_minus(of_default.difference, 100, '.1f')} points ({results.seeds(default)} seeds)."
+        f"{plus_minus(of_default.difference, 100, '.1f')} points ({results.seeds(default)} seeds; "
+        f"commit {', '.join(commits)})."
     )
 
 

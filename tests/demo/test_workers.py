@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from prereg_kernels.demo.runs.workers import Interrupted, run_units
+from prereg_kernels.demo.runs.workers import Interrupted, _follow, run_units
 
 
 @dataclass
@@ -56,3 +58,16 @@ def test_a_signal_in_a_finalizer_stops_them(
         run_units([Wait(x) for x in seconds], wait, tmp_path, ["cpu"], Interrupting())
     assert f"[1/{len(seconds)}] 0 seconds" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class NoNews:
+    def get(self, timeout: float) -> Any:
+        raise queue.Empty
+
+
+def test_a_signal_that_reaches_the_workers_first() -> None:
+    """That they have stopped is then no failure of theirs."""
+    stopped: Any = [SimpleNamespace(exitcode=130)]
+    asked = iter((False, True, True))
+    with pytest.raises(KeyboardInterrupt):
+        _follow(NoNews(), stopped, 1, Console(), lambda: next(asked))

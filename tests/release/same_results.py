@@ -47,7 +47,8 @@ def studied() -> dict[str, list[str]]:
         if set(DEMO) <= set(paths) and name != OUT.name:
             for stamp in stamps_of(name):
                 names = found.setdefault(stamp.commit, [])
-                names += [name] * (name not in names)  # once, dirty or not
+                if name not in names:  # a dirty stamp is one more of the same commit
+                    names.append(name)
     return found
 
 
