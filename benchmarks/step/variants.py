@@ -143,9 +143,11 @@ def hooked_terms(
 
 
 def applied(model: Any, regularizer: Regularizer) -> Attached:
-    """`apply_pre`: PRe inside of the backward pass."""
+    """`apply_pre`: PRe inside of the backward pass. Its head would be float32 by default."""
     with torch.device(model.device):  # the host would take longer for the head than the others do
-        pre = apply_pre(model, layers=regularizer.layer, weight=regularizer.weight)
+        pre = apply_pre(
+            model, layers=regularizer.layer, weight=regularizer.weight, head_dtype=model.dtype
+        )
     head = pre.heads[regularizer.layer]
     head.load_state_dict(regularizer.state)
     return Attached(lambda batch: model(**batch).loss, head, lambda: remove_pre(model))

@@ -428,5 +428,4 @@ def _add_checkup(commands: Any) -> None:
         "--bits", type=int, choices=(4, 8), help="round linear layers as they load, by bitsandbytes"
     )
     parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
-    _add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print checkup.json, nothing else")

@@ -102,6 +102,10 @@ def test_run_again_uses_what_is_there(
         (["demo", "--preset", "tiny.yaml", "--device", "abacus"], "--device: 'abacus' is not"),
         (["demo", "--preset", "tiny.yaml", "--nope"], "unknown flags: --nope; --settings lists"),
         (["doctor", "--nope"], "unrecognized arguments: --nope"),
+        (
+            ["checkup", "model", "--images", "photos", "--out", "out", "--settings"],
+            "unrecognized arguments: --settings",
+        ),
         (["demo", "--preset", "tiny.yaml", "--run.pre.weight", "4"], "holds results of other"),
         (
             ["demo", "--preset", "tiny.yaml", "--run.pre.wait", "4"],

@@ -20,7 +20,7 @@ from benchmarks.common.report import summarize_variant
 from benchmarks.common.timing import CpuClock, Effort
 from benchmarks.step import gpu
 from benchmarks.step.flops import count_flops
-from benchmarks.step.measure import Trainer, add_differences, run_setting
+from benchmarks.step.measure import Trainer, add_differences, head_bytes, run_setting
 from benchmarks.step.models import (
     FULL,
     TINY,
@@ -89,6 +89,17 @@ def test_table_ends_with_the_bars(results: dict[str, Any]) -> None:
     ]
     assert lines[-1].endswith("not measured")
     assert lines[-2].endswith(("met", "MISSED"))
+
+
+@pytest.mark.parametrize("name", tuple(TINY))
+def test_the_bytes_of_every_head_are_those_that_are_subtracted(models: Any, name: str) -> None:
+    model, _ = models[name]
+    regularizer = Regularizer.of(model)
+    for variant in VARIANTS.keys() - {WITHOUT}:
+        with attached(model, VARIANTS[variant], regularizer) as step:
+            assert step.head is not None
+            taken = sum(x.nbytes for x in step.head.parameters())
+        assert taken == head_bytes(regularizer, model)["parameters"], variant
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
