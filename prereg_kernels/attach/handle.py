@@ -230,7 +230,8 @@ class PRe(LoopSettings):
         """How many rows L_PRe of a batch is the mean over: 0-dim, int64, without a sync.
 
         The rows are its visual tokens, whatever `token_fraction` is, or with level="global" its
-        images. A step's denominator is the sum over its micro-batches and ranks.
+        images. A step's `denominator` is the sum over its micro-batches and ranks, divided by the
+        ranks over which gradients are averaged.
 
         Args:
             batch: the keyword arguments of the model's forward.

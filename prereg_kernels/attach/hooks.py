@@ -272,6 +272,7 @@ class Hooks:
                 "each by layer.compile(), or train without checkpointing"
             )
         if current.carry is not None:
+            self._watch.carried(current)
             output = carry_in(output, [*(x for x in pooled if x is not None), *current.left])
         if current.carry is not None and state.config.gradient == "tap":
             return output

@@ -21,9 +21,10 @@ class LoopSettings:
     def denominator(self) -> float | Tensor | None:
         """What L_PRe of a call is divided by: a number, a 0-dim Tensor, or None.
 
-        Set it to the sum of `count` over a step's micro-batches and ranks. L_PRe of each call is
-        then the sum over its visual tokens (or images) divided by this. A training loop that
-        accumulates gradients sets it every step. None: L_PRe is the mean of each call.
+        Set it to the sum of `count` over a step's micro-batches and ranks, divided by the ranks
+        over which gradients are averaged, as DDP and FSDP do. L_PRe of each call is then the sum
+        over its visual tokens (or images) divided by this. A training loop that accumulates
+        gradients sets it every step. None: L_PRe is the mean of each call.
         """
         return self._state.denominator
 
@@ -62,9 +63,11 @@ class LoopSettings:
         """The factor by which your loop multiplies its loss before backward.
 
         It is a number or 0-dim Tensor, such as a GradScaler's scale or 1 / accumulation steps. It
-        scales the gradient that backward adds by itself, which is in no loss of yours.
+        scales the gradient that backward adds by itself, which is in no loss of yours. It is 1.0 by
+        default. If a step then has several such calls, PRe warns once: set it, be it to 1.0.
         """
-        return self._state.loss_scale
+        scale = self._state.loss_scale
+        return 1.0 if scale is None else scale
 
     @loss_scale.setter
     def loss_scale(self, value: float | Tensor) -> None:

@@ -70,15 +70,16 @@ class _Pool(torch.autograd.Function):
         # On ctx, not by save_for_backward: no activation is among them, and what a checkpointed
         # layer saves has to be the same when backward runs it again, without the batch.
         ctx.constants = image_of_row, index, counts
-        if not torch.compiler.is_compiling():
-            ctx.versions = versions_of(image_of_row, index)
+        # Dynamo may trace this, and leave backward to eager code: then nothing is watched
+        compiled = torch.compiler.is_compiling()
+        ctx.versions = None if compiled else versions_of(image_of_row, index)
         ctx.shape, ctx.dtype, ctx.group = x.shape, x.dtype, group
         return means
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         image_of_row, index, counts = ctx.constants
-        if not torch.compiler.is_compiling():
+        if ctx.versions is not None:
             check_versions(ctx.versions, ("image_of_row", "index"), image_of_row, index)
         each = gradient / counts
         if ctx.group is not None:  # a rank's loss may be of some of the images

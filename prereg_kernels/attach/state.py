@@ -62,7 +62,7 @@ class State:
         self.watches_gradients = False
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
-        self.loss_scale: float | Tensor = 1.0
+        self.loss_scale: float | Tensor | None = None  # nobody has set it: 1
         self.add_to_loss = True
         self.passes = 0
         self.sequence_parallel: SequenceParallel | None = None

@@ -44,7 +44,8 @@ def carry_of(state: State, current: Pass) -> float | Tensor | None:
             "of the step; expected both, or pre.denominator, or a trainer with "
             "prereg_kernels.trainers.PReTrainerMixin"
         )
-    return state.loss_scale * (state.weight / len(state.heads)) * label_share(current)
+    scale = 1.0 if state.loss_scale is None else state.loss_scale
+    return scale * (state.weight / len(state.heads)) * label_share(current)
 
 
 def record_of(current: Pass, output: Any) -> Record:

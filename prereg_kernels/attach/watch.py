@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,15 @@ FORGOTTEN = (
 )
 
 
+UNSCALED = (
+    "PRe: a step had several calls whose loss PRe does not know, and to each backward added the "
+    "gradient of that call's mean. If your loop divides its loss by their number, as transformers' "
+    "Trainer does with label_smoothing_factor, PRe's gradient is too large by that number. Use "
+    "prereg_kernels.trainers.PReTrainer; or set pre.loss_scale to the factor of your loss, which "
+    "may be 1.0, or pre.denominator; or open pre.collecting() around the calls of one loss"
+)
+
+
 class Watch:
     """Looks at each call before it runs, without a sync, and says each thing once."""
 
@@ -35,6 +45,7 @@ class Watch:
         self._said: set[str] = set()
         self._ddp: Any = None
         self._steps_without_heads: int | None = 0  # None: an optimizer has the heads, or is told
+        self._unscaled: deque[set[str]] = deque(maxlen=8)  # `Pass.reached`, since a step
         _look_at_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,6 +107,12 @@ class Watch:
         if term.requires_grad and not torch.compiler.is_compiling():
             term.register_hook(partial(_reach_term, current.reached))
 
+    def carried(self, current: Pass) -> None:
+        """Note a pass to which backward adds the gradient of its mean, whatever its loss is."""
+        is_scaled = self._state.loss_scale is not None or current.denominator is not None
+        if not is_scaled and current.inputs.get("num_items_in_batch") is None:
+            self._unscaled.append(current.reached)
+
     def _look_at_the_last_term(self) -> None:
         last = self._state.last
         if last is None or last.reached != {"layer"} or (last.is_carried and last.is_complete()):
@@ -121,10 +138,19 @@ class Watch:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at an optimizer that is about to take a step."""
-        if self._steps_without_heads is None or not self._state.is_attached:
+        if not self._state.is_attached:
+            return
+        if self._steps_without_heads is None and not self._unscaled:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in stepped for p in self._heads()):
+        has_heads = any(id(p) in stepped for p in self._heads())
+        if has_heads:
+            if sum(reached == {"layer"} for reached in self._unscaled) > 1:
+                self._warn(UNSCALED)
+            self._unscaled.clear()
+        if self._steps_without_heads is None:
+            return
+        if has_heads:
             self._steps_without_heads = None
         elif any(id(p) in stepped for p in self._state.model.parameters() if p.requires_grad):
             self._steps_without_heads += 1

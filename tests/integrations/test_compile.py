@@ -149,8 +149,16 @@ def test_settings_break_no_graph(setting: str) -> None:
     assert check("llava", "text only", wrapped, **SETTINGS[setting]) == 0
 
 
-def test_a_setting_that_breaks_the_graph() -> None:
-    assert check("llava", "text only", whole, **SETTINGS["token_fraction"]) > 0
+@pytest.mark.parametrize(
+    "setting",
+    (
+        {"level": "global"},  # traced forward, and backward in eager code
+        pytest.param({"token_fraction": 0.5}, marks=REST),
+        pytest.param({"anchor": "pre_projector"}, marks=REST),
+    ),
+)
+def test_a_setting_that_breaks_the_graph(setting: dict[str, Any]) -> None:
+    assert check("llava", "text only", whole, **setting) > 0
 
 
 @pytest.mark.parametrize("denominator", (torch.zeros(()), pytest.param(0, marks=REST)))
