@@ -92,7 +92,10 @@ def in_messages(record: dict[str, Any], images: Path) -> dict[str, Any]:
 
 
 def write_data(folder: Path) -> None:
-    """images/, train.json and held_out.json in LLaVA's format, and train.jsonl in TRL's."""
+    """images/, train.json and held_out.json in LLaVA's format, and train.jsonl in TRL's.
+
+    dataset_info.json names train.json to LLaMA-Factory.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for split, names in (("train", TRAIN), ("held_out", HELD_OUT)):
@@ -115,6 +118,9 @@ def write_data(folder: Path) -> None:
             images = (folder / "images").resolve()
             rows = [json.dumps(in_messages(record, images)) for record in records]
             (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    columns = {"messages": "conversations", "images": "image"}
+    known = {"file_name": "train.json", "formatting": "sharegpt", "columns": columns}
+    (folder / "dataset_info.json").write_text(json.dumps({"photographs": known}, indent=1))
 
 
 def write_clip(folder: Path) -> None:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ from tests.packages.run import Run, run
 pytestmark = pytest.mark.packages
 
 PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "llamafactory.md").read_text())
-SETTINGS, COMMAND = PAGE.blocks
+SETTINGS, COMMAND, MAKE, TRY, START = PAGE.blocks
 COMMANDS = COMMAND.text.splitlines()  # in one process, and in several
 ANCHOR = yaml.safe_load(SETTINGS.text)["pre"]["anchor"]
 WEIGHT = 0.3  # by the command
@@ -183,6 +186,17 @@ def test_preferences(place: Place, tuned: str) -> None:
     found = head_error(place.checkpoint, done, WEIGHT, anchor=ANCHOR)
     assert found < FLOAT32, found
     check_files(done, STEPS)
+
+
+def test_the_page_s_try(tmp_path: Path) -> None:
+    make, assemble = (shlex.split(line)[1:] for line in MAKE.text.splitlines())
+    for command in ([str(ROOT / make[0]), *make[1:]], ["-m", "prereg_kernels", *assemble]):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
+    (tmp_path / "try.yaml").write_text(TRY.text)
+    done = start(shlex.split(START.text), tmp_path, tmp_path / "photos" / "out", {})
+    first, *_, last = (entry["pre_loss"] for entry in done.logs(""))
+    assert last < first - 0.1
 
 
 def test_a_merged_model(place: Place) -> None:

@@ -192,7 +192,7 @@ def training(results: Results, out: Path, colours: Colours) -> Drawing:
     for axis, name, unit in zip(
         axes, names, ("L_LM (nats per answer)", "L_PRe (negative cosine)"), strict=True
     ):
-        axis.set(xlabel="step", ylabel=unit, title=name)
+        axis.set(xlabel="step", ylabel=unit, title=f"{name}, a line for each seed")
     legend(figure, axes[0])
     words = []
     for name, ends in zip(names, last.values(), strict=True):
