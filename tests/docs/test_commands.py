@@ -136,6 +136,7 @@ NOT_RUN = {
         "prereg trl dpo --config dpo.yaml --num_processes 8",
         "prereg trl",
         "prereg llamafactory train sft.yaml pre.weight=0.3",
+        "prereg llamafactory train try.yaml",
         "prereg llamafactory train sft.yaml",
         "torchrun --nproc-per-node 8 -m nemo_automodel.cli.app config.yaml",
     ),
