@@ -24,7 +24,7 @@ def main() -> None:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[unused])
     model = make_model().train()
-    pre = apply_pre(model)  # PRe: before the optimizer, and before `prepare` wraps the model
+    pre = apply_pre(model, anchor="pre_projector")  # PRe: before `prepare` and the optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     collate = Collator(make_processor())
     loader = DataLoader(make_samples(64), batch_size=4, shuffle=True, collate_fn=collate)

@@ -20,7 +20,7 @@ from prereg_kernels.trainers import PReTrainer  # PRe
 def main() -> None:
     config = LoraConfig(r=8, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj")
     model = get_peft_model(make_model(), config)
-    apply_pre(model)  # PRe: to the LLaVA inside
+    apply_pre(model, anchor="pre_projector")  # PRe: to the LLaVA inside
 
     out = make_folder()
     trainer = PReTrainer(

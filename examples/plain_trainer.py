@@ -30,7 +30,7 @@ class Figures(TrainerCallback):
 
 def main() -> None:
     model, processor = make_model(), make_processor()
-    pre = apply_pre(model)  # PRe: before the trainer, which makes the optimizer
+    pre = apply_pre(model, anchor="pre_projector")  # PRe: before the trainer
 
     figures = Figures(pre)
     trainer = Trainer(

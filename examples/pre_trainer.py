@@ -18,7 +18,7 @@ from prereg_kernels.trainers import PReTrainer  # PRe
 def make_trainer(out: str) -> PReTrainer:
     """A trainer of a new model."""
     model, processor = make_model(), make_processor()
-    apply_pre(model)  # PRe
+    apply_pre(model, anchor="pre_projector")  # PRe
     return PReTrainer(
         model,
         TrainingArguments(

@@ -14,7 +14,7 @@ from prereg_kernels import apply_pre, remove_pre  # PRe
 
 def main() -> None:
     model = make_model().train()
-    pre = apply_pre(model)  # PRe: before the optimizer: the heads are parameters of the model
+    pre = apply_pre(model, anchor="pre_projector")  # PRe: before the optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     collate = Collator(make_processor())
     loader = DataLoader(make_samples(64), batch_size=8, shuffle=True, collate_fn=collate)

@@ -19,7 +19,7 @@ from prereg_kernels.trainers import PReTrainer  # PRe
 
 def main() -> None:
     model = make_qwen()
-    apply_pre(model)  # PRe
+    apply_pre(model, anchor="pre_projector")  # PRe
     trainer = PReTrainer(
         model,
         TrainingArguments(

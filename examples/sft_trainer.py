@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from prereg_kernels.trainers import with_pre  # PRe
 
-PReSFTTrainer = with_pre(SFTTrainer)  # PRe
+PReSFTTrainer = with_pre(SFTTrainer, anchor="pre_projector")  # PRe
 
 
 def conversation(sample: dict[str, Any]) -> dict[str, Any]:

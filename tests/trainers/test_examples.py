@@ -101,12 +101,12 @@ def test_accelerate_loop_counts_what_the_mean_is_over(
     handles: list[Any] = []
     images: list[int] = []
 
-    def apply(model: Any) -> Any:
+    def apply(model: Any, **settings: Any) -> Any:
         def see(module: Any, args: Any, kwargs: Any) -> None:
             images.append(kwargs["pixel_values"].shape[0])
 
         model.register_forward_pre_hook(see, with_kwargs=True)
-        handles.append(original(model, level="global"))
+        handles.append(original(model, level="global", **settings))
         return handles[0]
 
     original = prereg_kernels.apply_pre
