@@ -19,10 +19,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks.loss.cpu_table import format_tables
-from benchmarks.studies import claims, depth, merging, photographs
+from benchmarks.studies import adapters, claims, depth, merging, photographs
 from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.photo_scenes import MEANS
 from benchmarks.studies.token_fraction import format_table
@@ -257,18 +258,12 @@ def depth_section() -> str:
     return depth.format_table(stored)
 
 
-def claims_section() -> str:
-    """The table of harder tasks."""
-    if not claims.OUT.exists():
+def study_section(study: ModuleType) -> str:
+    """The table of a study whose results are one file."""
+    if not study.OUT.exists():
         return NOT_RUN
-    return claims.format_table(json.loads(claims.OUT.read_text()))
-
-
-def merging_section() -> str:
-    """The table of a projector that merges patches."""
-    if not merging.OUT.exists():
-        return NOT_RUN
-    return merging.format_table(json.loads(merging.OUT.read_text()))
+    table: str = study.format_table(json.loads(study.OUT.read_text()))
+    return table
 
 
 def photographs_section() -> str:
@@ -330,8 +325,9 @@ def main() -> None:
     fill(ROOT / "docs" / "fidelity.md", "few-shot", few_shot_section())
     fill(ROOT / "docs" / "why.md", "depth", depth_section())
     fill(ROOT / "docs" / "fidelity.md", "photographs", photographs_section())
-    fill(ROOT / "docs" / "fidelity.md", "claims", claims_section())
-    fill(ROOT / "docs" / "fidelity.md", "merging", merging_section())
+    fill(ROOT / "docs" / "fidelity.md", "claims", study_section(claims))
+    fill(ROOT / "docs" / "fidelity.md", "merging", study_section(merging))
+    fill(ROOT / "docs" / "fidelity.md", "adapters", study_section(adapters))
     fill(ROOT / "docs" / "history.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())
 

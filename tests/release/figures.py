@@ -20,6 +20,11 @@ ATTACH = (*OPS, "prereg_kernels/attach")
 DEMO = (*ATTACH, "prereg_kernels/demo", "prereg_kernels/checkup")
 STUDY = (*DEMO, "benchmarks/studies/demo_run.py")
 MEASURES = {
+    "adapters.json": (
+        *STUDY,
+        "benchmarks/studies/merging.py",
+        "benchmarks/studies/adapters.py",
+    ),
     "checkup_measures.json": (
         "prereg_kernels/checkup/measures",
         "benchmarks/studies/checkup_measures.py",
