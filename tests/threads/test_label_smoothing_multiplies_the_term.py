@@ -74,12 +74,15 @@ def with_the_term(model: Any) -> Tensor:
 
 
 def step_of(
-    losses: Callable[[Any], Tensor], calls: int, prepare: Callable[[Any, PRe], Any] | None = None
+    losses: Callable[[Any], Tensor],
+    calls: int,
+    prepare: Callable[[Any, PRe], Any] | None = None,
+    **settings: Any,
 ) -> Callable[[], None]:
     """Two steps of a loop, each with so many calls."""
     model = tiny_llava()
     gradient = "tap" if losses is labelled else "auto"
-    pre = apply_pre(model, gradient=gradient)
+    pre = apply_pre(model, gradient=gradient, **settings)
     if prepare is not None:
         prepare(model, pre)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -94,14 +97,17 @@ def step_of(
     return steps
 
 
+@pytest.mark.parametrize("settings", ({}, {"layers": (1, 3)}, {"level": "global"}))
 @pytest.mark.parametrize("checkpointing", (None, NON_REENTRANT, {"use_reentrant": True}))
 @pytest.mark.parametrize("losses", (unlabelled, labelled))
-def test_a_loop(losses: Callable[[Any], Tensor], checkpointing: Any) -> None:
+def test_a_loop(
+    losses: Callable[[Any], Tensor], checkpointing: Any, settings: dict[str, Any]
+) -> None:
     def prepare(model: Any, pre: PRe) -> None:
         if checkpointing is not None:
             model.gradient_checkpointing_enable(checkpointing)
 
-    (message,) = messages_of(step_of(losses, 2, prepare))  # once
+    (message,) = messages_of(step_of(losses, 2, prepare, **settings))  # once
     assert message.startswith(MESSAGE)
 
 
