@@ -69,6 +69,12 @@ def labelled(model: Any) -> Tensor:
     return loss
 
 
+def with_a_count(model: Any) -> Tensor:
+    """As Trainer calls a model that takes the number of the step's labels."""
+    loss: Tensor = model(**make_batch(), num_items_in_batch=20).loss
+    return loss
+
+
 def with_the_term(model: Any) -> Tensor:
     return unlabelled(model) + model._prereg.loss
 
@@ -81,7 +87,7 @@ def step_of(
 ) -> Callable[[], None]:
     """Two steps of a loop, each with so many calls."""
     model = tiny_llava()
-    gradient = "tap" if losses is labelled else "auto"
+    gradient = "tap" if losses in (labelled, with_a_count) else "auto"
     pre = apply_pre(model, gradient=gradient, **settings)
     if prepare is not None:
         prepare(model, pre)
@@ -133,6 +139,7 @@ def looked_at(model: Any, pre: PRe) -> None:
         (unlabelled, 2, counted),
         (unlabelled, 1, looked_at),
         (with_the_term, 2, None),
+        (with_a_count, 2, None),
         (labelled, 1, None),
     ),
 )
