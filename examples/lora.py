@@ -18,7 +18,11 @@ from prereg_kernels.trainers import PReTrainer  # PRe
 
 
 def main() -> None:
-    config = LoraConfig(r=8, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj")
+    config = LoraConfig(
+        r=8,
+        target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=["multi_modal_projector"],  # with PRe the projector has to train, too
+    )
     model = get_peft_model(make_model(), config)
     apply_pre(model, anchor="pre_projector")  # PRe: to the LLaVA inside
 

@@ -54,6 +54,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.depth --workers 2",
         "python -m benchmarks.studies.photographs --workers 2",
         "python -m benchmarks.studies.claims --workers 2",
+        "python -m benchmarks.studies.adapters --workers 2",
         "python -m benchmarks.studies.merging --workers 2",
         "python -m benchmarks.studies.many_samples",
         "python -m benchmarks.step.cpu",
@@ -182,6 +183,7 @@ NOT_RUN = {
     ),
     "installs packages": (
         "pip install torch",
+        "pip install llamafactory==0.9.5 torch==2.13.0",
         "pip install .",
         "pip install '.[train,checkup]'",
         "pip install git+URL",

@@ -37,7 +37,7 @@ from tests.packages.run import Run, run
 pytestmark = pytest.mark.packages
 
 PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "llamafactory.md").read_text())
-SETTINGS, COMMAND, MAKE, TRY, START = PAGE.blocks
+_, SETTINGS, COMMAND, MAKE, TRY, START = PAGE.blocks
 COMMANDS = COMMAND.text.splitlines()  # in one process, and in several
 ANCHOR = yaml.safe_load(SETTINGS.text)["pre"]["anchor"]
 WEIGHT = 0.3  # by the command
