@@ -109,6 +109,8 @@ class Watch:
 
     def carried(self, current: Pass) -> None:
         """Note a pass to which backward adds the gradient of its mean, whatever its loss is."""
+        if torch.compiler.is_compiling():  # a graph notes nothing of what backward reaches
+            return
         is_scaled = self._state.loss_scale is not None or current.denominator is not None
         if not is_scaled and current.inputs.get("num_items_in_batch") is None:
             self._unscaled.append(current.reached)
