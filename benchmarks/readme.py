@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.loss.cpu_table import format_tables
-from benchmarks.studies import adapters, claims, depth, merging, photographs
+from benchmarks.studies import adapters, claims, deepstack, depth, merging, photographs
 from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.photo_scenes import MEANS
 from benchmarks.studies.token_fraction import format_table
@@ -327,6 +327,7 @@ def main() -> None:
     fill(ROOT / "docs" / "fidelity.md", "photographs", photographs_section())
     fill(ROOT / "docs" / "fidelity.md", "claims", study_section(claims))
     fill(ROOT / "docs" / "fidelity.md", "merging", study_section(merging))
+    fill(ROOT / "docs" / "fidelity.md", "deepstack", study_section(deepstack))
     fill(ROOT / "docs" / "fidelity.md", "adapters", study_section(adapters))
     fill(ROOT / "docs" / "history.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())

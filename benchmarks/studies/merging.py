@@ -113,8 +113,18 @@ def train(model: Any, run: Any) -> None:
             remove_pre(model)
 
 
-def train_and_ask(variant: str, seed: int, steps: int | None, cache: str) -> Row:
-    """What the variant's model answers, and what copies of it answer that have learned more."""
+def train_and_ask(
+    variant: str,
+    seed: int,
+    steps: int | None,
+    cache: str,
+    new: Callable[[Any, str], Any] = merging_model,
+) -> Row:
+    """What the variant's model answers, and what copies of it answer that have learned more.
+
+    Args:
+        new: makes the model that the run begins with, of a run and of the towers' folder.
+    """
     from prereg_kernels.cli.demo import load_sweep
     from prereg_kernels.demo.data.packing import Packer, build_tokenizer
     from prereg_kernels.demo.evaluation import evaluate
@@ -122,7 +132,7 @@ def train_and_ask(variant: str, seed: int, steps: int | None, cache: str) -> Row
 
     torch.set_num_threads(1)
     run = run_config(variant, seed, steps)
-    model = merging_model(run, cache)
+    model = new(run, cache)
     train(model, run)
     packer = Packer(build_tokenizer(run.scenes), run.scenes.patches)
     test = run.scenes.open("test", seed)
