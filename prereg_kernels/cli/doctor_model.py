@@ -35,6 +35,7 @@ from prereg_kernels.checkup.model_files import (
 from prereg_kernels.cli.doctor import Report, show
 from prereg_kernels.cli.made_up import check_batch
 from prereg_kernels.cli.reduced import COUNTS, DEPTHS
+from prereg_kernels.train.parts import modules_of, parts_of
 
 MOST = 4096
 """Layers, or experts of a layer. A config with more would keep transformers busy for hours."""
@@ -197,7 +198,16 @@ def _facts(model: nn.Module, resolution: Resolution) -> dict[str, str]:
     facts["pre_projector"] = _with(
         model, lambda pre: f"possible, at {family.projector}", anchor="pre_projector"
     )
+    facts["projector"] = _projector(model)
     return facts
+
+
+def _projector(model: nn.Module) -> str:
+    """Its modules, as PEFT's `modules_to_save` takes them."""
+    modules = modules_of(model, parts_of(model)["projector"])
+    if not modules:
+        return "none that PEFT's modules_to_save takes"
+    return f"{','.join(modules)}: beside LoRA it trains by modules_to_save"
 
 
 def _with(model: nn.Module, fact: Callable[[PRe], str], **settings: Any) -> str:

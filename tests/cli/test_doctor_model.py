@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
     AddedToken,
@@ -28,6 +29,7 @@ from prereg_kernels.attach.resolver import Resolution, resolve
 from prereg_kernels.cli import made_up
 from prereg_kernels.cli.commands import main
 from prereg_kernels.cli.doctor_model import examine_model
+from prereg_kernels.train.parts import linear_of_llm, parts_of
 from tests.checkup.pictures import save_tokenizer
 from tests.cli.test_reduced import default
 from tests.releases import HERE, is_here, needs
@@ -39,6 +41,8 @@ POSITIONS = PATCHES + 5  # of the image, and of the words of the question
 # Their decoders change each row of the table, so that nothing is to be compared.
 UNSEEN = {"kosmos-2", "kosmos-2.5"}
 LLAMA = {"model_type": "llama"}
+DEEP = {"qwen3_vl": 2}
+"""{a type whose encoder feeds the decoder's layers: by so many mergers in the zoo}"""
 NEED_TIMM = {"fast_vlm", "gemma3n", "perception_lm"}  # the zoo has stubs in place of its towers
 
 
@@ -119,6 +123,7 @@ def test_a_listed_family(whole: Path, run: Run) -> None:
         "head": f"{2 * WIDTH * (WIDTH + 1):,} parameters",
         "level global": "possible, by an equal number of tokens for each image",
         "pre_projector": "possible, at model.multi_modal_projector",
+        "projector": "model.multi_modal_projector: beside LoRA it trains by modules_to_save",
     }
     assert report["batch"]["batch"] == (
         f"checked: {PATCHES} visual tokens of {POSITIONS} positions, features where PRe expects "
@@ -356,6 +361,32 @@ def test_every_type_of_the_zoo(name: str, tmp_path: Path) -> None:
     for field, what in resolution.how.items():
         assert facts[field] == what
     assert facts["layer"].endswith(f"of {len(resolution.family.layers_of(model))}")
+
+
+@pytest.mark.parametrize("name", sorted({"florence2", "internvl", "llava_next", *DEEP}))
+def test_the_projector_trains_beside_an_adapter(name: str, tmp_path: Path) -> None:
+    """By the words of the report: all of its modules, and nothing else than the adapter."""
+    model = sample(name).model
+    model.config.save_pretrained(tmp_path)
+    said, _, how = examine_model(tmp_path)[0]["model"]["projector"].partition(": ")
+    assert how == "beside LoRA it trains by modules_to_save"
+    modules = said.split(",")
+    lora = LoraConfig(target_modules=linear_of_llm(model)[:1], modules_to_save=modules)
+    peft: Any = get_peft_model(model, lora)
+    trains = {x for x, p in peft.named_parameters() if p.requires_grad and "lora_" not in x}
+    wrapped = {x.replace(".modules_to_save.default", "") for x in trains}
+    expected = {
+        f"base_model.model.{x}" for x in parts_of(sample(name).model)["projector"]
+        if x != "model.image_newline"  # in no module of its own
+    }  # fmt: skip
+    assert wrapped == expected
+    assert sum("deepstack" in x for x in modules) == DEEP.get(name, 0)
+
+
+def test_a_model_without_a_projector(tmp_path: Path) -> None:
+    sample("chameleon").model.config.save_pretrained(tmp_path)
+    report, _ = examine_model(tmp_path)
+    assert report["model"]["projector"] == "none that PEFT's modules_to_save takes"
 
 
 @pytest.mark.parametrize("model_type", ["lfm2_vl", "lfm2-vl"])
