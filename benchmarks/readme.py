@@ -19,12 +19,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
 from benchmarks.loss.cpu_table import format_tables
 from benchmarks.studies import adapters, claims, deepstack, depth, merging, photographs
 from benchmarks.studies.demo_run import keep_sweep
+from benchmarks.studies.merging import MEASURES
 from benchmarks.studies.photo_scenes import MEANS
 from benchmarks.studies.token_fraction import format_table
 from prereg_kernels._util.files import read_json
@@ -34,7 +36,7 @@ from prereg_kernels.checkup.words import plus_minus
 from prereg_kernels.cli.demo import load_sweep
 from prereg_kernels.demo.config import TRAINED
 from prereg_kernels.demo.experiment import plots
-from prereg_kernels.demo.experiment.summary import Results, at, learned, unasked
+from prereg_kernels.demo.experiment.summary import Effect, Results, at, learned, unasked
 from prereg_kernels.demo.sweep.plots import plot_sweep
 from prereg_kernels.demo.sweep.report import SweepResults, markdown
 from prereg_kernels.demo.sweep.sweep import (
@@ -88,9 +90,9 @@ def cost_sentence() -> str:
     return (
         f"On a CPU, PRe makes a training step of the demo's small LLaVA "
         f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
-        f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. The loss with its gradients "
-        f"takes {ranges[0]} times as long as the six matrix products in it, in float32; in "
-        f"bfloat16 it takes {ranges[1]} times. For the loss alone, eager PyTorch takes "
+        f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. The loss has six matrix "
+        f"products. With its gradients it takes {ranges[0]} times as long as these alone in "
+        f"float32, and {ranges[1]} times in bfloat16. For the loss, eager PyTorch takes "
         f"{peaks['eager'] / peaks['tap']:.0f} times the memory of the package "
         f"({found[0]['device']}, commit {found[0]['commit']})."
     )
@@ -258,6 +260,28 @@ def depth_section() -> str:
     return depth.format_table(stored)
 
 
+def lora_sentence() -> str:
+    """What PRe gives beside a LoRA adapter, against all that one may come from."""
+    stored = json.loads(adapters.OUT.read_text())
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in adapters.VARIANTS}
+    measure = next(iter(MEASURES.values()))  # new questions, tower and projector frozen
+    for row in sorted(stored["runs"], key=lambda row: row["seed"]):
+        rows[row["variant"]].append(dict(measure(row)))
+
+    def gain(before: str, after: str) -> str:
+        levels = ([fmean(row.values()) for row in rows[name]] for name in (before, after))
+        return plus_minus(Effect.of(*levels).difference, 100, ".1f")
+
+    both = "adapter and projector"
+    return (
+        "In [a study](docs/pays.md#for-whom-does-it-pay) of a small model, PRe gained "
+        f"{gain('adapter', 'adapter, PRe')} points on new questions beside a frozen projector, "
+        f"which is nothing, and {gain(both, f'{both}, PRe')} where the projector trained. Part of "
+        "the latter makes up for what a projector loses that trains without PRe. Against the "
+        f"adapter alone, PRe with a projector that trains gained {gain('adapter', f'{both}, PRe')}."
+    )
+
+
 def study_section(study: ModuleType) -> str:
     """The table of a study whose results are one file."""
     if not study.OUT.exists():
@@ -316,6 +340,7 @@ def main() -> None:
         keep_sweep(options.keep_sweep, FEW_SHOT)
     fill(ROOT / "README.md", "cost", cost_sentence())
     fill(ROOT / "README.md", "gain", gain_sentence())
+    fill(ROOT / "README.md", "lora", lora_sentence())
     fill(ROOT / "README.md", "claim", claim_section())
     fill(ROOT / "docs" / "pays.md", "pays", pays_section())
     fill(ROOT / "docs" / "pays.md", "cost", cost_sentence())
