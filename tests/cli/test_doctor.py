@@ -115,6 +115,19 @@ def test_losses_without_a_kernel_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert facts["torch"] == "runs; leaves huber to the next backend"
 
 
+def test_what_one_refusal_leaves_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend of one loss and two activations leaves the other losses and activations alone."""
+
+    def refuses(self: TorchBackend, spec: Spec) -> str | None:
+        if spec.activation not in ("relu", "silu"):
+            return f"activation={spec.activation!r}"
+        return None if spec.loss == "mse" else f"loss={spec.loss!r}"
+
+    monkeypatch.setattr(TorchBackend, "refuses", refuses)
+    left = "cosine, smooth_l1, l1, huber, gelu, gelu_tanh"
+    assert doctor.examine()["backends"]["torch"] == f"runs; leaves {left} to the next backend"
+
+
 def test_without_a_compiler_or_an_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
