@@ -38,6 +38,16 @@ def test_the_families_with_an_encoders_row() -> None:
     assert f'`anchor="pre_projector"` ({len(projected)} families)' in states
 
 
+def test_the_families_with_a_layout() -> None:
+    """Whose image files the checkup measures: docs/checkup.md and docs/status.md have them all."""
+    placed = sorted(family.name for family in FAMILIES if family.layout is not None)
+    page = (ROOT / "docs" / "checkup.md").read_text()
+    rows = re.findall(r"^\| ([^(|]*?) (?:\(.*?\) )?\| .* \| proven by test.* \|$", page, re.M)
+    assert sorted(name for row in rows for name in row.split(", ")) == placed
+    found = re.search(r"`prereg checkup` \((.*?); ", (ROOT / "docs" / "status.md").read_text())
+    assert found and sorted(found[1].split(", ")) == placed
+
+
 def test_the_tables() -> None:
     """`python -m tests.docs.tables` writes them anew."""
     assert written(PAGE.read_text()) == PAGE.read_text()
