@@ -38,11 +38,14 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## this list
 	@awk -F ' *:.*## +' '/^[a-z-]+:.*## / {printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+ASK_PYTHON := import sys; v = sys.version_info; v >= (3, 11) or sys.exit("PYTHON=$(PYTHON): expected \
+    Python 3.11 or newer, as constraints.txt does, got %d.%d" % v[:2])
+
 # Build tools first: the package is built against the torch that it will run with.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
     prereg_kernels/ops/backends/cpp_build.py
 	@echo "Setting up $(VENV): about 5 minutes, to install PyTorch and compile the C++ kernels"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || { $(PYTHON) -c '$(ASK_PYTHON)' && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@

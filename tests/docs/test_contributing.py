@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 from tests.docs.pages import ROOT
 
@@ -22,6 +27,24 @@ def test_the_python_that_the_pins_take() -> None:
     lowest = max(int(minor) for need in needs for minor in re.findall(r">=\s*3\.(\d+)", need))
     assert f"python3, 3.{lowest} or newer. The package itself takes 3.10," in PAGE
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_older_python_is_told_before_anything_is_installed(tmp_path: Path) -> None:
+    backends = "prereg_kernels/ops/backends/cpp_build.py"
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", backends):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    old = tmp_path / "python3.10"
+    as_if = "import sys; sys.version_info = (3, 10, 4, 'final', 0); exec(sys.argv[2])"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{as_if}" "$@"\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", ".venv/.ready", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"MAKEFLAGS": "", "MAKELEVEL": "0"},
+    )  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / ".venv").exists()
+    assert f"PYTHON={old}: expected Python 3.11 or newer, as constraints.txt does" in done.stderr
+    assert "got 3.10" in done.stderr
 
 
 def test_times_are_those_of_the_help() -> None:
