@@ -38,11 +38,14 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## this list
 	@awk -F ' *:.*## +' '/^[a-z-]+:.*## / {printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+ASK_PYTHON := import sys; v = sys.version_info; v >= (3, 11) or sys.exit("PYTHON=$(PYTHON): expected \
+    Python 3.11 or newer, as constraints.txt does, got %d.%d" % v[:2])
+
 # Build tools first: the package is built against the torch that it will run with.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
     prereg_kernels/ops/backends/cpp_build.py
 	@echo "Setting up $(VENV): about 5 minutes, to install PyTorch and compile the C++ kernels"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || { $(PYTHON) -c '$(ASK_PYTHON)' && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
@@ -50,7 +53,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) \
 demo: $(READY)  ## train a small LLaVA with and without PRe on real images (7 to 20 minutes)
 	$(BIN)/prereg demo
 
-notebook: $(PACKAGES)/notebook/.ready  ## run examples/effect.ipynb, and write its outputs into it (5 minutes)
+notebook: $(PACKAGES)/notebook/.ready  ## run examples/effect.ipynb, and write its outputs into it (4 minutes)
 	PYTHONPATH=$(CURDIR)/$(PACKAGES)/notebook:$(CURDIR) $(BIN)/python -m tests.notebook.execute
 
 # A LLaVA from a CLIP and a Llama, then a Qwen2.5-VL. Held out are other photographs.
@@ -176,7 +179,7 @@ test-swift: $(PACKAGES)/swift/.ready  ## PRe in ms-swift, by its own command (4 
 test-nemo: $(PACKAGES)/nemo/.ready  ## PRe in NeMo AutoModel's own recipe (8 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_nemo.py
 
-test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (1 minute)
+test-liger: $(PACKAGES)/liger/.ready  ## PRe beside Liger's patched forward (3 minutes beside other work)
 	$(BIN)/python -m pytest -m packages tests/packages/test_liger.py
 
 test-deepspeed: $(PACKAGES)/deepspeed/.ready  ## ZeRO-2 and ZeRO-3 on two CPU ranks (7 minutes)
@@ -262,7 +265,7 @@ bench-host: $(TRITON)/$(TRITON_NEWEST)/.ready  ## the host's time of a call agai
 	PYTHONPATH=$(TRITON)/$(TRITON_NEWEST):. $(BIN)/python -m benchmarks.host $(BASE) \
 	    --out $(RESULTS)/host.json
 
-test-gpu-first: $(READY)  ## a dry run of gpu-first and gpu-second on the CPU (2 minutes)
+test-gpu-first: $(READY)  ## a dry run of gpu-first and gpu-second on the CPU (7 minutes beside other work)
 	$(BIN)/python -m pytest -m dry tests/benchmarks/first
 
 # On a GPU machine the system python has torch and triton already: no virtual environment there.

@@ -12,6 +12,7 @@ import subprocess
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import torch
@@ -79,10 +80,14 @@ def _backends() -> dict[str, Any]:
 def _coverage(name: str, device: torch.device) -> str:
     """That the backend runs, and what "auto" leaves to the next one."""
     backend = choose_backend(name, device)
-    plain = Spec("gelu", "cosine", "none", 1e-8, torch.float32)
-    specs = {loss: plain._replace(loss=LOSSES.find(loss).text) for loss in LOSSES.names}
-    specs |= {a: plain._replace(activation=ACTIVATIONS.find(a).text) for a in ACTIVATIONS.names}
-    left = ", ".join(formula for formula, spec in specs.items() if backend.refuses(spec))
+
+    def is_taken(loss: str, activation: str) -> bool:
+        texts = ACTIVATIONS.find(activation).text, LOSSES.find(loss).text
+        return backend.refuses(Spec(*texts, "none", 1e-8, torch.float32)) is None
+
+    taken = {x for x in product(LOSSES.names, ACTIVATIONS.names) if is_taken(*x)}
+    names = (*LOSSES.names, *ACTIVATIONS.names)
+    left = ", ".join(name for name in names if not any(name in pair for pair in taken))
     return f"runs; leaves {left} to the next backend" if left else "runs"
 
 

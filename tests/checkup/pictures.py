@@ -15,7 +15,9 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from prereg_kernels.checkup.images.processing import make, pillow_class
 from prereg_kernels.checkup.loading import Loaded
+from tests.attach.families.models import CASES as FAMILIES
 from tests.attach.families.models import make_model
+from tests.zoo import sample
 
 QWEN_PROCESSOR = {
     "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2,
@@ -24,8 +26,12 @@ QWEN_PROCESSOR = {
 
 
 def make_loaded(family: str, processor: Any) -> Loaded:
-    """A tiny model of the family, in eval mode, with that image processor and no tokenizer."""
-    return Loaded(make_model(family).eval(), processor, None, ())
+    """A tiny model of the family, in eval mode, with that image processor and no tokenizer.
+
+    family: one of `tests/attach/families/models.py`, or of the zoo.
+    """
+    model = make_model(family) if family in FAMILIES else sample(family).model
+    return Loaded(model.eval(), processor, None, ())
 
 
 def pillow(name: str, **settings: Any) -> Any:

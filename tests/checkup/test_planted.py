@@ -146,9 +146,9 @@ image probe            0      0        -          0        -         0
 """
 CHANGES = {f.__name__: f for f in (mixed, blurred, collapsed, shifted, silenced, massive)}
 CELLS = [
-    (line[:23].strip(), name, sign)
-    for line in TABLE.strip("\n").splitlines()[1:]
-    for name, sign in zip(CHANGES, line[23:].split(), strict=True)
+    (measure, name, sign)
+    for measure, *signs in (x.rsplit(maxsplit=len(CHANGES)) for x in TABLE.strip().splitlines()[1:])
+    for name, sign in zip(CHANGES, signs, strict=True)
 ]
 MOVED, STAYED = 0.04, 0.02
 

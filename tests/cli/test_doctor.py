@@ -14,8 +14,10 @@ import torch
 
 from prereg_kernels._version import __version__
 from prereg_kernels.cli import doctor
+from prereg_kernels.ops.activations import ACTIVATIONS
 from prereg_kernels.ops.backends import registry
 from prereg_kernels.ops.backends.torch import TorchBackend
+from prereg_kernels.ops.losses import LOSSES
 from prereg_kernels.ops.spec import Spec
 from tests.helpers import forget_backends
 
@@ -113,6 +115,20 @@ def test_losses_without_a_kernel_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(TorchBackend, "refuses", refuses)
     facts = doctor.examine()["backends"]
     assert facts["torch"] == "runs; leaves huber to the next backend"
+
+
+def test_what_one_refusal_leaves_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend of one loss and two activations leaves the other losses and activations alone."""
+
+    def refuses(self: TorchBackend, spec: Spec) -> str | None:
+        if spec.activation not in ("relu", "silu"):
+            return f"activation={spec.activation!r}"
+        return None if spec.loss == "mse" else f"loss={spec.loss!r}"
+
+    monkeypatch.setattr(TorchBackend, "refuses", refuses)
+    names = (*LOSSES.names, *ACTIVATIONS.names)
+    left = ", ".join(name for name in names if name not in ("mse", "silu", "relu"))
+    assert doctor.examine()["backends"]["torch"] == f"runs; leaves {left} to the next backend"
 
 
 def test_without_a_compiler_or_an_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,7 @@ NOT_RUN = {
         "pip install torchvision torch==2.13.0",
         "pip install pillow",
         "pip install peft",
+        "pip install pre-commit",
         "pip install lmms-eval",
         "pip install --no-deps .",
     ),

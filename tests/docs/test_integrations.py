@@ -4,91 +4,21 @@
 from __future__ import annotations
 
 import re
-from functools import cache
-from importlib import import_module
 
-from prereg_kernels.attach.families import FAMILIES, family_of_type
+from prereg_kernels.attach.families import FAMILIES
 from tests.attach.families.models import CASES
 from tests.docs.pages import ROOT
+from tests.docs.tables import BY_POPULARITY, COLUMNS, PAGE, written
 from tests.models.places import TRAINED, UNMERGED
-from tests.models.test_anchors import IMAGES, PROJECTED
-from tests.zoo import sample
+from tests.releases import HERE
 from tests.zoo.refused import REFUSED
 
-PAGE = ROOT / "docs" / "integrations.md"
-MODELS, ANCHORS = "tests/attach/families/test_models.py", "tests/attach/families/test_anchors.py"
-INTEGRATIONS = "tests/integrations"
-# The test that each column of the families' table stands for, and which of its scenes.
-COLUMNS = {
-    "images": (f"{MODELS}::test_gradients", "images"),
-    "several": (f"{MODELS}::test_gradients", "several images"),
-    "uneven": (f"{MODELS}::test_gradients", "uneven images"),
-    "video": (f"{MODELS}::test_gradients", "video"),
-    "text only": (f"{MODELS}::test_gradients", "text only"),
-    "left padding": (f"{MODELS}::test_gradients", "left padding"),
-    "layers": (f"{MODELS}::test_gradients_of_several_layers", None),
-    "packed": (f"{ANCHORS}::test_gradients_of_packed_sequences", None),
-    "pre_projector": (f"{ANCHORS}::test_gradients_with_what_the_encoder_saw", None),
-    "global": (f"{ANCHORS}::test_gradients_of_whole_images", None),
-    "fraction": (f"{ANCHORS}::test_gradients_of_a_fraction", None),
-    "generate": (f"{MODELS}::test_generate", None),
-    "saved": (f"{MODELS}::test_save_pretrained_writes_a_plain_model", None),
-    "LoRA": (f"{INTEGRATIONS}/test_peft.py::test_gradients", None),
-    "compile": (f"{INTEGRATIONS}/test_compile.py::test_images_break_the_graph_no_more_often", None),
-}
-
-# Of all types: a judgement of how many people train them.
-BY_POPULARITY = (
-    "qwen3_vl", "qwen2_5_vl", "qwen2_vl", "llava", "internvl", "gemma3", "llava_onevision",
-    "llava_next", "paligemma", "smolvlm", "idefics3", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe",
-    "gemma3n", "gemma4", "glm4v", "glm4v_moe", "glm46v", "llama4", "mistral3", "lfm2_vl",
-    "minicpmv4_6", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker",
-    "phi4_multimodal", "kimi_k25", "deepseek_vl", "deepseek_ocr2", "ovis2", "aya_vision",
-    "cohere2_vision", "granite4_vision", "florence2", "idefics2", "blip-2", "instructblip",
-    "llava_next_video", "video_llava", "video_llama_3", "perception_lm", "fast_vlm", "janus",
-    "emu3", "chameleon", "got_ocr2", "glm_ocr", "lighton_ocr", "hunyuan_vl", "ernie4_5_vl_moe",
-    "exaone4_5", "gemma4_unified", "glm5_next", "qwen4_exp", "minimax_m3_vl", "step3p7",
-    "cosmos3_omni", "inkling_mm_model", "aria", "cohere_compass", "cosmos3_edge",
-    "deepseek_vl_hybrid", "fuyu", "glmga", "instructblipvideo", "kosmos-2", "kosmos-2.5",
-    "muse_glimmer", "pp_chart2table", "qianfan_ocr", "shieldgemma2", "t5gemma2", "vipllava",
-)  # fmt: skip
+IN_WORDS = {11: "eleven", 12: "twelve", 13: "thirteen"}
 
 
-@cache
-def runs(test: str) -> set[tuple[str, str | None]]:
-    """(family, scene) of each run of a test, as pytest makes them of its parameters."""
-    path, _, function = test.partition("::")
-    module = import_module(path.removesuffix(".py").replace("/", "."))
-    found = set()
-    for mark in getattr(module, function).pytestmark:
-        names = mark.args[0].split(", ") if mark.name == "parametrize" else []
-        for values in mark.args[1] if "name" in names else ():
-            if hasattr(values, "marks"):  # a pytest.param
-                values = values.values
-            elif len(names) == 1:
-                values = [values]
-            run = dict(zip(names, values, strict=True))
-            found.add((run["name"], run.get("scene")))
-    return found
-
-
-def table() -> str:
-    """A row for each family's model types, with a mark where the column's test runs on it."""
-    lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for name in CASES:
-        cells = []
-        for test, scene in COLUMNS.values():
-            scenes = {s for n, s in runs(test) if n == name}
-            cells.append("✓" if (scenes if scene is None else scene in scenes) else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def test_the_table_of_families() -> None:
-    """To write it anew, print `table()`."""
+def test_the_legend_of_families() -> None:
+    """Each column's test is the one whose runs make its marks."""
     page = PAGE.read_text()
-    found = re.search(r"<!-- families -->\n(.*)\n<!-- /families -->", page, re.S)
-    assert found and found[1] == table()
     legend = page.partition("| column | test |\n")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (.*) \| (.*) \|$", legend, re.M)
     named = {column: row for columns, row in rows for column in columns.split(", ")}
@@ -108,45 +38,39 @@ def test_the_families_with_an_encoders_row() -> None:
     assert f'`anchor="pre_projector"` ({len(projected)} families)' in states
 
 
-def types_table() -> str:
-    """A row for each type, with a mark for each scene and anchor that its tests have."""
-    columns = ("images", "videos", "with audio", "text only", "global", "pre_projector")
-    lines = [f"| model_type | family | {' | '.join(columns)} |", "|---" * 8 + "|"]
-    for name in BY_POPULARITY:
-        family, batches = family_of_type(name), sample(name).batches
-        marks = (
-            "images" in batches,
-            "videos" in batches,
-            any(argument.startswith(("input_features", "audio")) for argument in heard(name)),
-            "text only" in batches,
-            name in IMAGES,
-            name in PROJECTED,
-        )
-        cells = " | ".join("✓" if mark else "" for mark in marks)
-        lines.append(f"| {name} | {family.name if family else 'found'} | {cells} |")
-    return "\n".join(lines)
+def test_the_families_with_a_layout() -> None:
+    """Whose image files the checkup measures: docs/checkup.md and docs/status.md have them all."""
+    placed = sorted(family.name for family in FAMILIES if family.layout is not None)
+    page = (ROOT / "docs" / "checkup.md").read_text()
+    rows = re.findall(r"^\| ([^(|]*?) (?:\(.*?\) )?\| .* \| proven by test.* \|$", page, re.M)
+    assert sorted(name for row in rows for name in row.split(", ")) == placed
+    found = re.search(r"`prereg checkup` \((.*?); ", (ROOT / "docs" / "status.md").read_text())
+    assert found and sorted(found[1].split(", ")) == placed
 
 
-def heard(name: str) -> tuple[str, ...]:
-    """The arguments of the richest batch of a type."""
-    batches = sample(name).batches
-    return tuple((batches.get("mixed") or next(iter(batches.values()))).inputs)
-
-
-def refused_table() -> str:
-    """A row for each type that PRe cannot regularise, with the reason that its error gives."""
-    lines = ["| model_type | why not |", "|---|---|"]
-    for name in (*UNMERGED, *REFUSED):
-        family = family_of_type(name)
-        assert family is not None and family.refused is not None
-        lines.append(f"| {name} | {family.refused} |")
-    return "\n".join(lines)
-
-
-def test_the_tables_of_types() -> None:
-    """To write them anew, print `types_table()` and `refused_table()`."""
-    page = PAGE.read_text()
-    for name, table_of in (("types", types_table), ("refused", refused_table)):
-        found = re.search(rf"<!-- {name} -->\n(.*)\n<!-- /{name} -->", page, re.S)
-        assert found and found[1] == table_of(), name
+def test_the_tables() -> None:
+    """`python -m tests.docs.tables` writes them anew."""
+    assert written(PAGE.read_text()) == PAGE.read_text()
     assert sorted(BY_POPULARITY) == sorted(name for name in TRAINED if "+" not in name)
+
+
+def test_the_numbers_of_types() -> None:
+    """On all pages that have them."""
+    served, refused = len(BY_POPULARITY), len(UNMERGED) + len(REFUSED)
+    release = ".".join(map(str, HERE))
+    said = {
+        "docs/status.md": (
+            f"on {served} image-text types of transformers {release}, ",
+            f"on those of the {served} that the release has",
+            f"on {refused} others an error",
+        ),
+        "README.md": (
+            f"on {served} of the image-text model types in transformers {release}: ",
+            f"On {refused} other types it raises an error",
+        ),
+        "docs/integrations.md": (f"For these {IN_WORDS[len(CASES)]} types there are more tests.",),
+    }
+    for name, sentences in said.items():
+        page = " ".join((ROOT / name).read_text().split())
+        for sentence in sentences:
+            assert page.count(sentence) == 1, f"{name}: {sentence}"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +97,6 @@ def test_tap(with_value: bool) -> None:
         assert out.item() == run_tap(problem)["loss"].item() != 0
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="Inductor writes C++")
 def test_inductor_and_autocast() -> None:
     """The default backend, once, under autocast and with master weights in float32."""
     problem = Problem(**{**vars(make_problem((4, 6))), "autocast": torch.bfloat16})

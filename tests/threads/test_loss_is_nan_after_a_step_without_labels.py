@@ -5,7 +5,8 @@ An answer that `max_length` cuts off leaves a step whose labels are all -100. Th
 that step was computed as 0 labels of 0, which is NaN, and went into every gradient.
 
 Such a step has no L_LM, and a plain Trainer, which weights the term by labels, has no term in it;
-PReTrainer, which counts visual tokens, has it as in any other step.
+PReTrainer, which counts visual tokens, has it as in any other step. So has a plain Trainer of a
+model whose labels it does not count.
 """
 
 from __future__ import annotations
@@ -92,6 +93,24 @@ def test_the_weights_after_a_run(
     moved = {name for name in ours if not torch.equal(ours[name], before[name])}
     assert {name for name in ours if "pre_heads" in name} < moved
     for name, p in ours.items():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_model_whose_labels_trainer_does_not_count(tmp_path: Path) -> None:
+    """As Qwen-VL's and Gemma 3's. A step of one micro-batch has all of the term."""
+    rows = rows_with_a_cut_answer((CUT,))
+    model = tiny_llava()
+    model.accepts_loss_kwargs = False
+    apply_pre(model, weight=WEIGHT)
+    make_trainer(
+        model, tmp_path, cls=Trainer, rows=rows, per_device_train_batch_size=1, optim="sgd",
+        learning_rate=RATE,
+    ).train()  # fmt: skip
+    expected = by_definition(rows, 1, exact=True)
+    without = by_definition(rows, 1, exact=False)
+    differs = {name for name, p in expected.items() if not torch.allclose(p, without[name])}
+    assert {name for name in expected if "pre_heads" in name} <= differs
+    for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 

@@ -59,6 +59,13 @@ def test_what_is_pinned_is_what_was_tested() -> None:
     assert supported.TESTED[0].startswith("{}.{}.".format(*supported.TRANSFORMERS[0]))
 
 
+def test_readme_says_what_is_taken_and_tested() -> None:
+    (first, end), newest = supported.TRANSFORMERS, supported.TESTED[-1].rpartition(".")[0]
+    said = f"takes transformers from {first[0]}.{first[1]} up to {end[0]}, and was tested up to "
+    readme = " ".join(PROJECT.with_name("README.md").read_text().split())
+    assert f"{said}{newest} (" in readme
+
+
 def test_another_release_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tiny_llava(), tiny_llava()
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "6.1.0")

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -28,10 +26,8 @@ def test_auto_is_the_first_that_runs() -> None:
         assert choose_backend(name, CPU).name == name
 
 
-def test_cpp_is_built_where_there_is_a_compiler() -> None:
+def test_cpp_is_built() -> None:
     """Otherwise a mistake in csrc/ would only make everything slower, and these tests pass."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler on this machine")
     assert unavailable("cpp", "cpu") is None
     assert cpp_libraries.describe()["not built"] == {}
 
