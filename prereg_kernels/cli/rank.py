@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each rank of somebody's trainer runs: python rank.py NAME ARGUMENTS, of `launch.COMMANDS`.
+"""What each rank of somebody's trainer runs; then comes a name of `launch.COMMANDS`, and arguments.
 
-By its path, because `-m` looks for this package in the working directory first. In a checkout's
-folder that would be the checkout's source, and not the package that the ranks were started from.
+It is started by its path, because `-m` looks for this package in the working directory first. In a
+checkout's folder that would be the checkout's source, and not the package that started the ranks.
 """
 
 import os
