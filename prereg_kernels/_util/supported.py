@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+import traceback
 import warnings
 from functools import cache
 
@@ -83,7 +84,40 @@ def absent(error: ImportError) -> str:
     transformers says "Could not import module" of its own, whatever another package's import has
     raised, as torchvision's does beside another torch.
     """
-    first: BaseException = error
-    while (earlier := first.__cause__ or first.__context__) is not None:
-        first = earlier
+    first = _first(error)
     return str(error) if first is error else f"{error}: {first}"
+
+
+def not_imported(error: ImportError, needs: str) -> str:
+    """What to tell of a failed import: what is missing, and what brings it; or what is broken.
+
+    Args:
+        needs: what brings what is missing. It does not mend a package that is there.
+    """
+    first = _first(error)
+    if isinstance(first, ModuleNotFoundError) and first.name is not None:
+        return f"{absent(error)}; {needs}"
+    package = _package_of(first)
+    if package is None:
+        return absent(error)
+    broken = f"{package} is here, but could not be imported: {first}"
+    if package == "torchvision":
+        return f"{broken}; it has to be a build for your torch: {install_torchvision()}"
+    return broken
+
+
+def _first(error: BaseException) -> BaseException:
+    """What was raised first, of errors that were raised from it."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
+def _package_of(error: BaseException) -> str | None:
+    """Whose module was being imported as this was raised; of one of ours, None."""
+    names = [
+        str(frame.f_globals.get("__name__")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    return names[-1] if names and names[-1] not in ("prereg_kernels", "__main__") else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prereg_kernels._util.files import printable
-from prereg_kernels._util.supported import absent, too_old_to_train
+from prereg_kernels._util.supported import not_imported, too_old_to_train
 from prereg_kernels._version import __version__
 from prereg_kernels.cli import estimate
 from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
@@ -58,7 +58,7 @@ def main() -> None:
         from prereg_kernels.demo.loop import TrainingInterrupted
         from prereg_kernels.demo.runs.workers import Interrupted, UnitError
     except ModuleNotFoundError as error:
-        _fail(f"{absent(error)}; {_TRAINING_NEEDS}")
+        _fail(not_imported(error, _TRAINING_NEEDS))
 
     warnings.showwarning = _warn_in_a_line(warnings.showwarning)
     try:
@@ -84,7 +84,7 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
     try:
         from prereg_kernels.cli.train import STOPPED, run
     except ModuleNotFoundError as error:
-        _fail(f"{absent(error)}; {_TRAINING_NEEDS}")
+        _fail(not_imported(error, _TRAINING_NEEDS))
     warnings.showwarning = _warn_in_a_line(warnings.showwarning)
     try:
         run(arguments, flags)
@@ -112,7 +112,7 @@ def _checkup(arguments: argparse.Namespace) -> None:
 
         from prereg_kernels.cli.checkup import run
     except ModuleNotFoundError as error:
-        _fail(f"{absent(error)}; checkup needs: pip install 'prereg-kernels[checkup]'")
+        _fail(not_imported(error, "checkup needs: pip install 'prereg-kernels[checkup]'"))
     try:
         # what is printed has names from outside in it: no markup, no emoji by their names
         width = None if Console().is_terminal else 120
@@ -132,7 +132,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     try:
         from prereg_kernels.cli.doctor_model import doctor_model
     except ModuleNotFoundError as error:
-        _fail(f"{absent(error)}; a model needs: pip install 'prereg-kernels[checkup]'")
+        _fail(not_imported(error, "a model needs: pip install 'prereg-kernels[checkup]'"))
     works = _guarded(lambda: doctor_model(arguments.model, arguments.json), "stopped")
     sys.exit(works is False)
 

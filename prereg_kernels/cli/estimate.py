@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels._util.files import printable
-from prereg_kernels._util.supported import absent
+from prereg_kernels._util.supported import not_imported
 from prereg_kernels.attach.config import ANCHORS
 from prereg_kernels.estimate import shipped
 from prereg_kernels.estimate.devices import DEVICES
@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             from prereg_kernels.estimate.picture import draw
         except ModuleNotFoundError as error:
-            needs = "pip install 'prereg-kernels[checkup]'"
-            raise ValueError(f"--picture: {absent(error)}; it needs: {needs}") from None
+            needs = "it needs: pip install 'prereg-kernels[checkup]'"
+            raise ValueError(f"--picture: {not_imported(error, needs)}") from None
         draw(found, picture)
     print(json.dumps(found.describe(), indent=1) if arguments.json else describe(found))
 
@@ -120,8 +120,8 @@ def structure_of(model: str, settings: Settings) -> Structure:
     try:
         return _walked(path, train, dtype)
     except ModuleNotFoundError as error:
-        needs = "pip install 'prereg-kernels[checkup]'"
-        raise ValueError(f"model: {absent(error)}; one of your own needs: {needs}") from None
+        needs = "one of your own needs: pip install 'prereg-kernels[checkup]'"
+        raise ValueError(f"model: {not_imported(error, needs)}") from None
 
 
 def _walked(directory: Path, train: Sequence[str], dtype: str) -> Structure:

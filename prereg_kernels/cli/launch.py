@@ -13,7 +13,11 @@ COMMANDS = {
     "llamafactory": ("prereg_kernels.cli.llamafactory", "llamafactory-cli, which trains with PRe"),
     "trl": ("prereg_kernels.cli.trl", "TRL's command, which trains with PRe"),
 }
-"""Of each: a module with `prepare(arguments)`, and what `prereg --help` says."""
+"""Of each: a module with `prepare(arguments)` and `run(arguments)`, a rank's part of it; and what
+`prereg --help` says."""
+
+RANK = Path(__file__).with_name("rank.py")
+"""What a launcher starts as a rank: with a command's name, then its arguments."""
 
 SWIFT_PLUGIN = Path(__file__).parents[1] / "trainers" / "swift" / "pre_plugin.py"
 
@@ -31,3 +35,8 @@ def prepare(name: str, arguments: Sequence[str]) -> Callable[[], None]:
         raise ValueError(f"{absent(error)}; {hint}, beside packages that fit it") from None
     start: Callable[[], None] = command.prepare(arguments)
     return start
+
+
+def run_rank(name: str, *arguments: str) -> None:
+    """A rank's part of a trainer's command."""
+    import_module(COMMANDS[name][0]).run(arguments)

@@ -19,6 +19,7 @@ from llamafactory.hparams import read_args
 from llamafactory.train import tuner
 
 from prereg_kernels._util.settings_file import take_flags
+from prereg_kernels.cli.launch import RANK
 from prereg_kernels.trainers.attaching import with_pre
 from prereg_kernels.trainers.attachment import AttachSettings, read_settings
 
@@ -43,7 +44,7 @@ def prepare(arguments: Sequence[str]) -> Callable[[], None]:
         _read(arguments[1:])  # so that what is wrong is said once, before there are ranks
         # What it runs, in this process; and as each rank's program, where it starts torchrun
         tuner.run_exp = train
-        launcher.__file__ = f"-m {__name__}"
+        launcher.__file__ = f"{RANK} llamafactory"
     return cli.main
 
 
@@ -54,6 +55,12 @@ def train() -> None:
     place = import_module(module)
     setattr(place, name, with_pre(getattr(place, name), **settings))
     _run(arguments)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """What a rank runs that torchrun has started."""
+    sys.argv = ["llamafactory-cli", *arguments]
+    train()
 
 
 def _read(arguments: Sequence[str]) -> tuple[Any, str, AttachSettings]:
@@ -78,7 +85,3 @@ def _read(arguments: Sequence[str]) -> tuple[Any, str, AttachSettings]:
         if str(value).lower() in ("true", "y", "1"):
             raise ValueError(f"{name}: expected it off, as PRe is not in what it runs; got {value}")
     return own, stage, read_settings(written)
-
-
-if __name__ == "__main__":
-    train()

@@ -3,7 +3,7 @@
 
 TRL (1.16) has no plugins. PRe's settings are under `pre:` in its YAML file, or --pre.weight 0.3
 on the command line; its own parser does not get to see them. TRL starts its scripts by accelerate;
-the same is done here with this module, which each rank runs.
+the same is done here with `rank.py`, which each rank runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trl.cli.main import main
 from trl.scripts.utils import TrlParser
 
 from prereg_kernels._util.settings_file import read_yaml, take_flags
+from prereg_kernels.cli.launch import RANK
 from prereg_kernels.trainers.attaching import with_pre
 from prereg_kernels.trainers.attachment import AttachSettings, read_settings
 
@@ -90,7 +91,7 @@ def _launcher(flags: dict[str, Any]) -> Callable[..., None]:
 
     def launch(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
         name = script_name.removesuffix(".py")
-        program = ["--module", __name__, name, *training_script_args, *again]
+        program = [str(RANK), "trl", name, *training_script_args, *again]
         launch_command(launch_command_parser().parse_args([*launch_args, *program]))
 
     return launch
@@ -101,7 +102,3 @@ def _text(value: Any) -> str:
     import json
 
     return json.dumps(value)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1:])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from prereg_kernels._util.files import write_whole
-from prereg_kernels._util.supported import absent
+from prereg_kernels._util.supported import not_imported
 from prereg_kernels.train.collator import open_image
 from prereg_kernels.train.evaluate import Chat, Respondent
 from prereg_kernels.train.sources.llava import PLACEHOLDER, parts
@@ -50,7 +50,8 @@ def evaluate_tasks(
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(f"--tasks: {absent(error)}; it needs: pip install lmms-eval") from None
+        needs = "it needs: pip install lmms-eval"
+        raise ValueError(f"--tasks: {not_imported(error, needs)}") from None
     manager = TaskManager("ERROR", include_path=None if task_files is None else str(task_files))
     for task in tasks:
         if task not in manager.all_tasks:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from prereg_kernels._util.files import printable
-from prereg_kernels._util.supported import absent
+from prereg_kernels._util.supported import not_imported
 from prereg_kernels.attach.resolver import find_family
 from prereg_kernels.train.config import TrainConfig
 from prereg_kernels.train.parts import linear_of_llm, modules_of, parts_of
@@ -129,7 +129,8 @@ def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[st
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError(f"lora: {absent(error)}; it needs: pip install peft") from None
+        needs = "it needs: pip install peft"
+        raise ValueError(f"lora: {not_imported(error, needs)}") from None
     by_part = parts_of(model)
     modules = modules_of(model, [n for part in parts if part != "llm" for n in by_part[part]])
     settings = {"task_type": "CAUSAL_LM", "target_modules": linear_of_llm(model), **lora}

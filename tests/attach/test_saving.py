@@ -298,6 +298,37 @@ def test_settings_of_another_version(tmp_path: Path, change: Any, message: str) 
         apply_pre(tiny_llava(), from_pretrained=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    (
+        ("layers", 3), ("share_head", True), ("head_features", 7), ("depth", 3),
+        ("activation", "relu"), ("anchor", "pre_projector"), ("level", "global"), ("loss", "mse"),
+        ("normalize", "layer"),
+    ),
+)  # fmt: skip
+def test_load_takes_no_heads_that_were_trained_for_something_else(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    """Unlike `from_pretrained`, which leaves that to the user: it is how a run is resumed."""
+    both: dict[str, Any] = {"share_head": {"layers": (2, 3)}, "normalize": {"loss": "mse"}}
+    apply_pre(tiny_llava(), **both.get(name, {})).save(tmp_path)
+    pre = apply_pre(tiny_llava(), **{name: value}, **both.get(name, {}))
+    before = {n: x.clone() for n, x in state_of(pre).parameters().items()}
+    with pytest.raises(ValueError, match=rf"path: .*(trained with {name}=|do not fit: )"):
+        pre.load(tmp_path)
+    assert all(torch.equal(x, before[n]) for n, x in state_of(pre).parameters().items())
+
+
+def test_load_leaves_the_weight_and_the_rest_as_they_are(tmp_path: Path) -> None:
+    old = apply_pre(tiny_llava(), seed=9)
+    old.save(tmp_path)
+    others = {"weight": 2.0, "token_fraction": 0.5, "seed": 3, "value_in_forward": True}
+    pre = apply_pre(tiny_llava(), **others)
+    pre.load(tmp_path)
+    assert same_heads(pre, old)
+    assert {name: getattr(pre.config, name) for name in others} == others
+
+
 @pytest.mark.parametrize("partition", (lambda x: x[:0], lambda x: x.flatten()[:3]))
 def test_heads_that_are_not_whole(tmp_path: Path, partition: Any) -> None:
     """As ZeRO-3 and FSDP1 leave them on the model: nothing is written but what is handed over."""

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from transformers import Trainer
 
+from prereg_kernels.cli.launch import RANK
 from prereg_kernels.trainers import PReTrainerMixin
 
 MODULE = "prereg_kernels.cli.trl"
@@ -82,7 +83,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return lambda **settings: Path("x.yaml").write_text(yaml.safe_dump(settings)) and None
 
 
-def test_accelerate_starts_this_module(
+def test_accelerate_starts_ranks(
     command: Any, write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the flags of PRe again; what is under `pre:` does not reach accelerate."""
@@ -92,9 +93,9 @@ def test_accelerate_starts_this_module(
     flags = ["--pre.layers", "[1, 2]", "--pre.head_dtype=float32"]
     command.prepare(["sft", "--config", "x.yaml", *flags, "--max_steps", "4"])()
     (one,) = started
-    assert one.module and one.training_script == MODULE and one.num_processes == 2
+    assert not one.module and one.training_script == str(RANK) and one.num_processes == 2
     assert one.training_script_args == [
-        "sft", "--config", "x.yaml", "--max_steps", "4", "--pre.layers=[1, 2]",
+        "trl", "sft", "--config", "x.yaml", "--max_steps", "4", "--pre.layers=[1, 2]",
         '--pre.head_dtype="float32"',
     ]  # fmt: skip
 

@@ -32,7 +32,12 @@ PROGRAMS = ("prereg", "make", "pip", "python", "python3", "torchrun", "accelerat
 BEGINNING = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)})(?: |$)")
 # Each program prints what it is given. Nothing else runs, as there is no path to look on.
 STUBS = [f"{name}() {{ printf '%s\\0' {name} \"$@\"; echo; }}" for name in PROGRAMS]
-STUBS += ['timeout() { shift; "$@"; }', "git() { :; }", "swift() { :; }"]
+STUBS += [
+    'timeout() { shift; "$@"; }',
+    "git() { :; }",
+    "swift() { :; }",
+    "llamafactory-cli() { :; }",
+]
 
 Command = tuple[str, ...]
 REPLACED = {"prereg_kernels": ("prereg",)}

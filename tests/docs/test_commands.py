@@ -139,6 +139,7 @@ NOT_RUN = {
         "prereg trl",
         "prereg llamafactory train sft.yaml pre.weight=0.3",
         "prereg llamafactory train try.yaml",
+        "prereg llamafactory train try.yaml resume_from_checkpoint=photos/out/checkpoint-6",
         "prereg llamafactory train sft.yaml",
         "torchrun --nproc-per-node 8 -m nemo_automodel.cli.app config.yaml",
     ),
@@ -184,7 +185,9 @@ NOT_RUN = {
     ),
     "installs packages": (
         "pip install torch",
+        "pip install torch==2.13.0 torchvision torchaudio",
         "pip install llamafactory==0.9.5 torch==2.13.0",
+        "pip install scikit-image '.[train]'",
         "pip install .",
         "pip install '.[train,checkup]'",
         "pip install git+URL",

@@ -332,6 +332,8 @@ def test_settings(name: str, number: int, block: Block, tmp_path: Path) -> None:
     path.write_text(block.text)
     if name.startswith("docs/trainers/"):  # tests/packages trains with them
         written = yaml.safe_load(block.text)
+        if "export_dir" in written:  # of a merged model, which has no PRe
+            return
         assert read_settings(written.get("pre") or written["model_kwargs"]["pre"])
         return
     if block.why_not():

@@ -14,11 +14,12 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, Qwen3VLConfig
 
 from prereg_kernels import apply_pre, find_pre, remove_pre
 from prereg_kernels.attach.handle import PRe
 from prereg_kernels.attach.projector_hook import ProjectorHook
+from prereg_kernels.train.parts import parts_of
 from tests.attach.families.batches import make_batch
 from tests.attach.families.models import make_model
 from tests.attach.misplaced import ERROR, FAMILY, right_batch, wrong_batch
@@ -27,6 +28,7 @@ from tests.attached import NON_REENTRANT, compare, eager_term
 from tests.releases import neftune_post_forward_hook
 from tests.tiny import IMAGE_TOKEN, tiny_llava
 from tests.trainers.rows import make_trainer
+from tests.zoo import sample
 
 DECODER = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
 each_family = pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
@@ -332,3 +334,37 @@ def test_a_projector_that_trains_whole(name: str, order: str) -> None:
         for m in lora.modules() for hook in m._forward_pre_hooks.values()
     )  # fmt: skip
     lora.train()(**batch.inputs).loss.backward()
+
+
+def test_the_names_of_qwen3_vl() -> None:
+    """The trainers' pages have them; PEFT itself takes no list of modules."""
+
+    def trains(*names: str) -> set[str]:
+        model = sample("qwen3_vl").model
+        config = peft.LoraConfig(target_modules=DECODER, modules_to_save=list(names))
+        lora = peft.get_peft_model(model, config)
+        whole = {n for n, p in lora.named_parameters() if p.requires_grad and "lora_" not in n}
+        return {
+            n.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            for n in whole
+        }
+
+    projector = set(parts_of(sample("qwen3_vl").model)["projector"])
+    count = len(sample("qwen3_vl").model.model.visual.deepstack_merger_list)
+    assert count > 1
+    merger = {name for name in projector if "deepstack" not in name}
+    assert merger and trains("merger") == merger < projector
+    each = [f"deepstack_merger_list.{i}" for i in range(count)]
+    assert trains("merger", *each) == projector
+    with pytest.raises(TypeError, match="ModuleList"):
+        trains("merger", "deepstack_merger_list")
+    assert trains("multi_modal_projector") == set()  # which it passes over without a word
+    assert len(Qwen3VLConfig().vision_config.deepstack_visual_indexes) == 3
+
+
+def test_all_linear_adapts_the_projector() -> None:
+    """docs/trainers/trl.md says so."""
+    lora = peft.get_peft_model(tiny_llava(), peft.LoraConfig(target_modules="all-linear"))
+    trains = {n for n, p in lora.named_parameters() if p.requires_grad}
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        assert any(part in name and "lora_A" in name for name in trains), part

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.packages.definition import errors, gradients, make_model, split
@@ -17,6 +18,7 @@ from tests.packages.run import Run
 
 FLOAT32 = 1e-5  # relative, against float64
 FROZEN = ("vision_tower", "visual", "projector")  # what a trainer may leave as it is
+COPY = ".modules_to_save.default."  # PEFT's, of a module that trains whole beside an adapter
 FIGURES = {"loss", "lm_loss", "pre_loss", "pre_grad_norm"}
 
 
@@ -95,6 +97,29 @@ def check_files(run: Run, checkpoints: Collection[str]) -> None:
     """Each checkpoint has the heads, whose file is no part of the model's."""
     for name in checkpoints:
         assert (run.output / name / "pre" / "pre_heads.safetensors").exists(), name
+
+
+def check_projector(run: Run, adapter: Path) -> None:
+    """Beside LoRA a copy of the projector trains, all of it, and the adapter's file has it."""
+    step, end = run.step(0), run.weights
+    copies = [name for name in end if COPY in name]
+    original = [name for name in end if ".original_module." in name]
+    assert copies and len(copies) == len(original)
+    assert any("lora_" in name for name in step["gradients"])
+    written = load_file(adapter / "adapter_model.safetensors")
+    for name in copies:
+        assert step["gradients"][name].abs().max() > 0, name
+        assert not torch.equal(end[name], step["weights"][name]), name
+        assert torch.equal(written[name.replace(COPY, ".")], end[name]), name
+    assert all(torch.equal(end[name], step["weights"][name]) for name in original)
+
+
+def check_whole(run: Run) -> None:
+    """Without an adapter, all of the projector trains."""
+    start = run.step(0)["weights"]
+    projector = [name for name in start if "projector" in name and "pre_heads." not in name]
+    assert len(projector) == 4
+    assert all(not torch.equal(run.weights[name], start[name]) for name in projector)
 
 
 def check_logs(run: Run, checkpoint: str) -> list[dict[str, float]]:

@@ -16,11 +16,13 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText
 
+from tests.docs.pages import ROOT, read_page
 from tests.packages.checkpoint import make_llava, write_messages
 from tests.packages.compared import (
     FLOAT32,
     check_files,
     check_logs,
+    check_projector,
     check_resumed,
     difference,
     merged_by_hand,
@@ -30,9 +32,11 @@ from tests.packages.run import Run, run
 
 pytestmark = pytest.mark.packages
 
+PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "axolotl.md").read_text())
+SETTINGS = PAGE.blocks[0]
 WEIGHT = 0.3
 QUIET = {"AXOLOTL_DO_NOT_TRACK": "1"}
-TUNED = {
+TUNED: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {
         "adapter": "lora", "lora_r": 8, "lora_alpha": 16,
@@ -41,7 +45,8 @@ TUNED = {
         "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,
     },
 }  # fmt: skip
-BOTH = pytest.mark.parametrize("tuned", TUNED)
+TUNED["projector"] = TUNED["lora"]  # and what the page says
+BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
 PLUGIN = "prereg_kernels.trainers.axolotl.PRePlugin"
 ANCHOR = "pre_projector"
@@ -117,7 +122,11 @@ class Place:
             whole = self.run(tuned, rows, micro_batches, data=data)
             own["resume_from_checkpoint"] = str(whole.output / "checkpoint-2")
         place.mkdir()
-        (place / "x.yml").write_text(yaml.safe_dump(own | settings))
+        written = ""
+        if tuned == "projector":
+            written = SETTINGS.text  # letter for letter
+            own = {name: x for name, x in own.items() if name not in yaml.safe_load(written)}
+        (place / "x.yml").write_text(written + yaml.safe_dump(own | settings))
         self.runs[named] = run(
             "axolotl", ["axolotl", "train", "x.yml"], place, output,
             environment=QUIET, is_expected_to_fail=is_expected_to_fail,
@@ -139,6 +148,15 @@ def test_a_step(place: Place, tuned: str) -> None:
     check_files(done, (*STEPS, "."))
     losses = [entry["pre_loss"] for entry in check_logs(done, "checkpoint-4")]
     assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_the_projector_beside_an_adapter(place: Place) -> None:
+    done, weight = place.run("projector"), yaml.safe_load(SETTINGS.text)["pre"]["weight"]
+    for number in (0, 3):
+        found = step_errors(place.checkpoint, done, weight, number=number, **HOW)
+        assert max(found.values()) < FLOAT32, found
+    check_projector(done, done.output)
+    check_projector(done, done.output / "checkpoint-4")
 
 
 @BOTH

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ from transformers import AutoModelForImageTextToText
 from tests.docs.pages import ROOT, read_page
 from tests.packages.checkpoint import make_llava, write_messages
 from tests.packages.compared import (
+    COPY,
     FLOAT32,
     check_files,
     check_logs,
     check_low_precision,
+    check_projector,
     check_resumed,
+    check_whole,
     difference,
     head_error,
     merged_by_hand,
@@ -37,7 +42,7 @@ from tests.packages.run import Run, run
 pytestmark = pytest.mark.packages
 
 PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "llamafactory.md").read_text())
-_, SETTINGS, COMMAND, MAKE, TRY, START = PAGE.blocks
+_, SETTINGS, COMMAND, MAKE, TRY, START, RESUME, MERGE, EXPORT = PAGE.blocks
 COMMANDS = COMMAND.text.splitlines()  # in one process, and in several
 ANCHOR = yaml.safe_load(SETTINGS.text)["pre"]["anchor"]
 WEIGHT = 0.3  # by the command
@@ -47,7 +52,10 @@ STEPS = ("checkpoint-2", "checkpoint-4")
 
 
 class Place:
-    """A checkpoint, data, and the runs on them, each of which is started once."""
+    """A checkpoint, data, and the runs on them, each of which is started once.
+
+    Of the page's settings "lora" lacks the one that has the projector train; "projector" has it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,7 +96,8 @@ class Place:
         output = place / "out"
         own = {
             "model_name_or_path": str(self.checkpoint), "stage": "sft", "do_train": True,
-            "finetuning_type": tuned, "dataset": "tiny", "template": "llava",
+            "finetuning_type": "full" if tuned == "full" else "lora",
+            "dataset": "tiny", "template": "llava",
             "dataset_dir": str(self.folder / data), "output_dir": str(output),
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches,
             "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
@@ -105,7 +114,11 @@ class Place:
             name, _, value = command.pop(0).partition("=")
             variables[name] = value
         place.mkdir()
-        (place / "sft.yaml").write_text(SETTINGS.text + yaml.safe_dump(own | settings))
+        written, projector = SETTINGS.text, re.compile(r"^additional_target: .*\n", re.MULTILINE)
+        assert len(projector.findall(written)) == 1
+        if tuned == "lora":
+            written = projector.sub("", written)
+        (place / "sft.yaml").write_text(written + yaml.safe_dump(own | settings))
         self.runs[named] = start(command, place, output, variables)
         return self.runs[named]
 
@@ -138,6 +151,33 @@ def test_a_step(place: Place, tuned: str) -> None:
         assert max(found.values()) < FLOAT32, found
     check_files(done, (*STEPS, "."))
     check_logs(done, "checkpoint-4")
+
+
+def test_the_projector_beside_an_adapter(place: Place) -> None:
+    done = place.run("projector")
+    for number in (0, 3):
+        found = step_errors(place.checkpoint, done, WEIGHT, **HOW, number=number)
+        assert max(found.values()) < FLOAT32, found
+    check_projector(done, done.output)
+    check_projector(done, done.output / "checkpoint-4")
+    check_said(done)
+
+
+def test_the_projector_with_full_tuning(place: Place) -> None:
+    done = place.run("full", freeze_multi_modal_projector=False)
+    for number in (0, 3):
+        found = step_errors(place.checkpoint, done, WEIGHT, **HOW, number=number)
+        assert max(found.values()) < FLOAT32, found
+    check_whole(done)
+
+
+def check_said(done: Run) -> None:
+    """It says that the projector does not train; what it counts has the copy of it."""
+    assert "Set multi model projector not trainable: ['multi_modal_projector']" in done.text
+    [counted] = re.findall(r"trainable params: ([\d,]+) \|\|", done.text)
+    start = done.step(0)["weights"]
+    trained = {name: x.numel() for name, x in start.items() if "lora_" in name or COPY in name}
+    assert int(counted.replace(",", "")) == sum(trained.values())
 
 
 @BOTH
@@ -189,14 +229,24 @@ def test_preferences(place: Place, tuned: str) -> None:
 
 
 def test_the_page_s_try(tmp_path: Path) -> None:
+    """Trained, resumed from its first checkpoint, and merged."""
     make, assemble = (shlex.split(line)[1:] for line in MAKE.text.splitlines())
     for command in ([str(ROOT / make[0]), *make[1:]], ["-m", "prereg_kernels", *assemble]):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
     (tmp_path / "try.yaml").write_text(TRY.text)
-    done = start(shlex.split(START.text), tmp_path, tmp_path / "photos" / "out", {})
+    output = tmp_path / "photos" / "out"
+    done = start(shlex.split(START.text), tmp_path, output, {})
     first, *_, last = (entry["pre_loss"] for entry in done.logs(""))
     assert last < first - 0.1
+    check_projector(done, output)
+    done = replace(done, recorded=done.recorded.rename(tmp_path / "whole"))
+    resumed = start(shlex.split(RESUME.text), tmp_path, output, {})
+    check_resumed(done, resumed, done.step(0)["weights"])
+    (tmp_path / "export.yaml").write_text(MERGE.text)
+    merged = tmp_path / "photos" / "merged"
+    run("llamafactory", shlex.split(EXPORT.text), tmp_path, merged)
+    check_merged(tmp_path / "photos" / "llava", resumed, merged)
 
 
 def test_a_merged_model(place: Place) -> None:
@@ -210,8 +260,12 @@ def test_a_merged_model(place: Place) -> None:
     }  # fmt: skip
     (place.folder / "export.yaml").write_text(yaml.safe_dump(settings))
     start(["prereg", "llamafactory", "export", "export.yaml"], place.folder, merged, {})
+    check_merged(place.checkpoint, done, merged)
+
+
+def check_merged(checkpoint: Path, done: Run, merged: Path) -> None:
     assert not (merged / "pre").exists()
-    expected = merged_by_hand(place.checkpoint, done)
+    expected = merged_by_hand(checkpoint, done)
     model, told = AutoModelForImageTextToText.from_pretrained(merged, output_loading_info=True)
     assert not any(told.values()), told
     for name, weight in model.state_dict().items():

@@ -24,7 +24,9 @@ from tests.packages.compared import (
     check_files,
     check_logs,
     check_low_precision,
+    check_projector,
     check_resumed,
+    check_whole,
     difference,
     head_error,
     merged_by_hand,
@@ -38,17 +40,19 @@ pytestmark = pytest.mark.packages
 
 PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "ms-swift.md").read_text())
 COMMAND, FILE, _, MAKE, TRY = PAGE.blocks
-WEIGHT = {"lora": 0.3, "full": 0.5}
+WEIGHT = {"lora": 0.3, "projector": 0.3, "full": 0.5}
 ANCHOR = "pre_projector"
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
+PROJECTORS = {"llava": "multi_modal_projector", "qwen": "merger"}
 KINDS = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl"}
 
 
 class Place:
     """Checkpoints, data, and the runs on them, each of which is started once.
 
-    Full tuning is started with the page's file, LoRA by its command.
+    Full tuning is started with the page's file, LoRA by its command: "lora" without the projector,
+    "projector" with it, as the page has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +83,8 @@ class Place:
         output = place / "out"
         own: dict[str, Any] = {
             "model": str(self.checkpoints[model]), "model_type": KINDS[model],
-            "template": KINDS[model], "tuner_type": tuned, "torch_dtype": "float32",
+            "template": KINDS[model], "tuner_type": "full" if tuned == "full" else "lora",
+            "torch_dtype": "float32",
             "dataset": str(self.data), "output_dir": str(output), "add_version": "false",
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches,
             "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
@@ -92,6 +97,11 @@ class Place:
         start = shlex.split(text.replace("\\\n", "").replace('"weight": 0.5', '"weight": 0.3'))
         assert start[:3] == ["swift", "sft", "..."] and ANCHOR in start[-1]
         start = ["swift", command, *start[3:]]
+        projector = start.index("--modules_to_save")
+        assert start[projector + 1] == PROJECTORS["llava"]
+        start[projector + 1] = PROJECTORS[model]
+        if tuned != "projector":
+            del start[projector : projector + 2]
         if tuned == "full":
             place.mkdir()
             assert ANCHOR in FILE.text
@@ -120,6 +130,29 @@ def test_a_step(place: Place, tuned: str) -> None:
         assert max(found.values()) < FLOAT32, found
     check_files(done, STEPS)
     check_logs(done, "checkpoint-4")
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_the_projector_beside_an_adapter(place: Place, model: str) -> None:
+    done = place.run("projector", model=model)
+    image = {"image_token": QWEN_IMAGE} if model == "qwen" else {}
+    for number in (0, 3):
+        found = step_errors(
+            place.checkpoints[model], done, WEIGHT["projector"], number=number, anchor=ANCHOR,
+            **image,
+        )  # fmt: skip
+        assert max(found.values()) < FLOAT32, found
+    check_projector(done, done.output / "checkpoint-4")
+
+
+def test_the_projector_with_full_tuning(place: Place) -> None:
+    done = place.run("full", freeze_aligner="false")
+    for number in (0, 3):
+        found = step_errors(
+            place.checkpoints["llava"], done, WEIGHT["full"], number=number, anchor=ANCHOR
+        )
+        assert max(found.values()) < FLOAT32, found
+    check_whole(done)
 
 
 @BOTH
@@ -205,6 +238,7 @@ def test_the_page_s_try(tmp_path: Path) -> None:
     losses = [json.loads(line).get("pre_loss") for line in logged.read_text().splitlines()]
     first, *_, last = (x for x in losses if x is not None)
     assert last < first - 0.1
+    check_projector(done, logged.parent / "checkpoint-6")
 
 
 def test_a_merged_model(place: Place) -> None:

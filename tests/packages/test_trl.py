@@ -16,10 +16,12 @@ import yaml
 from prereg_kernels.attach.storage import load_heads
 from tests.packages.checkpoint import make_llava, write_messages
 from tests.packages.compared import (
+    COPY,
     FLOAT32,
     check_files,
     check_logs,
     check_low_precision,
+    check_projector,
     check_resumed,
     difference,
     step_errors,
@@ -32,16 +34,17 @@ pytestmark = pytest.mark.packages
 
 ANCHOR = "pre_projector"
 WEIGHT = 0.3
-TUNED = {
+TUNED: dict[str, dict[str, Any]] = {
     "full": {},
     # TRL's default is a dropout of 0.05, which the definition does not draw
     "lora": {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0},
 }
+TUNED["projector"] = TUNED["lora"] | {"lora_modules_to_save": ["multi_modal_projector"]}
 REWARDS = """
 def length(completions, **_):
     return [float(len(completion[0]["content"])) for completion in completions]
 """
-BOTH = pytest.mark.parametrize("tuned", TUNED)
+BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
 
 
@@ -126,6 +129,15 @@ def test_a_step(place: Place, tuned: str) -> None:
         assert max(found.values()) < FLOAT32, found
     check_files(done, (*STEPS, "."))
     check_logs(done, "checkpoint-4")
+
+
+def test_the_projector_beside_an_adapter(place: Place) -> None:
+    done = place.run("projector")
+    for number in (0, 3):
+        found = step_errors(place.checkpoint, done, WEIGHT, number=number, anchor=ANCHOR)
+        assert max(found.values()) < FLOAT32, found
+    check_projector(done, done.output)
+    check_projector(done, done.output / "checkpoint-4")
 
 
 @BOTH
@@ -216,9 +228,13 @@ def test_the_page_s_file(place: Place) -> None:
     start = done.step(0)["weights"]
     moved = {n for n, x in done.weights.items() if not torch.equal(x, start[n])}
     adapted, heads = split({name: done.weights[name] for name in moved})
-    assert len(heads) == 4 and len(adapted) > 4
-    assert all(re.search(r"language_model.*[qv]_proj.*lora_", name) for name in adapted)
+    assert len(heads) == 4 and len(adapted) > 8
+    whole = {name for name in adapted if COPY in name}
+    assert len(whole) == 4 and all("multi_modal_projector" in name for name in whole)
+    language = [name for name in adapted if name not in whole]
+    assert all(re.search(r"language_model.*[qv]_proj.*lora_", name) for name in language)
     check_files(done, (".",))
+    check_projector(done, done.output)
 
 
 def test_bfloat16(place: Place) -> None:

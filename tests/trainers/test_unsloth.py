@@ -109,8 +109,9 @@ def make_model(patched: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(modeling_utils, "checkpoint", unsloth_checkpoint)
     torch.manual_seed(0)
     config = peft.LoraConfig(
-        r=2, target_modules=DECODER, init_lora_weights=False, task_type="CAUSAL_LM"
-    )
+        r=2, target_modules=DECODER, init_lora_weights=False, task_type="CAUSAL_LM",
+        modules_to_save=["multi_modal_projector"],
+    )  # fmt: skip
     lora = peft.get_peft_model(model, config)
     if patched:
         model.gradient_checkpointing_enable()
@@ -149,6 +150,8 @@ def test_gradients_of_a_step(
     assert staging.numel() >= micro_batch * WIDTH
     heads = [x.norm() for name, x in found[0].items() if "pre_heads" in name]
     assert len(heads) == 12 and min(heads) > 0
+    projector = [x.norm() for name, x in found[0].items() if "projector.modules_to_save" in name]
+    assert len(projector) == 4 and min(projector) > 0  # beside LoRA, as the page has it
     compare(found[1], found[0])
 
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import os
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -109,3 +112,34 @@ def test_torchvision_is_the_one_for_the_torch_that_is_here(monkeypatch: pytest.M
     ):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
         assert supported.install_torchvision().startswith(advice)
+
+
+def test_a_torchvision_that_cannot_be_imported(tmp_path: Path) -> None:
+    """It is there, so what brings the missing packages would mend nothing."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("from torchvision import ops\n")
+    (package / "ops.py").write_text("import torch\n\ntorch.ops.torchvision.nms.default\n")
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Version: 0.1\n")
+    paths = f"{tmp_path}:{PROJECT.parent}"
+    command = ["assemble", "--vision", "clip", "--llm", "llama", "--out", "llava"]
+    done = subprocess.run(
+        [sys.executable, "-m", "prereg_kernels", *command], cwd=tmp_path, text=True,
+        env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "prereg: torchvision is here, but could not be imported: '_OpNamespace' 'torchvision' "
+        "object has no attribute 'nms'; it has to be a build for your torch: "
+        f"{supported.install_torchvision()}\n"
+    )
+
+
+def test_what_is_missing_is_told_with_what_brings_it() -> None:
+    with pytest.raises(ModuleNotFoundError) as missing:
+        importlib.import_module("a_module_that_nobody_has")
+    told = "No module named 'a_module_that_nobody_has'; it needs: pip install it"
+    assert supported.not_imported(missing.value, "it needs: pip install it") == told
+    unnamed = ImportError("cannot import name 'x' from 'y'")  # raised in nobody's module
+    assert supported.not_imported(unnamed, "it needs: pip install it") == str(unnamed)
