@@ -122,18 +122,16 @@ def gain_sentence() -> str:
     unclear = "" if effect.difference.direction else ", which is not clear"
     commits = sorted({stamp["commit"] for stamp in stamps(finished(results.config, FEW_SHOT))})
     return (
-        f"A small LLaVA is trained twice: without PRe, and with PRe, whose head predicts the "
-        f"vision encoder's output (the anchor `{centre.pre.anchor}`). "
-        f"Then each of the two models learns {len(test.families)} new kinds of question, each from "
-        f"{test.scenes} scenes with {test.questions_per_scene} questions, with tower and projector "
-        f"frozen and PRe off. The model that was trained with PRe answers {after} of these "
-        f"questions right, the other {before}: a difference of "
-        f"{plus_minus(effect.difference, 100, '.1f')} points{unclear} (half the 95% "
-        f"interval over {results.seeds(centre)} paired seeds). On the training's own questions the "
-        f"difference is {plus_minus(common, 100, '.1f')} points. With the default anchor, "
-        f"`pre_llm`, the difference on new questions is "
-        f"{plus_minus(of_default.difference, 100, '.1f')} points ({results.seeds(default)} seeds; "
-        f"commit {', '.join(commits)})."
+        f"A small LLaVA that was trained with PRe later answers {after} of new kinds of question "
+        f"right, and one that was trained without {before}. That is "
+        f"{plus_minus(effect.difference, 100, '.1f')} points{unclear} (half the 95% interval over "
+        f"{results.seeds(centre)} paired seeds). Each of the {len(test.families)} kinds is learned "
+        f"from {test.scenes} scenes with {test.questions_per_scene} questions, with tower and "
+        "projector frozen and PRe off. On the training's own questions the difference is "
+        f"{plus_minus(common, 100, '.1f')} points. PRe's head predicts the vision encoder's "
+        f"output, the anchor `{centre.pre.anchor}`. With the default anchor, `pre_llm`, new kinds "
+        f"of question gain {plus_minus(of_default.difference, 100, '.1f')} points "
+        f"({results.seeds(default)} seeds; commit {', '.join(commits)})."
     )
 
 
