@@ -169,6 +169,24 @@ def test_shards(tmp_path: Path, is_llava: bool) -> None:
         assert [image.getpixel((0, 0)) for image in opened] == several
 
 
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_images_are_in_the_order_of_their_numbers(tmp_path: Path, is_streaming: bool) -> None:
+    """Of more than ten, whatever their order in the shard and their suffixes are."""
+    record = {
+        "conversations": [
+            {"from": "human", "value": "<image>\n" * 12 + "Which is red?"},
+            {"from": "gpt", "value": "None."},
+        ]
+    }
+    files = {f"{n}.{'png' if n % 3 else 'jpg'}": png((20 * n, 0, 0)) for n in (10, *range(10), 11)}
+    content = {"json": json.dumps(record).encode(), **files}
+    write_shard(tmp_path / "a.tar", {"x": content})
+    source = open_source(DataConfig(str(tmp_path), "webdataset", streaming=is_streaming))
+    sample = source.row_sample(next(iter(source.rows))) if is_streaming else source[0]
+    opened = [open_image(image, None) for image in sample.images]
+    assert [image.getpixel((0, 0)) for image in opened] == [(20 * n, 0, 0) for n in range(12)]
+
+
 def test_shards_that_are_none(tmp_path: Path) -> None:
     def refuse(message: str) -> None:
         with pytest.raises(ValueError, match=message):
