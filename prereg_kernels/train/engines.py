@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import ParallelMode
 
 from prereg_kernels._util import private
 from prereg_kernels.ops.head import PReHead
@@ -87,6 +88,31 @@ def prepare(trainer: Any) -> None:
         config = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         config["stage3_gather_16bit_weights_on_model_save"] = True
         trainer.add_callback(_FreshGradients(trainer))
+
+
+def check_ddp(trainer: Any, *, leaves_out: bool) -> None:
+    """Raise ValueError where DDP would wait for gradients that a step does not have.
+
+    It has to look for them in the step's graph, and a reentrant checkpoint is not in it.
+
+    Args:
+        leaves_out: whether a step may have no gradient for some parameters.
+    """
+    arguments = trainer.args
+    is_ddp = arguments.parallel_mode == ParallelMode.DISTRIBUTED and not is_sharded(trainer)
+    if not is_ddp or not leaves_out:
+        return
+    options = arguments.gradient_checkpointing_kwargs or {}
+    if arguments.gradient_checkpointing and options.get("use_reentrant"):
+        setting, got = "gradient_checkpointing_kwargs: expected use_reentrant: false", "true"
+    elif not arguments.ddp_find_unused_parameters:
+        setting, got = "ddp_find_unused_parameters: expected true", "false"
+    else:
+        return
+    raise ValueError(
+        f"trainer.{setting} on several ranks, as steps of text alone leave parameters without a "
+        f"gradient; got {got}"
+    )
 
 
 def _units(model: nn.Module, names: Sequence[str] | None) -> list[str]:

@@ -28,7 +28,13 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
-from prereg_kernels.train.engines import check_launcher, device_of_cpus, prepare, save_whole
+from prereg_kernels.train.engines import (
+    check_ddp,
+    check_launcher,
+    device_of_cpus,
+    prepare,
+    save_whole,
+)
 from prereg_kernels.train.facts import CountingCollator
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.held_out import CheckupCallback, HeldOut
@@ -201,6 +207,9 @@ def _train_stage(
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
         trainer.add_callback(TensorBoardCallback(board))
     prepare(trainer)
+    has_text_alone = mixture is not None and bool((mixture.images == 0).any())
+    trains_llm_alone = pre is None and set(stage.trainable) == {"llm"}
+    check_ddp(trainer, leaves_out=has_text_alone and not trains_llm_alone)
     if last is not None:
         check_checkpoint(Path(last), trainer)
     with trainer.stop.listening(), pages_shared():
@@ -266,8 +275,6 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
         # It hides them, and waits for the device in each micro-batch to do so: see non_finite
         "logging_nan_inf_filter": False,
         "save_total_limit": 2,
-        # Batches of text alone leave the vision encoder and the projector out
-        "ddp_find_unused_parameters": not given.get("gradient_checkpointing", False),
     }
     try:
         arguments = TrainingArguments(
@@ -275,6 +282,14 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
+    checkpointing = {"use_reentrant": False, **(arguments.gradient_checkpointing_kwargs or {})}
+    if arguments.gradient_checkpointing:
+        arguments.gradient_checkpointing_kwargs = checkpointing
+    if arguments.ddp_find_unused_parameters is None:
+        # Batches of text alone leave the vision encoder and the projector out. A reentrant
+        # checkpoint hides its parameters from DDP, which would take all of them for left out.
+        is_hidden = arguments.gradient_checkpointing and checkpointing["use_reentrant"]
+        arguments.ddp_find_unused_parameters = not is_hidden
     check_wandb(arguments.report_to, Path(config.out))
     return arguments
 

@@ -45,13 +45,16 @@ def test_a_step_s_gradients_are_the_definition_s(place: Path, tmp_path: Path) ->
 
 
 def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
-    """The same losses and weights; a checkpoint of two ranks is gone on with by one."""
+    """The same losses and weights, where steps are of text alone, and layers checkpointed."""
     changes: dict[str, Any] = {"stages__1__max_steps": 6, "trainer__save_steps": 3}
     one, two = tmp_path / "one", tmp_path / "two"
     path = write(tmp_path / "one.yaml", settings(place, one, **changes))
     done = start(*PREREG, "train", str(path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    half = {**changes, "trainer__per_device_train_batch_size": 2}
+    half = {
+        **changes, "trainer__per_device_train_batch_size": 2,
+        "trainer__gradient_checkpointing": True,
+    }  # fmt: skip
     path = write(tmp_path / "two.yaml", settings(place, two, **half))
     done = start(*torchrun(2), "train", str(path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
