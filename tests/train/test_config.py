@@ -26,6 +26,7 @@ WHOLE: dict[str, Any] = {
     "trainer": {"per_device_train_batch_size": 16, "bf16": True, "max_steps": 5},
     "max_bad": 3,
 }  # fmt: skip
+LAST_LLM = ("--stages.1.trainable", "[projector]")
 
 
 def write(path: Path, values: Any) -> Path:
@@ -41,7 +42,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert align == StageConfig("align", ("projector",), (0,), None, {"learning_rate": 1e-3})
     assert tune.trainable == ("projector", "llm")
     assert [config.pre_of(stage) for stage in config.stages] == [
-        None, {"weight": 1}, {"layers": 16, "weight": 0.5},
+        None, {"layers": 16, "weight": 1}, {"layers": 16, "weight": 0.5},
     ]  # fmt: skip
     assert more.trainer == {"max_steps": 7}
     assert config.data_of(align) == config.data[:1] and config.data_of(tune) == config.data
@@ -92,6 +93,23 @@ def test_the_baseline_and_defaults(tmp_path: Path) -> None:
         (["--stages.1.pre", "yes please"], r"stages\[1\]\.pre: expected settings such as"),
         (["--pre.weight", "-1"], "pre.weight: expected a non-negative"),
         (["--pre.layer", "3"], "pre.layer: not a setting of PRe"),
+        (["--lora", "{rr: 4}"], "lora: .*unexpected keyword argument 'rr'"),
+        (
+            ["--lora", "{r: 4}", "--stages", "[{trainable: [projector]}]"],
+            r"lora: expected a stage whose trainable has llm, .*got \[\['projector'\]\]",
+        ),
+        (
+            ["--lora.r", "4", "--quantization.load_in_4bits", "true", *LAST_LLM],
+            r"quantization\.load_in_4bits: unknown key; expected one of .*'load_in_4bit', ",
+        ),
+        (
+            ["--lora.r", "4", "--quantization.bnb_4bit_quant_type", "nf4", *LAST_LLM],
+            "quantization: expected load_in_4bit: true or load_in_8bit: true, got {'bnb_4bit_qu",
+        ),
+        (
+            ["--lora.r", "4", "--quantization.load_in_4bit", "1", *LAST_LLM],
+            "quantization: load_in_4bit must be a boolean",
+        ),
         (["--max_bad", "1.5"], "max_bad: expected a share below 1, or a count"),
         (["--max_bad", "-1"], "max_bad: expected a share below 1, or a count"),
         (["--max_length", "0"], "max_length: expected at least 1"),
@@ -132,6 +150,25 @@ def test_a_base(tmp_path: Path) -> None:
     write(tmp_path / "further.yaml", {"base": "own.yaml", "pre": None, "stages": [{"name": "a"}]})
     config = load_config(tmp_path / "further.yaml")
     assert config.pre is None and [stage.name for stage in config.stages] == ["a"]
+
+
+def test_a_list_is_over_the_base_s(tmp_path: Path) -> None:
+    """A data set has no setting of another that stood in its place."""
+    write(tmp_path / "base.yaml", WHOLE)
+    own = {"base": "base.yaml", "data": [{"path": "mine.json"}, {"path": "more.json"}]}
+    config = load_config(write(tmp_path / "own.yaml", own))
+    assert config.data == (DataConfig("mine.json"), DataConfig("more.json"))
+    assert [stage.name for stage in config.stages] == ["align", "tune", "more"]
+
+
+def test_a_stage_s_pre_is_over_the_recipe_s(tmp_path: Path) -> None:
+    """Key by key, as a stage's fields are over the trainer's."""
+    anchor = {"anchor": "pre_projector", "weight": 0.5}
+    config = load_config(write(tmp_path / "c.yaml", {**WHOLE, "pre": anchor}))
+    align, tune, more = map(config.pre_of, config.stages)
+    assert (align, tune, more) == (None, {**anchor, "weight": 1}, anchor)
+    config = load_config(write(tmp_path / "c.yaml", {**WHOLE, "pre": None}))
+    assert [config.pre_of(stage) for stage in config.stages] == [None, {"weight": 1}, None]
 
 
 @pytest.mark.parametrize("base", [3, ["a.yaml"], "c.yaml", "d.yaml", None])
