@@ -241,9 +241,10 @@ def _read(path: Path, readers: tuple[Path, ...]) -> Any:
         raise ValueError(f"{printable(path)}: base: expected another file, got {shown(base)}")
     below = _read(path.parent / base, chain)
     merged = _over(below, own)
-    lists = [x.get("stages") if isinstance(x, Mapping) else None for x in (below, own)]
-    if all(isinstance(x, list) for x in lists) and len({len(x) for x in lists}) == 1:
-        merged["stages"] = [_over(*pair) for pair in zip(*lists, strict=True)]
+    stages = below.get("stages") if isinstance(below, Mapping) else None
+    mine = own.get("stages")
+    if isinstance(stages, list) and isinstance(mine, list) and len(stages) == len(mine):
+        merged["stages"] = [_over(*pair) for pair in zip(stages, mine, strict=True)]
     return merged
 
 
