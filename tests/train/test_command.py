@@ -101,6 +101,9 @@ def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     records = json.loads((place / "data.json").read_text())
     records[0]["image"] = ["absent.png"]
     records[3]["conversations"] = []
+    outside = tmp_path / "outside.png"
+    outside.write_bytes((place / "images" / records[6]["image"][0]).read_bytes())
+    records[6]["image"][0] = str(outside)
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
     path = write(tmp_path / "c.yaml", settings(place, tmp_path / "out", data__0__path=str(data)))
@@ -110,7 +113,8 @@ def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     assert f"{total:,} parameters (tower " in done.stdout
     assert "24 samples, 24 images, 6 samples of text alone" in done.stdout
     assert f"  1 images are missing:\n    {place}/images/absent.png" in done.stdout
-    assert f"  1 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
+    assert f"  2 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
+    assert f"    {data}:1[6]: {outside}: a name or a link that leads out of" in done.stdout
     assert "stage align: 2 steps of 4 samples" in done.stdout
     assert "stage tune: 6 steps of 4 samples" in done.stdout
     half_read = unread("train", str(path), "--dry-run", cwd=tmp_path)
