@@ -28,6 +28,7 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
+from prereg_kernels.train.data_files import DATA_FILES, check_data
 from prereg_kernels.train.engines import (
     check_ddp,
     check_launcher,
@@ -77,8 +78,8 @@ DONE = "done.json"
 SETTINGS = "config.yaml"
 ENVIRONMENT = "environment.json"
 _RECORDS = (
-    SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/", "tensorboard/",
-    "wandb/",
+    SETTINGS, DATA_FILES, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/",
+    "tensorboard/", "wandb/",
 )  # fmt: skip
 # Of the model: what somebody else's folder would have as well
 _NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")
@@ -328,7 +329,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
-    """Write the settings and the environment, or see that they are those of an earlier start."""
+    """Write the settings, the data's facts and the environment, or see that settings and data are
+    those of an earlier start."""
     settings = out / SETTINGS
     written = to_dict(config)
     if fresh:
@@ -343,6 +345,7 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
             f"{printable(out)}: holds a run of other settings: {difference}; expected the same, "
             "another --out, or --fresh to begin anew"
         )
+    check_data(out, config.data, is_new=fresh or not settings.exists())
     write_whole(settings, yaml.safe_dump(written, sort_keys=False))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = describe_machine(device, None)

@@ -203,6 +203,26 @@ def test_finished_runs_stay(place: Path, whole: Path, monkeypatch: pytest.Monkey
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
 
 
+def test_changed_data_are_told_of(place: Path, tmp_path: Path) -> None:
+    """A run that is done, or was interrupted, is one on the data that it began with."""
+    data = tmp_path / "data.json"
+    data.write_bytes((place / "data.json").read_bytes())
+    short = {"data__0__path": str(data), "stages__0__max_steps": 1, "stages__1__max_steps": 1}
+    out = run(place, tmp_path / "out", **short)
+    done = (out / "model.safetensors").stat().st_mtime_ns
+    run(place, out, **short)
+    content = data.read_bytes()
+    data.write_bytes(content.replace(b"human", b"system", 1).replace(b" ", b"", 1))
+    assert data.stat().st_size == len(content)
+    with pytest.raises(ValueError, match=r"out: holds a run on other data: .*: data\.json changed"):
+        run(place, out, **short)
+    assert (out / "model.safetensors").stat().st_mtime_ns == done
+    run(place, out, fresh=True, **short)
+    assert (out / "model.safetensors").stat().st_mtime_ns > done
+    data.unlink()
+    run(place, out, **short)  # it is done, wherever its data are now
+
+
 def test_fresh_begins_anew(place: Path, tmp_path: Path) -> None:
     short = {"stages__1__max_steps": 1, "stages__0__max_steps": 1}
     run(place, tmp_path / "out", **short)
