@@ -44,6 +44,7 @@ from prereg_kernels.train.models import (
     load_model,
     load_processor,
     visual_ids,
+    warn_of_steps,
     with_adapter,
     without_adapter,
 )
@@ -201,6 +202,9 @@ def _train_stage(
     )
     if not trainer.is_deepspeed_enabled:  # which has float32 copies of what it steps
         check_steps(model)
+        is_upcast = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
+        if is_first and not is_upcast:
+            warn_of_steps(model)
     if config.checkup is not None:
         held_out = HeldOut(config.checkup, without_adapter(trainer.model), processor)
         trainer.add_callback(CheckupCallback(trainer, held_out, config.checkup.steps))

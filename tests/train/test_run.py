@@ -333,11 +333,38 @@ def test_weights_of_float16(place: Path, tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(half).half()
     model.save_pretrained(half)
     short = {"model": str(half), "stages__0__max_steps": 1, "stages__1__max_steps": 1}
-    with pytest.raises(ValueError, match=r"dtype: float32} .* got float16 in .*projector"):
+    with pytest.raises(ValueError, match=r"dtype: float32}, got float16 in .*projector"):
         run(place, tmp_path / "out", **short)
     out = run(place, tmp_path / "out", fresh=True, model_arguments={"dtype": "float32"}, **short)
     assert {x.dtype for x in weights(out).values()} == {torch.float32}
     assert torch.tensor([line["loss"] for line in metrics(out, "tune")]).isfinite().all()
+
+
+def test_weights_of_bfloat16(place: Path, tmp_path: Path) -> None:
+    """They lose most steps of the page's learning rate, which the run says; float32 loses none."""
+    half = tmp_path / "half"
+    shutil.copytree(place / "model", half)
+    AutoModelForImageTextToText.from_pretrained(half).bfloat16().save_pretrained(half)
+    stage = {"name": "tune", "max_steps": 3, "learning_rate": 2e-5, "trainable": ["llm"]}
+    changes: dict[str, Any] = {"model": str(half), "stages": [stage]}
+    with pytest.warns(UserWarning) as caught:
+        narrow = run(place, tmp_path / "out", pre=None, **changes)
+    said = [str(x.message) for x in caught if "bfloat16" in str(x.message)]
+    whole = {"model_arguments": {"dtype": "float32"}, "trainer__bf16": True}
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        wide = run(place, tmp_path / "wide", **changes, **whole)
+    assert not [x for x in others if "bfloat16" in str(x.message)]
+    before = {n: x for n, x in weights(half).items() if "language_model" in n and ".mlp." in n}
+    kept = {}
+    for out in (narrow, wide):
+        after = weights(out)
+        moved = [x.float() != after[name].float() for name, x in before.items()]
+        kept[out] = 1 - torch.cat([x.flatten() for x in moved]).float().mean()
+    assert kept[narrow] > 0.8 and kept[wide] < 0.05
+    [line] = said
+    count = sum(x.numel() for name, x in weights(half).items() if "language_model" in name)
+    assert line.startswith(f"model: {count:,} of {count:,} numbers that train are bfloat16")
 
 
 def test_few_samples_of_a_kind_are_told_of(place: Path, tmp_path: Path) -> None:
