@@ -16,6 +16,7 @@ from prereg_kernels._util.files import printable
 from prereg_kernels._util.supported import absent
 from prereg_kernels.attach.resolver import find_family
 from prereg_kernels.train.config import TrainConfig
+from prereg_kernels.train.names import check_name
 from prereg_kernels.train.parts import linear_of_llm, modules_of, parts_of
 
 _ADAPTER = "adapter_config.json"  # PEFT's
@@ -27,6 +28,7 @@ def load_processor(path: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it cannot be made here.
     """
+    check_name("model", path)
     try:
         processor = _load_processor(path)
     except (OSError, ImportError, ValueError) as error:
@@ -92,6 +94,7 @@ def model_on_meta(path: str | Path) -> nn.Module:
     Raises:
         ValueError: there is none.
     """
+    check_name("model", path)
     try:
         settings = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
