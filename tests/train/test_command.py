@@ -77,6 +77,8 @@ def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
         (("c.yaml", "--trainer.bf17", "true"), "c.yaml: trainer.bf17: unknown key"),
         (("c.yaml", "--data.0.path", "absent.json"), "absent.json: expected a file or a folder"),
         (("c.yaml", "--model", "absent"), "model: "),
+        (("c.yaml", "--model", "models/mistyped/x"), "model: expected a file or a folder that is"),
+        (("c.yaml", "--data.0", "{path: ./mistyped}"), "data.path: expected a file or a folder"),
     ],
 )
 def test_an_error_is_a_line(
@@ -94,6 +96,27 @@ def test_an_error_is_a_line(
     [line] = [x for x in done.stderr.splitlines() if x.startswith("prereg: ")]
     assert message in line
     assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_flags_before_the_recipe(
+    place: Path, tmp_path: Path, prereg_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of arguments does not matter; what is no setting is named."""
+    found = []
+    monkeypatch.setattr("prereg_kernels.cli.train.train", lambda config, fresh: found.append(
+        (config.trainer["max_steps"], config.pre, config.out, fresh)
+    ))  # fmt: skip
+    path = str(write(tmp_path / "c.yaml", settings(place, tmp_path / "out")))
+    flags = ("--trainer.max_steps", "10", "--pre=null", "--out", "here")
+    for arguments in ((*flags, "--fresh", path), (path, "--fresh", *flags),
+                      ("--fresh", *flags[:2], path, *flags[2:])):  # fmt: skip
+        assert not prereg_here("train", *arguments, cwd=tmp_path).returncode
+    assert found == [(10, None, "here", True)] * 3
+    for arguments in (("--fresch", path), (path, "--fresch")):
+        done = prereg_here("train", *arguments, cwd=tmp_path)
+        assert "prereg: --fresch: expected a value after it" in done.stderr
+    done = prereg_here("train", *flags, cwd=tmp_path)
+    assert "the following arguments are required: config" in done.stderr
 
 
 def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
