@@ -153,10 +153,15 @@ def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[st
     if modules:
         settings.setdefault("modules_to_save", modules)
     try:
-        peft: nn.Module = get_peft_model(model, LoraConfig(**settings))
+        peft: Any = get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {' '.join(str(error).split())}") from None
-    return peft
+    for written in peft.peft_config.values():
+        base = written.base_model_name_or_path
+        if base and Path(base).is_dir():  # so that it is found from other folders too
+            written.base_model_name_or_path = str(Path(base).resolve())
+    result: nn.Module = peft
+    return result
 
 
 def visual_ids(model: nn.Module) -> frozenset[int]:
