@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,19 @@ def check_launcher() -> None:
         raise ValueError(
             "--max-restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's "
             "environment, without which ranks that start again wait for those before"
+        )
+
+
+def check_processes(arguments: Any, model_arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError where transformers would split each batch over the GPUs of one process.
+
+    Of that, torch's DataParallel, PRe knows nothing. A `device_map` spreads the model instead.
+    """
+    if arguments.n_gpu > 1 and "device_map" not in model_arguments:
+        raise ValueError(
+            f"expected a process for each of {arguments.n_gpu} GPUs: torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m prereg_kernels train RECIPE; or one GPU, by "
+            "CUDA_VISIBLE_DEVICES=0; got one process"
         )
 
 

@@ -32,6 +32,7 @@ from prereg_kernels.train.data_files import DATA_FILES, check_data
 from prereg_kernels.train.engines import (
     check_ddp,
     check_launcher,
+    check_processes,
     device_of_cpus,
     prepare,
     save_whole,
@@ -132,6 +133,7 @@ def _train_stage(
     sources: list[Any],
 ) -> None:
     arguments = training_arguments(config, stage, folder)
+    check_processes(arguments, config.model_arguments)
     set_seed(arguments.seed)
     is_first = arguments.process_index == 0
     # Trainer's own writer would go to a folder by the time of the start
