@@ -219,8 +219,8 @@ def _train_stage(
         trainer.add_callback(TensorBoardCallback(board))
     prepare(trainer)
     has_text_alone = mixture is not None and bool((mixture.images == 0).any())
-    trains_llm_alone = pre is None and set(stage.trainable) == {"llm"}
-    check_ddp(trainer, leaves_out=has_text_alone and not trains_llm_alone)
+    # PRe's heads get a gradient there too, of 0
+    check_ddp(trainer, leaves_out=has_text_alone and set(stage.trainable) != {"llm"})
     if last is not None:
         check_checkpoint(Path(last), trainer)
     with trainer.stop.listening(), pages_shared():
