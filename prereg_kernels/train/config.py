@@ -11,7 +11,7 @@ from typing import Any
 
 from prereg_kernels._util.files import printable
 from prereg_kernels._util.settings import check_numbers, require, require_count, shown
-from prereg_kernels._util.settings_file import from_dict, override, read_yaml
+from prereg_kernels._util.settings_file import from_dict, override, read_yaml, take_flags
 from prereg_kernels.train.arguments import (
     argument_types,
     check_arguments,
@@ -225,9 +225,37 @@ def load_config(path: str | Path, flags: Sequence[str] = ()) -> TrainConfig:
     """
     values = override(_read(Path(path), ()), flags)
     try:
-        return _from_values(values)
+        config = _from_values(values)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from None
+    for name, value in take_flags(flags)[1].items():
+        _check_effect(config, name, value)
+    return config
+
+
+def _check_effect(config: TrainConfig, path: str, value: Any) -> None:
+    """Raise ValueError where a flag would change nothing, as each stage has a setting of its own.
+
+    A baseline's `--pre null` has to hold for all of them.
+    """
+    own = [i for i, stage in enumerate(config.stages) if _has_own(stage, path, value)]
+    if len(own) == len(config.stages) or (own and path == "pre"):
+        names = ", ".join(config.stages[i].name for i in own)
+        flags = ", ".join(f"--stages.{i}.{path.removeprefix('trainer.')}" for i in own)
+        raise ValueError(f"--{path}: expected no stage to have its own, got {names}; use {flags}")
+
+
+def _has_own(stage: StageConfig, path: str, value: Any) -> bool:
+    """Whether what a flag sets for all stages does not hold in this one."""
+    section, _, rest = path.partition(".")
+    name = rest.partition(".")[0]
+    if section == "trainer":
+        return name in stage.trainer
+    if section != "pre" or isinstance(stage.pre, str):
+        return False
+    if stage.pre is None:
+        return bool(name)
+    return name in stage.pre if name else value is None
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> Any:

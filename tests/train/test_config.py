@@ -62,6 +62,31 @@ def test_flags_win(tmp_path: Path) -> None:
     assert config.data[0].path == "other.json" and config.model == "b" and config.max_bad == 0.5
 
 
+OWN = {**WHOLE, "stages": WHOLE["stages"][:2]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trainer.learning_rate", "1"],
+         "--trainer.learning_rate: expected no stage to have its own, got align, tune; use "
+         "--stages.0.learning_rate, --stages.1.learning_rate"),
+        (["--pre.weight", "1"], "--pre.weight: .*got align, tune; use --stages.0.pre.weight, --st"),
+        (["--pre", "null"], "--pre: expected no stage to have its own, got tune; use --stages"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_would_change_nothing(tmp_path: Path, flags: list[str], message: str) -> None:
+    """Or, as a baseline's, not all: the stages' own settings win."""
+    path = write(tmp_path / "c.yaml", OWN)
+    with pytest.raises(ValueError, match=message):
+        load_config(path, flags)
+    baseline = load_config(path, ["--pre", "null", "--stages.1.pre", "null"])
+    assert [baseline.pre_of(stage) for stage in baseline.stages] == [None, None]
+    config = load_config(path, ["--trainer.num_train_epochs", "2", "--pre.layers", "3"])
+    assert config.trainer["num_train_epochs"] == 2
+    assert config.pre_of(config.stages[1]) == {"layers": 3, "weight": 1}
+
+
 def test_the_baseline_and_defaults(tmp_path: Path) -> None:
     least = {"model": "m", "out": "o", "data": [{"path": "x"}]}
     config = load_config(write(tmp_path / "c.yaml", least))
