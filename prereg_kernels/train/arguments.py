@@ -25,6 +25,13 @@ RESERVED = {
 """{field of TrainingArguments that the command sets: what to use in its place}"""
 
 
+_FSDP = {
+    "version", "transformer_layer_cls_to_wrap", "xla", "xla_fsdp_settings", "xla_fsdp_v2",
+    "xla_fsdp_grad_ckpt",
+}  # fmt: skip
+"""What transformers takes in fsdp_config beside the fields of Accelerate's plugin."""
+
+
 def check_arguments(arguments: Mapping[str, Any], at: str) -> None:
     """Raise ValueError unless these are fields of TrainingArguments, of their types."""
     kinds = argument_types()
@@ -33,6 +40,8 @@ def check_arguments(arguments: Mapping[str, Any], at: str) -> None:
             raise ValueError(f"{at}.{name}: the command sets it; use {RESERVED[name]}")
         if name not in kinds:
             raise ValueError(f"{at}.{name}: unknown key; expected a field of TrainingArguments")
+        if name == "fsdp_config" and isinstance(value, Mapping):
+            _check_fsdp(value, f"{at}.{name}")
         allowed = kinds[name]
         if not allowed or (value is None and type(None) in allowed):
             continue
@@ -43,6 +52,18 @@ def check_arguments(arguments: Mapping[str, Any], at: str) -> None:
                 allowed - {type(None)}, key=lambda kind: kind.__name__
             ))  # fmt: skip
             raise ValueError(f"{at}.{name}: expected {expected}, got {shown(value)}")
+
+
+def _check_fsdp(settings: Mapping[str, Any], at: str) -> None:
+    """Raise ValueError for a key that transformers does not know there, which it ignores."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    own = {item.name.removeprefix("fsdp_")
+           for item in dataclasses.fields(FullyShardedDataParallelPlugin)}  # fmt: skip
+    known = own | _FSDP
+    for name in settings:
+        if name.removeprefix("fsdp_") not in known:
+            raise ValueError(f"{at}.{name}: unknown key; expected one of {sorted(known)}")
 
 
 @cache

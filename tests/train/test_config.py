@@ -87,6 +87,18 @@ def test_a_flag_that_would_change_nothing(tmp_path: Path, flags: list[str], mess
     assert config.pre_of(config.stages[1]) == {"layers": 3, "weight": 1}
 
 
+def test_fsdp_s_keys(tmp_path: Path) -> None:
+    """Those of the page, of transformers, and with Accelerate's prefix."""
+    known = {
+        "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "min_num_params": 0,
+        "state_dict_type": "SHARDED_STATE_DICT", "transformer_layer_cls_to_wrap": "LlamaLayer",
+        "fsdp_reshard_after_forward": True, "cpu_ram_efficient_loading": True,
+        "activation_checkpointing": True, "cpu_offload": False,
+    }  # fmt: skip
+    path = write(tmp_path / "c.yaml", {**WHOLE, "trainer": {"fsdp_config": known}})
+    assert load_config(path).trainer["fsdp_config"] == known
+
+
 def test_the_baseline_and_defaults(tmp_path: Path) -> None:
     least = {"model": "m", "out": "o", "data": [{"path": "x"}]}
     config = load_config(write(tmp_path / "c.yaml", least))
@@ -107,6 +119,14 @@ def test_the_baseline_and_defaults(tmp_path: Path) -> None:
         (["--trainer.bf16", "7"], "trainer.bf16: expected true or false, got 7"),
         (["--trainer.max_steps", "many"], "trainer.max_steps: expected an integer, got 'many'"),
         (["--trainer.learning_rate", "fast"], "trainer.learning_rate: expected a number, got"),
+        (
+            ["--trainer.fsdp_config", "{version: 2, auto_wrap_polcy: X}"],
+            r"trainer\.fsdp_config\.auto_wrap_polcy: unknown key; expected one of .*'auto_wrap_pol",
+        ),
+        (
+            ["--stages.2.fsdp_config", "{fsdp_versoin: 2}"],
+            r"stages\[2\]\.fsdp_config\.fsdp_versoin",
+        ),
         (["--trainer.output_dir", "x"], "trainer.output_dir: the command sets it; use out"),
         (["--stages.1.lr", "1"], r"stages\[1\]\.lr: unknown key; expected one of .*Training"),
         (["--stages.1.warmup_steps", "a"], r"stages\[1\]\.warmup_steps: expected"),
