@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from prereg_kernels.train.arguments import RESERVED
 from prereg_kernels.train.config import DataConfig, StageConfig, load_config
+from tests.docs.pages import ROOT
 
 WHOLE: dict[str, Any] = {
     "model": "a/model",
@@ -169,6 +172,13 @@ def test_a_wrong_setting_is_named(tmp_path: Path, flags: list[str], message: str
     with pytest.raises(ValueError, match=message) as caught:
         load_config(write(tmp_path / "c.yaml", WHOLE), flags)
     assert "\n" not in str(caught.value)
+
+
+def test_the_page_s_six_fields() -> None:
+    """Those that docs/training.md says are refused."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    [said] = re.findall(r"Six fields are refused:([^.]+)\.", page)
+    assert set(re.findall(r"`(\w+)`", said)) == set(RESERVED) and len(RESERVED) == 6
 
 
 @pytest.mark.parametrize("values", [None, [], 3])
