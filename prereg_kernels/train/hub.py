@@ -59,7 +59,7 @@ class DatasetSource:
     def __init__(self, data: DataConfig, columns: Columns) -> None:
         import datasets
 
-        check_name("path", data.path)
+        check_name("data", data.path)
         path = Path(data.path)
         self._name, self._columns = printable(data.path), columns
         cache = Path(datasets.config.HF_CACHE_HOME)

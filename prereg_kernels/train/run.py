@@ -49,7 +49,6 @@ from prereg_kernels.train.models import (
     with_adapter,
     without_adapter,
 )
-from prereg_kernels.train.names import check_name
 from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
 from prereg_kernels.train.packing import (
     PackedSampler,
@@ -104,15 +103,16 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         Stopped: it was asked to by SIGTERM.
     """
     check_launcher()
-    check_name("model", config.model)
-    for data in config.data:  # of later stages too
-        check_name("data.path", data.path)
     out, is_cpu = Path(config.out), bool(config.trainer.get("use_cpu"))
     with device_of_cpus(is_cpu), _held(out, state := PartialState(cpu=is_cpu)):
         if state.is_main_process:
             _prepare(config, out, fresh)
         state.wait_for_everyone()
         sources = cache(open_source)
+        for stage in config.stages:  # so that what is wrong with them is said before any trains
+            if not (out / STAGES / stage.name / DONE).exists():
+                for data in config.data_of(stage):
+                    sources(data)
         path: str | Path = config.model
         for stage in config.stages:
             folder = out / STAGES / stage.name

@@ -78,7 +78,7 @@ def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
         (("c.yaml", "--data.0.path", "absent.json"), "absent.json: expected a file or a folder"),
         (("c.yaml", "--model", "absent"), "model: "),
         (("c.yaml", "--model", "models/mistyped/x"), "model: expected a file or a folder that is"),
-        (("c.yaml", "--data.0", "{path: ./mistyped}"), "data.path: expected a file or a folder"),
+        (("c.yaml", "--data.0", "{path: ./mistyped}"), "data: expected a file or a folder that"),
     ],
 )
 def test_an_error_is_a_line(

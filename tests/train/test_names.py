@@ -38,7 +38,7 @@ def test_a_path_that_is_not_there(tmp_path: Path, name: str) -> None:
         model_on_meta(name)
     with pytest.raises(ValueError, match="model" + message):
         Respondent(name)
-    with pytest.raises(ValueError, match="path" + message):
+    with pytest.raises(ValueError, match="data" + message):
         open_source(DataConfig(name))
     with pytest.raises(ValueError, match="--vision" + message):
         assemble(name, "llm", tmp_path / "out")

@@ -229,6 +229,22 @@ def test_changed_data_are_told_of(place: Path, tmp_path: Path) -> None:
     run(place, out, **short)  # it is done, wherever its data are now
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [({"path": "absent.json", "format": "llava"}, "absent.json: expected a file or a folder"),
+     ({"format": "llava", "images": "absent"}, "images: expected a folder, got absent")],
+)  # fmt: skip
+def test_data_of_a_later_stage(
+    place: Path, tmp_path: Path, second: dict[str, str], message: str
+) -> None:
+    """What is wrong with them is said before the first stage trains."""
+    first = {"path": str(place / "data.json"), "images": str(place / "images"), "format": "llava"}
+    data = [first, {**first, **second}]
+    with pytest.raises(ValueError, match=message):
+        run(place, tmp_path / "out", data=data, stages__0__data=[0], stages__1__data=[1])
+    assert not (tmp_path / "out" / "stages").exists()
+
+
 def test_one_process_of_several_gpus(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
