@@ -312,7 +312,8 @@ def _add_train(commands: Any) -> None:
         "from the last checkpoint. torchrun and accelerate start it on several processes, as the "
         "module prereg_kernels.",
         epilog="Every setting of the file is a flag as well, by its path: --trainer.max_steps 10, "
-        "--stages.1.learning_rate 1.0e-5, --pre.weight 0.3. The flag wins.",
+        "--stages.1.learning_rate 1.0e-5, --pre.weight 0.3. A flag replaces what the "
+        "file has there; a stage's own field still wins over `trainer` and `pre`.",
         allow_abbrev=False,
     )
     train.add_argument("config", type=Path, help="a YAML file")
