@@ -19,6 +19,10 @@ from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
 _OLD_NAME = "diagnose"
 """What `prereg checkup` was called in version 0.1."""
+_TRAINS_OWN = ("--out", "--fresh", "--dry-run", "--help")
+"""What is no setting of `prereg train`."""
+_RECIPES = (".yaml", ".yml")
+"""How no value of a setting ends: behind a flag that is none, it is the recipe."""
 
 
 def main() -> None:
@@ -29,7 +33,11 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["train"] and "--preset" in sys.argv:  # as in version 0.1
         parser.error("--preset: the digits are another command: prereg demo --preset scenes")
-    arguments, flags = parser.parse_known_args(sys.argv[1:] or ["--help"])
+    own, settings = sys.argv[1:], list[str]()
+    if own[:1] == ["train"]:
+        own, settings = _settings_apart(own)
+    arguments, flags = parser.parse_known_args(own or ["--help"])
+    flags = settings + flags
     if flags and arguments.command not in ("train", "demo", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if arguments.command == "doctor":
@@ -76,6 +84,24 @@ def main() -> None:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         _fail(f"out of memory: {error}")
+
+
+def _settings_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the command's own arguments, flags of settings with their values), in whatever order.
+
+    argparse would take the value of a setting for the recipe, where that comes behind it.
+    """
+    own, settings = list[str](), list[str]()
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        is_setting = argument.startswith("--") and argument.partition("=")[0] not in _TRAINS_OWN
+        (settings if is_setting else own).append(argument)
+        if is_setting and "=" not in argument and rest and not rest[0].endswith(_RECIPES):
+            settings.append(rest.pop(0))
+        elif argument == "--out" and rest:
+            own.append(rest.pop(0))
+    return own, settings
 
 
 def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
@@ -286,7 +312,8 @@ def _add_train(commands: Any) -> None:
         "from the last checkpoint. torchrun and accelerate start it on several processes, as the "
         "module prereg_kernels.",
         epilog="Every setting of the file is a flag as well, by its path: --trainer.max_steps 10, "
-        "--stages.1.learning_rate 1.0e-5, --pre.weight 0.3. The flag wins.",
+        "--stages.1.learning_rate 1.0e-5, --pre.weight 0.3. A flag replaces what the "
+        "file has there; a stage's own field still wins over `trainer` and `pre`.",
         allow_abbrev=False,
     )
     train.add_argument("config", type=Path, help="a YAML file")

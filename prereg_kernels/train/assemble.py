@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from prereg_kernels._util.files import printable
+from prereg_kernels.train.names import check_name
 
 IMAGE = "<image>"
 TOWERS: dict[str, Any] = {
@@ -115,6 +116,7 @@ def assemble(vision: str, llm: str, out: Path, *, seed: int = 0) -> None:
 
 def _tower(path: str) -> tuple[Any, Any]:
     """(vision encoder, image processor)."""
+    check_name("--vision", path)
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind in TOWERS:
@@ -127,6 +129,7 @@ def _tower(path: str) -> tuple[Any, Any]:
 
 def _decoder(path: str) -> tuple[Any, Any]:
     """(tokenizer, model), with rows for the image token."""
+    check_name("--llm", path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")

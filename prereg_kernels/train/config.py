@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prereg_kernels._util.files import printable
 from prereg_kernels._util.settings import check_numbers, require, require_count, shown
-from prereg_kernels._util.settings_file import from_dict, override, read_yaml
+from prereg_kernels._util.settings_file import from_dict, override, read_yaml, take_flags
+from prereg_kernels.train.arguments import (
+    argument_types,
+    check_arguments,
+    check_lora,
+    check_quantization,
+)
 from prereg_kernels.trainers.attachment import read_settings
 
 PARTS = ("tower", "projector", "llm")
@@ -61,7 +64,7 @@ class StageConfig:
         trainable: of "tower", "projector", "llm". With LoRA, the adapter trains in place of the
             LLM.
         data: numbers of the run's data sets; None: all.
-        pre: PRe's settings, None for none, or "inherit": those of the run.
+        pre: PRe's settings, over those of the run; None for none, or "inherit": those of the run.
         trainer: fields of transformers' TrainingArguments, over those of the run. In a file they
             stand in the stage itself.
     """
@@ -167,6 +170,12 @@ class TrainConfig:
         require(
             "non_finite", self.non_finite in NON_FINITE, f"one of {NON_FINITE}", self.non_finite
         )
+        if self.lora is not None:
+            require(
+                "lora", any("llm" in stage.trainable for stage in self.stages),
+                "a stage whose trainable has llm, which the adapter trains in place of",
+                [list(stage.trainable) for stage in self.stages],
+            )  # fmt: skip
         if self.quantization is not None:
             require("lora", self.lora is not None, "settings, beside quantization", self.lora)
             require(
@@ -198,16 +207,16 @@ class TrainConfig:
 
     def pre_of(self, stage: StageConfig) -> Mapping[str, Any] | None:
         """PRe's settings in a stage; None: none."""
-        if isinstance(stage.pre, str):
-            return self.pre
-        return stage.pre
+        if stage.pre is None or isinstance(stage.pre, str):
+            return None if stage.pre is None else self.pre
+        return {**(self.pre or {}), **stage.pre}
 
 
 def load_config(path: str | Path, flags: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, with flags such as `--trainer.max_steps 10` over what it says.
 
     Its `base`, where it has one, is the path of another from its own folder: what the file says is
-    over what that one says.
+    over what that one says, key by key, and in as many stages stage by stage.
 
     Raises:
         ValueError: not YAML, an unknown key, a wrong type or a value out of range, named by its
@@ -216,9 +225,37 @@ def load_config(path: str | Path, flags: Sequence[str] = ()) -> TrainConfig:
     """
     values = override(_read(Path(path), ()), flags)
     try:
-        return _from_values(values)
+        config = _from_values(values)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from None
+    for name, value in take_flags(flags)[1].items():
+        _check_effect(config, name, value)
+    return config
+
+
+def _check_effect(config: TrainConfig, path: str, value: Any) -> None:
+    """Raise ValueError where a flag would change nothing, as each stage has a setting of its own.
+
+    A baseline's `--pre null` has to hold for all of them.
+    """
+    own = [i for i, stage in enumerate(config.stages) if _has_own(stage, path, value)]
+    if len(own) == len(config.stages) or (own and path == "pre"):
+        names = ", ".join(config.stages[i].name for i in own)
+        flags = ", ".join(f"--stages.{i}.{path.removeprefix('trainer.')}" for i in own)
+        raise ValueError(f"--{path}: expected no stage to have its own, got {names}; use {flags}")
+
+
+def _has_own(stage: StageConfig, path: str, value: Any) -> bool:
+    """Whether what a flag sets for all stages does not hold in this one."""
+    section, _, rest = path.partition(".")
+    name = rest.partition(".")[0]
+    if section == "trainer":
+        return name in stage.trainer
+    if section != "pre" or isinstance(stage.pre, str):
+        return False
+    if stage.pre is None:
+        return bool(name)
+    return name in stage.pre if name else value is None
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> Any:
@@ -230,15 +267,19 @@ def _read(path: Path, readers: tuple[Path, ...]) -> Any:
     chain = (*readers, path.resolve())
     if not isinstance(base, str) or (path.parent / base).resolve() in chain:
         raise ValueError(f"{printable(path)}: base: expected another file, got {shown(base)}")
-    return _over(_read(path.parent / base, chain), own)
+    below = _read(path.parent / base, chain)
+    merged = _over(below, own)
+    stages = below.get("stages") if isinstance(below, Mapping) else None
+    mine = own.get("stages")
+    if isinstance(stages, list) and isinstance(mine, list) and len(stages) == len(mine):
+        merged["stages"] = [_over(*pair) for pair in zip(stages, mine, strict=True)]
+    return merged
 
 
 def _over(base: Any, own: Any) -> Any:
-    """Mappings key by key, and so the items of lists of as many; else `own`."""
+    """Mappings key by key; else `own`."""
     if isinstance(base, Mapping) and isinstance(own, Mapping):
         return {**base, **{name: _over(base.get(name), x) for name, x in own.items()}}
-    if isinstance(base, list) and isinstance(own, list) and len(base) == len(own):
-        return [_over(a, b) for a, b in zip(base, own, strict=True)]
     return own
 
 
@@ -254,10 +295,15 @@ def _from_values(values: Any) -> TrainConfig:
         ]
     config = from_dict(TrainConfig, values)
     check_arguments(config.trainer, "trainer")
+    if config.lora is not None:
+        check_lora(config.lora)
+    if config.quantization is not None:
+        check_quantization(config.quantization)
     for i, stage in enumerate(config.stages):
         check_arguments(stage.trainer, f"stages[{i}]")
         if stage.pre != INHERIT:
             read_settings(stage.pre, f"stages[{i}].pre")
+            read_settings(config.pre_of(stage), f"stages[{i}].pre")
     read_settings(config.pre, "pre")
     return config
 
@@ -267,65 +313,10 @@ def _with_arguments(stage: Mapping[str, Any], at: str) -> dict[str, Any]:
     own = {item.name for item in dataclasses.fields(StageConfig)}
     arguments = {name: value for name, value in stage.items() if name not in own}
     for name in arguments:
-        if name not in _argument_types():
+        if name not in argument_types():
             raise ValueError(
                 f"{at}.{name}: unknown key; expected one of {sorted(own)} or a field of "
                 "transformers' TrainingArguments"
             )
     given = {name: value for name, value in stage.items() if name in own}
     return {**given, "trainer": {**given.get("trainer", {}), **arguments}}
-
-
-RESERVED = {
-    "output_dir": "out",
-    "remove_unused_columns": "nothing: batches are what the processor makes",
-    "train_sampling_strategy": "nothing: batches are grouped by length and modality",
-    "eval_strategy": "nothing: prereg evaluate does it",
-    "load_best_model_at_end": "nothing: prereg evaluate does it",
-    "resume_from_checkpoint": "nothing: a run goes on by itself, or starts anew with --fresh",
-}
-"""{field of TrainingArguments that the command sets: what to use in its place}"""
-
-
-def check_arguments(arguments: Mapping[str, Any], at: str) -> None:
-    """Raise ValueError unless these are fields of TrainingArguments, of their types."""
-    kinds = _argument_types()
-    for name, value in arguments.items():
-        if name in RESERVED:
-            raise ValueError(f"{at}.{name}: the command sets it; use {RESERVED[name]}")
-        if name not in kinds:
-            raise ValueError(f"{at}.{name}: unknown key; expected a field of TrainingArguments")
-        allowed = kinds[name]
-        if not allowed or (value is None and type(None) in allowed):
-            continue
-        is_number = isinstance(value, int) and not isinstance(value, bool) and float in allowed
-        if type(value) not in allowed and not is_number:
-            names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-            expected = " or ".join(names.get(kind, kind.__name__) for kind in sorted(
-                allowed - {type(None)}, key=lambda kind: kind.__name__
-            ))  # fmt: skip
-            raise ValueError(f"{at}.{name}: expected {expected}, got {shown(value)}")
-
-
-@cache
-def _argument_types() -> dict[str, frozenset[type]]:
-    """{field of TrainingArguments: the plain types that it takes; none where others may be}."""
-    from transformers import TrainingArguments
-
-    plain = (int, float, str, bool, type(None), list, dict)
-
-    def leaves(hint: Any) -> frozenset[type] | None:
-        origin = typing.get_origin(hint)
-        if origin in (typing.Union, types.UnionType):
-            parts = [leaves(part) for part in typing.get_args(hint)]
-            return None if None in parts else frozenset().union(*parts)  # type: ignore[arg-type]
-        if origin is Literal:
-            return frozenset(map(type, typing.get_args(hint)))
-        kind = origin or hint
-        if isinstance(kind, type) and issubclass(kind, str):  # enumerations are given as text
-            return frozenset({str})
-        return frozenset({kind}) if kind in plain else None
-
-    hints = typing.get_type_hints(TrainingArguments)
-    names = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
-    return {name: leaves(hints[name]) or frozenset() for name in names}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prereg_kernels._util.files import printable
+from prereg_kernels.checkup.images.reading import SkipImage, inside
 from prereg_kernels.train.config import PARTS, DataConfig, StageConfig, TrainConfig
 from prereg_kernels.train.models import model_on_meta
 from prereg_kernels.train.parts import parts_of
@@ -59,8 +60,14 @@ def _of_data(number: int, data: DataConfig, source: Source) -> Iterator[str]:
             continue
         root = sample.root
         for image in sample.images:
-            if isinstance(image, str) and root is not None and not os.path.isfile(root / image):
-                missing.append(str(root / image))
+            if not isinstance(image, str) or root is None:
+                continue
+            try:
+                if not inside(root, image).is_file():
+                    missing.append(str(root / image))
+            except SkipImage as reason:
+                bad.append(f"{source.where(place)}: {image}: {reason}")
+                break
     for what, found in (("samples cannot be used", bad), ("images are missing", missing)):
         if found:
             yield f"  {len(found):,} {what}:"

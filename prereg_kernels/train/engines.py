@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import ParallelMode
 
 from prereg_kernels._util import private
 from prereg_kernels.ops.head import PReHead
@@ -60,6 +61,19 @@ def check_launcher() -> None:
         )
 
 
+def check_processes(arguments: Any, model_arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError where transformers would split each batch over the GPUs of one process.
+
+    Of that, torch's DataParallel, PRe knows nothing. A `device_map` spreads the model instead.
+    """
+    if arguments.n_gpu > 1 and "device_map" not in model_arguments:
+        raise ValueError(
+            f"expected a process for each of {arguments.n_gpu} GPUs: torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m prereg_kernels train RECIPE; or one GPU, by "
+            "CUDA_VISIBLE_DEVICES=0; got one process"
+        )
+
+
 def prepare(trainer: Any) -> None:
     """Before training: what Accelerate does not do by itself.
 
@@ -87,6 +101,31 @@ def prepare(trainer: Any) -> None:
         config = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         config["stage3_gather_16bit_weights_on_model_save"] = True
         trainer.add_callback(_FreshGradients(trainer))
+
+
+def check_ddp(trainer: Any, *, leaves_out: bool) -> None:
+    """Raise ValueError where DDP would wait for gradients that a step does not have.
+
+    It has to look for them in the step's graph, and a reentrant checkpoint is not in it.
+
+    Args:
+        leaves_out: whether a step may have no gradient for some parameters.
+    """
+    arguments = trainer.args
+    is_ddp = arguments.parallel_mode == ParallelMode.DISTRIBUTED and not is_sharded(trainer)
+    if not is_ddp or not leaves_out:
+        return
+    options = arguments.gradient_checkpointing_kwargs or {}
+    if arguments.gradient_checkpointing and options.get("use_reentrant"):
+        setting, got = "gradient_checkpointing_kwargs: expected use_reentrant: false", "true"
+    elif not arguments.ddp_find_unused_parameters:
+        setting, got = "ddp_find_unused_parameters: expected true", "false"
+    else:
+        return
+    raise ValueError(
+        f"trainer.{setting} on several ranks, as steps of text alone leave parameters without a "
+        f"gradient; got {got}"
+    )
 
 
 def _units(model: nn.Module, names: Sequence[str] | None) -> list[str]:

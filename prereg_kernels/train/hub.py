@@ -12,6 +12,7 @@ import numpy as np
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.train.config import DataConfig
+from prereg_kernels.train.names import check_name
 from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
 
 _JSON = (".json", ".jsonl")
@@ -58,6 +59,7 @@ class DatasetSource:
     def __init__(self, data: DataConfig, columns: Columns) -> None:
         import datasets
 
+        check_name("data", data.path)
         path = Path(data.path)
         self._name, self._columns = printable(data.path), columns
         cache = Path(datasets.config.HF_CACHE_HOME)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from prereg_kernels._util.files import printable
 from prereg_kernels._util.supported import not_imported
 from prereg_kernels.attach.resolver import find_family
 from prereg_kernels.train.config import TrainConfig
+from prereg_kernels.train.names import check_name
 from prereg_kernels.train.parts import linear_of_llm, modules_of, parts_of
 
 _ADAPTER = "adapter_config.json"  # PEFT's
@@ -26,6 +28,7 @@ def load_processor(path: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it cannot be made here.
     """
+    check_name("model", path)
     try:
         processor = _load_processor(path)
     except (OSError, ImportError, ValueError) as error:
@@ -91,6 +94,7 @@ def model_on_meta(path: str | Path) -> nn.Module:
     Raises:
         ValueError: there is none.
     """
+    check_name("model", path)
     try:
         settings = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
@@ -115,9 +119,22 @@ def check_steps(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise ValueError(
-                "model: expected weights that can train, model_arguments: {dtype: float32} or "
-                f"bfloat16, got float16 in {name}"
+                "model: expected weights that can train, model_arguments: {dtype: float32}, got "
+                f"float16 in {name}"
             )
+
+
+def warn_of_steps(model: nn.Module) -> None:
+    """Warn where weights that train are bfloat16: most steps of a small learning rate are lost."""
+    sizes = [(p.dtype, p.numel()) for p in model.parameters() if p.requires_grad]
+    narrow = sum(size for dtype, size in sizes if dtype == torch.bfloat16)
+    if narrow:
+        warnings.warn(
+            f"model: {narrow:,} of {sum(size for _, size in sizes):,} numbers that train are "
+            "bfloat16, which loses each step of less than 0.2% of a weight; set model_arguments: "
+            "{dtype: float32}, and trainer.bf16: true for speed",
+            stacklevel=2,
+        )
 
 
 def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[str]) -> nn.Module:
@@ -137,10 +154,15 @@ def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[st
     if modules:
         settings.setdefault("modules_to_save", modules)
     try:
-        peft: nn.Module = get_peft_model(model, LoraConfig(**settings))
+        peft: Any = get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {' '.join(str(error).split())}") from None
-    return peft
+    for written in peft.peft_config.values():
+        base = written.base_model_name_or_path
+        if base and Path(base).is_dir():  # so that it is found from other folders too
+            written.base_model_name_or_path = str(Path(base).resolve())
+    result: nn.Module = peft
+    return result
 
 
 def visual_ids(model: nn.Module) -> frozenset[int]:

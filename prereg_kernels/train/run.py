@@ -28,7 +28,15 @@ from prereg_kernels._util.machine import describe_machine
 from prereg_kernels._util.settings_file import read_yaml, to_dict
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import StageConfig, TrainConfig
-from prereg_kernels.train.engines import check_launcher, device_of_cpus, prepare, save_whole
+from prereg_kernels.train.data_files import DATA_FILES, check_data
+from prereg_kernels.train.engines import (
+    check_ddp,
+    check_launcher,
+    check_processes,
+    device_of_cpus,
+    prepare,
+    save_whole,
+)
 from prereg_kernels.train.facts import CountingCollator
 from prereg_kernels.train.global_batch import check_checkpoint, samples_of_step, without_batch
 from prereg_kernels.train.held_out import CheckupCallback, HeldOut
@@ -37,6 +45,7 @@ from prereg_kernels.train.models import (
     load_model,
     load_processor,
     visual_ids,
+    warn_of_steps,
     with_adapter,
     without_adapter,
 )
@@ -71,8 +80,8 @@ DONE = "done.json"
 SETTINGS = "config.yaml"
 ENVIRONMENT = "environment.json"
 _RECORDS = (
-    SETTINGS, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/", "tensorboard/",
-    "wandb/",
+    SETTINGS, DATA_FILES, ENVIRONMENT, METRICS, BAD_SAMPLES, NON_FINITE_STEPS, f"{STAGES}/",
+    "tensorboard/", "wandb/",
 )  # fmt: skip
 # Of the model: what somebody else's folder would have as well
 _NAMES = (*_RECORDS, "config.json", "model.safetensors", "tokenizer.json", "pre/")
@@ -100,6 +109,10 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
             _prepare(config, out, fresh)
         state.wait_for_everyone()
         sources = cache(open_source)
+        for stage in config.stages:  # so that what is wrong with them is said before any trains
+            if not (out / STAGES / stage.name / DONE).exists():
+                for data in config.data_of(stage):
+                    sources(data)
         path: str | Path = config.model
         for stage in config.stages:
             folder = out / STAGES / stage.name
@@ -120,6 +133,7 @@ def _train_stage(
     sources: list[Any],
 ) -> None:
     arguments = training_arguments(config, stage, folder)
+    check_processes(arguments, config.model_arguments)
     set_seed(arguments.seed)
     is_first = arguments.process_index == 0
     # Trainer's own writer would go to a folder by the time of the start
@@ -194,6 +208,9 @@ def _train_stage(
     )
     if not trainer.is_deepspeed_enabled:  # which has float32 copies of what it steps
         check_steps(model)
+        is_upcast = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
+        if is_first and not is_upcast:
+            warn_of_steps(model)
     if config.checkup is not None:
         held_out = HeldOut(config.checkup, without_adapter(trainer.model), processor)
         trainer.add_callback(CheckupCallback(trainer, held_out, config.checkup.steps))
@@ -201,6 +218,9 @@ def _train_stage(
         board = SummaryWriter(str(Path(config.out) / "tensorboard" / stage.name), purge_step=step)
         trainer.add_callback(TensorBoardCallback(board))
     prepare(trainer)
+    has_text_alone = mixture is not None and bool((mixture.images == 0).any())
+    # PRe's heads get a gradient there too, of 0
+    check_ddp(trainer, leaves_out=has_text_alone and set(stage.trainable) != {"llm"})
     if last is not None:
         check_checkpoint(Path(last), trainer)
     with trainer.stop.listening(), pages_shared():
@@ -266,8 +286,6 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
         # It hides them, and waits for the device in each micro-batch to do so: see non_finite
         "logging_nan_inf_filter": False,
         "save_total_limit": 2,
-        # Batches of text alone leave the vision encoder and the projector out
-        "ddp_find_unused_parameters": not given.get("gradient_checkpointing", False),
     }
     try:
         arguments = TrainingArguments(
@@ -275,6 +293,14 @@ def training_arguments(config: TrainConfig, stage: StageConfig, folder: Path) ->
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from None
+    checkpointing = {"use_reentrant": False, **(arguments.gradient_checkpointing_kwargs or {})}
+    if arguments.gradient_checkpointing:
+        arguments.gradient_checkpointing_kwargs = checkpointing
+    if arguments.ddp_find_unused_parameters is None:
+        # Batches of text alone leave the vision encoder and the projector out. A reentrant
+        # checkpoint hides its parameters from DDP, which would take all of them for left out.
+        is_hidden = arguments.gradient_checkpointing and checkpointing["use_reentrant"]
+        arguments.ddp_find_unused_parameters = not is_hidden
     check_wandb(arguments.report_to, Path(config.out))
     return arguments
 
@@ -313,7 +339,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
-    """Write the settings and the environment, or see that they are those of an earlier start."""
+    """Write the settings, the data's facts and the environment, or see that settings and data are
+    those of an earlier start."""
     settings = out / SETTINGS
     written = to_dict(config)
     if fresh:
@@ -328,6 +355,7 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
             f"{printable(out)}: holds a run of other settings: {difference}; expected the same, "
             "another --out, or --fresh to begin anew"
         )
+    check_data(out, config.data, is_new=fresh or not settings.exists())
     write_whole(settings, yaml.safe_dump(written, sort_keys=False))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = describe_machine(device, None)

@@ -72,7 +72,7 @@ class JsonSource(ABC):
         data: its path is a file, or a folder of .json and .jsonl files.
 
     Raises:
-        ValueError: no such file, a JSON file that holds no list, or one that is to stream.
+        ValueError: no such file, a JSON file that holds no samples, or one that is to stream.
         OSError: it cannot be read.
     """
 
@@ -94,16 +94,32 @@ class JsonSource(ABC):
         self._firsts = []  # of each file: the number of its first sample
         for number, file in enumerate(self._files):
             self._firsts.append(len(places))
+            objects = 0
             for line, start, size, record in read_records(file):
                 places.append((number, line, start, size))
-                length, count = self.shape(record) if isinstance(record, dict) else (0, 0)
+                is_object = isinstance(record, dict)
+                length, count = self.shape(record) if is_object else (0, 0)
+                objects += is_object
                 lengths.append(length)
                 images.append(count)
+            if self._firsts[-1] < len(places) and not objects:
+                raise ValueError(
+                    f"{printable(file)}: expected a list of samples, or one on each line; no line "
+                    "is an object of JSON"
+                )
         if not places:
             raise ValueError(f"{printable(path)}: expected samples, got none")
         self._places = np.array(places, dtype=np.int64)
         self.lengths = np.array(lengths, dtype=np.int64)
         self.images = np.array(images, dtype=np.int64)
+        if len(places) == 1:  # it may hold the list, as {"data": [...]} does
+            try:
+                self[0]
+            except BadSampleError as error:
+                raise ValueError(
+                    f"{self.where(0)}: expected a list of samples, or one on each line; got one "
+                    f"that cannot be used: {error}"
+                ) from None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -204,11 +220,23 @@ def read_records(path: Path) -> Iterator[tuple[int, int, int, Any]]:
     with path.open("rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if path.suffix == ".jsonl" or not start.startswith(b"["):
-        if path.suffix == ".json" and not start.startswith(b"{"):
-            raise ValueError(f"{printable(path)}: expected a list of samples")
+        if path.suffix == ".json":
+            _check_lines(path, start)
         yield from _lines(path)
     else:
         yield from _list(path)
+
+
+def _check_lines(path: Path, start: bytes) -> None:
+    """Raise ValueError unless a .json file has an object on its first line, and so on each."""
+    if not start.startswith(b"{"):
+        raise ValueError(f"{printable(path)}: expected a list of samples")
+    _, _, _, first = next(_lines(path))
+    if not isinstance(first, dict):
+        raise ValueError(
+            f"{printable(path)}: expected a list of samples, or one on each line; got an object "
+            "over several lines"
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int, Any]]:

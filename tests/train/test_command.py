@@ -45,13 +45,16 @@ def test_a_step_s_gradients_are_the_definition_s(place: Path, tmp_path: Path) ->
 
 
 def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
-    """The same losses and weights; a checkpoint of two ranks is gone on with by one."""
+    """The same losses and weights, where steps are of text alone, and layers checkpointed."""
     changes: dict[str, Any] = {"stages__1__max_steps": 6, "trainer__save_steps": 3}
     one, two = tmp_path / "one", tmp_path / "two"
     path = write(tmp_path / "one.yaml", settings(place, one, **changes))
     done = start(*PREREG, "train", str(path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    half = {**changes, "trainer__per_device_train_batch_size": 2}
+    half = {
+        **changes, "trainer__per_device_train_batch_size": 2,
+        "trainer__gradient_checkpointing": True,
+    }  # fmt: skip
     path = write(tmp_path / "two.yaml", settings(place, two, **half))
     done = start(*torchrun(2), "train", str(path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -74,6 +77,8 @@ def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
         (("c.yaml", "--trainer.bf17", "true"), "c.yaml: trainer.bf17: unknown key"),
         (("c.yaml", "--data.0.path", "absent.json"), "absent.json: expected a file or a folder"),
         (("c.yaml", "--model", "absent"), "model: "),
+        (("c.yaml", "--model", "models/mistyped/x"), "model: expected a file or a folder that is"),
+        (("c.yaml", "--data.0", "{path: ./mistyped}"), "data: expected a file or a folder that"),
     ],
 )
 def test_an_error_is_a_line(
@@ -93,11 +98,35 @@ def test_an_error_is_a_line(
     assert not (tmp_path / "out" / "stages").exists()
 
 
+def test_flags_before_the_recipe(
+    place: Path, tmp_path: Path, prereg_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of arguments does not matter; what is no setting is named."""
+    found = []
+    monkeypatch.setattr("prereg_kernels.cli.train.train", lambda config, fresh: found.append(
+        (config.trainer["max_steps"], config.pre, config.out, fresh)
+    ))  # fmt: skip
+    path = str(write(tmp_path / "c.yaml", settings(place, tmp_path / "out")))
+    flags = ("--trainer.max_steps", "10", "--pre=null", "--out", "here")
+    for arguments in ((*flags, "--fresh", path), (path, "--fresh", *flags),
+                      ("--fresh", *flags[:2], path, *flags[2:])):  # fmt: skip
+        assert not prereg_here("train", *arguments, cwd=tmp_path).returncode
+    assert found == [(10, None, "here", True)] * 3
+    for arguments in (("--fresch", path), (path, "--fresch")):
+        done = prereg_here("train", *arguments, cwd=tmp_path)
+        assert "prereg: --fresch: expected a value after it" in done.stderr
+    done = prereg_here("train", *flags, cwd=tmp_path)
+    assert "the following arguments are required: config" in done.stderr
+
+
 def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     """What would be trained, and what is missing; nothing is written."""
     records = json.loads((place / "data.json").read_text())
     records[0]["image"] = ["absent.png"]
     records[3]["conversations"] = []
+    outside = tmp_path / "outside.png"
+    outside.write_bytes((place / "images" / records[6]["image"][0]).read_bytes())
+    records[6]["image"][0] = str(outside)
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
     path = write(tmp_path / "c.yaml", settings(place, tmp_path / "out", data__0__path=str(data)))
@@ -107,7 +136,8 @@ def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     assert f"{total:,} parameters (tower " in done.stdout
     assert "24 samples, 24 images, 6 samples of text alone" in done.stdout
     assert f"  1 images are missing:\n    {place}/images/absent.png" in done.stdout
-    assert f"  1 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
+    assert f"  2 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
+    assert f"    {data}:1[6]: {outside}: a name or a link that leads out of" in done.stdout
     assert "stage align: 2 steps of 4 samples" in done.stdout
     assert "stage tune: 6 steps of 4 samples" in done.stdout
     half_read = unread("train", str(path), "--dry-run", cwd=tmp_path)

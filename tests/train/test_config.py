@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from prereg_kernels.train.arguments import RESERVED
 from prereg_kernels.train.config import DataConfig, StageConfig, load_config
+from tests.docs.pages import ROOT
 
 WHOLE: dict[str, Any] = {
     "model": "a/model",
@@ -26,6 +29,7 @@ WHOLE: dict[str, Any] = {
     "trainer": {"per_device_train_batch_size": 16, "bf16": True, "max_steps": 5},
     "max_bad": 3,
 }  # fmt: skip
+LAST_LLM = ("--stages.1.trainable", "[projector]")
 
 
 def write(path: Path, values: Any) -> Path:
@@ -41,7 +45,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert align == StageConfig("align", ("projector",), (0,), None, {"learning_rate": 1e-3})
     assert tune.trainable == ("projector", "llm")
     assert [config.pre_of(stage) for stage in config.stages] == [
-        None, {"weight": 1}, {"layers": 16, "weight": 0.5},
+        None, {"layers": 16, "weight": 1}, {"layers": 16, "weight": 0.5},
     ]  # fmt: skip
     assert more.trainer == {"max_steps": 7}
     assert config.data_of(align) == config.data[:1] and config.data_of(tune) == config.data
@@ -59,6 +63,43 @@ def test_flags_win(tmp_path: Path) -> None:
     assert config.stages[1].trainer["learning_rate"] == 1e-4
     assert config.pre == {"layers": 16, "weight": 0.25}
     assert config.data[0].path == "other.json" and config.model == "b" and config.max_bad == 0.5
+
+
+OWN = {**WHOLE, "stages": WHOLE["stages"][:2]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trainer.learning_rate", "1"],
+         "--trainer.learning_rate: expected no stage to have its own, got align, tune; use "
+         "--stages.0.learning_rate, --stages.1.learning_rate"),
+        (["--pre.weight", "1"], "--pre.weight: .*got align, tune; use --stages.0.pre.weight, --st"),
+        (["--pre", "null"], "--pre: expected no stage to have its own, got tune; use --stages"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_would_change_nothing(tmp_path: Path, flags: list[str], message: str) -> None:
+    """Or, as a baseline's, not all: the stages' own settings win."""
+    path = write(tmp_path / "c.yaml", OWN)
+    with pytest.raises(ValueError, match=message):
+        load_config(path, flags)
+    baseline = load_config(path, ["--pre", "null", "--stages.1.pre", "null"])
+    assert [baseline.pre_of(stage) for stage in baseline.stages] == [None, None]
+    config = load_config(path, ["--trainer.num_train_epochs", "2", "--pre.layers", "3"])
+    assert config.trainer["num_train_epochs"] == 2
+    assert config.pre_of(config.stages[1]) == {"layers": 3, "weight": 1}
+
+
+def test_fsdp_s_keys(tmp_path: Path) -> None:
+    """Those of the page, of transformers, and with Accelerate's prefix."""
+    known = {
+        "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "min_num_params": 0,
+        "state_dict_type": "SHARDED_STATE_DICT", "transformer_layer_cls_to_wrap": "LlamaLayer",
+        "fsdp_reshard_after_forward": True, "cpu_ram_efficient_loading": True,
+        "activation_checkpointing": True, "cpu_offload": False,
+    }  # fmt: skip
+    path = write(tmp_path / "c.yaml", {**WHOLE, "trainer": {"fsdp_config": known}})
+    assert load_config(path).trainer["fsdp_config"] == known
 
 
 def test_the_baseline_and_defaults(tmp_path: Path) -> None:
@@ -81,6 +122,14 @@ def test_the_baseline_and_defaults(tmp_path: Path) -> None:
         (["--trainer.bf16", "7"], "trainer.bf16: expected true or false, got 7"),
         (["--trainer.max_steps", "many"], "trainer.max_steps: expected an integer, got 'many'"),
         (["--trainer.learning_rate", "fast"], "trainer.learning_rate: expected a number, got"),
+        (
+            ["--trainer.fsdp_config", "{version: 2, auto_wrap_polcy: X}"],
+            r"trainer\.fsdp_config\.auto_wrap_polcy: unknown key; expected one of .*'auto_wrap_pol",
+        ),
+        (
+            ["--stages.2.fsdp_config", "{fsdp_versoin: 2}"],
+            r"stages\[2\]\.fsdp_config\.fsdp_versoin",
+        ),
         (["--trainer.output_dir", "x"], "trainer.output_dir: the command sets it; use out"),
         (["--stages.1.lr", "1"], r"stages\[1\]\.lr: unknown key; expected one of .*Training"),
         (["--stages.1.warmup_steps", "a"], r"stages\[1\]\.warmup_steps: expected"),
@@ -92,6 +141,23 @@ def test_the_baseline_and_defaults(tmp_path: Path) -> None:
         (["--stages.1.pre", "yes please"], r"stages\[1\]\.pre: expected settings such as"),
         (["--pre.weight", "-1"], "pre.weight: expected a non-negative"),
         (["--pre.layer", "3"], "pre.layer: not a setting of PRe"),
+        (["--lora", "{rr: 4}"], "lora: .*unexpected keyword argument 'rr'"),
+        (
+            ["--lora", "{r: 4}", "--stages", "[{trainable: [projector]}]"],
+            r"lora: expected a stage whose trainable has llm, .*got \[\['projector'\]\]",
+        ),
+        (
+            ["--lora.r", "4", "--quantization.load_in_4bits", "true", *LAST_LLM],
+            r"quantization\.load_in_4bits: unknown key; expected one of .*'load_in_4bit', ",
+        ),
+        (
+            ["--lora.r", "4", "--quantization.bnb_4bit_quant_type", "nf4", *LAST_LLM],
+            "quantization: expected load_in_4bit: true or load_in_8bit: true, got {'bnb_4bit_qu",
+        ),
+        (
+            ["--lora.r", "4", "--quantization.load_in_4bit", "1", *LAST_LLM],
+            "quantization: load_in_4bit must be a boolean",
+        ),
         (["--max_bad", "1.5"], "max_bad: expected a share below 1, or a count"),
         (["--max_bad", "-1"], "max_bad: expected a share below 1, or a count"),
         (["--max_length", "0"], "max_length: expected at least 1"),
@@ -106,6 +172,13 @@ def test_a_wrong_setting_is_named(tmp_path: Path, flags: list[str], message: str
     with pytest.raises(ValueError, match=message) as caught:
         load_config(write(tmp_path / "c.yaml", WHOLE), flags)
     assert "\n" not in str(caught.value)
+
+
+def test_the_page_s_six_fields() -> None:
+    """Those that docs/training.md says are refused."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    [said] = re.findall(r"Six fields are refused:([^.]+)\.", page)
+    assert set(re.findall(r"`(\w+)`", said)) == set(RESERVED) and len(RESERVED) == 6
 
 
 @pytest.mark.parametrize("values", [None, [], 3])
@@ -132,6 +205,25 @@ def test_a_base(tmp_path: Path) -> None:
     write(tmp_path / "further.yaml", {"base": "own.yaml", "pre": None, "stages": [{"name": "a"}]})
     config = load_config(tmp_path / "further.yaml")
     assert config.pre is None and [stage.name for stage in config.stages] == ["a"]
+
+
+def test_a_list_is_over_the_base_s(tmp_path: Path) -> None:
+    """A data set has no setting of another that stood in its place."""
+    write(tmp_path / "base.yaml", WHOLE)
+    own = {"base": "base.yaml", "data": [{"path": "mine.json"}, {"path": "more.json"}]}
+    config = load_config(write(tmp_path / "own.yaml", own))
+    assert config.data == (DataConfig("mine.json"), DataConfig("more.json"))
+    assert [stage.name for stage in config.stages] == ["align", "tune", "more"]
+
+
+def test_a_stage_s_pre_is_over_the_recipe_s(tmp_path: Path) -> None:
+    """Key by key, as a stage's fields are over the trainer's."""
+    anchor = {"anchor": "pre_projector", "weight": 0.5}
+    config = load_config(write(tmp_path / "c.yaml", {**WHOLE, "pre": anchor}))
+    align, tune, more = map(config.pre_of, config.stages)
+    assert (align, tune, more) == (None, {**anchor, "weight": 1}, anchor)
+    config = load_config(write(tmp_path / "c.yaml", {**WHOLE, "pre": None}))
+    assert [config.pre_of(stage) for stage in config.stages] == [None, {"weight": 1}, None]
 
 
 @pytest.mark.parametrize("base", [3, ["a.yaml"], "c.yaml", "d.yaml", None])

@@ -32,7 +32,7 @@ def test_two_ranks_are_one(place: Place, tmp_path: Path, tuned: str, stage: int)
     out = tmp_path / "out"
     run(
         place, tuned, out, faults=["1 kill step-2"], restarts=1,
-        trainer__deepspeed=FILE.format(stage),
+        trainer__deepspeed=FILE.format(stage), trainer__gradient_checkpointing=True,
     )  # fmt: skip
     assert (tmp_path / "markers/1 kill step-2").exists()
     assert list((out / "stages/tune/checkpoint-2").glob("global_step2/zero_pp_rank_1*"))

@@ -26,9 +26,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.mark.parametrize("tuned", SETTINGS)
 def test_two_ranks_are_one(place: Place, tmp_path: Path, tuned: str) -> None:
-    """Killed after a checkpoint, and started again."""
+    """Killed after a checkpoint, and started again; the second step is of text alone."""
     out = tmp_path / "out"
-    place.run(tuned, out, faults=["1 kill step-2"], restarts=1, **SHARDED)
+    place.run(
+        tuned, out, faults=["1 kill step-2"], restarts=1, trainer__gradient_checkpointing=True,
+        **SHARDED,
+    )  # fmt: skip
     assert (tmp_path / "markers/1 kill step-2").exists()
     assert list((out / "stages/tune/checkpoint-2").glob("pytorch_model_fsdp_0/*.distcp"))
     place.check(tuned, out)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import PeftConfig as AdapterConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
+from prereg_kernels.train.models import load_whole, with_adapter
 from tests.cli.run import Command
 from tests.train.places import make_place, settings, timeless, write
 from tests.train.test_run import Crash, heads, same, with_callback
@@ -93,6 +95,19 @@ def test_a_run_of_the_command(
         done = prereg_here("evaluate", str(model_of), *data, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert answers(out) == answers(tmp_path / "plain") != answers(base_of)
+
+
+def test_the_base_is_found_from_elsewhere(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the recipe names folders by relative paths."""
+    monkeypatch.chdir(place)
+    model = with_adapter(load_whole("model"), LORA, ["llm"])
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert AdapterConfig.from_pretrained("adapter").base_model_name_or_path == str(place / "model")
+    plain = load_whole(place / "model").state_dict()
+    assert all(x.equal(plain[name]) for name, x in load_whole("adapter").state_dict().items())
 
 
 def adapter(out: Path) -> dict[str, Tensor]:

@@ -18,10 +18,16 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from prereg_kernels.train import trainer as trainer_module
 from prereg_kernels.train.config import load_config
+from prereg_kernels.train.engines import check_processes
 from prereg_kernels.train.run import Stopped, train
 from prereg_kernels.train.trainer import RecipeTrainer
 from tests.train.places import make_place, metrics, settings, timeless, write
@@ -203,6 +209,53 @@ def test_finished_runs_stay(place: Path, whole: Path, monkeypatch: pytest.Monkey
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
 
 
+def test_changed_data_are_told_of(place: Path, tmp_path: Path) -> None:
+    """A run that is done, or was interrupted, is one on the data that it began with."""
+    data = tmp_path / "data.json"
+    data.write_bytes((place / "data.json").read_bytes())
+    short = {"data__0__path": str(data), "stages__0__max_steps": 1, "stages__1__max_steps": 1}
+    out = run(place, tmp_path / "out", **short)
+    done = (out / "model.safetensors").stat().st_mtime_ns
+    run(place, out, **short)
+    content = data.read_bytes()
+    data.write_bytes(content.replace(b"human", b"system", 1).replace(b" ", b"", 1))
+    assert data.stat().st_size == len(content)
+    with pytest.raises(ValueError, match=r"out: holds a run on other data: .*: data\.json changed"):
+        run(place, out, **short)
+    assert (out / "model.safetensors").stat().st_mtime_ns == done
+    run(place, out, fresh=True, **short)
+    assert (out / "model.safetensors").stat().st_mtime_ns > done
+    data.unlink()
+    run(place, out, **short)  # it is done, wherever its data are now
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [({"path": "absent.json", "format": "llava"}, "absent.json: expected a file or a folder"),
+     ({"format": "llava", "images": "absent"}, "images: expected a folder, got absent")],
+)  # fmt: skip
+def test_data_of_a_later_stage(
+    place: Path, tmp_path: Path, second: dict[str, str], message: str
+) -> None:
+    """What is wrong with them is said before the first stage trains."""
+    first = {"path": str(place / "data.json"), "images": str(place / "images"), "format": "llava"}
+    data = [first, {**first, **second}]
+    with pytest.raises(ValueError, match=message):
+        run(place, tmp_path / "out", data=data, stages__0__data=[0], stages__1__data=[1])
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_one_process_of_several_gpus(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would take DataParallel: the first stage refuses it, with PRe or without."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="of 2 GPUs: torchrun --nproc-per-node 2 -m prereg_kern"):
+        run(place, tmp_path / "out")
+    assert not (tmp_path / "out" / "stages").exists()
+    check_processes(TrainingArguments(str(tmp_path), use_cpu=True), {"device_map": "auto"})
+
+
 def test_fresh_begins_anew(place: Path, tmp_path: Path) -> None:
     short = {"stages__1__max_steps": 1, "stages__0__max_steps": 1}
     run(place, tmp_path / "out", **short)
@@ -313,11 +366,38 @@ def test_weights_of_float16(place: Path, tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(half).half()
     model.save_pretrained(half)
     short = {"model": str(half), "stages__0__max_steps": 1, "stages__1__max_steps": 1}
-    with pytest.raises(ValueError, match=r"dtype: float32} .* got float16 in .*projector"):
+    with pytest.raises(ValueError, match=r"dtype: float32}, got float16 in .*projector"):
         run(place, tmp_path / "out", **short)
     out = run(place, tmp_path / "out", fresh=True, model_arguments={"dtype": "float32"}, **short)
     assert {x.dtype for x in weights(out).values()} == {torch.float32}
     assert torch.tensor([line["loss"] for line in metrics(out, "tune")]).isfinite().all()
+
+
+def test_weights_of_bfloat16(place: Path, tmp_path: Path) -> None:
+    """They lose most steps of the page's learning rate, which the run says; float32 loses none."""
+    half = tmp_path / "half"
+    shutil.copytree(place / "model", half)
+    AutoModelForImageTextToText.from_pretrained(half).bfloat16().save_pretrained(half)
+    stage = {"name": "tune", "max_steps": 3, "learning_rate": 2e-5, "trainable": ["llm"]}
+    changes: dict[str, Any] = {"model": str(half), "stages": [stage]}
+    with pytest.warns(UserWarning) as caught:
+        narrow = run(place, tmp_path / "out", pre=None, **changes)
+    said = [str(x.message) for x in caught if "bfloat16" in str(x.message)]
+    whole = {"model_arguments": {"dtype": "float32"}, "trainer__bf16": True}
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        wide = run(place, tmp_path / "wide", **changes, **whole)
+    assert not [x for x in others if "bfloat16" in str(x.message)]
+    before = {n: x for n, x in weights(half).items() if "language_model" in n and ".mlp." in n}
+    kept = {}
+    for out in (narrow, wide):
+        after = weights(out)
+        moved = [x.float() != after[name].float() for name, x in before.items()]
+        kept[out] = 1 - torch.cat([x.flatten() for x in moved]).float().mean()
+    assert kept[narrow] > 0.8 and kept[wide] < 0.05
+    [line] = said
+    count = sum(x.numel() for name, x in weights(half).items() if "language_model" in name)
+    assert line.startswith(f"model: {count:,} of {count:,} numbers that train are bfloat16")
 
 
 def test_few_samples_of_a_kind_are_told_of(place: Path, tmp_path: Path) -> None:

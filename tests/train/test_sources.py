@@ -169,6 +169,24 @@ def test_shards(tmp_path: Path, is_llava: bool) -> None:
         assert [image.getpixel((0, 0)) for image in opened] == several
 
 
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_images_are_in_the_order_of_their_numbers(tmp_path: Path, is_streaming: bool) -> None:
+    """Of more than ten, whatever their order in the shard and their suffixes are."""
+    record = {
+        "conversations": [
+            {"from": "human", "value": "<image>\n" * 12 + "Which is red?"},
+            {"from": "gpt", "value": "None."},
+        ]
+    }
+    files = {f"{n}.{'png' if n % 3 else 'jpg'}": png((20 * n, 0, 0)) for n in (10, *range(10), 11)}
+    content = {"json": json.dumps(record).encode(), **files}
+    write_shard(tmp_path / "a.tar", {"x": content})
+    source = open_source(DataConfig(str(tmp_path), "webdataset", streaming=is_streaming))
+    sample = source.row_sample(next(iter(source.rows))) if is_streaming else source[0]
+    opened = [open_image(image, None) for image in sample.images]
+    assert [image.getpixel((0, 0)) for image in opened] == [(20 * n, 0, 0) for n in range(12)]
+
+
 def test_shards_that_are_none(tmp_path: Path) -> None:
     def refuse(message: str) -> None:
         with pytest.raises(ValueError, match=message):
@@ -238,6 +256,14 @@ def test_a_bad_line_is_one_sample(tmp_path: Path) -> None:
         ('[{},\n{"a": 1', r"d\.json:2: not valid JSON"),
         ("[{}\n", r"d\.json:2: expected \], got its end"),
         ("[" * 100_000, r"d\.json:1: nested too deeply"),
+        (
+            '{"data": [\n{},\n{}]}',
+            r"d\.json: expected a list of .*; got an object over several lines",
+        ),
+        (
+            '{"data": [{}, {}]}',
+            r"d\.json:1\[0\]: expected a list .*one that cannot be used: conversa",
+        ),
         ("3", "expected a list of samples"),
         ("[]", "expected samples, got none"),
         ("", "expected a list of samples"),
@@ -247,6 +273,13 @@ def test_a_bad_list_is_an_error(tmp_path: Path, content: str, message: str) -> N
     (tmp_path / "d.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         open_source(DataConfig(str(tmp_path / "d.json"), "llava"))
+
+
+def test_lines_of_which_none_is_a_sample(tmp_path: Path) -> None:
+    """As of an indented object in a .jsonl file."""
+    (tmp_path / "d.jsonl").write_text(json.dumps({"data": LLAVA}, indent=1))
+    with pytest.raises(ValueError, match=r"d\.jsonl: expected .*; no line is an object of JSON"):
+        open_source(DataConfig(str(tmp_path / "d.jsonl"), "llava"))
 
 
 def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ x.json is a record of LLaVA's format or of TRL's messages. Image paths in it are
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -108,8 +109,13 @@ def _sample(where: str, content: bytes, images: Sequence[bytes]) -> Sample:
 
 
 def _pictures(parts: Iterable[str]) -> list[str]:
-    """Of the extensions of a sample, those of its images, in their order."""
-    return sorted(part for part in parts if f".{part}".endswith(IMAGE_SUFFIXES))
+    """Of the extensions of a sample, those of its images, in their order: 2.jpg before 10.jpg."""
+    pictures = (part for part in parts if f".{part}".endswith(IMAGE_SUFFIXES))
+    return sorted(pictures, key=lambda part: (re.sub("[0-9]+", _padded, part), part))
+
+
+def _padded(number: re.Match[str]) -> str:
+    return number[0].zfill(20)
 
 
 def _stream(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
