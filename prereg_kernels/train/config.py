@@ -18,10 +18,9 @@ from prereg_kernels.train.arguments import (
     check_lora,
     check_quantization,
 )
+from prereg_kernels.train.parts import PARTS
 from prereg_kernels.trainers.attachment import read_settings
 
-PARTS = ("tower", "projector", "llm")
-"""What a stage trains."""
 NON_FINITE = ("stop", "skip")
 """What happens at a loss or gradient that is NaN or infinite."""
 INHERIT = "inherit"

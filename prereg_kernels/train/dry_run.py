@@ -10,9 +10,9 @@ from pathlib import Path
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.checkup.images.reading import SkipImage, inside
-from prereg_kernels.train.config import PARTS, DataConfig, StageConfig, TrainConfig
+from prereg_kernels.train.config import DataConfig, StageConfig, TrainConfig
 from prereg_kernels.train.models import model_on_meta
-from prereg_kernels.train.parts import parts_of
+from prereg_kernels.train.parts import PARTS, parts_of
 from prereg_kernels.train.run import training_arguments
 from prereg_kernels.train.sample import BadSampleError
 from prereg_kernels.train.source import Source

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prereg_kernels.train.config import PARTS
 from prereg_kernels.train.models import without_adapter
-from prereg_kernels.train.parts import parts_of
+from prereg_kernels.train.parts import PARTS, parts_of
 
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,

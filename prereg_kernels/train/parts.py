@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prereg_kernels.attach.resolver import find_family
-from prereg_kernels.train.config import PARTS
 
+PARTS = ("tower", "projector", "llm")
+"""What a stage trains."""
 PROJECTORS = {
     "multi_modal_projector", "projector", "mm_projector", "connector", "merger", "merger_list",
     "deepstack_merger_list", "patch_merger", "modality_projection", "aligner", "embed_vision",
