@@ -44,7 +44,9 @@ def prepare(arguments: Sequence[str]) -> Callable[[], None]:
         _read(arguments[1:])  # so that what is wrong is said once, before there are ranks
         # What it runs, in this process; and as each rank's program, where it starts torchrun
         tuner.run_exp = train
-        launcher.__file__ = f"{RANK} llamafactory"
+        # It splits its line at spaces: behind a path with one, a rank is found by its module's name
+        program = f"-m prereg_kernels.cli.{RANK.stem}" if " " in str(RANK) else str(RANK)
+        launcher.__file__ = f"{program} llamafactory"
     return cli.main
 
 

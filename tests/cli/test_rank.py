@@ -93,22 +93,37 @@ def test_another_package_in_the_working_directory(
     files: dict[str, str], command: list[str], tmp_path: Path
 ) -> None:
     """As where somebody who has installed it stands in a checkout, with modules of their own."""
+    other = {"here/prereg_kernels/__init__.py": "raise ImportError('of the working directory')\n"}
+    lines = start(tmp_path, {**files, **other}, command, ROOT)
+    own = prereg_kernels.__file__
+    assert lines == [f"RANK {own} mine True --max_steps 4", f"SPAWNED {own}"]
+
+
+def test_a_path_with_a_space(tmp_path: Path) -> None:
+    """LLaMA-Factory splits the line that starts its ranks."""
+    place = tmp_path / "my packages"
+    place.mkdir()
+    (place / "prereg_kernels").symlink_to(ROOT / "prereg_kernels")
+    command = ["llamafactory", "train", "--max_steps", "4"]
+    lines = start(tmp_path, LLAMAFACTORY, command, place)
+    assert lines[0] == f"RANK {place / 'prereg_kernels' / '__init__.py'} mine True --max_steps 4"
+
+
+def start(folder: Path, files: dict[str, str], command: list[str], packages: Path) -> list[str]:
+    """What the ranks of a command say that is started in `here`, with PRe of `packages`."""
     for name, text in {
-        **{f"packages/{name}": text for name, text in files.items()},
+        **{x if x.startswith("here/") else f"packages/{x}": text for x, text in files.items()},
         "packages/say.py": SAY,
         "bin/prereg.py": PREREG,
-        "here/prereg_kernels/__init__.py": "raise ImportError('of the working directory')\n",
         "here/rewards.py": "MINE = 'mine'\n",
     }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    paths = {"PYTHONPATH": f"{tmp_path / 'packages'}:{ROOT}", "HF_HOME": str(tmp_path)}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    paths = {"PYTHONPATH": f"{folder / 'packages'}:{packages}", "HF_HOME": str(folder)}
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "bin" / "prereg.py"), *command], cwd=tmp_path / "here",
+        [sys.executable, str(folder / "bin" / "prereg.py"), *command], cwd=folder / "here",
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | paths,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    lines = [x for x in done.stdout.splitlines() if x.startswith(("RANK", "SPAWNED"))]
-    own = prereg_kernels.__file__
-    assert lines == [f"RANK {own} mine True --max_steps 4", f"SPAWNED {own}"]
+    return [x for x in done.stdout.splitlines() if x.startswith(("RANK", "SPAWNED"))]
