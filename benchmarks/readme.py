@@ -274,9 +274,10 @@ def lora_sentence() -> str:
     return (
         "In [a study](docs/pays.md#for-whom-does-it-pay) of a small model, PRe gained "
         f"{gain('adapter', 'adapter, PRe')} points on new questions beside a frozen projector, "
-        f"which is nothing, and {gain(both, f'{both}, PRe')} where the projector trained. Part of "
-        "the latter makes up for what a projector loses that trains without PRe. Against the "
-        f"adapter alone, PRe with a projector that trains gained {gain('adapter', f'{both}, PRe')}."
+        f"which is nothing, and {gain(both, f'{both}, PRe')} where the projector trained. A "
+        "projector that trains without PRe loses points, and part of that gain makes up for them. "
+        "Against an adapter beside a frozen projector, without PRe, the gain is "
+        f"{gain('adapter', f'{both}, PRe')}."
     )
 
 
