@@ -12,7 +12,7 @@ import numpy as np
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.train.config import DataConfig
-from prereg_kernels.train.names import check_name
+from prereg_kernels.train.names import check_name, is_pattern
 from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
 
 _JSON = (".json", ".jsonl")
@@ -59,14 +59,15 @@ class DatasetSource:
     def __init__(self, data: DataConfig, columns: Columns) -> None:
         import datasets
 
-        check_name("data", data.path)
+        if not is_pattern(data.path):
+            check_name("data", data.path)
         path = Path(data.path)
         self._name, self._columns = printable(data.path), columns
         cache = Path(datasets.config.HF_CACHE_HOME)
         self._root = Path(data.images) if data.images else path if path.is_dir() else cache
         try:
             dataset = _load(data)
-        except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"{self._name}: {' '.join(str(error).split())}") from None
         names = dataset.column_names
         if names is not None and columns.name not in names:
@@ -121,10 +122,13 @@ def _load(data: DataConfig) -> Any:
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[data.split]
         return saved.to_iterable_dataset() if data.streaming else saved
-    options: dict[str, Any] = {"split": data.split, "streaming": data.streaming}
-    if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files={data.split: data.path}, **options)
-    return datasets.load_dataset(data.path, **options)
+    return datasets.load_dataset(**_wanted(data), split=data.split, streaming=data.streaming)
+
+
+def _wanted(data: DataConfig) -> dict[str, Any]:
+    if Path(data.path).suffix == ".parquet":
+        return {"path": "parquet", "data_files": {data.split: data.path}}
+    return {"path": data.path}
 
 
 def images_of(record: Mapping[str, Any]) -> list[Any]:
