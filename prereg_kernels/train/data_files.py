@@ -5,43 +5,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prereg_kernels._util.files import printable, read_json, write_whole
 from prereg_kernels.train.config import DataConfig
+from prereg_kernels.train.names import WILDCARDS
+from prereg_kernels.train.sources import files_of
 
 DATA_FILES = "data_files.json"
 _JSON = (".json", ".jsonl")
-_SUFFIXES = (*_JSON, ".parquet", ".arrow", ".tar")
 _PIECE = 1 << 20
 
 
 def facts_of(data: Sequence[DataConfig]) -> dict[str, dict[str, Any]]:
-    """{path of a data set: {file: what it holds}}: JSON's SHA-256, and of other files and of
-    streams the bytes, since those may be too many to be read twice. Of names on the hub: nothing.
+    """{path of data: {file that is read: what it holds}}: JSON's SHA-256, and of other files and of
+    streams the bytes, since those may be too many to be read twice. Of what is elsewhere: nothing.
     """
-    return {each.path: _of(each) for each in data if Path(each.path).exists()}
-
-
-def _of(data: DataConfig) -> dict[str, Any]:
-    path = Path(data.path)
-    found = {}
-    for file in sorted(_files(path, data.split)):
-        name = file.name if file == path else str(file.relative_to(path))
-        is_read = file.suffix in _JSON and not data.streaming
-        found[name] = _digest(file) if is_read else file.stat().st_size
+    found: dict[str, dict[str, Any]] = {}
+    # A path may come several times, with other splits: a SHA-256 is over a stream's size
+    for each in sorted(data, key=lambda each: not each.streaming):
+        facts = _of(each)
+        if facts or Path(each.path).exists():
+            found.setdefault(each.path, {}).update(facts)
     return found
 
 
-def _files(path: Path, split: str) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    for folder in {path, path / "data", path / split}:
-        if folder.is_dir():
-            yield from (x for x in folder.iterdir() if x.suffix in _SUFFIXES and x.is_file())
+def _of(data: DataConfig) -> dict[str, Any]:
+    try:
+        files = files_of(data)
+    except (OSError, ValueError):  # the source says it, if it is to be opened
+        return {}
+    root, found = _root(data.path), {}
+    for file in sorted(file for file in files if file.is_file()):
+        is_read = file.suffix in _JSON and not data.streaming
+        found[os.path.relpath(file, root)] = _digest(file) if is_read else file.stat().st_size
+    return found
+
+
+def _root(path: str) -> Path:
+    """The folder that its files are named from. A glob's has no wildcard."""
+    root = Path(path.removeprefix("file://"))
+    if not root.is_dir():
+        root = root.parent
+        while any(sign in str(root) for sign in WILDCARDS):
+            root = root.parent
+    return root
 
 
 def _digest(path: Path) -> str:
@@ -65,7 +76,8 @@ def check_data(out: Path, data: Sequence[DataConfig], *, is_new: bool) -> None:
     if not is_new and written.exists():
         before = read_json(written, "an object of data files")
         for path in before.keys() & found.keys():
-            if change := _change(before[path], found[path]):
+            # Where there was no file, nothing has been read
+            if before[path] and (change := _change(before[path], found[path])):
                 raise ValueError(
                     f"{printable(out)}: holds a run on other data: {printable(path)}: {change}; "
                     "expected the same, another --out, or --fresh to begin anew"

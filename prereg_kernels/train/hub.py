@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from prereg_kernels._util.files import printable
+from prereg_kernels._util.files import printable, read_json
 from prereg_kernels.train.config import DataConfig
-from prereg_kernels.train.names import check_name
+from prereg_kernels.train.names import check_name, is_pattern
 from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
 
 _JSON = (".json", ".jsonl")
-_SAVED = ("dataset_info.json", "dataset_dict.json")
+_STATE, _INFO = "state.json", "dataset_info.json"
+_SAVED = (_INFO, "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,15 @@ class DatasetSource:
     def __init__(self, data: DataConfig, columns: Columns) -> None:
         import datasets
 
-        check_name("data", data.path)
+        if not is_pattern(data.path):
+            check_name("data", data.path)
         path = Path(data.path)
         self._name, self._columns = printable(data.path), columns
         cache = Path(datasets.config.HF_CACHE_HOME)
         self._root = Path(data.images) if data.images else path if path.is_dir() else cache
         try:
             dataset = _load(data)
-        except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"{self._name}: {' '.join(str(error).split())}") from None
         names = dataset.column_names
         if names is not None and columns.name not in names:
@@ -121,10 +124,50 @@ def _load(data: DataConfig) -> Any:
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[data.split]
         return saved.to_iterable_dataset() if data.streaming else saved
-    options: dict[str, Any] = {"split": data.split, "streaming": data.streaming}
-    if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files={data.split: data.path}, **options)
-    return datasets.load_dataset(data.path, **options)
+    return datasets.load_dataset(**_wanted(data), split=data.split, streaming=data.streaming)
+
+
+def _wanted(data: DataConfig) -> dict[str, Any]:
+    if Path(data.path).suffix == ".parquet":
+        return {"path": "parquet", "data_files": {data.split: data.path}}
+    return {"path": data.path}
+
+
+def dataset_files(data: DataConfig) -> list[Path]:
+    """The files on the disk that its rows come from; none of what is elsewhere.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they cannot be told.
+    """
+    import datasets
+
+    path = Path(data.path)
+    if path.is_file():
+        return [path]
+    if _is_saved(path):
+        return _saved_files(path, data.split)
+    is_elsewhere = "://" in data.path and not data.path.startswith("file://")
+    is_searched = path.suffix == ".parquet" and is_pattern(data.path) and not is_elsewhere
+    if not (path.is_dir() or is_searched):
+        return []
+    builder = datasets.load_dataset_builder(**_wanted(data))
+    by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    wanted = {part.partition("[")[0].strip() for part in data.split.split("+")}  # train[:9]+test
+    files = [file for name in wanted & by_split.keys() for file in by_split[name]]
+    files = files or [file for several in by_split.values() for file in several]
+    on_disk = [file for file in files if "://" not in file]
+    if is_searched:
+        return [Path(file) for file in on_disk]
+    return [path / os.path.relpath(file, path.resolve()) for file in on_disk]
+
+
+def _saved_files(path: Path, split: str) -> list[Path]:
+    """Those that its state names: scripts leave caches beside them."""
+    folder = path if (path / _STATE).is_file() else path / split
+    state = folder / _STATE
+    named = read_json(state, "the state of a data set").get("_data_files", [])
+    return [state, folder / _INFO, *(folder / each["filename"] for each in named)]
 
 
 def images_of(record: Mapping[str, Any]) -> list[Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from prereg_kernels._util.files import printable
 
+WILDCARDS = "*?["
+
 
 def check_name(setting: str, name: str | Path) -> None:
     """Raise ValueError where nothing is at what can only be meant as a path.
@@ -23,3 +25,9 @@ def check_name(setting: str, name: str | Path) -> None:
         f"{setting}: expected a file or a folder that is there, or a name on the hub, got "
         f"{printable(text)}"
     )
+
+
+def is_pattern(data: str) -> bool:
+    """Whether it is a URL, or a glob of Parquet files: `datasets` looks for what is there."""
+    is_glob = data.endswith(".parquet") and any(sign in data for sign in WILDCARDS)
+    return "://" in data or is_glob

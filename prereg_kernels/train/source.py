@@ -78,7 +78,7 @@ class JsonSource(ABC):
 
     def __init__(self, data: DataConfig) -> None:
         path = Path(data.path)
-        self._files = _files(path)
+        self._files = json_files(path)
         self.root = Path(data.images) if data.images is not None else self._files[0].parent
         if not self.root.is_dir():
             raise ValueError(f"images: expected a folder, got {printable(self.root)}")
@@ -198,7 +198,8 @@ def _stream_lines(files: Sequence[str]) -> Iterator[dict[str, Any]]:
                     yield {"where": f"{printable(path)}:{line}", "content": content}
 
 
-def _files(path: Path) -> list[Path]:
+def json_files(path: Path) -> list[Path]:
+    """The file, or the folder's .json and .jsonl files. Raises ValueError where there are none."""
     if path.is_file():
         return [path]
     if path.is_dir():

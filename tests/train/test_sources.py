@@ -132,6 +132,39 @@ def test_a_data_set_with_images(
     assert source.where(1) == f"{tmp_path / 'saved'}[1]"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "glob", ["{here}/a/b/p-*.parquet", "./a/b/*.parquet", "a/b/p-[01].parquet",
+             "file://{here}/a/b/p-?.parquet"],
+)  # fmt: skip
+def test_parquet_by_globs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glob: str, streaming: bool
+) -> None:
+    """Also those of paths, and as URLs."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    asked = ["one", "two", "three"]
+    for number, text in enumerate(asked):
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+        rows = datasets.Dataset.from_list([{"messages": turns}])
+        rows.to_parquet(tmp_path / "a" / "b" / f"p-{number}.parquet")
+    source = open_source(DataConfig(glob.format(here=tmp_path), streaming=streaming))
+    if streaming:
+        samples = [source.row_sample(row) for row in source.rows]
+    else:
+        samples = [source[number] for number in range(len(source))]
+    found = [sample.messages[0]["content"][0]["text"] for sample in samples]
+    assert found == (asked[:2] if "[01]" in glob else asked)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_glob_of_nothing(streaming: bool) -> None:
+    """The error names it."""
+    with pytest.raises(ValueError, match=r"^/nowhere/\*\.parquet: At least one valid data file"):
+        open_source(DataConfig("/nowhere/*.parquet", streaming=streaming))
+
+
 def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
     with tarfile.open(path, "w") as tar:
         for key, files in samples.items():

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.train.config import DataConfig
+from prereg_kernels.train.source import json_files
 
 FORMATS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 """The formats' names."""
@@ -21,12 +23,27 @@ def open_source(data: DataConfig) -> Any:
         ValueError: an unknown format, a file that is not of it, or one that cannot be a stream.
         OSError: a file cannot be read.
     """
+    source = _module(data).open_source(data)
+    if data.streaming and getattr(source, "rows", None) is None:
+        raise ValueError(f"streaming: format {data.format} cannot; expected false")
+    return source
+
+
+def files_of(data: DataConfig) -> list[Path]:
+    """The files on the disk that `open_source` reads the samples of. Where a format's module has
+    no function of this name, it reads JSON files.
+
+    Raises:
+        ValueError: an unknown format, or files that are not of it.
+        OSError: a file cannot be read.
+    """
+    find = getattr(_module(data), "files_of", None)
+    return find(data) if find is not None else json_files(Path(data.path))
+
+
+def _module(data: DataConfig) -> Any:
     if data.format not in FORMATS:
         raise ValueError(
             f"format: expected one of {', '.join(FORMATS)}; got {printable(data.format)}"
         )
-    module = importlib.import_module(f"{__name__}.{data.format}")
-    source = module.open_source(data)
-    if data.streaming and getattr(source, "rows", None) is None:
-        raise ValueError(f"streaming: format {data.format} cannot; expected false")
-    return source
+    return importlib.import_module(f"{__name__}.{data.format}")

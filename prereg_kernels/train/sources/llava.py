@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels.train.config import DataConfig
-from prereg_kernels.train.hub import Columns, DatasetSource, images_of, is_json
+from prereg_kernels.train.hub import Columns, DatasetSource, dataset_files, images_of, is_json
 from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
-from prereg_kernels.train.source import JsonSource
+from prereg_kernels.train.source import JsonSource, json_files
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 PLACEHOLDER = "<image>"
@@ -83,7 +83,16 @@ COLUMNS = Columns("conversations", messages_of, _shape)
 
 def open_source(data: DataConfig) -> Any:
     """The samples of JSON files, or of a data set with columns as their records have."""
+    return DatasetSource(data, COLUMNS) if _is_data_set(data) else LlavaSource(data)
+
+
+def files_of(data: DataConfig) -> list[Path]:
+    """The files that it reads."""
+    return dataset_files(data) if _is_data_set(data) else json_files(Path(data.path))
+
+
+def _is_data_set(data: DataConfig) -> bool:
     path = Path(data.path)
     is_here = path.exists() and path.suffix != ".parquet"
     has_rows = not is_here or any(path.rglob("*.parquet")) or any(path.glob("dataset_*.json"))
-    return DatasetSource(data, COLUMNS) if has_rows and not is_json(path) else LlavaSource(data)
+    return has_rows and not is_json(path)

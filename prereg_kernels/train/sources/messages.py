@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prereg_kernels.train.config import DataConfig
-from prereg_kernels.train.hub import Columns, DatasetSource, images_of, is_json
+from prereg_kernels.train.hub import Columns, DatasetSource, dataset_files, images_of, is_json
 from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
-from prereg_kernels.train.source import JsonSource
+from prereg_kernels.train.source import JsonSource, json_files
 
 
 class MessagesSource(JsonSource):
@@ -64,3 +64,9 @@ COLUMNS = Columns("messages", lambda row: row["messages"], _shape)
 def open_source(data: DataConfig) -> Any:
     """The samples of a data set."""
     return MessagesSource(data) if is_json(Path(data.path)) else DatasetSource(data, COLUMNS)
+
+
+def files_of(data: DataConfig) -> list[Path]:
+    """The files that it reads."""
+    path = Path(data.path)
+    return json_files(path) if is_json(path) else dataset_files(data)

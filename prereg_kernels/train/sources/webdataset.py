@@ -37,7 +37,7 @@ class WebDatasetSource:
 
     def __init__(self, data: DataConfig) -> None:
         path = Path(data.path)
-        self._shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        self._shards = files_of(data)
         if not self._shards:
             raise ValueError(f"{printable(path)}: expected .tar files, got none")
         self.rows: Any = None
@@ -175,3 +175,9 @@ def _members(path: Path) -> dict[str, dict[str, _Place]]:
 def open_source(data: DataConfig) -> WebDatasetSource:
     """The samples of a data set."""
     return WebDatasetSource(data)
+
+
+def files_of(data: DataConfig) -> list[Path]:
+    """The shards that it reads."""
+    path = Path(data.path)
+    return [path] if path.is_file() else sorted(path.glob("*.tar"))
