@@ -76,8 +76,20 @@ OWN = {**WHOLE, "stages": WHOLE["stages"][:2]}
         (["--trainer.learning_rate", "1"],
          "--trainer.learning_rate: expected no stage to have its own, got align, tune; use "
          "--stages.0.learning_rate, --stages.1.learning_rate"),
-        (["--pre.weight", "1"], "--pre.weight: .*got align, tune; use --stages.0.pre.weight, --st"),
+        (["--pre.weight", "1"], "--pre.weight: .*got align, tune; use --stages.1.pre.weight"),
         (["--pre", "null"], "--pre: expected no stage to have its own, got tune; use --stages"),
+        (["--pre", "{layers: 3, weight: 1}"],
+         r"--pre\.weight: expected no stage to have its own, got align, tune; use "
+         r"--stages\.1\.pre\.weight$"),
+        (["--pre.weight", "1", "--stages.1.pre", "null"],
+         r"--pre\.weight: expected a stage with PRe, got pre: null in align, tune$"),
+        (["--trainer", "{max_steps: 3, learning_rate: 1}"],
+         r"--trainer\.learning_rate: .*; use --stages\.0\.learning_rate, --stages\.1\.learn"),
+        (["--stages.0.trainer.learning_rate", "1"],
+         r"--stages\.0\.trainer\.learning_rate: expected align not to have its own; use "
+         r"--stages\.0\.learning_rate$"),
+        (["--stages.1.trainer", "{max_steps: 2, num_train_epochs: 3}"],
+         r"--stages\.1\.trainer\.num_train_epochs: .*; use --stages\.1\.num_train_epochs$"),
     ],
 )  # fmt: skip
 def test_a_flag_that_would_change_nothing(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -87,6 +99,10 @@ def test_a_flag_that_would_change_nothing(tmp_path: Path, flags: list[str], mess
         load_config(path, flags)
     baseline = load_config(path, ["--pre", "null", "--stages.1.pre", "null"])
     assert [baseline.pre_of(stage) for stage in baseline.stages] == [None, None]
+    config = load_config(path, ["--stages.0.trainer.warmup_steps", "4", "--pre.weight", "2",
+                                "--stages.1.pre", "inherit"])  # fmt: skip
+    assert config.stages[0].trainer == {"learning_rate": 1e-3, "warmup_steps": 4}
+    assert config.pre_of(config.stages[1]) == {"layers": 16, "weight": 2}
     config = load_config(path, ["--trainer.num_train_epochs", "2", "--pre.layers", "3"])
     assert config.trainer["num_train_epochs"] == 2
     assert config.pre_of(config.stages[1]) == {"layers": 3, "weight": 1}
