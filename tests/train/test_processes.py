@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, TrainingArguments
 from transformers.training_args import ParallelMode
 
@@ -121,8 +122,38 @@ class Prepared(Exception):  # noqa: N818 - not an error: as far as the test goes
     """Training would begin."""
 
 
+def stopped() -> Any:
+    return pytest.raises(Prepared, match="training would begin")
+
+
 def stop(*_: Any, **__: Any) -> None:
     raise Prepared("training would begin")
+
+
+def test_modules_beside_an_adapter(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT keeps the projector in bfloat16, and the adapter in float32."""
+    half = tmp_path / "half"
+    shutil.copytree(place / "model", half)
+    AutoModelForImageTextToText.from_pretrained(half).bfloat16().save_pretrained(half)
+    monkeypatch.setattr(RecipeTrainer, "train", stop)
+    stage = {"name": "tune", "trainable": ["projector", "llm"], "max_steps": 1}
+    changes = {"model": str(half), "stages": [stage], "pre": None, "lora": {"r": 4}}
+    with pytest.warns(UserWarning, match="numbers that train are bf") as caught, stopped():
+        run(place, tmp_path / "out", **changes)
+    [said] = [str(x.message) for x in caught if "bfloat16" in str(x.message)]
+    weights = load_file(half / "model.safetensors")
+    projector = sum(x.numel() for name, x in weights.items() if "projector" in name)
+    assert said.startswith(f"model: {projector:,} of ")
+    assert (
+        "those of modules beside the adapter" in said
+        and "doubles the memory of a bfloat16 model's frozen weights" in said
+    )
+    with warnings.catch_warnings(record=True) as others, stopped():
+        warnings.simplefilter("always")
+        run(place, tmp_path / "wide", **changes, model_arguments={"dtype": "float32"})
+    assert not [x for x in others if "bfloat16" in str(x.message)]
 
 
 class Sharded(RecipeTrainer):
@@ -151,7 +182,7 @@ def test_fsdp_s_copies_are_float32(
     AutoModelForImageTextToText.from_pretrained(half).bfloat16().save_pretrained(half)
     monkeypatch.setattr("prereg_kernels.train.run.RecipeTrainer", trainer_class)
     monkeypatch.setattr("prereg_kernels.train.run.prepare", stop)
-    with warnings.catch_warnings(record=True) as caught, pytest.raises(Prepared):
+    with warnings.catch_warnings(record=True) as caught, stopped():
         warnings.simplefilter("always")
         run(place, tmp_path / "out", model=str(half), trainer__bf16=is_mixed, pre=None)
     said = [str(x.message) for x in caught if "numbers that train are bfloat16" in str(x.message)]
