@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.flags import is_value
 from prereg_kernels._util.settings import shown
 
 T = TypeVar("T")
@@ -174,7 +175,8 @@ def take_flags(arguments: Sequence[str], prefix: str = "") -> tuple[list[str], d
     --pre.weight 0.3, or with a = between. A value is read as YAML is.
 
     Raises:
-        ValueError: a flag without a value, or a value that is no YAML.
+        ValueError: a flag without a value, where another flag is behind it too, or a value that is
+            no YAML.
     """
     others: list[str] = []
     found: dict[str, Any] = {}
@@ -187,6 +189,8 @@ def take_flags(arguments: Sequence[str], prefix: str = "") -> tuple[list[str], d
         text = value if equals else next(rest, None)
         if text is None:
             raise ValueError(f"{flag}: expected a value after it")
+        if not (equals or is_value(text)):
+            raise ValueError(f"{flag}: expected a value after it, got {printable(text)}")
         try:
             found[flag.removeprefix(f"--{prefix}")] = parse(text)
         except yaml.YAMLError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.flags import is_value
 from prereg_kernels._util.supported import not_imported, too_old_to_train
 from prereg_kernels._version import __version__
 from prereg_kernels.cli import estimate
@@ -97,7 +98,8 @@ def _settings_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         argument = rest.pop(0)
         is_setting = argument.startswith("--") and argument.partition("=")[0] not in _TRAINS_OWN
         (settings if is_setting else own).append(argument)
-        if is_setting and "=" not in argument and rest and not rest[0].endswith(_RECIPES):
+        has_value = bool(rest) and is_value(rest[0]) and not rest[0].endswith(_RECIPES)
+        if is_setting and "=" not in argument and has_value:
             settings.append(rest.pop(0))
         elif argument == "--out" and rest:
             own.append(rest.pop(0))

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
         _evaluate(arguments)
         return
     if arguments.out is not None:
-        flags = [*flags, "--out", str(arguments.out)]
+        flags = [*flags, f"--out={arguments.out}"]
     config = load_config(arguments.config, flags)
     if arguments.dry_run:
         print(describe_run(config))

@@ -25,11 +25,21 @@ RESERVED = {
 """{field of TrainingArguments that the command sets: what to use in its place}"""
 
 
-_FSDP = {
-    "version", "transformer_layer_cls_to_wrap", "xla", "xla_fsdp_settings", "xla_fsdp_v2",
-    "xla_fsdp_grad_ckpt",
+FSDP_KEYS = {
+    "activation_checkpointing", "auto_wrap_policy", "backward_prefetch", "cpu_offload",
+    "cpu_ram_efficient_loading", "forward_prefetch", "limit_all_gathers", "min_num_params",
+    "reshard_after_forward", "state_dict_type", "sync_module_states",
+    "transformer_layer_cls_to_wrap", "use_orig_params", "version", "xla", "xla_fsdp_grad_ckpt",
+    "xla_fsdp_settings", "xla_fsdp_v2",
 }  # fmt: skip
-"""What transformers takes in fsdp_config beside the fields of Accelerate's plugin."""
+"""What transformers reads in fsdp_config (5.17); it ignores Accelerate's other names."""
+_OF_ACCELERATE = {
+    "offload_params": "cpu_offload",
+    "sharding_strategy": "reshard_after_forward",
+    "transformer_cls_names_to_wrap": "transformer_layer_cls_to_wrap",
+    "mixed_precision_policy": "trainer.bf16",
+}
+"""{Accelerate's name: what does the same here}"""
 
 
 def check_arguments(arguments: Mapping[str, Any], at: str) -> None:
@@ -56,14 +66,14 @@ def check_arguments(arguments: Mapping[str, Any], at: str) -> None:
 
 def _check_fsdp(settings: Mapping[str, Any], at: str) -> None:
     """Raise ValueError for a key that transformers does not know there, which it ignores."""
-    from accelerate import FullyShardedDataParallelPlugin
-
-    own = {item.name.removeprefix("fsdp_")
-           for item in dataclasses.fields(FullyShardedDataParallelPlugin)}  # fmt: skip
-    known = own | _FSDP
-    for name in settings:
-        if name.removeprefix("fsdp_") not in known:
-            raise ValueError(f"{at}.{name}: unknown key; expected one of {sorted(known)}")
+    for name, value in settings.items():
+        plain = name.removeprefix("fsdp_")
+        if plain == "offload_params" and value is False:
+            continue  # in each file that `accelerate config` writes: it is so anyway
+        if plain in _OF_ACCELERATE:
+            raise ValueError(f"{at}.{name}: unknown key; use {_OF_ACCELERATE[plain]}")
+        if plain not in FSDP_KEYS:
+            raise ValueError(f"{at}.{name}: unknown key; expected one of {sorted(FSDP_KEYS)}")
 
 
 @cache

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,21 +228,38 @@ def load_config(path: str | Path, flags: Sequence[str] = ()) -> TrainConfig:
         config = _from_values(values)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from None
-    for name, value in take_flags(flags)[1].items():
-        _check_effect(config, name, value)
+    for flag, value in take_flags(flags)[1].items():
+        is_section = flag.split(".")[-1] in ("trainer", "pre") and isinstance(value, Mapping)
+        for name, part in value.items() if is_section else [("", value)]:
+            _check_effect(config, values.get("stages", []), f"{flag}.{name}".rstrip("."), part)
     return config
 
 
-def _check_effect(config: TrainConfig, path: str, value: Any) -> None:
-    """Raise ValueError where a flag would change nothing, as each stage has a setting of its own.
+def _check_effect(config: TrainConfig, written: Sequence[Any], path: str, value: Any) -> None:
+    """Raise ValueError where a flag would change nothing, as stages have settings of their own.
 
     A baseline's `--pre null` has to hold for all of them.
+
+    Args:
+        written: the stages as file and flags have them.
     """
+    if found := re.fullmatch(r"stages\.(\d+)\.trainer\.(\w+)", path):
+        i, name = int(found[1]), found[2]
+        if name in written[i]:
+            raise ValueError(
+                f"--{path}: expected {config.stages[i].name} not to have its own; use "
+                f"--stages.{i}.{name}"
+            )
     own = [i for i, stage in enumerate(config.stages) if _has_own(stage, path, value)]
-    if len(own) == len(config.stages) or (own and path == "pre"):
-        names = ", ".join(config.stages[i].name for i in own)
-        flags = ", ".join(f"--stages.{i}.{path.removeprefix('trainer.')}" for i in own)
-        raise ValueError(f"--{path}: expected no stage to have its own, got {names}; use {flags}")
+    if not (len(own) == len(config.stages) or (own and path == "pre")):
+        return
+    names = ", ".join(config.stages[i].name for i in own)
+    # Not where a stage has none, which such a flag would turn on
+    usable = [i for i in own if path.startswith("trainer") or config.stages[i].pre is not None]
+    if not usable:
+        raise ValueError(f"--{path}: expected a stage with PRe, got pre: null in {names}")
+    flags = ", ".join(f"--stages.{i}.{path.removeprefix('trainer.')}" for i in usable)
+    raise ValueError(f"--{path}: expected no stage to have its own, got {names}; use {flags}")
 
 
 def _has_own(stage: StageConfig, path: str, value: Any) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -64,14 +64,33 @@ def check_launcher() -> None:
 def check_processes(arguments: Any, model_arguments: Mapping[str, Any]) -> None:
     """Raise ValueError where transformers would split each batch over the GPUs of one process.
 
-    Of that, torch's DataParallel, PRe knows nothing. A `device_map` spreads the model instead.
+    Of that, torch's DataParallel, PRe knows nothing. A `device_map` may spread the model instead:
+    `check_spread` sees whether it has.
     """
-    if arguments.n_gpu > 1 and "device_map" not in model_arguments:
-        raise ValueError(
-            f"expected a process for each of {arguments.n_gpu} GPUs: torchrun --nproc-per-node "
-            f"{arguments.n_gpu} -m prereg_kernels train RECIPE; or one GPU, by "
-            "CUDA_VISIBLE_DEVICES=0; got one process"
-        )
+    if arguments.n_gpu > 1 and model_arguments.get("device_map") is None:
+        _refuse(arguments.n_gpu)
+
+
+def check_spread(arguments: Any, model: nn.Module) -> None:
+    """The same, of a model that is loaded.
+
+    One over several devices, or on another than the first, Trainer counts as on one GPU (5.17). It
+    does so here already, as a step's samples go by it.
+    """
+    if arguments.n_gpu <= 1:
+        return
+    there = {*(getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(there) > 1 or any(torch.device(device) != arguments.device for device in there):
+        setattr(arguments, private.GPUS, 1)
+    else:
+        _refuse(arguments.n_gpu)
+
+
+def _refuse(gpus: int) -> NoReturn:
+    raise ValueError(
+        f"expected a process for each of {gpus} GPUs: torchrun --nproc-per-node {gpus} -m "
+        "prereg_kernels train RECIPE; or one GPU, by CUDA_VISIBLE_DEVICES=0; got one process"
+    )
 
 
 def prepare(trainer: Any) -> None:

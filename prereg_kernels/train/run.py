@@ -33,6 +33,7 @@ from prereg_kernels.train.engines import (
     check_ddp,
     check_launcher,
     check_processes,
+    check_spread,
     device_of_cpus,
     prepare,
     save_whole,
@@ -142,6 +143,7 @@ def _train_stage(
     has_adapter = config.lora is not None and "llm" in stage.trainable
     processor = load_processor(path)
     model = load_model(config, path, has_adapter=has_adapter)
+    check_spread(arguments, model)
     ids = visual_ids(model)
     collator = Collator(processor, config.max_length, ids)
     collator.hides_image = config.is_streaming(stage) and arguments.world_size > 1

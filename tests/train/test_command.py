@@ -119,6 +119,32 @@ def test_flags_before_the_recipe(
     assert "the following arguments are required: config" in done.stderr
 
 
+@pytest.mark.parametrize("behind", [("--dry-run",), ("--fresh",), ("--trainer.max_steps=3",), ()])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_flag_without_a_value(
+    place: Path,
+    tmp_path: Path,
+    prereg_here: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    behind: tuple[str, ...],
+    is_first: bool,
+) -> None:
+    """As a shell's unset variable leaves it: it takes none of the flags behind it."""
+    started: list[Any] = []
+    monkeypatch.setattr("prereg_kernels.cli.train.train", lambda *a, **k: started.append(a))
+    path = str(write(tmp_path / "c.yaml", settings(place, tmp_path / "out")))
+    flags = ("--trainer.run_name", *behind)
+    arguments = (*flags, path) if is_first else (path, *flags)
+    done = prereg_here("train", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout, started) == (2, "", [])
+    assert "prereg: --trainer.run_name: expected a value after it" in done.stderr
+    for own in ("-h", "--help"):
+        assert "usage: " in prereg_here("train", path, *flags[:1], own, cwd=tmp_path).stdout
+    assert not started
+    named = prereg_here("train", path, "--trainer.run_name=--fresh", cwd=tmp_path)
+    assert not named.returncode and started[0][0].trainer["run_name"] == "--fresh"
+
+
 def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     """What would be trained, and what is missing; nothing is written."""
     records = json.loads((place / "data.json").read_text())

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from prereg_kernels.train.arguments import RESERVED
+from prereg_kernels.train.arguments import FSDP_KEYS, RESERVED
 from prereg_kernels.train.config import DataConfig, StageConfig, load_config
 from tests.docs.pages import ROOT
 
@@ -74,8 +76,20 @@ OWN = {**WHOLE, "stages": WHOLE["stages"][:2]}
         (["--trainer.learning_rate", "1"],
          "--trainer.learning_rate: expected no stage to have its own, got align, tune; use "
          "--stages.0.learning_rate, --stages.1.learning_rate"),
-        (["--pre.weight", "1"], "--pre.weight: .*got align, tune; use --stages.0.pre.weight, --st"),
+        (["--pre.weight", "1"], "--pre.weight: .*got align, tune; use --stages.1.pre.weight"),
         (["--pre", "null"], "--pre: expected no stage to have its own, got tune; use --stages"),
+        (["--pre", "{layers: 3, weight: 1}"],
+         r"--pre\.weight: expected no stage to have its own, got align, tune; use "
+         r"--stages\.1\.pre\.weight$"),
+        (["--pre.weight", "1", "--stages.1.pre", "null"],
+         r"--pre\.weight: expected a stage with PRe, got pre: null in align, tune$"),
+        (["--trainer", "{max_steps: 3, learning_rate: 1}"],
+         r"--trainer\.learning_rate: .*; use --stages\.0\.learning_rate, --stages\.1\.learn"),
+        (["--stages.0.trainer.learning_rate", "1"],
+         r"--stages\.0\.trainer\.learning_rate: expected align not to have its own; use "
+         r"--stages\.0\.learning_rate$"),
+        (["--stages.1.trainer", "{max_steps: 2, num_train_epochs: 3}"],
+         r"--stages\.1\.trainer\.num_train_epochs: .*; use --stages\.1\.num_train_epochs$"),
     ],
 )  # fmt: skip
 def test_a_flag_that_would_change_nothing(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -85,6 +99,10 @@ def test_a_flag_that_would_change_nothing(tmp_path: Path, flags: list[str], mess
         load_config(path, flags)
     baseline = load_config(path, ["--pre", "null", "--stages.1.pre", "null"])
     assert [baseline.pre_of(stage) for stage in baseline.stages] == [None, None]
+    config = load_config(path, ["--stages.0.trainer.warmup_steps", "4", "--pre.weight", "2",
+                                "--stages.1.pre", "inherit"])  # fmt: skip
+    assert config.stages[0].trainer == {"learning_rate": 1e-3, "warmup_steps": 4}
+    assert config.pre_of(config.stages[1]) == {"layers": 16, "weight": 2}
     config = load_config(path, ["--trainer.num_train_epochs", "2", "--pre.layers", "3"])
     assert config.trainer["num_train_epochs"] == 2
     assert config.pre_of(config.stages[1]) == {"layers": 3, "weight": 1}
@@ -96,10 +114,35 @@ def test_fsdp_s_keys(tmp_path: Path) -> None:
         "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "min_num_params": 0,
         "state_dict_type": "SHARDED_STATE_DICT", "transformer_layer_cls_to_wrap": "LlamaLayer",
         "fsdp_reshard_after_forward": True, "cpu_ram_efficient_loading": True,
-        "activation_checkpointing": True, "cpu_offload": False,
+        "activation_checkpointing": True, "cpu_offload": False, "fsdp_offload_params": False,
     }  # fmt: skip
     path = write(tmp_path / "c.yaml", {**WHOLE, "trainer": {"fsdp_config": known}})
     assert load_config(path).trainer["fsdp_config"] == known
+    reads = inspect.getsource(TrainingArguments._process_fsdp_args)
+    names = re.findall(r"""self\.fsdp_config(?:\.get\(|\.setdefault\(|\[)"(\w+)\"""", reads)
+    names += re.findall(r""""(\w+)" in self\.fsdp_config""", reads)
+    assert len(set(names)) >= 12 and set(names) <= FSDP_KEYS
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("offload_params", True, "use cpu_offload"),
+        ("sharding_strategy", "SHARD_GRAD_OP", "use reshard_after_forward"),
+        ("transformer_cls_names_to_wrap", ["X"], "use transformer_layer_cls_to_wrap"),
+        ("mixed_precision_policy", "bf16", "use trainer.bf16"),
+        ("activation_checkpointing_offload", True, r"expected one of \['activation_ch"),
+        ("ignored_modules", "x", r"expected one of \['activation_ch"),
+    ],
+)
+def test_fsdp_s_keys_that_transformers_ignores(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    """Which Accelerate knows: the error has the key that does it."""
+    for name in (key, f"fsdp_{key}"):
+        trainer = {"fsdp_config": {"fsdp_version": 2, name: value}}
+        with pytest.raises(ValueError, match=rf"fsdp_config\.{name}: unknown key; {message}"):
+            load_config(write(tmp_path / "c.yaml", {**WHOLE, "trainer": trainer}))
 
 
 def test_the_baseline_and_defaults(tmp_path: Path) -> None:

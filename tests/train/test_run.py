@@ -22,12 +22,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from prereg_kernels.train import trainer as trainer_module
 from prereg_kernels.train.config import load_config
-from prereg_kernels.train.engines import check_processes
 from prereg_kernels.train.run import Stopped, train
 from prereg_kernels.train.trainer import RecipeTrainer
 from tests.train.places import make_place, metrics, settings, timeless, write
@@ -243,17 +241,6 @@ def test_data_of_a_later_stage(
     with pytest.raises(ValueError, match=message):
         run(place, tmp_path / "out", data=data, stages__0__data=[0], stages__1__data=[1])
     assert not (tmp_path / "out" / "stages").exists()
-
-
-def test_one_process_of_several_gpus(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers would take DataParallel: the first stage refuses it, with PRe or without."""
-    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match="of 2 GPUs: torchrun --nproc-per-node 2 -m prereg_kern"):
-        run(place, tmp_path / "out")
-    assert not (tmp_path / "out" / "stages").exists()
-    check_processes(TrainingArguments(str(tmp_path), use_cpu=True), {"device_map": "auto"})
 
 
 def test_fresh_begins_anew(place: Path, tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_unsplit_modules() -> None:
     assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {nn.Bilinear}
 
 
+def test_gpus(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=3, use_cpu=True)
+    for count, rows in ((1, 3), (2, 6)):
+        setattr(arguments, private.GPUS, count)
+        assert (arguments.n_gpu, arguments.train_batch_size) == (count, rows)
+
+
 def test_name_or_path(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     settings = LlamaForCausalLM.from_pretrained(tmp_path).config.to_dict()
