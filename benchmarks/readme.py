@@ -91,8 +91,8 @@ def cost_sentence() -> str:
         f"On a CPU, PRe makes a training step of the demo's small LLaVA "
         f"{100 * (cost['step_ratio'] - 1):.1f}% longer (standard error "
         f"{100 * cost['step_ratio_error']:.1f}%), and takes {memory}. The loss has six matrix "
-        f"products. With its gradients it takes {ranges[0]} times as long as these alone in "
-        f"float32, and {ranges[1]} times in bfloat16. For the loss, eager PyTorch takes "
+        f"products. Loss and gradients together take {ranges[0]} times as long as the products "
+        f"alone in float32, and {ranges[1]} times in bfloat16. For the loss, eager PyTorch takes "
         f"{peaks['eager'] / peaks['tap']:.0f} times the memory of the package "
         f"({found[0]['device']}, commit {found[0]['commit']})."
     )
@@ -274,8 +274,8 @@ def lora_sentence() -> str:
     return (
         "In [a study](docs/pays.md#for-whom-does-it-pay) of a small model, PRe gained "
         f"{gain('adapter', 'adapter, PRe')} points on new questions beside a frozen projector, "
-        f"which is nothing, and {gain(both, f'{both}, PRe')} where the projector trained. A "
-        "projector that trains without PRe loses points, and part of that gain makes up for them. "
+        f"which is nothing, and {gain(both, f'{both}, PRe')} where the projector trained. Part "
+        "of that gain is what a projector loses where it trains without PRe. "
         "Against an adapter beside a frozen projector, without PRe, the gain is "
         f"{gain('adapter', f'{both}, PRe')}."
     )
