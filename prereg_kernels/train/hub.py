@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from prereg_kernels._util import private
 from prereg_kernels._util.files import printable, read_json
 from prereg_kernels.train.config import DataConfig
 from prereg_kernels.train.names import check_name, is_pattern
@@ -166,7 +167,7 @@ def _saved_files(path: Path, split: str) -> list[Path]:
     """Those that its state names: scripts leave caches beside them."""
     folder = path if (path / _STATE).is_file() else path / split
     state = folder / _STATE
-    named = read_json(state, "the state of a data set").get("_data_files", [])
+    named = read_json(state, "the state of a data set").get(private.SAVED_FILES, [])
     return [state, folder / _INFO, *(folder / each["filename"] for each in named)]
 
 

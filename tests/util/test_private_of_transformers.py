@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,12 @@ def test_gpus(tmp_path: Path) -> None:
     for count, rows in ((1, 3), (2, 6)):
         setattr(arguments, private.GPUS, count)
         assert (arguments.n_gpu, arguments.train_batch_size) == (count, rows)
+
+
+def test_saved_files(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"x": [1, 2]}).save_to_disk(str(tmp_path))
+    named = json.loads((tmp_path / "state.json").read_text())[private.SAVED_FILES]
+    assert [each["filename"] for each in named] == [x.name for x in tmp_path.glob("*.arrow")]
 
 
 def test_name_or_path(tmp_path: Path) -> None:
