@@ -32,6 +32,11 @@ MEASURES = {
     "claims.json": (*STUDY, "benchmarks/studies/claims.py"),
     "compare_epyc.json": OPS,
     "cpu_avx512.json": OPS,
+    "deepstack.json": (
+        *STUDY,
+        "benchmarks/studies/merging.py",
+        "benchmarks/studies/deepstack.py",
+    ),
     "demo.json": DEMO,
     "depth.json": (*STUDY, "benchmarks/studies/depth.py"),
     "estimate_cpu.json": (*ATTACH, "prereg_kernels/estimate"),
