@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prereg_kernels._util.files import printable
-from prereg_kernels._util.flags import is_value
+from prereg_kernels._util.flags import settings_apart
 from prereg_kernels._util.supported import not_imported, too_old_to_train
 from prereg_kernels._version import __version__
 from prereg_kernels.cli import estimate
@@ -20,10 +20,6 @@ from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
 
 _OLD_NAME = "diagnose"
 """What `prereg checkup` was called in version 0.1."""
-_TRAINS_OWN = ("--out", "--fresh", "--dry-run", "--help")
-"""What is no setting of `prereg train`."""
-_RECIPES = (".yaml", ".yml")
-"""How no value of a setting ends: behind a flag that is none, it is the recipe."""
 
 
 def main() -> None:
@@ -36,7 +32,7 @@ def main() -> None:
         parser.error("--preset: the digits are another command: prereg demo --preset scenes")
     own, settings = sys.argv[1:], list[str]()
     if own[:1] == ["train"]:
-        own, settings = _settings_apart(own)
+        own, settings = settings_apart(own)
     arguments, flags = parser.parse_known_args(own or ["--help"])
     flags = settings + flags
     if flags and arguments.command not in ("train", "demo", "sweep"):
@@ -85,25 +81,6 @@ def main() -> None:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         _fail(f"out of memory: {error}")
-
-
-def _settings_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the command's own arguments, flags of settings with their values), in whatever order.
-
-    argparse would take the value of a setting for the recipe, where that comes behind it.
-    """
-    own, settings = list[str](), list[str]()
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        is_setting = argument.startswith("--") and argument.partition("=")[0] not in _TRAINS_OWN
-        (settings if is_setting else own).append(argument)
-        has_value = bool(rest) and is_value(rest[0]) and not rest[0].endswith(_RECIPES)
-        if is_setting and "=" not in argument and has_value:
-            settings.append(rest.pop(0))
-        elif argument == "--out" and rest:
-            own.append(rest.pop(0))
-    return own, settings
 
 
 def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
