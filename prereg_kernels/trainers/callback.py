@@ -18,6 +18,7 @@ from prereg_kernels.attach.handle import PRe, get_pre, state_of
 from prereg_kernels.attach.parameter_groups import has_own
 from prereg_kernels.attach.storage import PRE_DIR
 from prereg_kernels.trainers.attachment import AttachSettings, attach, check_settings, thaw
+from prereg_kernels.trainers.frozen import warn_of_frozen_projector
 from prereg_kernels.trainers.optimizers import check_optimizer, set_heads_apart
 from prereg_kernels.trainers.weights import begin_step, is_scheduled
 
@@ -73,6 +74,7 @@ class PReCallback(TrainerCallback):
         """Attach PRe to the model."""
         self.pre = attach(model, self._settings)
         thaw(self.pre)
+        warn_of_frozen_projector(self.pre)
 
     def on_train_begin(
         self,

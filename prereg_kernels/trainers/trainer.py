@@ -33,6 +33,7 @@ from prereg_kernels.attach.handle import find_pre, state_of
 from prereg_kernels.attach.passes import Record
 from prereg_kernels.trainers.callback import PReCallback
 from prereg_kernels.trainers.checkpoints import Checkpoints
+from prereg_kernels.trainers.frozen import warn_of_frozen_projector
 from prereg_kernels.trainers.optimizers import HeadNorm, Optimizers, check_optimizer
 from prereg_kernels.trainers.parallelism import Parallelism
 from prereg_kernels.trainers.weights import LossWeight
@@ -124,7 +125,7 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
 
     def _find_model(self) -> None:
         """Check that the model has PRe, once the trainer below has made, loaded or wrapped it."""
-        find_pre(self.model)
+        warn_of_frozen_projector(find_pre(self.model))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PReCallback):
                 callback.is_alone = False

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says so where a LoRA adapter trains beside a projector that stands still: PRe gains nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils import logging
+
+from prereg_kernels.attach.handle import PRe, state_of
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_frozen_projector(pre: PRe) -> None:
+    """Warn, once, where LoRA trains in the language model and nothing trains before it.
+
+    Trainers freeze the projector by default with LoRA. What PRe gains then: docs/pays.md. It says
+    nothing of a family that names no projector.
+    """
+    model: Any = state_of(pre).model
+    if pre.family.projector is None:
+        return
+    words = (
+        getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")
+    )
+    others = [pre.family.language_model_of(model), *pre.heads.values(), *filter(None, words)]
+    known = {id(parameter) for module in others for parameter in module.parameters()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_adapted = any("lora_" in name for name, _ in trained)
+    if is_adapted and all(id(parameter) in known for _, parameter in trained):
+        logger.warning_once(
+            f"PRe: the projector, {pre.family.projector}, is frozen beside the LoRA adapter. A "
+            "small model gained nothing by PRe in that way, and clearly where the projector "
+            "trained as well (docs/pays.md). PEFT's modules_to_save trains it: `prereg doctor "
+            "MODEL` names its modules"
+        )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trainer says that the projector is frozen beside LoRA, where PRe gains nothing; only there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from transformers import Trainer
+
+from prereg_kernels import apply_pre
+from prereg_kernels.trainers import PReCallback, PReTrainer, with_pre
+from prereg_kernels.trainers.frozen import logger
+from tests.attach.families.models import make_model
+from tests.tiny import tiny_llava
+from tests.trainers.rows import make_trainer
+
+DECODER = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
+TRAINERS = {
+    "PReTrainer": lambda: (PReTrainer, []),
+    "PReCallback": lambda: (Trainer, [PReCallback()]),
+    "with_pre": lambda: (with_pre(Trainer), []),
+    "both": lambda: (with_pre(Trainer), [PReCallback()]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    """What is said once is said in each test."""
+    type(logger).warning_once.cache_clear()  # type: ignore[attr-defined]
+    yield
+
+
+def with_lora(model: Any, *whole: str, target: str = DECODER) -> Any:
+    config = peft.LoraConfig(r=2, target_modules=target, modules_to_save=list(whole) or None)
+    return peft.get_peft_model(model, config)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "frozen beside" in r.getMessage()]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_lora_alone(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, however PRe came to the trainer."""
+    trainer, callbacks = TRAINERS[kind]()
+    model = with_lora(tiny_llava())
+    if kind == "PReTrainer":
+        apply_pre(model)
+    made = make_trainer(model, tmp_path, trainer, callbacks=callbacks)
+    [line] = said(caplog)
+    start = "PRe: the projector, model.multi_modal_projector, is frozen beside the LoRA adapter."
+    assert line.startswith(start)
+    assert "modules_to_save" in line and "prereg doctor MODEL" in line
+    made.train()
+    assert len(said(caplog)) == 1
+
+
+@pytest.mark.parametrize("name", ("qwen2_5_vl", "qwen3_vl"))
+def test_qwens(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their projector is within the encoder."""
+    make_trainer(with_lora(make_model(name)), tmp_path, with_pre(Trainer))
+    assert ["projector, model.visual.merger, is frozen" in line for line in said(caplog)] == [True]
+    caplog.clear()
+    make_trainer(with_lora(make_model(name), "merger"), tmp_path, with_pre(Trainer))
+    assert not said(caplog)
+
+
+@pytest.mark.parametrize("words", ("lm_head", "embed_tokens"))
+def test_new_words_are_no_projector(
+    words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They train beside an adapter often."""
+    make_trainer(with_lora(tiny_llava(), words), tmp_path, with_pre(Trainer))
+    assert len(said(caplog)) == 1
+
+
+def test_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a projector trains, whole or adapted; and where no adapter does: not measured."""
+    full = tiny_llava()
+    full.model.multi_modal_projector.requires_grad_(False)
+    for model in (
+        with_lora(tiny_llava(), "multi_modal_projector"),
+        with_lora(tiny_llava(), target="all-linear"),
+        full,
+        tiny_llava(),
+    ):
+        make_trainer(model, tmp_path, with_pre(Trainer))
+    assert not said(caplog)
