@@ -70,7 +70,10 @@ class DatasetSource:
         self._root = Path(data.images) if data.images else path if path.is_dir() else cache
         try:
             dataset = _load(data)
-        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (
+            FileNotFoundError, ValueError, datasets.exceptions.DatasetsError,
+            ImportError,  # of what reads https:// or s3://
+        ) as error:  # fmt: skip
             raise ValueError(f"{self._name}: {' '.join(str(error).split())}") from None
         names = dataset.column_names
         if names is not None and columns.name not in names:

@@ -350,18 +350,27 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
         for name in (*_RECORDS, *(name for stage in done for name in stage["files"])):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif settings.exists() and (
+    is_new = fresh or not settings.exists() or not _has_trained(out)
+    if not is_new and (
         difference := _difference(without_batch(read_yaml(settings)), without_batch(written))
     ):
         raise ValueError(
             f"{printable(out)}: holds a run of other settings: {difference}; expected the same, "
             "another --out, or --fresh to begin anew"
         )
-    check_data(out, config.data, is_new=fresh or not settings.exists())
+    check_data(out, config.data, is_new=is_new)
     write_whole(settings, yaml.safe_dump(written, sort_keys=False))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = describe_machine(device, None)
     write_whole(out / ENVIRONMENT, json.dumps(facts, indent=1) + "\n")
+
+
+def _has_trained(out: Path) -> bool:
+    """Whether an earlier start has logged or saved a step. One that ended before, as by an error in
+    its data, has left nothing: settings and data may be mended."""
+    metrics, stages = out / METRICS, out / STAGES
+    has_logged = metrics.exists() and metrics.stat().st_size > 0
+    return has_logged or any(stages.glob("*/checkpoint-*")) or any(stages.glob(f"*/{DONE}"))
 
 
 def _difference(before: Any, after: Any, at: str = "") -> str:

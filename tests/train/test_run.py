@@ -227,6 +227,29 @@ def test_changed_data_are_told_of(place: Path, tmp_path: Path) -> None:
     run(place, out, **short)  # it is done, wherever its data are now
 
 
+def test_a_start_that_failed_at_once_is_mended(place: Path, tmp_path: Path) -> None:
+    """Nothing has trained, so there is nothing to go on from, or to lose."""
+    data, out = tmp_path / "data.json", tmp_path / "out"
+    short = {"data__0__path": str(data), "stages__0__max_steps": 1, "stages__1__max_steps": 1}
+    good = (place / "data.json").read_bytes()
+    data.write_bytes(good[:-9])
+    with pytest.raises(ValueError, match=r"data\.json"):
+        run(place, out, **short)
+    data.write_bytes(good)
+    for left in ("metrics.jsonl", "stages/tune/checkpoint-1/trainer_state.json"):
+        (out / left).parent.mkdir(parents=True, exist_ok=True)
+        (out / left).write_text("{}")  # it has logged a step, or saved one
+        with pytest.raises(ValueError, match=r"other settings: pre\.weight"):
+            run(place, out, pre={"weight": 0.25}, **short)
+        with pytest.raises(ValueError, match=r"holds a run on other data: .*data\.json changed"):
+            run(place, out, **short)
+        (out / left).unlink()
+        shutil.rmtree(out / "stages", ignore_errors=True)
+    run(place, out, pre={"weight": 0.25}, **short)
+    with pytest.raises(ValueError, match=r"pre\.weight: expected 0\.25, got 0\.5"):
+        run(place, out, **short)
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [({"path": "absent.json", "format": "llava"}, "absent.json: expected a file or a folder"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,33 @@ def test_images_are_in_the_order_of_their_numbers(tmp_path: Path, is_streaming: 
     sample = source.row_sample(next(iter(source.rows))) if is_streaming else source[0]
     opened = [open_image(image, None) for image in sample.images]
     assert [image.getpixel((0, 0)) for image in opened] == [(20 * n, 0, 0) for n in range(12)]
+
+
+def test_a_file_that_is_twice_in_a_shard(tmp_path: Path) -> None:
+    """Which of the two the sample has cannot be told; a stream goes on with the next sample."""
+    record = json.dumps(LLAVA[2]).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("x.json", "x.jpg", "x.jpg", "y.json", "z.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(record)
+            tar.addfile(member, io.BytesIO(record))
+    with pytest.raises(ValueError, match=r"a\.tar: x: expected one \.jpg file, got another one"):
+        open_source(DataConfig(str(tmp_path), "webdataset"))
+    source = open_source(DataConfig(str(tmp_path), "webdataset", streaming=True))
+    x, y, z = source.rows
+    with pytest.raises(BadSampleError, match=r"expected one \.jpg file, got another one"):
+        source.row_sample(x)
+    assert plain(source.row_sample(y)) == (MESSAGES[2], [])
+    with pytest.raises(BadSampleError, match=r"expected a \.json file"):
+        source.row_sample(z)
+    assert [source.row_where(row) for row in (x, z)] == [f"{tmp_path}/a.tar: {n}" for n in "xz"]
+
+
+def test_a_bucket_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec says which; it is an error of the settings, in one line."""
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ValueError, match=r"s3://bucket/a\.parquet: .*s3fs"):
+        open_source(DataConfig("s3://bucket/a.parquet", "messages"))
 
 
 def test_shards_that_are_none(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from prereg_kernels.train.sample import BadSampleError, Sample, check_messages
 from prereg_kernels.train.source import parse_record
 from prereg_kernels.train.sources.llava import messages_of
 
+_NO_JSON = "expected a .json file"
+_TWICE = "expected one .{} file, got another one"
 _Place = tuple[int, int]  # a file's first byte in its shard, and its bytes
 
 
@@ -32,7 +34,7 @@ class WebDatasetSource:
     each shard from its beginning to its end.
 
     Raises:
-        ValueError: there are none, one is no tar file, or a sample has no JSON.
+        ValueError: there are none, one is no tar file, or a sample has no JSON or a file twice.
     """
 
     def __init__(self, data: DataConfig) -> None:
@@ -56,7 +58,7 @@ class WebDatasetSource:
         for shard, file in enumerate(self._shards):
             for key, parts in _members(file).items():
                 if "json" not in parts:
-                    raise ValueError(f"{printable(file)}: {printable(key)}: expected a .json file")
+                    raise ValueError(f"{printable(file)}: {printable(key)}: {_NO_JSON}")
                 places = tuple(parts[name] for name in _pictures(parts))
                 self._samples.append((shard, key, parts["json"], places))
                 lengths.append(parts["json"][1])
@@ -124,16 +126,34 @@ def _stream(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
         try:
             with tarfile.open(shard, "r:") as tar:
                 for key, group in groupby(_named(tar), key=lambda each: each[0]):
-                    parts = {extension: _content(tar, member) for _, extension, member in group}
-                    yield {
-                        "where": f"{name}: {printable(key)}",
-                        "content": parts.get("json"),
-                        "images": [parts[part] for part in _pictures(parts)],
-                        "reason": "expected a .json file",
-                    }
+                    where = f"{name}: {printable(key)}"
+                    try:
+                        parts = _read(tar, group)
+                    except BadSampleError as error:
+                        yield _bad(where, str(error))
+                        continue
+                    images = [parts[part] for part in _pictures(parts)]
+                    yield {"where": where, "content": parts["json"], "images": images, "reason": ""}
         except (tarfile.TarError, EOFError) as error:  # the shards behind it are read
-            reason = f"the rest of the shard cannot be read: {error}"
-            yield {"where": name, "content": None, "images": [], "reason": reason}
+            yield _bad(name, f"the rest of the shard cannot be read: {error}")
+
+
+def _bad(where: str, reason: str) -> dict[str, Any]:
+    return {"where": where, "content": None, "images": [], "reason": reason}
+
+
+def _read(
+    tar: tarfile.TarFile, group: Iterable[tuple[str, str, tarfile.TarInfo]]
+) -> dict[str, bytes]:
+    """{extension: content} of a sample. Raises BadSampleError where that is no sample."""
+    parts: dict[str, bytes] = {}
+    for _, extension, member in group:
+        if extension in parts:
+            raise BadSampleError(_TWICE.format(extension))
+        parts[extension] = _content(tar, member)
+    if "json" not in parts:
+        raise BadSampleError(_NO_JSON)
+    return parts
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -159,14 +179,18 @@ def _members(path: Path) -> dict[str, dict[str, _Place]]:
     """{key: {extension: its place}}.
 
     Raises:
-        ValueError: it is no tar file, or compressed.
+        ValueError: it is no tar file, compressed, or has a file twice.
     """
     samples: dict[str, dict[str, _Place]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for key, extension, member in _named(tar):
-                place = (member.offset_data, member.size)
-                samples.setdefault(key, {})[extension] = place
+                parts = samples.setdefault(key, {})
+                if extension in parts:
+                    raise ValueError(
+                        f"{printable(path)}: {printable(key)}: {_TWICE.format(extension)}"
+                    )
+                parts[extension] = (member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ValueError(f"{printable(path)}: expected an uncompressed .tar: {error}") from None
     return samples
