@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.loss.cpu_table import format_tables
-from benchmarks.studies import adapters, claims, deepstack, depth, merging, photographs
+from benchmarks.studies import adapters, claims, deepstack, depth, merging, photographs, tuning
 from benchmarks.studies.demo_run import keep_sweep
 from benchmarks.studies.merging import MEASURES
 from benchmarks.studies.photo_scenes import MEANS
@@ -352,6 +352,7 @@ def main() -> None:
     fill(ROOT / "docs" / "fidelity.md", "claims", study_section(claims))
     fill(ROOT / "docs" / "fidelity.md", "merging", study_section(merging))
     fill(ROOT / "docs" / "fidelity.md", "deepstack", study_section(deepstack))
+    fill(ROOT / "docs" / "fidelity.md", "tuning", study_section(tuning))
     fill(ROOT / "docs" / "fidelity.md", "adapters", study_section(adapters))
     fill(ROOT / "docs" / "history.md", "sweep", sweep_section())
     fill(ROOT / "docs" / "anchors.md", "token-fraction", token_fraction_section())

@@ -13,7 +13,7 @@ Every run is written into the results as it ends; what is there is not run again
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -71,22 +71,33 @@ def run_config(seed: int, steps: int | None = None) -> Any:
     return replace(run, stages=(*run.stages, replace(run.stages[-1], name="adapter")))
 
 
-def train_adapter(model: Any, run: Any, adapter: Adapter) -> Any:
-    """The last stage of a run on an adapter; returns the model with the adapter merged."""
+def with_adapter(model: Any, run: Any, targets: str = TARGETS) -> Any:
+    """PEFT's around the model, in place: LoRA alone trains."""
     from peft import LoraConfig, get_peft_model
-
-    from prereg_kernels.demo.data.packing import Packer, build_tokenizer
-    from prereg_kernels.demo.stages import StageSteps
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
-        adapted = get_peft_model(model, config)  # in place; it freezes all but the adapter
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
+        return get_peft_model(model, config)
+
+
+def train_adapter(model: Any, run: Any, adapter: Adapter) -> Any:
+    """The last stage of a run on an adapter; returns the model with the adapter merged."""
+    adapted = with_adapter(model, run)
     model.model.multi_modal_projector.requires_grad_(adapter.projector)
+    train_last(model, run, adapter.anchor)
+    return adapted.merge_and_unload()
+
+
+def train_last(model: Any, run: Any, anchor: str | None) -> None:
+    """The last stage of a run on whatever of the model trains; no anchor: without PRe."""
+    from prereg_kernels.demo.data.packing import Packer, build_tokenizer
+    from prereg_kernels.demo.stages import StageSteps
+
     pre = None
-    if adapter.anchor is not None:
+    if anchor is not None:
         settings = {"layers": run.pre.layer, "weight": run.pre.weight, "seed": run.seed}
-        pre = apply_pre(model, anchor=adapter.anchor, **settings)
+        pre = apply_pre(model, anchor=anchor, **settings)
     model.train()
     packer = Packer(build_tokenizer(run.scenes), run.scenes.patches)
     last = len(run.stages) - 1
@@ -95,11 +106,21 @@ def train_adapter(model: Any, run: Any, adapter: Adapter) -> Any:
         steps(number)
     if pre is not None:
         remove_pre(model)
-    return adapted.merge_and_unload()
 
 
-def train_and_ask(variant: str, seed: int, steps: int | None, cache: str) -> Row:
-    """What the variant's model answers, and what copies of it answer that have learned more."""
+def train_and_ask(
+    variant: str,
+    seed: int,
+    steps: int | None,
+    cache: str,
+    variants: Mapping[str, Any] = VARIANTS,
+    go_on: Callable[[Any, Any, Any], Any] = train_adapter,
+) -> Row:
+    """What the variant's model answers, and what copies of it answer that have learned more.
+
+    Args:
+        go_on: trains the model of a run on, as a variant that is not None says; returns it.
+    """
     from prereg_kernels.cli.demo import load_sweep
     from prereg_kernels.demo.data.packing import Packer, build_tokenizer
     from prereg_kernels.demo.evaluation import evaluate
@@ -108,12 +129,12 @@ def train_and_ask(variant: str, seed: int, steps: int | None, cache: str) -> Row
     from prereg_kernels.demo.stages import train_stage
 
     torch.set_num_threads(1)
-    run, adapter = run_config(seed, steps), VARIANTS[variant]
+    run, chosen = run_config(seed, steps), variants[variant]
     model = new_model(run, cache)
     for index in range(len(run.stages) - 1):
         train_stage(model, run, index)
-    if adapter is not None:
-        model = train_adapter(model, run, adapter)
+    if chosen is not None:
+        model = go_on(model, run, chosen)
     packer = Packer(build_tokenizer(run.scenes), run.scenes.patches)
     test = run.scenes.open("test", seed)
     learned: dict[str, dict[str, float]] = {}
@@ -132,12 +153,21 @@ def train_and_ask(variant: str, seed: int, steps: int | None, cache: str) -> Row
     }
 
 
-def format_table(stored: dict[str, Any]) -> str:
-    """Markdown: a variant a row, its levels and the differences to what it is compared with."""
+def format_table(
+    stored: dict[str, Any],
+    compared: Mapping[str, str] = COMPARED,
+    what: str = f"LoRA of rank {RANK} on all of the decoder",
+) -> str:
+    """Markdown: a variant a row, its levels and the differences to what it is compared with.
+
+    Args:
+        what: trains on, for the line below the table.
+    """
     from prereg_kernels.checkup.words import plus_minus
     from prereg_kernels.demo.experiment.summary import Effect, holm
 
-    rows: dict[str, dict[int, Row]] = {name: {} for name in VARIANTS}
+    first = next(iter(compared.values()))
+    rows: dict[str, dict[int, Row]] = {name: {} for name in (first, *compared)}
     for row in stored["runs"]:
         rows[row["variant"]][row["seed"]] = row
     seeds = sorted(set.intersection(*(set(found) for found in rows.values())))
@@ -147,7 +177,7 @@ def format_table(stored: dict[str, Any]) -> str:
 
     effects = {
         (measure, name): Effect.of(levels(measure, before), levels(measure, name))
-        for name, before in COMPARED.items()
+        for name, before in compared.items()
         for measure in MEASURES
     }
     sure = dict(zip(effects, holm([e.p_value for e in effects.values()]), strict=True))
@@ -155,8 +185,8 @@ def format_table(stored: dict[str, Any]) -> str:
         f"| | compared with | {' | '.join(f'{x} | difference' for x in MEASURES)} |",
         "|---" * (2 + 2 * len(MEASURES)) + "|",
     ]
-    for name in VARIANTS:
-        cells = [name, COMPARED.get(name, "")]
+    for name in rows:
+        cells = [name, compared.get(name, "")]
         for measure in MEASURES:
             cells.append(f"{100 * fmean(levels(measure, name)):.1f}")
             found = effects.get((measure, name))
@@ -170,8 +200,8 @@ def format_table(stored: dict[str, Any]) -> str:
     lines += [
         "",
         f"Percent right on {TEST} held-out scenes, {len(seeds)} paired seeds; after ± half the 95% "
-        f"t interval of the difference. LoRA of rank {RANK} on all of the decoder; PRe: layer 4 of "
-        "6, weight 0.5, anchor pre_projector or as said. \\*: the interval excludes 0. \\*\\*: "
+        f"t interval of the difference. {what}; PRe: layer 4 of 6, weight 0.5, anchor "
+        "pre_projector or as said. \\*: the interval excludes 0. \\*\\*: "
         f"still clear after Holm's correction for all {len(effects)}. {'; '.join(made)}.",
     ]
     return "\n".join(lines)

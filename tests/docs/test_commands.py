@@ -57,6 +57,7 @@ NOT_RUN = {
         "python -m benchmarks.studies.adapters --workers 2",
         "python -m benchmarks.studies.merging --workers 2",
         "python -m benchmarks.studies.deepstack --workers 2",
+        "python -m benchmarks.studies.tuning --workers 2",
         "python -m benchmarks.studies.many_samples",
         "python -m benchmarks.step.cpu",
         "python -m benchmarks.step.structures",
