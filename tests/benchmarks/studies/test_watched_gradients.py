@@ -21,6 +21,13 @@ def test_summary() -> None:
     assert summary([(False, 1.0), (True, 1.3)])["added_seconds"] == pytest.approx(0.3)
 
 
+def test_the_interval_of_the_median() -> None:
+    """Of 100 pairs the 40th and the 61st, as a table of the binomial distribution has it."""
+    steps = [(bool(n % 2), 1.0 + (n // 2 if n % 2 else 0)) for n in range(200)]
+    low, high = summary(steps[::-1])["added_interval"]
+    assert (low, high) == (39.0, 60.0)
+
+
 def test_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watched ones are the first, and every second."""
     clock = iter([1.0, 2.0, 4.0, 7.0])
