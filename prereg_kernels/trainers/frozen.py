@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+from torch import nn
 from transformers.utils import logging
 
 from prereg_kernels.attach.handle import PRe, state_of
@@ -18,13 +21,10 @@ def warn_of_frozen_projector(pre: PRe) -> None:
     Trainers freeze the projector by default with LoRA. What PRe gains then: docs/pays.md. It says
     nothing of a family that names no projector.
     """
-    model: Any = state_of(pre).model
+    model = state_of(pre).model
     if pre.family.projector is None:
         return
-    words = (
-        getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")
-    )
-    others = [pre.family.language_model_of(model), *pre.heads.values(), *filter(None, words)]
+    others = [pre.family.language_model_of(model), *pre.heads.values(), *_embeddings(model)]
     known = {id(parameter) for module in others for parameter in module.parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     is_adapted = any("lora_" in name for name, _ in trained)
@@ -35,3 +35,10 @@ def warn_of_frozen_projector(pre: PRe) -> None:
             "trained as well (docs/pays.md). PEFT's modules_to_save trains it: `prereg doctor "
             "MODEL` names its modules"
         )
+
+
+def _embeddings(model: Any) -> Iterator[nn.Module]:
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # a model of somebody's own
+            if (module := getattr(model, name)()) is not None:
+                yield module

@@ -90,3 +90,19 @@ def test_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ):
         make_trainer(model, tmp_path, with_pre(Trainer))
     assert not said(caplog)
+
+
+def test_a_model_that_does_not_give_its_embeddings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers' default for a class that names its table otherwise."""
+    model = with_lora(tiny_llava())
+
+    def neither(self: Any) -> Any:
+        raise NotImplementedError
+
+    apply_pre(model)
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        monkeypatch.setattr(type(model.get_base_model()), name, neither)
+    make_trainer(model, tmp_path, PReTrainer)
+    assert len(said(caplog)) == 1
