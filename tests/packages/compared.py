@@ -99,6 +99,12 @@ def check_files(run: Run, checkpoints: Collection[str]) -> None:
         assert (run.output / name / "pre" / "pre_heads.safetensors").exists(), name
 
 
+def check_warning(frozen: Run, trained: Run) -> None:
+    """PRe says where the projector does not train beside LoRA, once, and only there."""
+    said = "is frozen beside the LoRA adapter"
+    assert (frozen.text.count(said), trained.text.count(said)) == (1, 0)
+
+
 def check_projector(run: Run, adapter: Path) -> None:
     """Beside LoRA a copy of the projector trains, all of it, and the adapter's file has it."""
     step, end = run.step(0), run.weights

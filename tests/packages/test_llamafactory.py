@@ -29,6 +29,7 @@ from tests.packages.compared import (
     check_low_precision,
     check_projector,
     check_resumed,
+    check_warning,
     check_whole,
     difference,
     head_error,
@@ -160,6 +161,7 @@ def test_the_projector_beside_an_adapter(place: Place) -> None:
         assert max(found.values()) < FLOAT32, found
     check_projector(done, done.output)
     check_projector(done, done.output / "checkpoint-4")
+    check_warning(place.run("lora"), done)
     check_said(done)
 
 

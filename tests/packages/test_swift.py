@@ -26,6 +26,7 @@ from tests.packages.compared import (
     check_low_precision,
     check_projector,
     check_resumed,
+    check_warning,
     check_whole,
     difference,
     head_error,
@@ -143,6 +144,7 @@ def test_the_projector_beside_an_adapter(place: Place, model: str) -> None:
         )  # fmt: skip
         assert max(found.values()) < FLOAT32, found
     check_projector(done, done.output / "checkpoint-4")
+    check_warning(place.run("lora", model=model), done)
 
 
 def test_the_projector_with_full_tuning(place: Place) -> None:
