@@ -4,27 +4,24 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from prereg_kernels._util.files import printable
 from prereg_kernels._util.flags import settings_apart
 from prereg_kernels._util.supported import not_imported, too_old_to_train
-from prereg_kernels._version import __version__
 from prereg_kernels.cli import estimate
+from prereg_kernels.cli.ending import fail, reader_left, warn_in_a_line
 from prereg_kernels.cli.launch import COMMANDS, SWIFT_PLUGIN, prepare
+from prereg_kernels.cli.parser import OLD_NAME, make_parser
 
-_OLD_NAME = "diagnose"
-"""What `prereg checkup` was called in version 0.1."""
+_TRAINING_NEEDS = "training needs: pip install 'prereg-kernels[train]'"
 
 
 def main() -> None:
     """Run the command; errors are one line on standard error, exit code 2 (130: stopped)."""
-    parser = _parser()
+    parser = make_parser()
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         _launch(sys.argv[1], sys.argv[2:])
         return
@@ -46,7 +43,7 @@ def main() -> None:
     if arguments.command == "swift-plugin":
         print(SWIFT_PLUGIN)
         return
-    if arguments.command in ("checkup", _OLD_NAME):
+    if arguments.command in ("checkup", OLD_NAME):
         _checkup(arguments)
         return
     if arguments.command == "estimate":
@@ -63,51 +60,51 @@ def main() -> None:
         from prereg_kernels.demo.loop import TrainingInterrupted
         from prereg_kernels.demo.runs.workers import Interrupted, UnitError
     except ModuleNotFoundError as error:
-        _fail(not_imported(error, _TRAINING_NEEDS))
+        fail(not_imported(error, _TRAINING_NEEDS))
 
-    warnings.showwarning = _warn_in_a_line(warnings.showwarning)
+    warnings.showwarning = warn_in_a_line(warnings.showwarning)
     try:
         console = Console()
         command = {"demo": demo, "sweep": sweep}[arguments.command]
         command(arguments, flags, console if console.is_terminal else Console(width=120))
         sys.stdout.flush()
     except BrokenPipeError:
-        _reader_left("" if arguments.settings else "stopped, as nobody reads what it prints")
+        reader_left("" if arguments.settings else "stopped, as nobody reads what it prints")
     except (Interrupted, TrainingInterrupted, KeyboardInterrupt) as stop:
-        _fail(str(stop) or "stopped", 130)
+        fail(str(stop) or "stopped", 130)
     except (ValueError, TypeError, OSError, CheckpointError, UnitError) as error:
-        _fail(str(error))
+        fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        _fail(f"out of memory: {error}")
+        fail(f"out of memory: {error}")
 
 
 def _train(arguments: argparse.Namespace, flags: list[str]) -> None:
     if reason := too_old_to_train():
-        _fail(reason)
+        fail(reason)
     try:
         from prereg_kernels.cli.train import STOPPED, run
     except ModuleNotFoundError as error:
-        _fail(not_imported(error, _TRAINING_NEEDS))
-    warnings.showwarning = _warn_in_a_line(warnings.showwarning)
+        fail(not_imported(error, _TRAINING_NEEDS))
+    warnings.showwarning = warn_in_a_line(warnings.showwarning)
     try:
         run(arguments, flags)
         sys.stdout.flush()
     except BrokenPipeError:
         is_list = getattr(arguments, "dry_run", False)
-        _reader_left("" if is_list else "stopped, as nobody reads what it prints")
+        reader_left("" if is_list else "stopped, as nobody reads what it prints")
     except (KeyboardInterrupt, *STOPPED) as stop:
-        _fail(str(stop) or "stopped; run again to go on from the last checkpoint", 130)
+        fail(str(stop) or "stopped; run again to go on from the last checkpoint", 130)
     except (ValueError, TypeError, OSError, ImportError) as error:  # of what a setting asks for
-        _fail(" ".join(str(error).split()) if isinstance(error, ImportError) else str(error))
+        fail(" ".join(str(error).split()) if isinstance(error, ImportError) else str(error))
 
 
 def _launch(name: str, arguments: Sequence[str]) -> None:
     try:
         start = prepare(name, arguments)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     start()  # with errors of its own
 
 
@@ -117,15 +114,15 @@ def _checkup(arguments: argparse.Namespace) -> None:
 
         from prereg_kernels.cli.checkup import run
     except ModuleNotFoundError as error:
-        _fail(not_imported(error, "checkup needs: pip install 'prereg-kernels[checkup]'"))
+        fail(not_imported(error, "checkup needs: pip install 'prereg-kernels[checkup]'"))
     try:
         # what is printed has names from outside in it: no markup, no emoji by their names
         width = None if Console().is_terminal else 120
         run(arguments, Console(width=width, markup=False, emoji=False))
     except KeyboardInterrupt:
-        _fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
+        fail(f"stopped; what was measured is in {arguments.out}; run again to go on", 130)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -137,7 +134,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     try:
         from prereg_kernels.cli.doctor_model import doctor_model
     except ModuleNotFoundError as error:
-        _fail(not_imported(error, "a model needs: pip install 'prereg-kernels[checkup]'"))
+        fail(not_imported(error, "a model needs: pip install 'prereg-kernels[checkup]'"))
     works = _guarded(lambda: doctor_model(arguments.model, arguments.json), "stopped")
     sys.exit(works is False)
 
@@ -155,283 +152,8 @@ def _guarded(action: Callable[[], Any], stopped: str) -> Any:
         sys.stdout.flush()
         return result
     except BrokenPipeError:
-        _reader_left()
+        reader_left()
     except KeyboardInterrupt:
-        _fail(stopped, 130)
+        fail(stopped, 130)
     except (ValueError, OSError) as error:
-        _fail(str(error))
-
-
-def _reader_left(lost: str = "") -> None:
-    """Whoever reads has enough, as `head` does. `lost`: what that ended, where it is an error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's end
-    if lost:
-        _fail(lost)
-
-
-_TRAINING_NEEDS = "training needs: pip install 'prereg-kernels[train]'"
-_EVERY_SETTING = (
-    "Every setting of the file is a flag as well, by its path: {}. What the file says is the "
-    "default. --settings lists them all with their values."
-)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        _fail(message)
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    print(_line(message), file=sys.stderr)
-    sys.exit(code)
-
-
-def _line(message: str) -> str:
-    return f"prereg: {printable(' '.join(message.split()))}"
-
-
-def _warn_in_a_line(show: Callable[..., None]) -> Callable[..., None]:
-    """Warnings of this package without the line of code that they come from."""
-
-    def in_a_line(message: Any, category: Any, filename: str, *rest: Any) -> None:
-        if Path(__file__).parents[1] in Path(filename).parents:
-            print(_line(str(message)), file=sys.stderr)
-        else:
-            show(message, category, filename, *rest)
-
-    return in_a_line
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="prereg", description="Predictive Regularization for multimodal LLMs.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    _add_train(commands)
-    demo = commands.add_parser(
-        "demo",
-        help="train a small LLaVA on scenes of digits, with and without PRe",
-        description="The demo: a preset's paired experiment with its report, or one run of a file. "
-        "Run again after an interruption: it goes on from the last checkpoint.",
-        epilog=_EVERY_SETTING.format("--run.pre.weight 0.5 --run.stages.1.steps 100"),
-        allow_abbrev=False,  # `--seed` is a setting of a run, and not short for `--seeds`
-    )
-    source = demo.add_mutually_exclusive_group()
-    source.add_argument(
-        "--preset",
-        help="a paired experiment: scenes (the default), scenes-gpu, scenes-gpu-text, or a YAML "
-        "file of your own",
-    )
-    source.add_argument("--config", type=Path, help="a YAML file: one run with these settings")
-    demo.add_argument("--out", type=_named, help="where everything goes; default: runs/<name>")
-    demo.add_argument(
-        "--device", help="cpu, cuda, ...; default: the preset's; with --config, cuda if there"
-    )
-    demo.add_argument("--fresh", action="store_true", help="do not resume what is there")
-    _add_settings(demo)
-    group = demo.add_argument_group("with --preset")
-    _add_size(group)
-    group.add_argument("--weight", type=float, help="weight of the PRe loss")
-    _add_sweep(commands)
-    _add_checkup(commands)
-    estimate.add_parser(commands)
-    doctor = commands.add_parser(
-        "doctor",
-        help="what is installed and runs here; whether a model is supported",
-        description="Versions, CPU, GPU and backends: what runs here, and why the rest does not. "
-        "With a model directory: whether PRe works on the model, and where the model keeps things. "
-        "Its weights are not read. Exit status 1 says that PRe does not work on it.",
-    )
-    doctor.add_argument(
-        "model", type=Path, nargs="?", help="a model directory: config and, if there, processor"
-    )
-    doctor.add_argument("--json", action="store_true", help="the same as JSON")
-    for name, (_, help) in COMMANDS.items():
-        commands.add_parser(name, help=help)  # which main has taken, with flags of its own
-    commands.add_parser(
-        "swift-plugin",
-        help="the path of ms-swift's plugin",
-        description="Print the path for swift's --external_plugins, which puts PRe in its trainer.",
-    )
-    commands.add_parser(
-        "build",
-        help="compile the C++ kernels for CPUs",
-        description="Compile the C++ kernels for CPUs against the torch that is installed. Needs a "
-        "C++ compiler. In a checkout the libraries go into the package, otherwise into "
-        "TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. What is up to date is kept.",
-    )
-    return parser
-
-
-def _named(text: str) -> Path:
-    """A path, but for the empty one, which would be the current directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
-    return Path(text)
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--settings", action="store_true", help="list every setting as a flag, and stop"
-    )
-
-
-def _add_size(group: Any) -> None:
-    group.add_argument("--seeds", type=int, help="number of paired seeds")
-    group.add_argument("--steps", type=int, help="optimizer steps of the last stage")
-    group.add_argument(
-        "--workers", type=int, help="processes, a thread each; default: one a core, or one a GPU"
-    )
-
-
-def _add_train(commands: Any) -> None:
-    train = commands.add_parser(
-        "train",
-        help="train a multimodal LLM with PRe on your data",
-        description="Train the stages of a YAML file. Run again after an interruption: it goes on "
-        "from the last checkpoint. torchrun and accelerate start it on several processes, as the "
-        "module prereg_kernels.",
-        epilog="Every setting of the file is a flag as well, by its path: --trainer.max_steps 10, "
-        "--stages.1.learning_rate 1.0e-5, --pre.weight 0.3. A flag replaces what the "
-        "file has there; a stage's own field still wins over `trainer` and `pre`.",
-        allow_abbrev=False,
-    )
-    train.add_argument("config", type=Path, help="a YAML file")
-    train.add_argument("--out", type=_named, help="where everything goes; default: the file's")
-    train.add_argument("--fresh", action="store_true", help="begin anew, not from what is there")
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="train nothing: say what would be trained on what, and which files are missing",
-    )
-    assemble = commands.add_parser(
-        "assemble",
-        help="a LLaVA of a vision encoder and an LLM, for a first stage of training",
-        description="Put a vision encoder and an LLM together as a LLaVA, with a new projector, an "
-        "image token, a processor and a chat template.",
-    )
-    assemble.add_argument("--vision", required=True, help="CLIP or SigLIP: a directory or a name")
-    assemble.add_argument("--llm", required=True, help="a decoder: a directory or a hub's name")
-    assemble.add_argument("--out", type=_named, required=True, help="the new model's directory")
-    assemble.add_argument("--seed", type=int, default=0, help="of the projector; default 0")
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="how many questions of held-out data a model answers",
-        description="Ask a model the last question of each sample of held-out data. Writes "
-        "evaluation.json and predictions.jsonl. Or, with --tasks, lmms-eval's questions; writes "
-        "tasks.json.",
-    )
-    evaluate.add_argument("model", type=Path, help="a model directory, such as a run's")
-    source = evaluate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", help="a file, a folder or a hub's data set")
-    source.add_argument("--tasks", help="of lmms-eval, which is installed: gqa,mmvp")
-    evaluate.add_argument("--task-files", type=Path, help="a folder of lmms-eval's task files")
-    evaluate.add_argument("--limit", type=int, help="questions of each task; default: all")
-    evaluate.add_argument("--format", default="llava", help="llava (the default), messages, ...")
-    evaluate.add_argument("--images", help="the folder that image paths start from")
-    evaluate.add_argument("--out", type=_named, help="where it writes; default: the model's")
-    evaluate.add_argument("--batch", type=int, default=8, help="questions at once; default 8")
-    evaluate.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
-    evaluate.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the weights' own"
-    )
-
-
-def _add_sweep(commands: Any) -> None:
-    parser = commands.add_parser(
-        "sweep",
-        help="how PRe's effect moves with its settings",
-        description="Train over PRe's weights, layers, anchors and token fractions, one at a time, "
-        "against baselines paired by seed; writes results.json, tables.md and plots/. Run again "
-        "after an interruption: it goes on with what is not finished.",
-        epilog=_EVERY_SETTING.format("--weights 0.5 1 2 --experiment.run.micro_batch 16"),
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--preset", required=True, help="scenes, scenes-gpu, or a YAML file of your own"
-    )
-    parser.add_argument(
-        "--out", type=_named, help="where everything goes; default: runs/sweep-<name>"
-    )
-    parser.add_argument("--device", help="cpu, cuda, ...; default: the preset's")
-    parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
-    _add_settings(parser)
-    parser.add_argument(
-        "--report", action="store_true", help="train nothing: only report what is finished"
-    )
-    _add_size(parser)
-
-
-def _add_checkup(commands: Any) -> None:
-    parser = commands.add_parser(
-        "checkup",
-        aliases=[_OLD_NAME],
-        help="what a model's visual tokens still hold, layer by layer",
-        description="The checkup: linear probes, patch structure, similarity to the input and the "
-        "logit lens at every layer; writes checkup.html, checkup.json and plots/. Run again after "
-        "an interruption: it goes on from the last batch.",
-    )
-    parser.add_argument("model", type=Path, help="a model directory: config and safetensors")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, help="a directory of images, perhaps one a class")
-    source.add_argument(
-        "--scenes", action="store_true", help="the demo's digit scenes, with exact masks"
-    )
-    parser.add_argument(
-        "--masks",
-        type=Path,
-        help="a directory of PNG masks at the images' paths, or COCO's annotations.json",
-    )
-    parser.add_argument(
-        "--masks-are",
-        choices=("instances", "classes"),
-        default="instances",
-        help="what a mask's numbers are: objects of one image, or classes (COCO-Stuff)",
-    )
-    parser.add_argument(
-        "--background",
-        type=int,
-        nargs="*",
-        default=[0, 255],
-        metavar="N",
-        help="numbers in PNG masks that are no object; default: 0 255",
-    )
-    parser.add_argument("--labels", type=Path, help="classes of images: CSV name,class, or JSON")
-    parser.add_argument("--compare", type=Path, metavar="MODEL", help="a second model directory")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models, on the page")
-    parser.add_argument("--out", type=Path, required=True, help="where everything goes")
-    parser.add_argument(
-        "--limit", type=int, default=512, help="images, drawn from all; default 512"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="images in a batch; default 8")
-    parser.add_argument(
-        "--purity",
-        type=float,
-        default=0.5,
-        help="share of a patch that its object must own; default 0.5",
-    )
-    parser.add_argument("--splits", type=int, default=5, help="of each linear probe; default 5")
-    parser.add_argument(
-        "--maps",
-        nargs="+",
-        metavar="IMAGE[@X,Y]",
-        help="images whose maps are drawn, each perhaps with a pixel of the patch that the others "
-        "are compared with; default: the first two",
-    )
-    parser.add_argument("--processor", type=Path, help="a directory with the image processor")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda if there")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: as stored; float32 on a CPU",
-    )
-    parser.add_argument(
-        "--device-map",
-        choices=("auto", "balanced", "balanced_low_0", "sequential"),
-        help="spread the layers over all GPUs, by accelerate; instead of --device",
-    )
-    parser.add_argument(
-        "--bits", type=int, choices=(4, 8), help="round linear layers as they load, by bitsandbytes"
-    )
-    parser.add_argument("--fresh", action="store_true", help="do not go on from what is there")
-    parser.add_argument("--json", action="store_true", help="print checkup.json, nothing else")
+        fail(str(error))

@@ -14,7 +14,7 @@ from rich.console import Console
 from prereg_kernels.checkup.measures.measure import DEMO, STATES, STRUCTURE
 from prereg_kernels.checkup.measures.table import MEASURES
 from prereg_kernels.cli.checkup import run
-from prereg_kernels.cli.commands import _parser
+from prereg_kernels.cli.parser import make_parser
 from prereg_kernels.demo.data.questions import COMMON_FAMILIES
 from prereg_kernels.demo.data.scenes import PROPERTIES
 from prereg_kernels.demo.experiment.experiment import VARIANTS, ExperimentConfig, units
@@ -48,7 +48,7 @@ def checkup_pages(place: Path) -> dict[str, Path]:
     pages = {}
     for name, more in (("two", compared), ("plain", ["--images", str(place / "photos")])):
         out = ["--splits", "2", "--out", str(place / name)]
-        arguments = _parser().parse_args(["checkup", str(place / "baseline"), *more, *out])
+        arguments = make_parser().parse_args(["checkup", str(place / "baseline"), *more, *out])
         run(arguments, Console(quiet=True))
         pages[name] = place / name / "checkup.html"
     return pages
