@@ -53,6 +53,12 @@ MEASURES = {
     ),
     "same_results.json": (*DEMO, "tests/release/same_results.py"),
     "token_fraction.json": (*STUDY, "benchmarks/studies/token_fraction.py"),
+    "tuning.json": (
+        *STUDY,
+        "benchmarks/studies/merging.py",
+        "benchmarks/studies/adapters.py",
+        "benchmarks/studies/tuning.py",
+    ),
     "watched_gradients.json": (
         *ATTACH,
         "prereg_kernels/trainers",

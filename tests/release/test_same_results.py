@@ -34,7 +34,14 @@ def test_one_bit_is_a_difference() -> None:
 def test_every_study_is_asked_about() -> None:
     names = {name for studies in same_results.studied().values() for name in studies}
     others = {"demo.json", "few_shot", "head_dtype.json", "photographs", "token_fraction.json"}
-    own = {"adapters.json", "claims.json", "deepstack.json", "depth.json", "merging.json"}
+    own = {
+        "adapters.json",
+        "claims.json",
+        "deepstack.json",
+        "depth.json",
+        "merging.json",
+        "tuning.json",
+    }
     assert names == own | others
     assert all(stamp.commit in same_results.studied() for stamp in stamps_of("few_shot"))
 
