@@ -48,6 +48,12 @@ def describe(found: Estimate) -> str:
         lines.append(
             f"sent by a GPU, {x.kind} of {x.what}: {size(x.bytes)}, and {size(x.pre)} of PRe"
         )
+    computes = sum(found.parts.values())
+    if (waits := found.seconds["none"] - computes) > 0.01 * computes:
+        lines.append(
+            f"of a step without PRe, a GPU computes for {_time(computes)} and waits for the "
+            f"network for {_time(waits)}"
+        )
     lines.append(_error_line(found))
     return "\n".join(lines)
 

@@ -38,6 +38,21 @@ class Metrics:
             file.write(line + "\n")
 
 
+def has_logged(path: Path) -> bool:
+    """Whether such a file has a line of a step, or one that a crash has cut short. What is measured
+    before the first step is of none."""
+    if not path.exists():
+        return False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return True
+        if entry.get("step", 0):
+            return True
+    return False
+
+
 def _cut(path: Path, stage: str, step: int) -> None:
     """Leave out what a stage wrote after a step, and what a crash has cut short."""
     kept = []

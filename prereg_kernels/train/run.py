@@ -65,6 +65,7 @@ from prereg_kernels.train.records import (
     NON_FINITE_STEPS,
     BadSamples,
     Metrics,
+    has_logged,
 )
 from prereg_kernels.train.shared_pages import pages_shared
 from prereg_kernels.train.source import Stream
@@ -345,12 +346,12 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
     those of an earlier start."""
     settings = out / SETTINGS
     written = to_dict(config)
-    if fresh:
+    if fresh or (settings.exists() and not _has_trained(out)):
         done = [json.loads(path.read_text()) for path in (out / STAGES).glob(f"*/{DONE}")]
         for name in (*_RECORDS, *(name for stage in done for name in stage["files"])):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    is_new = fresh or not settings.exists() or not _has_trained(out)
+    is_new = not settings.exists()
     if not is_new and (
         difference := _difference(without_batch(read_yaml(settings)), without_batch(written))
     ):
@@ -367,10 +368,10 @@ def _prepare(config: TrainConfig, out: Path, fresh: bool) -> None:
 
 def _has_trained(out: Path) -> bool:
     """Whether an earlier start has logged or saved a step. One that ended before, as by an error in
-    its data, has left nothing: settings and data may be mended."""
-    metrics, stages = out / METRICS, out / STAGES
-    has_logged = metrics.exists() and metrics.stat().st_size > 0
-    return has_logged or any(stages.glob("*/checkpoint-*")) or any(stages.glob(f"*/{DONE}"))
+    its data, has left nothing to go on from: settings and data may be mended."""
+    stages = out / STAGES
+    has_saved = any(stages.glob("*/checkpoint-*")) or any(stages.glob(f"*/{DONE}"))
+    return has_saved or has_logged(out / METRICS)
 
 
 def _difference(before: Any, after: Any, at: str = "") -> str:

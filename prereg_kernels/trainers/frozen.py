@@ -26,14 +26,18 @@ def warn_of_frozen_projector(pre: PRe) -> None:
         return
     others = [pre.family.language_model_of(model), *pre.heads.values(), *_embeddings(model)]
     known = {id(parameter) for module in others for parameter in module.parameters()}
+    # Which a family of somebody's own may have within its language model
+    projectors = pre.family.projectors_of(model)
+    known -= {id(parameter) for module in projectors for parameter in module.parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     is_adapted = any("lora_" in name for name, _ in trained)
     if is_adapted and all(id(parameter) in known for _, parameter in trained):
         logger.warning_once(
             f"PRe: the projector, {pre.family.projector}, is frozen beside the LoRA adapter. A "
             "small model gained nothing by PRe in that way, and clearly where the projector "
-            "trained as well (docs/pays.md). PEFT's modules_to_save trains it: `prereg doctor "
-            "MODEL` names its modules"
+            "trained as well (docs/pays.md). PEFT's modules_to_save trains it, which "
+            "LLaMA-Factory calls additional_target, and TRL and axolotl lora_modules_to_save; "
+            "`prereg doctor MODEL` names its modules"
         )
 
 

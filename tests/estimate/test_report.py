@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from prereg_kernels.estimate import report
+from prereg_kernels.estimate import report, shipped
 from prereg_kernels.estimate.cpu import calibration
 from prereg_kernels.estimate.estimate import estimate
 from prereg_kernels.estimate.settings import Settings
@@ -46,3 +46,19 @@ def test_a_tiny_model_on_a_cpu() -> None:
 def test_cells_that_are_too_wide_stay_apart() -> None:
     cells = ("n" * 30, "1" * 20, "2" * 20, "3" * 20)
     assert report._row(*cells).split() == list(cells)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "is_said"), [("qwen3-vl-235b-a22b", 512, True), ("llava-1.5-7b", 8, False)]
+)
+def test_a_wait_for_the_network_is_said(name: str, gpus: int, is_said: bool) -> None:
+    """Its parts add up to the step."""
+    settings = Settings(gpus=gpus, parallel="fsdp", images_per_step=16 * gpus)
+    found = estimate(shipped.structure_of(name, ("projector", "llm")), settings)
+    said = re.findall(
+        r"computes for ([\d.]+) s and waits .* for ([\d.]+) s", report.describe(found)
+    )
+    assert bool(said) == is_said
+    for computes, waits in said:
+        assert float(computes) == pytest.approx(sum(found.parts.values()), rel=0.01)
+        assert float(computes) + float(waits) == pytest.approx(found.seconds["none"], rel=0.01)

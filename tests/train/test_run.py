@@ -238,14 +238,18 @@ def test_a_start_that_failed_at_once_is_mended(place: Path, tmp_path: Path) -> N
     data.write_bytes(good)
     for left in ("metrics.jsonl", "stages/tune/checkpoint-1/trainer_state.json"):
         (out / left).parent.mkdir(parents=True, exist_ok=True)
-        (out / left).write_text("{}")  # it has logged a step, or saved one
+        (out / left).write_text('{"step": 1}')  # it has logged a step, or saved one
         with pytest.raises(ValueError, match=r"other settings: pre\.weight"):
             run(place, out, pre={"weight": 0.25}, **short)
         with pytest.raises(ValueError, match=r"holds a run on other data: .*data\.json changed"):
             run(place, out, **short)
         (out / left).unlink()
         shutil.rmtree(out / "stages", ignore_errors=True)
+    (out / "metrics.jsonl").write_text('{"stage": "old", "step": 0, "checkup_probe": 1.0}\n')
+    (out / "bad_samples.jsonl").write_text('{"stage": "old", "step": 2}\n')
     run(place, out, pre={"weight": 0.25}, **short)
+    assert '"old"' not in (out / "metrics.jsonl").read_text()  # nor is it left beside the new ones
+    assert not (out / "bad_samples.jsonl").exists()
     with pytest.raises(ValueError, match=r"pre\.weight: expected 0\.25, got 0\.5"):
         run(place, out, **short)
 

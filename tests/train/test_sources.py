@@ -221,14 +221,19 @@ def test_images_are_in_the_order_of_their_numbers(tmp_path: Path, is_streaming: 
     assert [image.getpixel((0, 0)) for image in opened] == [(20 * n, 0, 0) for n in range(12)]
 
 
+def write_files(path: Path, content: bytes, names: str) -> None:
+    """All of one content, in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name in names.split():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
 def test_a_file_that_is_twice_in_a_shard(tmp_path: Path) -> None:
     """Which of the two the sample has cannot be told; a stream goes on with the next sample."""
     record = json.dumps(LLAVA[2]).encode()
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("x.json", "x.jpg", "x.jpg", "y.json", "z.jpg"):
-            member = tarfile.TarInfo(name)
-            member.size = len(record)
-            tar.addfile(member, io.BytesIO(record))
+    write_files(tmp_path / "a.tar", record, "x.json x.jpg x.jpg y.json z.jpg")
     with pytest.raises(ValueError, match=r"a\.tar: x: expected one \.jpg file, got another one"):
         open_source(DataConfig(str(tmp_path), "webdataset"))
     source = open_source(DataConfig(str(tmp_path), "webdataset", streaming=True))
@@ -239,6 +244,26 @@ def test_a_file_that_is_twice_in_a_shard(tmp_path: Path) -> None:
     with pytest.raises(BadSampleError, match=r"expected a \.json file"):
         source.row_sample(z)
     assert [source.row_where(row) for row in (x, z)] == [f"{tmp_path}/a.tar: {n}" for n in "xz"]
+
+
+def test_files_that_are_not_read_may_be_twice(tmp_path: Path) -> None:
+    write_files(tmp_path / "a.tar", json.dumps(LLAVA[2]).encode(), "x.json x.txt x.txt x.TXT")
+    indexed = open_source(DataConfig(str(tmp_path), "webdataset"))
+    source = open_source(DataConfig(str(tmp_path), "webdataset", streaming=True))
+    [row] = source.rows
+    assert plain(indexed[0]) == plain(source.row_sample(row)) == (MESSAGES[2], [])
+
+
+def test_a_sample_in_two_places_of_a_shard(tmp_path: Path) -> None:
+    """A stream has it once: it cannot tell that more of it is to come."""
+    write_files(tmp_path / "a.tar", json.dumps(LLAVA[2]).encode(), "x.json y.json x.json")
+    with pytest.raises(ValueError, match=r"a\.tar: x: expected one \.json file, got another one"):
+        open_source(DataConfig(str(tmp_path), "webdataset"))
+    source = open_source(DataConfig(str(tmp_path), "webdataset", streaming=True))
+    *good, again = source.rows
+    assert [plain(source.row_sample(row)) for row in good] == [(MESSAGES[2], [])] * 2
+    with pytest.raises(BadSampleError, match="next to each other, got more of it later in its sh"):
+        source.row_sample(again)
 
 
 def test_a_bucket_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from transformers import Trainer
 
 from prereg_kernels import apply_pre
+from prereg_kernels.attach.resolver import find_family
 from prereg_kernels.trainers import PReCallback, PReTrainer, with_pre
 from prereg_kernels.trainers.frozen import logger
 from tests.attach.families.models import make_model
@@ -89,6 +91,29 @@ def test_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         tiny_llava(),
     ):
         make_trainer(model, tmp_path, with_pre(Trainer))
+    assert not said(caplog)
+
+
+def test_a_projector_within_the_language_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the layout of the first LLaVA, by a family of one's own."""
+
+    def made(*whole: str) -> Any:
+        model: Any = tiny_llava()
+        inner = model.model.language_model
+        inner.mm_projector = model.model.multi_modal_projector
+        family = find_family(model)
+        mine = replace(family, name="mine", projector="model.language_model.mm_projector")
+        lora = with_lora(model, *whole)
+        apply_pre(lora, family=mine)
+        return lora
+
+    make_trainer(made(), tmp_path, PReTrainer)
+    assert len(said(caplog)) == 1
+    caplog.clear()
+    type(logger).warning_once.cache_clear()  # type: ignore[attr-defined]
+    make_trainer(made("mm_projector"), tmp_path, PReTrainer)
     assert not said(caplog)
 
 

@@ -24,6 +24,7 @@ from prereg_kernels.train.sources.llava import messages_of
 
 _NO_JSON = "expected a .json file"
 _TWICE = "expected one .{} file, got another one"
+_APART = "expected a sample's files next to each other, got more of it later in its shard"
 _Place = tuple[int, int]  # a file's first byte in its shard, and its bytes
 
 
@@ -112,8 +113,12 @@ def _sample(where: str, content: bytes, images: Sequence[bytes]) -> Sample:
 
 def _pictures(parts: Iterable[str]) -> list[str]:
     """Of the extensions of a sample, those of its images, in their order: 2.jpg before 10.jpg."""
-    pictures = (part for part in parts if f".{part}".endswith(IMAGE_SUFFIXES))
+    pictures = (part for part in parts if _is_read(part) and part != "json")
     return sorted(pictures, key=lambda part: (re.sub("[0-9]+", _padded, part), part))
+
+
+def _is_read(extension: str) -> bool:
+    return extension == "json" or f".{extension}".endswith(IMAGE_SUFFIXES)
 
 
 def _padded(number: re.Match[str]) -> str:
@@ -122,12 +127,15 @@ def _padded(number: re.Match[str]) -> str:
 
 def _stream(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        name = printable(shard)
+        name, seen = printable(shard), set[str]()
         try:
             with tarfile.open(shard, "r:") as tar:
                 for key, group in groupby(_named(tar), key=lambda each: each[0]):
                     where = f"{name}: {printable(key)}"
                     try:
+                        if key in seen:
+                            raise BadSampleError(_APART)
+                        seen.add(key)
                         parts = _read(tar, group)
                     except BadSampleError as error:
                         yield _bad(where, str(error))
@@ -148,7 +156,7 @@ def _read(
     """{extension: content} of a sample. Raises BadSampleError where that is no sample."""
     parts: dict[str, bytes] = {}
     for _, extension, member in group:
-        if extension in parts:
+        if extension in parts and _is_read(extension):
             raise BadSampleError(_TWICE.format(extension))
         parts[extension] = _content(tar, member)
     if "json" not in parts:
@@ -186,7 +194,7 @@ def _members(path: Path) -> dict[str, dict[str, _Place]]:
         with tarfile.open(path, "r:") as tar:
             for key, extension, member in _named(tar):
                 parts = samples.setdefault(key, {})
-                if extension in parts:
+                if extension in parts and _is_read(extension):
                     raise ValueError(
                         f"{printable(path)}: {printable(key)}: {_TWICE.format(extension)}"
                     )
