@@ -189,7 +189,7 @@ def _facts(model: nn.Module, resolution: Resolution) -> dict[str, str]:
         parameters = sum(p.numel() for p in head.parameters())
         facts["layer"] = f"{layer}, the middle of {count}"
         facts["width"] = str(head.weights[0].shape[1])
-        return f"{parameters:,} parameters"
+        return f"{parameters:,} parameters, with the anchor {pre.config.anchor}"
 
     facts["head"] = _with(model, of_default)
     facts["level global"] = _with(

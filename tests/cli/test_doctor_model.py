@@ -120,7 +120,7 @@ def test_a_listed_family(whole: Path, run: Run) -> None:
         "other_tokens": "none",
         "layer": f"2, the middle of {LAYERS}",
         "width": f"{WIDTH}",
-        "head": f"{2 * WIDTH * (WIDTH + 1):,} parameters",
+        "head": f"{2 * WIDTH * (WIDTH + 1):,} parameters, with the anchor pre_llm",
         "level global": "possible, by an equal number of tokens for each image",
         "pre_projector": "possible, at model.multi_modal_projector",
         "projector": "model.multi_modal_projector: beside LoRA it trains by modules_to_save",
@@ -445,4 +445,4 @@ def test_a_type_at_its_default_size(name: str, layers: int, width: int, tmp_path
     facts = report["model"]
     assert works and facts["layer"] == f"{layers // 2}, the middle of {layers}"
     assert f": {layers} " in facts["layers"] and facts["width"] == str(width)
-    assert facts["head"] == f"{2 * width * (width + 1):,} parameters"
+    assert facts["head"] == f"{2 * width * (width + 1):,} parameters, with the anchor pre_llm"
