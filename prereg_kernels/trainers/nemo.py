@@ -30,6 +30,7 @@ from prereg_kernels.attach.handle import PRe, find_pre, state_of
 from prereg_kernels.attach.state import HEADS
 from prereg_kernels.attach.storage import PRE_DIR
 from prereg_kernels.trainers.attachment import attach, check_settings, thaw
+from prereg_kernels.trainers.frozen import warn_of_frozen_projector
 
 if TYPE_CHECKING:
     from nemo_automodel.recipes.vlm.finetune import FinetuneRecipeForVLM as _Base
@@ -151,6 +152,7 @@ def _before_sharding(settings: Mapping[str, Any]) -> Iterator[None]:
             for head in set(pre.heads.values()):
                 head.reset_parameters()
         thaw(pre)  # which adapters have frozen
+        warn_of_frozen_projector(pre)
         return built
 
     setattr(models, BUILD, with_pre)

@@ -185,6 +185,12 @@ def test_gradients_of_a_step(model: Path, runs: dict[str, Result], name: str) ->
 
 
 @pytest.mark.parametrize("name", ("full", "lora"))
+def test_the_frozen_projector_is_told_of(runs: dict[str, Result], name: str) -> None:
+    """NeMo's LoRA always freezes it."""
+    assert runs[name].text.count("is frozen beside the LoRA adapter") == (name == "lora")
+
+
+@pytest.mark.parametrize("name", ("full", "lora"))
 def test_the_heads_train(runs: dict[str, Result], name: str) -> None:
     run = runs[name]
     for parameter, x in run.end.items():
