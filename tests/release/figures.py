@@ -65,6 +65,8 @@ MEASURES = {
         "benchmarks/studies/watched_gradients.py",
     ),
 }
+COPIED = "prereg_kernels/estimate/cpu.json"
+"""Of a file of results, by the measurement itself."""
 HISTORY = ("answers_sweep.json", "cpu.json", "cpu_epyc.json", "fidelity.json", "fp8_accuracy.json")
 """Of earlier commits: on docs/history.md alone, which says so."""
 
@@ -102,7 +104,7 @@ def changed_since(commit: str, paths: tuple[str, ...]) -> list[str]:
     Raises:
         CalledProcessError: there is no such commit, as in a clone without the history.
     """
-    return git("diff", "--name-only", commit, "--", *paths)
+    return git("diff", "--name-only", commit, "--", *paths, f":(exclude){COPIED}")
 
 
 def table() -> str:
