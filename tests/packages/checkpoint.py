@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -124,8 +126,21 @@ QWEN_SPECIAL = {
 }  # fmt: skip
 
 
-def make_qwen(folder: Path) -> Path:
-    """A checkpoint as Qwen2.5-VL's, with its ids; small but for the embeddings."""
+QWEN_TEXT = {
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+    "vocab_size": max(QWEN_SPECIAL.values()) + 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True,
+    "bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643,
+}  # fmt: skip
+QWEN_IDS = {
+    "image_token_id": QWEN_IMAGE, "video_token_id": QWEN_SPECIAL["<|video_pad|>"],
+    "vision_start_token_id": QWEN_SPECIAL["<|vision_start|>"],
+    "vision_end_token_id": QWEN_SPECIAL["<|vision_end|>"], "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def write_qwen_processor(folder: Path, name: str, videos: str, patch: int) -> None:
+    """Its classes: the processor's and the video processor's; the images' are Qwen2-VL's."""
     letters = {x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(letters | QWEN_SPECIAL, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -135,29 +150,46 @@ def make_qwen(folder: Path) -> Path:
         additional_special_tokens=list(QWEN_SPECIAL),
     ).save_pretrained(folder)  # fmt: skip
     # By hand: the processor's own classes do not import without torchvision.
-    for name, kind in (("preprocessor", "image"), ("video_preprocessor", "video")):
-        settings = {
-            f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor",
-            "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14, "merge_size": 2,
-        }  # fmt: skip
-        (folder / f"{name}_config.json").write_text(json.dumps(settings))
+    common = {
+        "processor_class": name, "patch_size": patch, "merge_size": 2,
+        "size": {"shortest_edge": (4 * patch) ** 2, "longest_edge": (64 * patch) ** 2},
+    }  # fmt: skip
+    kinds = {
+        "image": ("preprocessor", "Qwen2VLImageProcessor"),
+        "video": ("video_preprocessor", videos),
+    }
+    for kind, (file, processor) in kinds.items():
+        settings = {f"{kind}_processor_type": processor, **common}
+        (folder / f"{file}_config.json").write_text(json.dumps(settings))
+
+
+def make_qwen(folder: Path) -> Path:
+    """A checkpoint as Qwen2.5-VL's, with its ids; small but for the embeddings."""
+    write_qwen_processor(folder, "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14)
     torch.manual_seed(0)
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14,
         "out_hidden_size": 48, "fullatt_block_indexes": [1],
     }  # fmt: skip
-    text = {
-        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
-        "vocab_size": max(QWEN_SPECIAL.values()) + 1, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True,
-        "bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
-    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2]}
     config = Qwen2_5_VLConfig(
-        vision_config=vision, text_config=text, image_token_id=QWEN_IMAGE,
-        video_token_id=QWEN_SPECIAL["<|video_pad|>"], tie_word_embeddings=True,
-        vision_start_token_id=QWEN_SPECIAL["<|vision_start|>"],
-        vision_end_token_id=QWEN_SPECIAL["<|vision_end|>"],
-    )  # fmt: skip
+        vision_config=vision, text_config={**QWEN_TEXT, "rope_parameters": rope}, **QWEN_IDS
+    )
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_qwen3(folder: Path) -> Path:
+    """A checkpoint as Qwen3-VL's, with its ids and deepstack; small but for the embeddings."""
+    write_qwen_processor(folder, "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+    torch.manual_seed(0)
+    vision = {
+        "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 16,
+        "out_hidden_size": 48, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1, 2],
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True}
+    text = {**QWEN_TEXT, "head_dim": 12, "rope_parameters": rope}
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_IDS)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     return folder

@@ -20,7 +20,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 from tests.docs.pages import ROOT, read_page
-from tests.packages.checkpoint import make_llava, write_messages
+from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen3, write_messages
 from tests.packages.compared import (
     COPY,
     FLOAT32,
@@ -42,7 +42,8 @@ from tests.packages.run import Run, run
 
 pytestmark = pytest.mark.packages
 
-PAGE = read_page("docs", (ROOT / "docs" / "trainers" / "llamafactory.md").read_text())
+TEXT = (ROOT / "docs" / "trainers" / "llamafactory.md").read_text()
+PAGE = read_page("docs", TEXT)
 _, SETTINGS, COMMAND, MAKE, TRY, START, RESUME, MERGE, EXPORT = PAGE.blocks
 COMMANDS = COMMAND.text.splitlines()  # in one process, and in several
 ANCHOR = yaml.safe_load(SETTINGS.text)["pre"]["anchor"]
@@ -50,6 +51,11 @@ WEIGHT = 0.3  # by the command
 HOW: dict[str, Any] = {"anchor": ANCHOR, "is_mean_of_means": True}
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
+TARGETS = {  # {model: (what trains whole beside an adapter, template)}, of the page's table
+    row[0]: (row[1], row[2])
+    for row in re.findall(r"^\| ([^|]+) \| `([^`]+)` \| `([^`]+)`", TEXT, re.MULTILINE)
+}
+MODELS = {"llava": "LLaVA-1.5", "qwen3": "Qwen3-VL"}
 
 
 class Place:
@@ -60,7 +66,10 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.checkpoint = make_llava(folder / "model")
+        self.checkpoints = {
+            "llava": make_llava(folder / "llava"), "qwen3": make_qwen3(folder / "qwen3"),
+        }  # fmt: skip
+        self.checkpoint = self.checkpoints["llava"]
         self.data = write_messages(folder / "data", is_split=False)
         write_pairs(folder / "data", rejected="rejected")
         columns = {name: name for name in ("messages", "images")}
@@ -88,17 +97,20 @@ class Place:
         data: str = "equal",
         resumed: bool = False,
         ranks: int = 1,
+        model: str = "llava",
         **settings: Any,
     ) -> Run:
-        named = f"{tuned}-{rows}x{micro_batches}-{data}-{resumed}-{ranks}-{'-'.join(settings)}"
+        how = f"{model}-{tuned}-{rows}x{micro_batches}-{data}-{resumed}-{ranks}"
+        named = f"{how}-{'-'.join(settings)}"
         if named in self.runs:
             return self.runs[named]
         place = self.folder / named
         output = place / "out"
+        target, template = TARGETS[MODELS[model]]
         own = {
-            "model_name_or_path": str(self.checkpoint), "stage": "sft", "do_train": True,
+            "model_name_or_path": str(self.checkpoints[model]), "stage": "sft", "do_train": True,
             "finetuning_type": "full" if tuned == "full" else "lora",
-            "dataset": "tiny", "template": "llava",
+            "dataset": "tiny", "template": template,
             "dataset_dir": str(self.folder / data), "output_dir": str(output),
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches,
             "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
@@ -117,8 +129,8 @@ class Place:
         place.mkdir()
         written, projector = SETTINGS.text, re.compile(r"^additional_target: .*\n", re.MULTILINE)
         assert len(projector.findall(written)) == 1
-        if tuned == "lora":
-            written = projector.sub("", written)
+        added = "" if tuned == "lora" else f"additional_target: {target}\n"
+        written = projector.sub(added, written)
         (place / "sft.yaml").write_text(written + yaml.safe_dump(own | settings))
         self.runs[named] = start(command, place, output, variables)
         return self.runs[named]
@@ -163,6 +175,29 @@ def test_the_projector_beside_an_adapter(place: Place) -> None:
     check_projector(done, done.output / "checkpoint-4")
     check_warning(place.run("lora"), done)
     check_said(done)
+
+
+@BOTH
+def test_deepstack(place: Place, tuned: str) -> None:
+    """Of Qwen3-VL, whose projector is a merger and, of deepstack, three more: all train beside an
+    adapter. In full tuning LLaMA-Factory counts the three as the tower.
+    """
+    settings: dict[str, Any] = {"freeze_multi_modal_projector": False} if tuned == "full" else {}
+    done = place.run("projector" if tuned == "lora" else tuned, model="qwen3", **settings)
+    how = {**HOW, "image_token": QWEN_IMAGE}
+    for number in (0, 3):
+        found = step_errors(place.checkpoints["qwen3"], done, WEIGHT, **how, number=number)
+        assert max(found.values()) < FLOAT32, found
+    check_files(done, (*STEPS, "."))
+    check_logs(done, "checkpoint-4")
+    start, targets = done.step(0)["weights"], TARGETS[MODELS["qwen3"]][0].split(",")
+    moved = {name for name, x in start.items() if not torch.equal(done.weights[name], x)}
+    for target in targets:
+        own = {name for name in start if f"visual.{target}." in name and ".original_" not in name}
+        assert len(own) == 6, own  # of a norm and two matrices
+        assert (own <= moved) if tuned == "lora" or target == "merger" else not own & moved
+    if tuned == "lora":
+        check_projector(done, done.output)
 
 
 def test_the_projector_with_full_tuning(place: Place) -> None:

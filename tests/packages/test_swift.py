@@ -18,8 +18,9 @@ from transformers import AutoModelForImageTextToText
 
 from prereg_kernels.cli.launch import SWIFT_PLUGIN
 from tests.docs.pages import ROOT, read_page
-from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen, write_messages
+from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen, make_qwen3, write_messages
 from tests.packages.compared import (
+    COPY,
     FLOAT32,
     check_files,
     check_logs,
@@ -45,8 +46,12 @@ WEIGHT = {"lora": 0.3, "projector": 0.3, "full": 0.5}
 ANCHOR = "pre_projector"
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
-PROJECTORS = {"llava": "multi_modal_projector", "qwen": "merger"}
-KINDS = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl"}
+PROJECTORS = {
+    "llava": ["multi_modal_projector"],
+    "qwen": ["merger"],
+    "qwen3": ["merger", *(f"deepstack_merger_list.{number}" for number in range(3))],
+}
+KINDS = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl", "qwen3": "qwen3_vl"}
 
 
 class Place:
@@ -60,6 +65,7 @@ class Place:
         self.folder = folder
         self.checkpoints = {
             "llava": make_llava(folder / "llava"), "qwen": make_qwen(folder / "qwen"),
+            "qwen3": make_qwen3(folder / "qwen3"),
         }  # fmt: skip
         self.data = write_messages(folder / "data", is_split=False)
         self.pairs = write_pairs(folder / "data", rejected="rejected_response")
@@ -99,10 +105,10 @@ class Place:
         assert start[:3] == ["swift", "sft", "..."] and ANCHOR in start[-1]
         start = ["swift", command, *start[3:]]
         projector = start.index("--modules_to_save")
-        assert start[projector + 1] == PROJECTORS["llava"]
-        start[projector + 1] = PROJECTORS[model]
+        assert start[projector + 1 : projector + 2] == PROJECTORS["llava"]
+        start[projector + 1 : projector + 2] = PROJECTORS[model]
         if tuned != "projector":
-            del start[projector : projector + 2]
+            del start[projector : projector + 1 + len(PROJECTORS[model])]
         if tuned == "full":
             place.mkdir()
             assert ANCHOR in FILE.text
@@ -136,7 +142,7 @@ def test_a_step(place: Place, tuned: str) -> None:
 @pytest.mark.parametrize("model", KINDS)
 def test_the_projector_beside_an_adapter(place: Place, model: str) -> None:
     done = place.run("projector", model=model)
-    image = {"image_token": QWEN_IMAGE} if model == "qwen" else {}
+    image = {} if model == "llava" else {"image_token": QWEN_IMAGE}
     for number in (0, 3):
         found = step_errors(
             place.checkpoints[model], done, WEIGHT["projector"], number=number, anchor=ANCHOR,
@@ -144,6 +150,8 @@ def test_the_projector_beside_an_adapter(place: Place, model: str) -> None:
         )  # fmt: skip
         assert max(found.values()) < FLOAT32, found
     check_projector(done, done.output / "checkpoint-4")
+    trained = {name.partition(COPY)[0] for name in done.weights if COPY in name}
+    assert all(any(name.endswith(part) for name in trained) for part in PROJECTORS[model])
     check_warning(place.run("lora", model=model), done)
 
 
