@@ -126,6 +126,13 @@ QWEN_SPECIAL = {
 }  # fmt: skip
 
 
+QWEN_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 QWEN_TEXT = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
     "vocab_size": max(QWEN_SPECIAL.values()) + 1, "num_attention_heads": 4,
@@ -149,6 +156,7 @@ def write_qwen_processor(folder: Path, name: str, videos: str, patch: int) -> No
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=list(QWEN_SPECIAL),
     ).save_pretrained(folder)  # fmt: skip
+    (folder / "chat_template.jinja").write_text(QWEN_CHAT)
     # By hand: the processor's own classes do not import without torchvision.
     common = {
         "processor_class": name, "patch_size": patch, "merge_size": 2,

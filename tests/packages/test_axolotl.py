@@ -17,8 +17,9 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 from tests.docs.pages import ROOT, read_page
-from tests.packages.checkpoint import make_llava, write_messages
+from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen3, write_messages
 from tests.packages.compared import (
+    COPY,
     FLOAT32,
     check_files,
     check_logs,
@@ -46,6 +47,8 @@ TUNED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TUNED["projector"] = TUNED["lora"]  # and what the page says
+MERGERS = ["merger", *(f"deepstack_merger_list.{number}" for number in range(3))]
+TUNED["mergers"] = TUNED["lora"] | {"lora_modules_to_save": MERGERS}
 BOTH = pytest.mark.parametrize("tuned", ["full", "lora"])
 STEPS = ("checkpoint-2", "checkpoint-4")
 PLUGIN = "prereg_kernels.trainers.axolotl.PRePlugin"
@@ -54,12 +57,12 @@ ANCHOR = "pre_projector"
 HOW: dict[str, Any] = {"is_mean_of_means": True, "anchor": ANCHOR}
 
 
-def write_chats(folder: Path) -> tuple[Path, Path]:
+def write_chats(folder: Path) -> tuple[Path, Path, Path]:
     """(chats with the path of an image in its part, the same with questions and answers of equal
-    lengths and one image each).
+    lengths, those of one image with it in a column).
     """
     chats = write_messages(folder, is_split=True)
-    lines, equal = [], []
+    lines, equal, column = [], [], []
     for line in chats.read_text().splitlines():
         row = json.loads(line)
         paths = iter(row["images"])
@@ -71,9 +74,14 @@ def write_chats(folder: Path) -> tuple[Path, Path]:
         question["content"][-1]["text"] = "what is it?"
         answer["content"][-1]["text"] = answer["content"][-1]["text"][:3]
         equal.append(json.dumps({"messages": [question, answer]}))
-    for name, content in (("chats", lines), ("equal", equal)):
+        if len(row["images"]) == 1:
+            question["content"][0] = {"type": "image"}
+            column.append(json.dumps({**row, "messages": [question, answer]}))
+    kinds = {"chats": lines, "equal": equal, "column": column}
+    for name, content in kinds.items():
         (folder / f"{name}.jsonl").write_text("\n".join(content) + "\n")
-    return folder / "chats.jsonl", folder / "equal.jsonl"
+    chats, equals, columns = (folder / f"{name}.jsonl" for name in kinds)
+    return chats, equals, columns
 
 
 class Place:
@@ -82,7 +90,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoint = make_llava(folder / "model")
-        self.chats, self.equal = write_chats(folder / "data")
+        self.chats, self.equal, self.column = write_chats(folder / "data")
         self.runs: dict[str, Run] = {}
 
     def run(
@@ -94,6 +102,7 @@ class Place:
         data: str = "equal",
         resumed: bool = False,
         is_expected_to_fail: bool = False,
+        model: Path | None = None,
         **settings: Any,
     ) -> Run:
         named = f"{tuned}-{rows}x{micro_batches}-{data}-{resumed}-{len(settings)}"
@@ -101,9 +110,9 @@ class Place:
             return self.runs[named]
         place = self.folder / named
         output = place / "out"
-        file = {"chats": self.chats, "equal": self.equal}[data]
+        file = {"chats": self.chats, "equal": self.equal, "column": self.column}[data]
         own = {
-            "base_model": str(self.checkpoint), "processor_type": "AutoProcessor",
+            "base_model": str(model or self.checkpoint), "processor_type": "AutoProcessor",
             "chat_template": "tokenizer_default", "skip_prepare_dataset": True,
             "remove_unused_columns": False, "sample_packing": False,
             "datasets": [{
@@ -157,6 +166,18 @@ def test_the_projector_beside_an_adapter(place: Place) -> None:
         assert max(found.values()) < FLOAT32, found
     check_projector(done, done.output)
     check_projector(done, done.output / "checkpoint-4")
+
+
+def test_deepstack(place: Place) -> None:
+    """Of Qwen3-VL: its merger and deepstack's three train beside the adapter."""
+    checkpoint = make_qwen3(place.folder / "qwen3")
+    done = place.run("mergers", data="column", model=checkpoint)
+    for number in (0, 3):
+        found = step_errors(checkpoint, done, WEIGHT, number=number, image_token=QWEN_IMAGE, **HOW)
+        assert max(found.values()) < FLOAT32, found
+    check_projector(done, done.output)
+    trained = {name.partition(COPY)[0] for name in done.weights if COPY in name}
+    assert all(any(name.endswith(merger) for name in trained) for merger in MERGERS)
 
 
 @BOTH

@@ -9,12 +9,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
 
 from prereg_kernels.attach.storage import load_heads
-from tests.packages.checkpoint import make_llava, write_messages
+from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen3, write_messages
 from tests.packages.compared import (
     COPY,
     FLOAT32,
@@ -40,6 +41,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "lora": {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0},
 }
 TUNED["projector"] = TUNED["lora"] | {"lora_modules_to_save": ["multi_modal_projector"]}
+MERGERS = ["merger", *(f"deepstack_merger_list.{number}" for number in range(3))]
+TUNED["mergers"] = TUNED["lora"] | {"lora_modules_to_save": MERGERS}
 REWARDS = """
 def length(completions, **_):
     return [float(len(completion[0]["content"])) for completion in completions]
@@ -83,6 +86,7 @@ class Place:
         command: str = "sft",
         resumed: bool = False,
         has_pre: bool = True,
+        model: Path | None = None,
         **settings: Any,
     ) -> Run:
         named = f"{command}-{tuned}-{rows}x{micro_batches}-{resumed}-{has_pre}-{len(settings)}"
@@ -91,7 +95,7 @@ class Place:
         place = self.folder / named
         output = place / "out"
         own = {
-            "model_name_or_path": str(self.checkpoint), "output_dir": str(output),
+            "model_name_or_path": str(model or self.checkpoint), "output_dir": str(output),
             "datasets": [{"path": "json", "data_files": str(self.data[command])}],
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches,
             "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
@@ -138,6 +142,25 @@ def test_the_projector_beside_an_adapter(place: Place) -> None:
         assert max(found.values()) < FLOAT32, found
     check_projector(done, done.output)
     check_projector(done, done.output / "checkpoint-4")
+
+
+def test_deepstack(place: Place) -> None:
+    """Of Qwen3-VL: its merger and deepstack's three train beside the adapter. Its forward takes
+    no count of labels, so L_LM is the mean of the micro-batches' means.
+    """
+    checkpoint = make_qwen3(place.folder / "qwen3")
+    rows = datasets.load_dataset("json", data_files=str(place.data["sft"]), split="train")
+    rows = rows.cast_column("images", datasets.List(datasets.Image()))  # as data sets of a hub are
+    rows.to_parquet(str(place.folder / "images.parquet"))
+    data = [{"path": "parquet", "data_files": str(place.folder / "images.parquet")}]
+    done = place.run("mergers", model=checkpoint, datasets=data)
+    how: dict[str, Any] = {"image_token": QWEN_IMAGE, "is_mean_of_means": True}
+    for number in (0, 3):
+        found = step_errors(checkpoint, done, WEIGHT, number=number, anchor=ANCHOR, **how)
+        assert max(found.values()) < FLOAT32, found
+    check_projector(done, done.output)
+    trained = {name.partition(COPY)[0] for name in done.weights if COPY in name}
+    assert all(any(name.endswith(merger) for name in trained) for merger in MERGERS)
 
 
 @BOTH
@@ -239,7 +262,7 @@ def test_the_page_s_file(place: Place) -> None:
 
 def test_bfloat16(place: Place) -> None:
     """TRL's default, for which it wants to be told of a CPU."""
-    settings = {"bf16": True, "use_cpu": True}
+    settings: dict[str, Any] = {"bf16": True, "use_cpu": True}
     two, one = (place.run("full", *sizes, **settings) for sizes in ((2, 2), (4, 1)))
     check_low_precision(place.checkpoint, two, one, WEIGHT, torch.bfloat16, anchor=ANCHOR)
 
