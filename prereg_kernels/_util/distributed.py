@@ -21,6 +21,11 @@ def rank() -> int:
     return torch.distributed.get_rank() if is_running() else 0
 
 
+def ranks() -> int:
+    """How many processes there are; 1 without torch.distributed."""
+    return torch.distributed.get_world_size() if is_running() else 1
+
+
 def tensor_group(model: Any) -> Any:
     """The process group of the ranks that transformers' tensor parallelism made; or None."""
     mesh = getattr(model, private.DEVICE_MESH, None)

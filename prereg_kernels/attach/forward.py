@@ -37,10 +37,10 @@ class ModelForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hooks = self._hooks
         by_hook = not hooks.is_attached or hooks.claim()
-        if not by_hook:
-            hooks.begin(hooks.model, args, kwargs)
-            hooks.claim()
         try:
+            if not by_hook:
+                hooks.begin(hooks.model, args, kwargs)
+                hooks.claim()
             output = self._original(*args, **kwargs)
         except BaseException as error:
             # The hook's end comes after an Exception, but not after Ctrl-C

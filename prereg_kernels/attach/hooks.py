@@ -95,7 +95,13 @@ class Hooks:
 
     def begin_inside(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a pass for a call that bypasses the model and goes to its part with `input_ids`."""
-        if torch.compiler.is_compiling() or self._calls.current is not None:
+        if torch.compiler.is_compiling():
+            return
+        call = self._calls.current
+        while call is not None and call.owner is inner:  # Ctrl-C ended it without its hook
+            self.end(inner, args, None)
+            call = self._calls.current
+        if call is not None:
             return
         inputs = self._named(None, inner, args) | kwargs
         if inputs.get("input_ids") is not None or self._state.next_mask.mask is not None:

@@ -35,6 +35,7 @@ class State:
         anchor_features: A.
         heads, weight, denominator, loss, loss_scale, add_to_loss, passes: see `PRe`.
         watches_gradients, sequence_parallel: see `PRe`.
+        item_ranks: the ranks over which a trainer counts `num_items_in_batch`; None: nobody said.
         given_group: `PRe.tensor_parallel_group`, if it was set.
         next_mask: `PRe.next_visual_mask`, and what became of the masks before.
         batch: the batch of a trainer's step, for calls that no longer have its ids; or None.
@@ -63,6 +64,7 @@ class State:
         self.denominator: float | Tensor | None = None
         self.loss: Tensor | None = None
         self.loss_scale: float | Tensor | None = None  # nobody has set it: 1
+        self.item_ranks: int | None = None
         self.add_to_loss = True
         self.passes = 0
         self.sequence_parallel: SequenceParallel | None = None

@@ -44,7 +44,10 @@ def carry_of(state: State, current: Pass) -> float | Tensor | None:
             "of the step; expected both, or pre.denominator, or a trainer with "
             "prereg_kernels.trainers.PReTrainerMixin"
         )
-    scale = 1.0 if state.loss_scale is None else state.loss_scale
+    scale = state.loss_scale
+    if scale is None:  # of a share of all ranks' labels, the ranks' average is not the sum
+        is_share = items is not None and current.denominator is None
+        scale = (state.item_ranks or 1.0) if is_share else 1.0
     return scale * (state.weight / len(state.heads)) * label_share(current)
 
 

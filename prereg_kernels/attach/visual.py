@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HIDDEN = -1e3
+"""A score this far below the others has a weight of 0 in float32: exp(-104) is the least above it.
+Masks hide by -1e4, which float16 can hold, -1e9, the dtype's least number or -inf."""
+
 
 def find_marked(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
     """Where one of the ids is, hidden or not: bool, the shape of `input_ids`."""
@@ -37,7 +41,8 @@ def find_visible(attention_mask: Any, input_ids: Tensor) -> Tensor | None:
 
     Args:
         attention_mask: (rows, keys), 0 where a position is hidden. Or (rows, heads, queries, keys),
-            bool or added to the scores; a position is hidden if no query sees it. Or a mapping of
+            bool or added to the scores, which -1e3 or less hides; a position is hidden if no query
+            sees it. Or a mapping of
             such masks by the kind of attention, of which the fullest counts. The last keys are
             those of `input_ids`. Other kinds of masks say nothing by position, and hide nothing.
     """
@@ -50,6 +55,6 @@ def find_visible(attention_mask: Any, input_ids: Tensor) -> Tensor | None:
         return None
     keys = attention_mask[..., -length:].to(input_ids.device)
     if keys.is_floating_point() and keys.dim() == 4:
-        keys = keys > torch.finfo(keys.dtype).min / 2
+        keys = keys > HIDDEN
     visible = keys.bool()
     return (visible.flatten(1, 2).any(dim=1) if keys.dim() == 4 else visible).expand(rows, length)

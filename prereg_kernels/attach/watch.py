@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from prereg_kernels._util import private
+from prereg_kernels._util import distributed, private
 from prereg_kernels.attach.checkpointing import is_in_backward
 from prereg_kernels.attach.passes import Pass
 from prereg_kernels.attach.state import State
@@ -37,6 +37,19 @@ UNSCALED = (
 )
 
 
+OVER_RANKS = (
+    "PRe: to each backward it added the gradient of the call's share of num_items_in_batch. If "
+    "your loop counts these over all ranks, and multiplies its loss by their number, as "
+    "transformers' Trainer does, PRe's gradient is too small by that number. Use "
+    "prereg_kernels.trainers.PReTrainer or PReCallback; or set pre.loss_scale to the factor of "
+    "your loss, which may be 1.0, or pre.denominator"
+)
+EVAL_MODE = (
+    "PRe: calls of the model in eval mode, as from_pretrained leaves it, gave the heads no "
+    "gradient in three steps of their optimizer, so they do not train; call model.train()"
+)
+
+
 class Watch:
     """Looks at each call before it runs, without a sync, and says each thing once."""
 
@@ -46,6 +59,8 @@ class Watch:
         self._ddp: Any = None
         self._steps_without_heads: int | None = 0  # None: an optimizer has the heads, or is told
         self._unscaled: deque[set[str]] = deque(maxlen=8)  # `Pass.reached`, since a step
+        self._ran_in_eval = False  # with grad, since a step
+        self._steps_in_eval = 0  # in turn
         _look_at_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,6 +83,7 @@ class Watch:
 
     def evaluated(self, module: nn.Module, output: Any) -> None:
         """Look at a call in eval mode, whose loss is not meant for training."""
+        self._ran_in_eval |= not module.training and torch.is_grad_enabled()
         loss = getattr(output, "loss", None)
         if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].dim():
             loss = output[0]  # without labels the logits come first
@@ -111,9 +127,13 @@ class Watch:
         """Note a pass to which backward adds the gradient of its mean, whatever its loss is."""
         if torch.compiler.is_compiling():  # a graph notes nothing of what backward reaches
             return
-        is_scaled = self._state.loss_scale is not None or current.denominator is not None
-        if not is_scaled and current.inputs.get("num_items_in_batch") is None:
+        state = self._state
+        if state.loss_scale is not None or current.denominator is not None:
+            return
+        if current.inputs.get("num_items_in_batch") is None:
             self._unscaled.append(current.reached)
+        elif state.item_ranks is None and distributed.ranks() > state.copies:
+            self._warn(OVER_RANKS)
 
     def _look_at_the_last_term(self) -> None:
         last = self._state.last
@@ -142,7 +162,8 @@ class Watch:
         """Look at an optimizer that is about to take a step."""
         if not self._state.is_attached:
             return
-        if self._steps_without_heads is None and not self._unscaled:
+        in_eval = self._ran_in_eval or self._steps_in_eval
+        if self._steps_without_heads is None and not self._unscaled and not in_eval:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         has_heads = any(id(p) in stepped for p in self._heads())
@@ -150,6 +171,7 @@ class Watch:
             if sum(reached == {"layer"} for reached in self._unscaled) > 1:
                 self._warn(UNSCALED)
             self._unscaled.clear()
+            self._look_at_eval_mode()
         if self._steps_without_heads is None:
             return
         if has_heads:
@@ -164,6 +186,16 @@ class Watch:
                     "apply_pre before you make the optimizer, and see that its parameter groups "
                     "take in 'pre_heads'"
                 )
+
+    def _look_at_eval_mode(self) -> None:
+        """Without labels there is no loss of the model's to look at, as in `evaluated`."""
+        if not self._ran_in_eval and not self._steps_in_eval:
+            return
+        trains = any(p.grad is not None for p in self._heads())
+        self._steps_in_eval = 0 if trains else self._steps_in_eval + self._ran_in_eval
+        self._ran_in_eval = False
+        if self._steps_in_eval == 3:
+            self._warn(EVAL_MODE)
 
     def _heads(self) -> list[nn.Parameter]:
         return [p for head in self._state.heads.values() for p in head.parameters()]

@@ -20,6 +20,7 @@ RESERVED = {
     "train_sampling_strategy": "nothing: batches are grouped by length and modality",
     "eval_strategy": "nothing: prereg evaluate does it",
     "load_best_model_at_end": "nothing: prereg evaluate does it",
+    "save_only_model": "nothing: a run goes on from its checkpoints, with the optimizer's state",
     "resume_from_checkpoint": "nothing: a run goes on by itself, or starts anew with --fresh",
 }
 """{field of TrainingArguments that the command sets: what to use in its place}"""

@@ -18,6 +18,7 @@ from prereg_kernels.attach.handle import PRe, get_pre, state_of
 from prereg_kernels.attach.parameter_groups import has_own
 from prereg_kernels.attach.storage import PRE_DIR
 from prereg_kernels.trainers.attachment import AttachSettings, attach, check_settings, thaw
+from prereg_kernels.trainers.checkpoints import bring_heads
 from prereg_kernels.trainers.frozen import warn_of_frozen_projector
 from prereg_kernels.trainers.optimizers import check_optimizer, set_heads_apart
 from prereg_kernels.trainers.weights import begin_step, is_scheduled
@@ -37,6 +38,9 @@ class PReCallback(TrainerCallback):
     - Logs. "pre_loss" and "lm_loss" are those of the last micro-batch. If `watch_steps` has
       watched the step, so are the norms of both gradients. They are in `log_history` and reach the
       callbacks after this one. Trainer's own reports, such as to TensorBoard, come before it.
+    - Saving. Beside an adapter, checkpoints have `pre/` with the heads, and so has the output
+      directory at the end of training, unless `save_strategy` is "no". `save_model` to another
+      directory writes none; call `callback.pre.save`.
     - Resuming. The heads come back from `pre/` in the checkpoint. The checkpoint has to be in the
       output directory, or in `TrainingArguments(resume_from_checkpoint=...)`; otherwise it is an
       error. For most multimodal models Trainer (5.17) restores no weight, and says so in a
@@ -115,8 +119,21 @@ class PReCallback(TrainerCallback):
                 "by their labels; prereg_kernels.trainers.with_pre(TrainerClass) makes it the mean "
                 "over all visual tokens of the step"
             )
+        counts = getattr(args, "average_tokens_across_devices", False)
+        state_of(pre).item_ranks = args.world_size // state_of(pre).copies if counts else 1
         if state.global_step and not _is_partitioned(args):
             pre.load(_checkpoint_of(args, state) / PRE_DIR)
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the heads to the output directory beside an adapter, which `save_model` writes."""
+        if not self.is_alone:
+            return
+        assert self.pre is not None
+        state_of(self.pre).item_ranks = None  # of this trainer's steps
+        if args.should_save and args.save_strategy != "no" and self._are_apart(args, model):
+            self.pre.save(Path(args.output_dir) / PRE_DIR)
 
     def on_step_begin(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
@@ -146,16 +163,27 @@ class PReCallback(TrainerCallback):
     def on_save(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Write the heads beside an adapter; a full model's `save_pretrained` has done so."""
+        """Write the heads beside an adapter."""
         if not self.is_alone or _is_partitioned(args) or not args.should_save:
             return
         assert self.pre is not None
         folder = _folder_of(args, state)
-        is_written = state_of(self.pre).model is model and not args.save_on_each_node
-        if folder.is_dir() and not is_written:
-            self.pre.save(folder / PRE_DIR)
-        elif not folder.is_dir():
+        if not folder.is_dir():
             logger.warning(f"PReCallback: expected a checkpoint at {folder}, got none")
+        elif self._are_apart(args, model):
+            self.pre.save(folder / PRE_DIR)
+
+    def on_push_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Bring the heads of the checkpoint, which Trainer leaves there, to what it pushes."""
+        if self.is_alone:
+            bring_heads(_folder_of(args, state), Path(args.output_dir))
+
+    def _are_apart(self, args: Any, model: Any) -> bool:
+        """Whether no `save_pretrained` writes the heads, as a full model's does."""
+        if _is_partitioned(args):
+            return False
+        assert self.pre is not None
+        return state_of(self.pre).model is not model or args.save_on_each_node
 
 
 def _is_partitioned(args: Any) -> bool:

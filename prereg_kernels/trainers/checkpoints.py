@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -100,6 +101,11 @@ class Checkpoints(_Base):
         if self._heads_are_apart():  # on all ranks, which have a part of them each
             self.pre.save(Path(output_dir or self.args.output_dir) / PRE_DIR)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            bring_heads(Path(checkpoint_folder), Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
         self._read_from = path
@@ -121,6 +127,12 @@ class Checkpoints(_Base):
             super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
         finally:
             setattr(model, private.IGNORED_ON_SAVE, ignored)
+
+
+def bring_heads(checkpoint: Path, output: Path) -> None:
+    """Copy a checkpoint's heads to what Trainer pushes: it copies the files that it knows."""
+    if (checkpoint / PRE_DIR).is_dir():
+        shutil.copytree(checkpoint / PRE_DIR, output / PRE_DIR, dirs_exist_ok=True)
 
 
 def load_weights(model: Any, path: str) -> Any:

@@ -251,7 +251,13 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
         self._records, self._lm_loss = (), None
         loss = super().training_step(*args, **kwargs)
         lm_loss, records = self._lm_loss, self._records
-        if lm_loss is None or not all(record.is_complete() for record in records):
+        if lm_loss is None:
+            raise RuntimeError(
+                f"PRe: compute_loss of {type(self).__name__} did not come to PReTrainer's, which "
+                "adds the term; expected it to call super().compute_loss, or a class made by "
+                "prereg_kernels.trainers.with_pre of the one that computes the loss"
+            )
+        if not all(record.is_complete() for record in records):
             raise RuntimeError("PRe: the backward pass has not reached the term")
         self._loss_weight.add(records)
         totals = torch.stack([_totals(record) for record in records]).sum(dim=0)
@@ -275,7 +281,13 @@ class PReTrainerMixin(Checkpoints, Optimizers, Parallelism):
             ValueError: `count_rows` found none of the rows that the passes saw.
         """
         # By these two, as others log as well, and not always on all ranks.
-        if self._window is not None and "loss" in logs and "learning_rate" in logs:
+        is_regular = "loss" in logs and "learning_rate" in logs
+        if is_regular and self._window is None:
+            logger.warning_once(
+                f"PRe: training_step of {type(self).__name__} did not come to PReTrainer's, so the "
+                "logs lack its figures; expected it to call super().training_step"
+            )
+        elif is_regular and self._window is not None:
             share = self._head_norm.take(logs) / self.accelerator.num_processes  # all have it
             window = torch.cat([self._window, share.to(self._window)])
             window = self.accelerator.reduce(window, reduction="sum")

@@ -51,6 +51,38 @@ def test_a_loss_of_ones_own_in_eval_mode_is_no_false_alarm(return_dict: bool) ->
         model(**batch, return_dict=return_dict)[0].mean().backward()
 
 
+def own_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Without labels, as code computes it that has a loss of its own."""
+    logits: torch.Tensor = model(**{n: x for n, x in batch.items() if n != "labels"}).logits
+    return logits.log_softmax(dim=-1)[..., 5].mean().neg()
+
+
+def test_a_loss_of_ones_own_in_eval_mode() -> None:
+    """Which nothing shows but the heads, that get no gradient in the optimizer's steps."""
+    model, batch = tiny_llava().eval(), make_batch()
+    pre = apply_pre(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = pre.heads[2].weight_0.clone()
+
+    def step() -> None:
+        own_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+        step()
+        model.train()  # as after an evaluation with grad
+        step()
+        assert not torch.equal(pre.heads[2].weight_0, before)
+        model.eval()
+        step()
+        step()
+    with pytest.warns(UserWarning, match=r"PRe: calls of the model in eval mode.*model\.train\(\)"):
+        step()
+
+
 def test_evaluation_with_grad_is_no_false_alarm() -> None:
     model, batch = tiny_llava().eval(), make_batch()
     apply_pre(model, value_in_eval=True)

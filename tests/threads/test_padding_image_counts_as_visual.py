@@ -6,6 +6,7 @@ Its tokens have attention 0, so they are padding: not visual, in the pass as in 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,8 +105,8 @@ def as_bool(mask: Tensor) -> Tensor:
     return causal & mask[:, None, None, :].bool()
 
 
-def as_scores(mask: Tensor) -> Tensor:
-    return torch.zeros(as_bool(mask).shape).masked_fill(~as_bool(mask), torch.finfo().min)
+def as_scores(mask: Tensor, hidden: float = torch.finfo().min) -> Tensor:
+    return torch.zeros(as_bool(mask).shape).masked_fill(~as_bool(mask), hidden)
 
 
 FORMS = {
@@ -115,6 +116,9 @@ FORMS = {
     "float": lambda mask: mask.float(),
     "four dimensions, bool": as_bool,
     "four dimensions, added to the scores": as_scores,
+    "added to the scores, -1e9": partial(as_scores, hidden=-1e9),
+    "added to the scores, -1e4": partial(as_scores, hidden=-1e4),
+    "added to the scores, bfloat16": lambda mask: as_scores(mask, -1e4).bfloat16(),
     "a mapping": lambda mask: {"full_attention": as_bool(mask), "sliding_attention": None},
     "longer, with a cache": lambda mask: torch.cat([torch.ones(2, 3), mask], dim=1),
 }

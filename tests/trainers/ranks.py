@@ -25,11 +25,19 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from prereg_kernels import apply_pre, find_pre
-from prereg_kernels.trainers import PReTrainer
+from prereg_kernels.trainers import PReCallback, PReTrainer
 from tests.attach.misplaced import FAMILY, WORD
 from tests.tiny import PATCHES, gradients, tiny_llava
 from tests.trainers import processes
-from tests.trainers.rows import IMAGES, WEIGHT, collate, make_rows, make_trainer, step_gradients
+from tests.trainers.rows import (
+    IMAGES,
+    WEIGHT,
+    Gradients,
+    collate,
+    make_rows,
+    make_trainer,
+    step_gradients,
+)
 
 RANKS = 2
 CHECKPOINTING: dict[str, Any] = {  # 4.57's default is reentrant
@@ -64,6 +72,39 @@ def figures(rank: int, out: Path) -> Any:
     )
     trainer.train()
     return trainer.state.log_history[0]
+
+
+class OwnLoss(Trainer):
+    """One with a loss of its own, of the same value, by the labels of all ranks."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+
+ALIKE = make_rows((1,) * 8, (5,) * 8)  # a share of labels is one of visual tokens
+
+
+def tapped(rank: int, out: Path) -> Any:
+    """Gradients of a step: PRe by a callback, and by hand, where it says what it cannot know."""
+    callback = PReCallback(weight=WEIGHT, gradient="tap")
+    keeper, model = Gradients(), tiny_llava()
+    how: dict[str, Any] = {
+        "cls": OwnLoss, "rows": ALIKE, "per_device_train_batch_size": 2, "optim": "sgd",
+        "gradient_accumulation_steps": 2, "learning_rate": 0.0, "ddp_find_unused_parameters": True,
+    }  # fmt: skip
+    make_trainer(model, out, callbacks=[callback, keeper], **how).train()
+    by_hand = Gradients()
+    apply_pre(model := tiny_llava(), weight=WEIGHT, gradient="tap")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(model, out, callbacks=[by_hand], **how).train()
+    said = [str(w.message) for w in caught if str(w.message).startswith("PRe")]
+    return keeper.steps[0], by_hand.steps[0], said
 
 
 class Uncounted(PReTrainer):
@@ -326,6 +367,7 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     ),
     "evaluated": evaluated,
     "plain trainer": lambda rank, out: trainer_gradients(rank, out, Trainer),
+    "trainer with a loss of its own": tapped,
     "figures": figures,
     "resumed": resumed,
     "ddp loop": ddp_loop,

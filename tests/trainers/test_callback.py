@@ -129,6 +129,19 @@ def test_a_full_model_writes_them_once_and_gets_them_back(
     assert all(torch.equal(heads_of(again.pre)[n], x) for n, x in heads_of(saved).items())
 
 
+def test_the_end_of_training_writes_them(tmp_path: Path) -> None:
+    """As `save_model` then writes the adapter alone; a full model's writes both."""
+    callback = PReCallback()
+    trainer = saving(with_lora(), tmp_path / "out", callback, save_steps=9)
+    trainer.train()
+    trainer.save_model()
+    saved = apply_pre(tiny_llava(), from_pretrained=tmp_path / "out")
+    assert all(torch.equal(heads_of(callback.pre)[n], x) for n, x in heads_of(saved).items())
+    for model, how in ((with_lora(), {"save_strategy": "no"}), (tiny_llava(), {"save_steps": 9})):
+        saving(model, tmp_path / "none", PReCallback(), **how).train()
+        assert not (tmp_path / "none" / "pre").exists()
+
+
 def test_a_checkpoint_that_it_is_not_told_of(tmp_path: Path) -> None:
     """Another run's, in the output directory, has the same name and another history."""
     for name, seed in (("a", 0), ("b", 1)):

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from prereg_kernels import apply_pre
 from prereg_kernels._util import distributed
+from prereg_kernels.trainers import PReCallback
 from prereg_kernels.trainers.checkpoints import load_weights
 from tests.attach.families.test_family import PeftModel
 from tests.releases import HERE
@@ -127,6 +129,32 @@ def test_resume_after_an_interruption(tmp_path: Path) -> None:
     resumed = trainer_on(tmp_path / "other", seed=3)
     resumed.train(resume_from_checkpoint=True)
     assert same(state_of(resumed), state_of(whole))
+
+
+def test_a_push_in_training_has_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer copies the files that it knows of a checkpoint to what it pushes."""
+    pushed: list[dict[str, Tensor]] = []
+
+    def push(self: Any, checkpoint_folder: str) -> None:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        heads = load_file(Path(self.args.output_dir) / "pre" / "pre_heads.safetensors")
+        pushed.append({name: x.clone() for name, x in heads.items()})
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer = trainer_on(tmp_path / "a")
+    trainer.train()
+    callback = PReCallback()
+    other = trainer_on(
+        tmp_path / "b", cls=Trainer, callbacks=[callback], gradient_accumulation_steps=1
+    )
+    other.train()
+    for each, step in ((trainer, 3), (trainer, 6), (other, 3), (other, 6)):
+        checkpoint = Path(each.args.output_dir) / f"checkpoint-{step}"
+        each.state.global_step = step
+        each._push_from_checkpoint(str(checkpoint))
+        saved = load_file(checkpoint / "pre" / "pre_heads.safetensors")
+        assert same(pushed[-1], saved)
+    assert not same(pushed[0], pushed[1]) and not same(pushed[2], pushed[3])
 
 
 def test_files_of_a_checkpoint(tmp_path: Path) -> None:

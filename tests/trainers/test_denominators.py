@@ -28,6 +28,7 @@ from tests.trainers.rows import (
     make_trainer,
     step_gradients,
 )
+from tests.trainers.test_checkpoints import warnings_of
 
 
 def cut(size: int) -> list[list[Row]]:
@@ -340,6 +341,35 @@ def test_a_loss_without_the_term(tmp_path: Path) -> None:
     trainer = make_trainer(model, tmp_path, cls=OtherLoss)
     with pytest.raises(RuntimeError, match="the backward pass has not reached the term"):
         trainer.train()
+
+
+class NoSuper(PReTrainer):
+    """One that goes past PReTrainer: in its loss, or in the whole of a micro-batch."""
+
+    method = "compute_loss"
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.method == "compute_loss":
+            return Trainer.compute_loss(self, model, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.method == "training_step":
+            return Trainer.training_step(self, *args, **kwargs)
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_subclass_that_does_not_call_it(tmp_path: Path) -> None:
+    model = tiny_llava()
+    apply_pre(model)
+    trainer = make_trainer(model, tmp_path, cls=NoSuper)
+    with pytest.raises(RuntimeError, match=r"compute_loss of NoSuper .*super\(\)\.compute_loss"):
+        trainer.train()
+    NoSuper.method = "training_step"
+    with warnings_of("prereg_kernels.trainers.trainer") as said:
+        trainer.train()
+    [message] = said
+    assert "NoSuper did not come to PReTrainer's" in message
 
 
 def test_a_loss_that_misses_the_model(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from prereg_kernels import apply_pre, remove_pre
 from tests.attached import compare, eager_term
+from tests.helpers import relative_error
 from tests.tiny import PATCHES, tiny_llava
 from tests.trainers import ranks
 from tests.trainers.rows import IMAGES, collate, eager_gradients, make_rows
@@ -111,6 +112,17 @@ def test_gradients_of_the_plain_trainer_are_of_the_right_size(out: Path, heads: 
     for ours in read(out, "plain trainer"):
         for name in (name for name in expected if "pre_heads" in name):
             assert 0.4 < ours[name].norm() / expected[name].norm() < 1.6
+
+
+def test_gradients_beside_a_loss_of_the_trainer_s_own(out: Path, heads: Any) -> None:
+    """Backward adds PRe's, as Trainer has its loss: times the ranks. By hand it is told of."""
+    expected = eager_gradients(heads, ranks.ALIKE)
+    for by_callback, by_hand, said in read(out, "trainer with a loss of its own"):
+        compare(by_callback, expected)
+        for name in (name for name in expected if "pre_heads" in name):
+            assert relative_error(2 * by_hand[name], expected[name]) < 2e-5
+        [message] = said
+        assert "the call's share of num_items_in_batch" in message
 
 
 def test_gradients_of_whole_images_and_one_head(out: Path) -> None:
