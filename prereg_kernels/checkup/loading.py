@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from prereg_kernels._util.files import read_json
+from prereg_kernels._util.quiet import quiet
 from prereg_kernels.checkup.images.layouts import family_with_layout
 from prereg_kernels.checkup.images.processing import make, pillow_class, place
 from prereg_kernels.checkup.model_files import (
@@ -189,19 +189,3 @@ def _processor_settings(directory: Path) -> tuple[Path, dict[str, Any] | None]:
         if isinstance(settings, dict) and "image_processor_type" in settings:
             return path, settings
     return directory, None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and advice."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.quiet import quiet
 from prereg_kernels.attach.config import PReConfig
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.handle import PRe
 from prereg_kernels.attach.regularizer import apply_pre, remove_pre
 from prereg_kernels.attach.resolver import Resolution, resolve
-from prereg_kernels.checkup.loading import quiet
 from prereg_kernels.checkup.model_files import (
     CODE,
     QUANTISED,

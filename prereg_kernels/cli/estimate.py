@@ -127,8 +127,8 @@ def structure_of(model: str, settings: Settings) -> Structure:
 def _walked(directory: Path, train: Sequence[str], dtype: str) -> Structure:
     import torch
 
+    from prereg_kernels._util.quiet import quiet
     from prereg_kernels.attach.resolver import resolve
-    from prereg_kernels.checkup.loading import quiet
     from prereg_kernels.checkup.model_files import offline
     from prereg_kernels.cli.doctor_model import model_class, read_config
     from prereg_kernels.cli.made_up import NotRunError, processed_batch

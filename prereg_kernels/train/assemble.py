@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.quiet import quiet
 from prereg_kernels.train.names import check_name
 
 IMAGE = "<image>"
@@ -144,5 +145,6 @@ def _decoder(path: str) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+        with quiet():  # of how the new rows are drawn
+            model.resize_token_embeddings(len(tokenizer))
     return tokenizer, model

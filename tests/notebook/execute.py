@@ -32,6 +32,7 @@ def main() -> None:
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},
+            extra_arguments=["--log-level=ERROR"],  # it warns of TCP on this machine
         ).execute()
     for cell in code_cells(notebook):
         for output in cell.outputs:

@@ -17,6 +17,7 @@ from transformers import (
     CLIPVisionModel,
     SiglipVisionModel,
 )
+from transformers.utils import logging
 
 from prereg_kernels.train.assemble import IMAGE, assemble
 from tests.train.models import (
@@ -29,6 +30,7 @@ from tests.train.models import (
     make_vicuna,
     make_whole_clip,
 )
+from tests.trainers.test_checkpoints import warnings_of
 
 TOWERS = {
     "clip": (make_clip, CLIPVisionModel),
@@ -136,3 +138,12 @@ def test_a_full_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="--out: expected a directory that is not there"):
         assemble("vision", "llm", tmp_path)
+
+
+def test_it_says_nothing_of_new_rows(tmp_path: Path) -> None:
+    """transformers tells how it draws them, as advice to who calls it."""
+    logging.warning_once.cache_clear()
+    vision, llm = make_clip(tmp_path / "vision"), make_vicuna(tmp_path / "llm")
+    with warnings_of("transformers.modeling_utils") as said:
+        assemble(str(vision), str(llm), tmp_path / "out")
+    assert not said

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 from prereg_kernels._util.files import printable
+from prereg_kernels._util.quiet import quiet
 from prereg_kernels.demo.checkpoints.checkpoint import CheckpointError
 from prereg_kernels.demo.checkpoints.manifest import check_files, read_manifest
 from prereg_kernels.demo.config import RunConfig
@@ -48,7 +47,7 @@ def load_model(
         if listed is not None:
             check_files(Path(path), listed, set())
         _check_dtypes(Path(path), ("F32",) if own else ("F64", "F32", "F16", "BF16"))
-        with _quiet():
+        with quiet():
             model, found = LlavaForConditionalGeneration.from_pretrained(
                 path,
                 dtype=torch.float32,
@@ -93,7 +92,7 @@ def model_writer(
     """Writes the model, its tokenizer and, where PRe is attached, its heads."""
 
     def write(directory: Path) -> None:
-        with _quiet():
+        with quiet():
             model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         image_processor(model.config.vision_config.image_size).save_pretrained(directory)
@@ -108,18 +107,3 @@ def _check_dtypes(path: Path, expected: tuple[str, ...]) -> None:
                 dtype = opened.get_slice(name).get_dtype()
                 if dtype not in expected:
                     raise ValueError(f"{file.name}: {name} is {dtype}, expected {expected}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars, one for each file, which would tear the run's own, and without
-    its table of what is missing, which is an error here."""
-    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if shown:
-            hf_logging.enable_progress_bar()
