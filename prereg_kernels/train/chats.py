@@ -23,8 +23,9 @@ def render(processor: Any, messages: Sequence[Message]) -> tuple[str, list[Span]
     """The text, and where in it the answers are: by the template's generation marks, else by what
     it writes before and after each answer.
 
-    An answer ends with what the template writes to end its turn, blanks aside. Where it writes no
-    end after the last one, as LLaVA-1.5's, the end-of-sequence token is put there.
+    An answer ends with what the template writes to end its turn, blanks aside, whether the marks
+    hold that or not. Where it writes no end after the last one, as LLaVA-1.5's, the end-of-sequence
+    token is put there.
 
     Raises:
         BadSampleError: the template refuses the conversation.
@@ -69,20 +70,32 @@ def _by_marks(processor: Any, messages: Sequence[Message]) -> tuple[str, list[Sp
         return_assistant_tokens_mask=True,
         **processor.tokenizer.special_tokens_map,
     )
-    return text, [(start, end) for start, end in spans]
-
-
-def _by_prefixes(processor: Any, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-    def written(count: int, opened: bool) -> str:
-        chat = [dict(message) for message in messages[:count]]
-        text: str = processor.apply_chat_template(chat, add_generation_prompt=opened)
-        return text
-
-    whole, spans = written(len(messages), False), []
+    found = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
+    turn = 0  # where the one before ends
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = written(number, True), written(number + 1, False)
+        until = _written(processor, messages[: number + 1]).rstrip()
+        own = [i for i, (start, _) in enumerate(found) if turn <= start < len(until)]
+        if own and text.startswith(until):
+            found[own[-1]] = (found[own[-1]][0], len(until))
+        turn = len(until)
+    return text, found
+
+
+def _written(processor: Any, messages: Sequence[Message], opened: bool = False) -> str:
+    chat = [dict(message) for message in messages]
+    text: str = processor.apply_chat_template(chat, add_generation_prompt=opened)
+    return text
+
+
+def _by_prefixes(processor: Any, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    whole, spans = _written(processor, messages), []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _written(processor, messages[:number], opened=True)
+        after = _written(processor, messages[: number + 1])
         if not (whole.startswith(after.rstrip()) and after.startswith(before)):
             raise ValueError(
                 "model: expected a chat template with {% generation %} marks, or one by which an "
@@ -119,7 +132,8 @@ def label(
     """The labels of a processed sample: its own ids at the answers, `IGNORED` elsewhere.
 
     The processor has put tokens of its own in the place of each image, so that places in the text
-    are not those in `ids`. Behind the last image they are, counted from the end.
+    are not those in `ids`. Behind the last image they are, counted from the end. A token that
+    begins with blanks, as Llama's do, is the answer's if what follows them is.
 
     Args:
         plain: of the text, by `tokenize`.
@@ -138,7 +152,9 @@ def label(
         shift = len(ids) - len(places)
         for place in range(len(places) - common, len(places)):
             start, end = offsets[place]
-            if start < end and any(first <= start < last for first, last in spans):
+            blanks = len(text[start:end]) - len(text[start:end].lstrip())
+            word = start + blanks * (start + blanks < end)
+            if start < end and any(first <= word < last for first, last in spans):
                 labels[place + shift] = ids[place + shift]
         reached = offsets[len(places) - common][0] if common else len(text)
     else:
@@ -157,7 +173,8 @@ def adds_special(processor: Any, text: str) -> bool:
 
 
 def _prefix(encode: Callable[[str], Sequence[int]], text: str, ids: Sequence[int]) -> Sequence[int]:
-    found = encode(text)
-    if list(found) != list(ids[: len(found)]):
-        raise BadSampleError("a token lies across the beginning or the end of an answer")
-    return found
+    for beginning in (text, text.rstrip()):  # the blanks may be of the next token
+        found = encode(beginning)
+        if list(found) == list(ids[: len(found)]):
+            return found
+    raise BadSampleError("a token lies across the beginning or the end of an answer")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -145,6 +146,9 @@ def warn_of_steps(model: nn.Module) -> None:
 def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[str]) -> nn.Module:
     """The model in PEFT's, with LoRA on the LLM's linear layers; other parts train whole.
 
+    Of the settings' `target_modules` those of the LLM are adapted: a name such as q_proj is one of
+    many towers' modules, too. What `modules_to_save` names trains beside the other parts.
+
     Raises:
         ValueError: PEFT is not here, or does not take the settings.
     """
@@ -153,21 +157,39 @@ def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[st
     except ImportError as error:
         needs = "it needs: pip install peft"
         raise ValueError(f"lora: {not_imported(error, needs)}") from None
-    by_part = parts_of(model)
+    by_part, parameters = parts_of(model), dict(model.named_parameters())
+    others = {part: names for part, names in by_part.items() if part != "llm"}
     modules = modules_of(model, [n for part in parts if part != "llm" for n in by_part[part]])
+    frozen = [parameters[n] for part in others if part not in parts for n in others[part]]
     settings = {"task_type": "CAUSAL_LM", "target_modules": linear_of_llm(model), **lora}
     if modules:
-        settings.setdefault("modules_to_save", modules)
+        settings["modules_to_save"] = [*modules, *(lora.get("modules_to_save") or ())]
+    outside = modules_of(model, [name for names in others.values() for name in names])
+    settings["exclude_modules"] = _excluding(outside, lora.get("exclude_modules"))
     try:
-        peft: Any = get_peft_model(model, LoraConfig(**settings))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            peft: Any = get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {' '.join(str(error).split())}") from None
     for written in peft.peft_config.values():
         base = written.base_model_name_or_path
         if base and Path(base).is_dir():  # so that it is found from other folders too
             written.base_model_name_or_path = str(Path(base).resolve())
+    for parameter in frozen:
+        parameter.requires_grad_(False)  # which bias: all lets train
     result: nn.Module = peft
     return result
+
+
+def _excluding(modules: Collection[str], given: str | Collection[str] | None) -> str:
+    """PEFT's pattern of what no adapter goes on: what is in these modules, and what is given."""
+    patterns = [rf"(?:{re.escape(path)})(?:\..*)?" for path in modules]
+    if isinstance(given, str):
+        patterns.append(given)
+    elif given:
+        patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in given]
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def visual_ids(model: nn.Module) -> frozenset[int]:

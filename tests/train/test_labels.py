@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, LlamaTokenizer, PreTrainedTokenizerFast
 
 from prereg_kernels.train.assemble import VICUNA, assemble
 from prereg_kernels.train.chats import IGNORED
@@ -174,3 +174,68 @@ def test_tokens_that_begin_with_a_blank(tmp_path: Path, number: int) -> None:
     parts = torch.tensor_split(labels, (begins.nonzero().flatten() + 1).tolist())[1:]
     found = [processor.tokenizer.decode(part[part != IGNORED]) for part in parts]
     assert [x.strip() for x in found] == [f"{answer}</s>".strip() for answer in answers]
+
+
+WORDS = ("▁Yes", "▁USER:", "▁ASSISTANT:", "▁what?", "▁A", "▁cat")
+# As LLaVA-1.5's: the marks hold the blank behind an answer, and the one before it is outside.
+LLAVA = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% if m['role'] == 'assistant' %}{% for p in m['content'] %}"
+    "{% generation %}{{ p['text'] + ' ' }}{% endgeneration %}{% endfor %}"
+    "{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+# As LLaVA-OneVision's: the turn's end is outside of the marks.
+ONE_VISION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% elif m['role'] != 'assistant' %}{{ p['text'] }}"
+    "{% else %}{% generation %}{{ p['text'] }}{% endgeneration %}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def words_tokenizer() -> Any:
+    """Llama's, with the merges of these words, blanks before them and all."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += [chr(letter) for letter in range(33, 127)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        for length in range(1, len(word)):
+            if (pair := (word[:length], word[length])) not in merges:
+                merges.append(pair)
+                pieces.append(word[: length + 1])
+    special = ["<image>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = LlamaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "pad_token": "<unk>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("has_marks", (True, False))
+@pytest.mark.parametrize("later", (False, True), ids=("first image", "later image"))
+@pytest.mark.parametrize("template, end", ((LLAVA, ""), (ONE_VISION, "<|im_end|>")))
+def test_marks_of_models_own_templates(
+    tmp_path: Path, template: str, end: str, later: bool, has_marks: bool
+) -> None:
+    """All of an answer, from the blank of its first token to its turn's end, and nothing else."""
+    make_llava(tmp_path)
+    processor: Any = AutoProcessor.from_pretrained(tmp_path)
+    processor.tokenizer = tokenizer = words_tokenizer()
+    processor.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    processor.chat_template = template
+    if not has_marks:
+        processor.chat_template = re.sub(r"{% (end)?generation %}", "", template)
+    asked: list[dict[str, Any]] = [{"type": "text", "text": "what?"}]
+    shown = [{"type": "image"}, *asked]
+    messages = []
+    for number, answer in enumerate(("Yes", "A cat")):
+        messages.append({"role": "user", "content": shown if later == bool(number) else asked})
+        messages.append({"role": "assistant", "content": answer})
+    collate = Collator(processor, 1000, {processor.image_token_id})
+    batch = collate([Sample("x", check_messages(messages, 1), [Image.new("RGB", (16, 16))])])
+    assert batch[SEEN] == (1, [])
+    labels = [x for x in batch["labels"][0].tolist() if x != IGNORED]
+    # Behind a line's end a word has no blank
+    first, second = (["▁Yes"], ["▁A", "▁cat"]) if not end else ([*"Yes"], ["A", "▁cat"])
+    expected = [*first, *([end] if end else []), *second, end or "</s>"]
+    assert tokenizer.convert_ids_to_tokens(labels) == expected

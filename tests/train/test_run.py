@@ -422,6 +422,39 @@ def test_few_samples_of_a_kind_are_told_of(place: Path, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "lora",
+    (
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"], "bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+    ),
+    ids=("names", "all-linear", "bias", "modules_to_save"),
+)
+def test_lora_trains_the_parts_that_train(
+    place: Path, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    """The tower, whose modules have the same names, stays; the projector trains whole."""
+    out = run(
+        place, tmp_path / "out", lora={"r": 4, **lora}, stages__0__max_steps=1,
+        stages__1__max_steps=3,
+    )  # fmt: skip
+    moved = changed(weights(out / "stages/align/model"), weights(out))
+    assert not [name for name in moved if "vision_tower" in name]
+    whole = {name for name in weights(out) if PROJECTOR in name}
+    assert whole <= moved
+    adapted = {name.split(".")[-2] for name in moved - whole}
+    if lora.get("exclude_modules"):
+        assert "q_proj" in adapted and "v_proj" not in adapted
+    elif "modules_to_save" in lora:
+        assert {"lm_head", "q_proj", "down_proj"} <= adapted
+    elif lora["target_modules"] == "all-linear":
+        assert {"q_proj", "down_proj"} <= adapted
+    else:
+        assert adapted == {"q_proj", "v_proj"}
+
+
 def test_lora(place: Path, tmp_path: Path) -> None:
     """Merged at the end."""
     out = run(
