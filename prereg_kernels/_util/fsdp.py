@@ -55,6 +55,17 @@ class Home:
         return Home, (None,)
 
 
+def check_shared(head: nn.Module) -> None:
+    """Raise ValueError if the head of several layers is a unit of FSDP2's, in a reentrant second
+    run: torch (2.13) then reduces the gradients of some of its calls alone."""
+    if any(kind.__name__ == "FSDPModule" for kind in type(head).__mro__):
+        raise ValueError(
+            "share_head: reentrant checkpointing and fully_shard make wrong gradients of a head of "
+            "several layers that is a unit of its own; expected use_reentrant=False, or PReHead "
+            "left out of what is wrapped"
+        )
+
+
 def check_unit(model: nn.Module, head: nn.Module) -> None:
     """Check the unit that `fully_shard` has put a head of this model into.
 

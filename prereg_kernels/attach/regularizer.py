@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from prereg_kernels._util import fsdp
-from prereg_kernels._util.supported import check_transformers, is_before
+from prereg_kernels._util.supported import check_transformers
 from prereg_kernels.attach.config import PReConfig, Settings
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.forward import ModelForward
@@ -155,7 +155,7 @@ def _attach_hooks(state: State) -> None:
         hooks.watch_entry()
     for number in state.heads:
         see: Any = partial(hooks.taps.see, number, _is_next_input(model, number, len(layers)))
-        if _is_written_into(model, number):
+        if number <= _layers_added_to(model):
             see = partial(_copied, see)
         state.hooks.append(layers[number - 1].register_forward_hook(see))
 
@@ -166,12 +166,9 @@ def _is_next_input(model: nn.Module, layer: int, layers: int) -> bool:
     return _layers_added_to(model) < layer < layers
 
 
-def _is_written_into(model: nn.Module, layer: int) -> bool:
-    """Whether the model adds features to this layer's output in place, as before transformers 5."""
-    return is_before(5) and layer <= _layers_added_to(model)
-
-
 def _layers_added_to(model: nn.Module) -> int:
+    """The first layers to whose outputs features are added: before transformers 5, and by ms-swift,
+    in place."""
     vision: Any = getattr(getattr(model, "config", None), "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 

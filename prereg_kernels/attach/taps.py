@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prereg_kernels._util import private
+from prereg_kernels._util.fsdp import check_shared
 from prereg_kernels.attach.anchors import llm_width
 from prereg_kernels.attach.checkpointing import (
     is_called_within_checkpoint,
@@ -163,6 +164,7 @@ class Taps:
 
         Raises:
             RuntimeError: there will be none.
+            ValueError: FSDP would make wrong gradients of the head.
         """
         state, config = self._state, self._state.config
         source = source_of(args, layer)
@@ -180,6 +182,8 @@ class Taps:
             )
             current.pooled[layer] = self._second_runs.leave(run, pool(hidden))
             return
+        if config.share_head and len(state.heads) > 1:
+            check_shared(state.module_of(layer))
         anchor, options = self._arguments(layer, current, hidden, _index(current, hidden))
         value = current.values[layer]
 

@@ -52,6 +52,13 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
     missing = [n for n, p in heads if p.requires_grad and id(p) not in held]
     # Without any, it is of tensors made from them, or takes the model itself, as LOMO does.
     if missing and any(id(p) in held for p in model.parameters()):
+        kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # of Accelerate's
+        if len(missing) < sum(p.requires_grad for _, p in heads):
+            raise ValueError(
+                f"optimizer: expected all of PRe's heads in its param_groups, and {kind} lacks "
+                f"{', '.join(f'{HEADS}.{name}' for name in missing)}, as one of matrices alone, "
+                "such as Muon, leaves out biases; give them a group, or take another optimizer"
+            )
         raise ValueError(
             f"optimizer: expected PRe's heads in its param_groups, got none with "
             f"{', '.join(f'{HEADS}.{name}' for name in missing)}; they would never move, and "

@@ -73,6 +73,12 @@ class LossWeight(TrainerCallback):
         config = self._pre.config
         if config.gradient_ratio is None:
             return
+        if args.torch_compile:
+            raise ValueError(
+                "gradient_ratio: a graph of the whole model shows no gradients at its layers; "
+                "expected torch_compile=False, or layers that you compile one by one, each by "
+                "layer.compile()"
+            )
         saved = state.stateful_callbacks.get(SAVED)
         weight = saved["attributes"]["weight"] if saved else config.weight
         self._base = torch.tensor(weight, dtype=torch.float32, device=args.device)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from prereg_kernels.cli.launch import SWIFT_PLUGIN
@@ -177,6 +178,19 @@ def test_micro_batches(place: Place, tuned: str) -> None:
 def test_resumed(place: Place, tuned: str) -> None:
     whole = place.run(tuned)
     check_resumed(whole, place.run(tuned, resumed=True), whole.step(0)["weights"])
+
+
+def test_only_the_model_resumed(place: Place) -> None:
+    """ms-swift reads the weights itself, and hides the checkpoint from Trainer."""
+    whole = place.run("lora")
+    flags: dict[str, Any] = {"resume_only_model": "true", "ignore_data_skip": "true"}
+    start = place.run("lora", resumed=True, **flags).step(0)["weights"]
+    saved = load_file(whole.output / "checkpoint-2" / "pre" / "pre_heads.safetensors")
+    saved = {name: x for name, x in saved.items() if x.is_floating_point()}
+    assert len(saved) == 4
+    for name, x in saved.items():
+        [ours] = [y for n, y in start.items() if n.endswith(f"pre_heads.{name}")]
+        assert torch.equal(ours, x), name
 
 
 @BOTH

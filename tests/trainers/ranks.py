@@ -157,6 +157,7 @@ def fsdp_loop(
     own_unit: bool = False,
     mixed: bool = False,
     checkpointing: bool = False,
+    use_reentrant: bool = False,
     **settings: Any,
 ) -> Any:
     """FSDP2 on the decoder layers and the rest; the rank without images trains what it uses."""
@@ -164,20 +165,30 @@ def fsdp_loop(
     freeze_vision(model)
     pre = apply_pre(model, weight=WEIGHT, **settings)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else None
     options = {"reshard_after_forward": reshard} | ({"mp_policy": policy} if policy else {})
     units = list(model.model.language_model.layers)
-    for unit in units + (list(pre.heads.values()) if own_unit else []):
+    for unit in units + (list(dict.fromkeys(pre.heads.values())) if own_unit else []):
         fully_shard(unit, **options)
     fully_shard(model, **options)
     batch = collate(rows_of(rank))
     pre.denominator = global_sum(pre.count(batch)) / RANKS
     labels = global_sum((batch["labels"][:, 1:] != -100).sum()) / RANKS
     model(**batch, num_items_in_batch=labels).loss.backward()
-    sharded = all(isinstance(p, DTensor) for p in pre.heads[2].parameters())
+    sharded = all(isinstance(p, DTensor) for p in pre.heads[max(pre.heads)].parameters())
     grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     return sharded, grads, pre.metrics()
+
+
+def refused(rank: int, out: Path) -> str:
+    """What a shared head in a unit of its own says to reentrant checkpointing."""
+    how: dict[str, Any] = {"own_unit": True, "checkpointing": True, "use_reentrant": True}
+    try:
+        fsdp_loop(rank, out, **how, share_head=True, layers=(1, 3))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def in_bfloat16() -> dict[str, Tensor]:
@@ -379,6 +390,10 @@ CASES: dict[str, Callable[[int, Path], Any]] = {
     "fsdp loop, checkpointing, head apart": lambda rank, out: fsdp_loop(
         rank, out, own_unit=True, checkpointing=True
     ),
+    "fsdp loop, one head apart": lambda rank, out: fsdp_loop(
+        rank, out, own_unit=True, checkpointing=True, share_head=True, layers=(1, 3)
+    ),
+    "fsdp loop, one head apart, reentrant": refused,
     "fsdp loop, mixed": lambda rank, out: fsdp_loop(rank, out, own_unit=True, mixed=True),
     "checked, ddp": lambda rank, out: checked(rank, out, in_ddp),
     "checked, fsdp": lambda rank, out: checked(

@@ -145,3 +145,13 @@ def test_the_norm_by_what_is_logged(limit: float, logs: dict[str, float], expect
 def test_rates_are_numbers(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a non-negative finite number"):
         PReConfig(**{name: value})
+
+
+def test_an_optimizer_of_matrices_alone(tmp_path: Path) -> None:
+    """As Muon's is in axolotl, which leaves out what has one dimension."""
+    model = tiny_llava()
+    apply_pre(model)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    trainer = make_trainer(model, tmp_path, optimizers=(torch.optim.SGD(matrices, lr=0.1), None))
+    with pytest.raises(ValueError, match=r"SGD lacks pre_heads\.2\.bias_0, .*leaves out biases"):
+        trainer.train()

@@ -162,6 +162,22 @@ def test_gradients_under_fully_shard(out: Path, heads: Any, case: str, level: st
         assert metrics["pre_loss"] == pytest.approx(term.item(), rel=1e-5)
 
 
+def test_one_head_of_several_layers_under_fully_shard(out: Path) -> None:
+    """In a unit of its own; with reentrant checkpointing torch reduces a part of its gradients."""
+    model = tiny_llava()
+    pre = apply_pre(model, layers=(1, 3), share_head=True)
+    remove_pre(model)
+    expected = eager_gradients(pre.heads, make_rows())
+    for sharded, ours, _ in read(out, "fsdp loop, one head apart"):
+        assert sharded
+        shared = {name: x for name, x in ours.items() if "pre_heads" in name}
+        assert len(shared) == 4
+        for name, x in shared.items():
+            assert relative_error(x, expected[name.replace(".shared.", ".3.")]) < 2e-5
+    for said in read(out, "fsdp loop, one head apart, reentrant"):
+        assert said.startswith("share_head: reentrant checkpointing and fully_shard")
+
+
 def test_gradients_under_fully_shard_in_mixed_precision(out: Path) -> None:
     """bfloat16 parameters, their gradients summed over the ranks in float32."""
     expected = ranks.in_bfloat16()

@@ -175,3 +175,12 @@ def test_a_callback_follows_the_schedule(tmp_path: Path) -> None:
 def test_settings_are_checked(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PReConfig(**settings)
+
+
+def test_a_ratio_in_a_compiled_model(tmp_path: Path) -> None:
+    """Its graph shows no gradients, so the weight would stay as it was."""
+    model = tiny_llava()
+    apply_pre(model, watch_steps=1, gradient_ratio=0.2)
+    trainer = make_trainer(model, tmp_path, torch_compile=True, max_steps=1)
+    with pytest.raises(ValueError, match="gradient_ratio: a graph of the whole model"):
+        trainer.train()

@@ -11,14 +11,17 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import TrainingArguments
 from typing_extensions import Unpack
 
 from prereg_kernels._util.settings_file import parse
 from prereg_kernels.attach.handle import find_pre
 from prereg_kernels.attach.sequence_parallel import SequenceParallel
+from prereg_kernels.attach.storage import PRE_DIR
 from prereg_kernels.trainers.attaching import with_pre
 from prereg_kernels.trainers.attachment import AttachSettings, check_settings, read_settings
 
@@ -68,18 +71,24 @@ def __getattr__(name: str) -> Any:
     own = getattr(import_module(module), original)
     written = read_settings(parse(os.environ.get(VARIABLE, "")), VARIABLE)
     settings: Any = {**_settings, **written}
-    return with_pre(type(own.__name__, (SequencesShared, own), {}), **settings)
+    return with_pre(type(own.__name__, (OfSwift, own), {}), **settings)
 
 
-class SequencesShared(_Base):
-    """Of a trainer of ms-swift's: says how its ranks share sequences (`sequence_parallel_size`).
+class OfSwift(_Base):
+    """What a trainer of ms-swift's needs besides: it says how its ranks share sequences
+    (`sequence_parallel_size`), and reads the heads of a checkpoint of which ms-swift has read the
+    weights itself, and hides it from Trainer (`resume_only_model` with `ignore_data_skip`).
 
     Raises (when made):
-        ValueError: they do so by ring attention.
+        ValueError: ranks share sequences by ring attention.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("args") or next(x for x in args if isinstance(x, TrainingArguments))
+        checkpoint = given.resume_from_checkpoint
         super().__init__(*args, **kwargs)
+        if checkpoint and not self.args.resume_from_checkpoint:
+            find_pre(self.model).load(Path(checkpoint) / PRE_DIR)
         if self.template.sequence_parallel_size == 1:
             return
         from swift.sequence_parallel import sequence_parallel as ranks
