@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from prereg_kernels._util.files import write_whole
 from prereg_kernels.train.chats import adds_special
@@ -26,6 +27,7 @@ EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
 Chat = tuple[Sequence[Any], Sequence[Any]]
 """(messages up to a question, their images)"""
 _LETTER = re.compile(r"\b([A-Z])\b")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,14 @@ class Respondent:
         self._processor = load_processor(model)
         network = load_whole(model, dtype="auto" if dtype is None else dtype)
         self._network = network.to(device).eval()
+        # `generate` fills in what it is not given from the model's own, such as num_beams
+        own = network.generation_config
+        network.generation_config = GenerationConfig(
+            **{name: getattr(own, name) for name in _TOKENS}
+        )
 
-    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[str]:
-        """An answer to each chat, greedily: all of them have images, or none has.
-
-        Args:
-            generation: further arguments of `generate`.
-        """
+    def answer(self, chats: Sequence[Chat], *, max_new_tokens: int) -> list[str]:
+        """An answer to each chat, greedily: all of them have images, or none has."""
         processor = self._processor
         texts = [
             processor.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True)
@@ -139,7 +142,9 @@ class Respondent:
             add_special_tokens=adds_special(processor, texts[0]),
         ).to(self._network.device, self._network.dtype)
         with torch.inference_mode():
-            written = self._network.generate(**batch, **{"do_sample": False, **generation})
+            written = self._network.generate(
+                **batch, do_sample=False, max_new_tokens=max_new_tokens
+            )
         new = written[:, batch["input_ids"].shape[1] :]
         decoded: list[str] = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in decoded]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from prereg_kernels.train.config import DataConfig
-from prereg_kernels.train.evaluate import Evaluation, evaluate, score
+from prereg_kernels.train.evaluate import PREDICTIONS, Evaluation, evaluate, score
 from tests.train.places import make_place
 
 
@@ -54,6 +55,29 @@ def test_answers_are_those_of_one_question_at_a_time(place: Path, tmp_path: Path
     assert len(set(expected)) > 2
     assert json.loads((tmp_path / "evaluation.json").read_text())["questions"] == 24
     assert found.commonest == 6 / 24
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.3}, {"num_beams": 3}, {"no_repeat_ngram_size": 1},
+        {"eos_token_id": list(range(5, 40))},
+    ],
+)  # fmt: skip
+def test_answers_are_greedy(place: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    """Of the model's own settings of generation the token ids alone count."""
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    data = DataConfig(str(place / "data.json"), "llava", str(place / "images"))
+    evaluate(place / "model", data, tmp_path / "plain", max_new_tokens=4)
+    evaluate(model, data, tmp_path / "set", max_new_tokens=4)
+    plain, found = (
+        [json.loads(line)["answer"] for line in (tmp_path / name / PREDICTIONS).open()]
+        for name in ("plain", "set")
+    )
+    assert (found == plain) == ("eos_token_id" not in setting)
 
 
 def test_shares() -> None:
