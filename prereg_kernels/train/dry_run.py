@@ -13,7 +13,7 @@ from prereg_kernels.checkup.images.reading import SkipImage, inside
 from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import DataConfig, StageConfig, TrainConfig
 from prereg_kernels.train.models import load_processor, model_on_meta, visual_ids
-from prereg_kernels.train.order import Mixture
+from prereg_kernels.train.order import Mixture, seed_of
 from prereg_kernels.train.packing import order_of
 from prereg_kernels.train.parts import PARTS, parts_of
 from prereg_kernels.train.run import training_arguments
@@ -94,7 +94,7 @@ def _of_stage(
             Mixture([sources[each] for each in data]),
             [each.weight for each in data],
             batch,
-            arguments.seed,
+            seed_of(arguments),
             lambda: Collator(load_processor(config.model), config.max_length, ids),
             config.packing_length,
         )

@@ -50,7 +50,7 @@ from prereg_kernels.train.models import (
     with_adapter,
     without_adapter,
 )
-from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
+from prereg_kernels.train.order import GroupedSampler, Mixture, grouped, seed_of
 from prereg_kernels.train.packing import estimate, order_of, packed, prepare_packing
 from prereg_kernels.train.parts import set_trainable
 from prereg_kernels.train.records import (
@@ -170,7 +170,7 @@ def _train_stage(
             mixture,
             weights,
             samples_of_step(arguments),
-            arguments.seed,
+            seed_of(arguments),
             lambda: collator,
             config.packing_length,
         )
@@ -252,7 +252,7 @@ def _stream(
         streams,
         names,
         weights,
-        seed=arguments.seed,
+        seed=seed_of(arguments),
         rank=arguments.process_index,
         ranks=arguments.world_size,
         group=group,
