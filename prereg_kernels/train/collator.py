@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prereg_kernels.checkup.images.reading import SkipImage, inside, open_rgb
 from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render, tokenize
+from prereg_kernels.train.placeholders import check_texts, placeholders
 from prereg_kernels.train.rows import pack
 from prereg_kernels.train.sample import BadSampleError, Message, Sample
 from prereg_kernels.train.waiting import within
@@ -89,6 +90,7 @@ class Collator:
     def __init__(self, processor: Any, max_length: int, visual_ids: Collection[int]) -> None:
         self.processor, self.max_length = processor, max_length
         self._visual, self._visual_ids = frozenset(visual_ids), torch.tensor(sorted(visual_ids))
+        self._placeholders = placeholders(processor, visual_ids)
 
     def __call__(
         self, items: Sequence[Sample | Failed | Sequence[Sample | Failed]]
@@ -166,6 +168,7 @@ class Collator:
         return apart, pack(batch, batch["input_ids"].numel(), pad, is_flat=True)
 
     def _chat(self, sample: Sample, contents: Mapping[str, bytes]) -> _Chat:
+        check_texts(sample.messages, self._placeholders)
         text, spans = render(self.processor, sample.messages)
         images = [
             open_image(x, sample.root, contents.get(x) if isinstance(x, str) else None)

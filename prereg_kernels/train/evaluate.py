@@ -20,6 +20,7 @@ from prereg_kernels.train.collator import open_image
 from prereg_kernels.train.config import DataConfig
 from prereg_kernels.train.models import load_processor, load_whole
 from prereg_kernels.train.order import Mixture
+from prereg_kernels.train.placeholders import check_texts, placeholders
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.sources import open_source
 
@@ -78,7 +79,7 @@ def evaluate(
         numbers = kind.nonzero()[0].tolist()
         for start in range(0, len(numbers), batch_size):
             samples = [mixture[number] for number in numbers[start : start + batch_size]]
-            usable = [q for q in map(_question, samples) if q is not None]
+            usable = [q for q in (_question(x, respondent) for x in samples) if q is not None]
             bad += len(samples) - len(usable)
             if usable:
                 answers = respondent.answer(
@@ -106,6 +107,9 @@ class Respondent:
         model: a directory, of an adapter too, or a name on the hub.
         dtype: None: as it is stored.
 
+    Attributes:
+        placeholders: what stands for an image in a text.
+
     Raises:
         ValueError: no model, or no processor.
     """
@@ -119,6 +123,9 @@ class Respondent:
         self._processor = load_processor(model)
         network = load_whole(model, dtype="auto" if dtype is None else dtype)
         self._network = network.to(device).eval()
+        names = ("image_token_id", "video_token_id")
+        ids = [getattr(network.config, name, None) for name in names]
+        self.placeholders = placeholders(self._processor, [x for x in ids if x is not None])
         # `generate` fills in what it is not given from the model's own, such as num_beams
         own = network.generation_config
         network.generation_config = GenerationConfig(
@@ -158,7 +165,7 @@ class _Question:
     reference: str
 
 
-def _question(sample: Any) -> _Question | None:
+def _question(sample: Any, respondent: Respondent) -> _Question | None:
     """The sample's last answer as a question; None where it cannot be used."""
     if not isinstance(sample, Sample):
         return None
@@ -168,6 +175,7 @@ def _question(sample: Any) -> _Question | None:
     *before, last = messages
     reference = "".join(part["text"] for part in last["content"] if part["type"] == "text")
     try:
+        check_texts(before, respondent.placeholders)
         images = [open_image(image, sample.root) for image in sample.images]
     except BadSampleError:
         return None

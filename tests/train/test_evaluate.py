@@ -104,3 +104,27 @@ def test_bad_samples_are_counted(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected questions, got 2 samples that cannot be used"):
         evaluate(place / "model", data, tmp_path / "none", max_new_tokens=2)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_placeholder_in_a_question(place: Path, tmp_path: Path) -> None:
+    """With an image and without; in the answer it is a text like any other."""
+    texts = [("what?", "a"), ("<image>?", "a"), ("what?", "an <image>")]
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": answer},
+            ],
+            "images": ["0_0.png"] * len(parts),
+        }
+        for question, answer in texts
+        for parts in ([{"type": "image"}], [])
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = DataConfig(str(path), images=str(place / "images"))
+    found = evaluate(place / "model", data, tmp_path, max_new_tokens=2)
+    assert (found.questions, found.bad) == (4, 2)
+    lines = [json.loads(line) for line in (tmp_path / PREDICTIONS).open()]
+    assert [line["where"].rsplit(":", 1)[1] for line in lines] == ["1", "5", "2", "6"]
+    assert [line["reference"] for line in lines] == ["a", "an <image>"] * 2

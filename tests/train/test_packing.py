@@ -206,8 +206,9 @@ def test_models_that_cannot(tmp_path: Path, text_config: Any) -> None:
 
 def test_models_of_three_positions(tmp_path: Path) -> None:
     model = CASES["qwen2_5_vl"]().model
+    processor = AutoProcessor.from_pretrained(make_llava(tmp_path / "model"))
     with pytest.raises(ValueError, match="packing_length: qwen2_5_vl has positions in three dim"):
-        prepare_packing(model, Collator(None, 500, ()), LENGTH)
+        prepare_packing(model, Collator(processor, 500, ()), LENGTH)
 
 
 @pytest.mark.parametrize(
