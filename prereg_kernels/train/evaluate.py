@@ -184,7 +184,12 @@ def _question(sample: Any, respondent: Respondent) -> _Question | None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".")
+    return _unstopped(" ".join(text.lower().split()))
+
+
+def _unstopped(text: str) -> str:
+    """Without blanks around it, and without a full stop at its end."""
+    return text.strip().removesuffix(".").rstrip()
 
 
 def score(pairs: Sequence[tuple[str, str]], bad: int) -> Evaluation:
@@ -204,7 +209,7 @@ def score(pairs: Sequence[tuple[str, str]], bad: int) -> Evaluation:
 
 def _choices(pairs: Sequence[tuple[str, str]]) -> Iterator[bool]:
     for given, answer in pairs:
-        reference = given.strip().removesuffix(".")
+        reference = _unstopped(given)
         if re.fullmatch("[A-Z]", reference):
             letter = _LETTER.search(answer)
             yield letter is not None and letter[1] == reference

@@ -90,6 +90,8 @@ def test_shares() -> None:
         questions=8, exact_match=4 / 8, choices=4, choice_accuracy=2 / 4, commonest=2 / 8, bad=3
     )
     assert score([("yes", "yes")], bad=0).choice_accuracy is None
+    spaced = score([("Yes", "yes ."), ("a mat .", "A mat"), ("B .", "B")], bad=0)
+    assert (spaced.exact_match, spaced.choices, spaced.choice_accuracy) == (1, 1, 1)
 
 
 def test_bad_samples_are_counted(place: Path, tmp_path: Path) -> None:
