@@ -25,6 +25,8 @@ from prereg_kernels.train.waiting import within
 SEEN = "samples"
 """A batch's entry beside the model's: (how many samples it was made of, [(where, reason)] of those
 that were left out)."""
+UNPADDED = "unpadded"
+"""Of a packed batch, beside it: its tokens without the padding, which no mask tells any more."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,7 @@ class Collator:
         self, items: Sequence[Sample | Failed | Sequence[Sample | Failed]]
     ) -> dict[str, Any]:
         """{what the model takes, "labels": (count, length), SEEN: ...}, of samples, or of rows."""
-        samples: list[Sample | Failed] = []
-        for item in items:
-            samples += [item] if isinstance(item, (Sample, Failed)) else item
+        samples = flat(items)
         bad: list[tuple[str, str]] = []
         chats: list[_Chat] = []
         for sample, contents in read_images(samples):
@@ -122,7 +122,9 @@ class Collator:
             batch = self._with_hidden_image(batch)
         elif len(bad) < len(samples) and self.row_length is not None:
             pad = self.processor.tokenizer.pad_token_id
+            tokens = int(batch["attention_mask"].sum())
             batch = pack(batch, self.row_length, pad, is_flat=self.is_flat)
+            return {**batch, SEEN: (len(samples), bad), UNPADDED: tokens}
         return {**batch, SEEN: (len(samples), bad)}
 
     def _batch(self, chats: list[_Chat], bad: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -257,6 +259,14 @@ class Collator:
                 more[0] = hidden[name][0]
             result[name] = torch.cat([batch[name], more.to(batch[name])], dim=1)
         return result
+
+
+def flat(items: Sequence[Sample | Failed | Sequence[Sample | Failed]]) -> list[Sample | Failed]:
+    """The samples of samples, or of rows."""
+    samples: list[Sample | Failed] = []
+    for item in items:
+        samples += [item] if isinstance(item, (Sample, Failed)) else item
+    return samples
 
 
 def read_images(
