@@ -258,9 +258,15 @@ def ulysses_group() -> Any:
 MODULE_METHODS = frozenset({"_apply", "_load_from_state_dict"})
 """Of nn.Module: what `to` and its like call, and what `load_state_dict` does, a module each."""
 TRAINER_METHODS = frozenset(
-    {"_save", "_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load"}
+    {
+        "_save",
+        "_load_from_checkpoint",
+        "_load_best_model",
+        "_issue_warnings_after_load",
+        "_push_from_checkpoint",
+    }
 )
-"""Of transformers.Trainer: what it calls to write and read checkpoints."""
+"""Of transformers.Trainer: what it calls to write, read and push checkpoints."""
 RECIPE_METHODS = frozenset(
     {"_save_checkpoint", "_get_output_dir", "_get_train_sampler", "_get_grad_norm"}
 )

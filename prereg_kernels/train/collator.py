@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prereg_kernels.checkup.images.reading import SkipImage, inside, open_rgb
 from prereg_kernels.train.chats import IGNORED, Span, adds_special, label, render, tokenize
+from prereg_kernels.train.placeholders import check_texts, placeholders
 from prereg_kernels.train.rows import pack
 from prereg_kernels.train.sample import BadSampleError, Message, Sample
 from prereg_kernels.train.waiting import within
@@ -24,6 +25,8 @@ from prereg_kernels.train.waiting import within
 SEEN = "samples"
 """A batch's entry beside the model's: (how many samples it was made of, [(where, reason)] of those
 that were left out)."""
+UNPADDED = "unpadded"
+"""Of a packed batch, beside it: its tokens without the padding, which no mask tells any more."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,13 @@ class Collator:
     def __init__(self, processor: Any, max_length: int, visual_ids: Collection[int]) -> None:
         self.processor, self.max_length = processor, max_length
         self._visual, self._visual_ids = frozenset(visual_ids), torch.tensor(sorted(visual_ids))
+        self._placeholders = placeholders(processor, visual_ids)
 
     def __call__(
         self, items: Sequence[Sample | Failed | Sequence[Sample | Failed]]
     ) -> dict[str, Any]:
         """{what the model takes, "labels": (count, length), SEEN: ...}, of samples, or of rows."""
-        samples: list[Sample | Failed] = []
-        for item in items:
-            samples += [item] if isinstance(item, (Sample, Failed)) else item
+        samples = flat(items)
         bad: list[tuple[str, str]] = []
         chats: list[_Chat] = []
         for sample, contents in read_images(samples):
@@ -120,7 +122,9 @@ class Collator:
             batch = self._with_hidden_image(batch)
         elif len(bad) < len(samples) and self.row_length is not None:
             pad = self.processor.tokenizer.pad_token_id
+            tokens = int(batch["attention_mask"].sum())
             batch = pack(batch, self.row_length, pad, is_flat=self.is_flat)
+            return {**batch, SEEN: (len(samples), bad), UNPADDED: tokens}
         return {**batch, SEEN: (len(samples), bad)}
 
     def _batch(self, chats: list[_Chat], bad: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -166,6 +170,7 @@ class Collator:
         return apart, pack(batch, batch["input_ids"].numel(), pad, is_flat=True)
 
     def _chat(self, sample: Sample, contents: Mapping[str, bytes]) -> _Chat:
+        check_texts(sample.messages, self._placeholders)
         text, spans = render(self.processor, sample.messages)
         images = [
             open_image(x, sample.root, contents.get(x) if isinstance(x, str) else None)
@@ -254,6 +259,14 @@ class Collator:
                 more[0] = hidden[name][0]
             result[name] = torch.cat([batch[name], more.to(batch[name])], dim=1)
         return result
+
+
+def flat(items: Sequence[Sample | Failed | Sequence[Sample | Failed]]) -> list[Sample | Failed]:
+    """The samples of samples, or of rows."""
+    samples: list[Sample | Failed] = []
+    for item in items:
+        samples += [item] if isinstance(item, (Sample, Failed)) else item
+    return samples
 
 
 def read_images(

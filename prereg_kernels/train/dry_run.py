@@ -10,8 +10,11 @@ from pathlib import Path
 
 from prereg_kernels._util.files import printable
 from prereg_kernels.checkup.images.reading import SkipImage, inside
+from prereg_kernels.train.collator import Collator
 from prereg_kernels.train.config import DataConfig, StageConfig, TrainConfig
-from prereg_kernels.train.models import model_on_meta
+from prereg_kernels.train.models import load_processor, model_on_meta, visual_ids
+from prereg_kernels.train.order import Mixture, seed_of
+from prereg_kernels.train.packing import order_of
 from prereg_kernels.train.parts import PARTS, parts_of
 from prereg_kernels.train.run import training_arguments
 from prereg_kernels.train.sample import BadSampleError
@@ -38,7 +41,7 @@ def describe_run(config: TrainConfig) -> str:
     for number, (data, source) in enumerate(sources.items()):
         lines += _of_data(number, data, source)
     for stage in config.stages:
-        lines.append(_of_stage(config, stage, sources, sizes))
+        lines.append(_of_stage(config, stage, sources, sizes, visual_ids(model)))
     return "\n".join(lines)
 
 
@@ -79,19 +82,29 @@ def _of_stage(
     stage: StageConfig,
     sources: dict[DataConfig, Source],
     sizes: dict[str, int],
+    ids: frozenset[int],
 ) -> str:
     arguments = training_arguments(config, stage, Path(config.out))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * ranks
     steps = arguments.max_steps
     if steps <= 0:
-        samples = sum(round(data.weight * len(sources[data])) for data in config.data_of(stage))
-        steps = math.ceil(samples / batch * arguments.num_train_epochs)
+        data = config.data_of(stage)
+        order = order_of(
+            Mixture([sources[each] for each in data]),
+            [each.weight for each in data],
+            batch,
+            seed_of(arguments),
+            lambda: Collator(load_processor(config.model), config.max_length, ids),
+            config.packing_length,
+        )
+        steps = math.ceil(len(order) // batch * arguments.num_train_epochs)
+    taken = "samples" if config.packing_length is None else "rows of samples"
     pre = config.pre_of(stage)
     weights = "an adapter and " if config.lora is not None and "llm" in stage.trainable else ""
     trained = sum(sizes[part] for part in stage.trainable if not (weights and part == "llm"))
     return (
-        f"stage {stage.name}: {steps:,} steps of {batch} samples, {weights}{trained:,} parameters "
+        f"stage {stage.name}: {steps:,} steps of {batch} {taken}, {weights}{trained:,} parameters "
         f"({', '.join(stage.trainable)}), learning rate {arguments.learning_rate:g}, "
         + ("no PRe" if pre is None else f"PRe {dict(pre) or 'by default'}")
     )

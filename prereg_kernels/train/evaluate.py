@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from prereg_kernels._util.files import write_whole
 from prereg_kernels.train.chats import adds_special
@@ -19,6 +20,7 @@ from prereg_kernels.train.collator import open_image
 from prereg_kernels.train.config import DataConfig
 from prereg_kernels.train.models import load_processor, load_whole
 from prereg_kernels.train.order import Mixture
+from prereg_kernels.train.placeholders import check_texts, placeholders
 from prereg_kernels.train.sample import BadSampleError, Sample
 from prereg_kernels.train.sources import open_source
 
@@ -26,6 +28,7 @@ EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
 Chat = tuple[Sequence[Any], Sequence[Any]]
 """(messages up to a question, their images)"""
 _LETTER = re.compile(r"\b([A-Z])\b")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def evaluate(
         numbers = kind.nonzero()[0].tolist()
         for start in range(0, len(numbers), batch_size):
             samples = [mixture[number] for number in numbers[start : start + batch_size]]
-            usable = [q for q in map(_question, samples) if q is not None]
+            usable = [q for q in (_question(x, respondent) for x in samples) if q is not None]
             bad += len(samples) - len(usable)
             if usable:
                 answers = respondent.answer(
@@ -104,6 +107,9 @@ class Respondent:
         model: a directory, of an adapter too, or a name on the hub.
         dtype: None: as it is stored.
 
+    Attributes:
+        placeholders: what stands for an image in a text.
+
     Raises:
         ValueError: no model, or no processor.
     """
@@ -117,13 +123,17 @@ class Respondent:
         self._processor = load_processor(model)
         network = load_whole(model, dtype="auto" if dtype is None else dtype)
         self._network = network.to(device).eval()
+        names = ("image_token_id", "video_token_id")
+        ids = [getattr(network.config, name, None) for name in names]
+        self.placeholders = placeholders(self._processor, [x for x in ids if x is not None])
+        # `generate` fills in what it is not given from the model's own, such as num_beams
+        own = network.generation_config
+        network.generation_config = GenerationConfig(
+            **{name: getattr(own, name) for name in _TOKENS}
+        )
 
-    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[str]:
-        """An answer to each chat, greedily: all of them have images, or none has.
-
-        Args:
-            generation: further arguments of `generate`.
-        """
+    def answer(self, chats: Sequence[Chat], *, max_new_tokens: int) -> list[str]:
+        """An answer to each chat, greedily: all of them have images, or none has."""
         processor = self._processor
         texts = [
             processor.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True)
@@ -139,7 +149,9 @@ class Respondent:
             add_special_tokens=adds_special(processor, texts[0]),
         ).to(self._network.device, self._network.dtype)
         with torch.inference_mode():
-            written = self._network.generate(**batch, **{"do_sample": False, **generation})
+            written = self._network.generate(
+                **batch, do_sample=False, max_new_tokens=max_new_tokens
+            )
         new = written[:, batch["input_ids"].shape[1] :]
         decoded: list[str] = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in decoded]
@@ -153,7 +165,7 @@ class _Question:
     reference: str
 
 
-def _question(sample: Any) -> _Question | None:
+def _question(sample: Any, respondent: Respondent) -> _Question | None:
     """The sample's last answer as a question; None where it cannot be used."""
     if not isinstance(sample, Sample):
         return None
@@ -163,6 +175,7 @@ def _question(sample: Any) -> _Question | None:
     *before, last = messages
     reference = "".join(part["text"] for part in last["content"] if part["type"] == "text")
     try:
+        check_texts(before, respondent.placeholders)
         images = [open_image(image, sample.root) for image in sample.images]
     except BadSampleError:
         return None
@@ -171,7 +184,12 @@ def _question(sample: Any) -> _Question | None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".")
+    return _unstopped(" ".join(text.lower().split()))
+
+
+def _unstopped(text: str) -> str:
+    """Without blanks around it, and without a full stop at its end."""
+    return text.strip().removesuffix(".").rstrip()
 
 
 def score(pairs: Sequence[tuple[str, str]], bad: int) -> Evaluation:
@@ -191,7 +209,7 @@ def score(pairs: Sequence[tuple[str, str]], bad: int) -> Evaluation:
 
 def _choices(pairs: Sequence[tuple[str, str]]) -> Iterator[bool]:
     for given, answer in pairs:
-        reference = given.strip().removesuffix(".")
+        reference = _unstopped(given)
         if re.fullmatch("[A-Z]", reference):
             letter = _LETTER.search(answer)
             yield letter is not None and letter[1] == reference

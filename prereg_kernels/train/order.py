@@ -70,6 +70,11 @@ class Mixture(Dataset[Any]):
         return [(int(a), int(b)) for a, b in zip(self._starts, self._starts[1:], strict=False)]
 
 
+def seed_of(arguments: Any) -> int:
+    """Of the order, by TrainingArguments."""
+    return int(arguments.seed if arguments.data_seed is None else arguments.data_seed)
+
+
 class GroupedSampler(Sampler[Any]):
     """The order of an epoch, by units of what a step takes.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +162,27 @@ class PackedSampler(GroupedSampler):
         for kind in (drawn[has_images], drawn[~has_images]):
             rows = fill(self._tokens[kind], self._length)
             yield [kind[row].tolist() for row in rows]
+
+
+def order_of(
+    mixture: Mixture,
+    weights: Sequence[float],
+    unit: int,
+    seed: int,
+    collator: Callable[[], Any],
+    packing_length: int | None,
+) -> GroupedSampler:
+    """The order in which a run takes a mixture: of its samples, or of packed rows.
+
+    Args:
+        weights, unit, seed: as of GroupedSampler.
+        collator: makes the one by which the tokens of samples are estimated, for rows.
+    """
+    if packing_length is None:
+        return GroupedSampler(mixture, weights, unit, seed)
+    by = estimate(collator(), list(probes(mixture)))
+    tokens = by.tokens(mixture.lengths, mixture.images)
+    return PackedSampler(mixture, weights, unit, seed, tokens, packing_length)
 
 
 def packed(

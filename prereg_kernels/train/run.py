@@ -50,14 +50,8 @@ from prereg_kernels.train.models import (
     with_adapter,
     without_adapter,
 )
-from prereg_kernels.train.order import GroupedSampler, Mixture, grouped
-from prereg_kernels.train.packing import (
-    PackedSampler,
-    estimate,
-    packed,
-    prepare_packing,
-    probes,
-)
+from prereg_kernels.train.order import GroupedSampler, Mixture, grouped, seed_of
+from prereg_kernels.train.packing import estimate, order_of, packed, prepare_packing
 from prereg_kernels.train.parts import set_trainable
 from prereg_kernels.train.records import (
     BAD_SAMPLES,
@@ -172,15 +166,14 @@ def _train_stage(
             stream.load(Path(last))
     else:
         mixture = Mixture(sources)
-        unit = samples_of_step(arguments)
-        if config.packing_length is None:
-            order = GroupedSampler(mixture, weights, unit, arguments.seed)
-        else:
-            by = estimate(collator, list(probes(mixture)))
-            tokens = by.tokens(mixture.lengths, mixture.images)
-            order = PackedSampler(
-                mixture, weights, unit, arguments.seed, tokens, config.packing_length
-            )
+        order = order_of(
+            mixture,
+            weights,
+            samples_of_step(arguments),
+            seed_of(arguments),
+            lambda: collator,
+            config.packing_length,
+        )
     if is_first and order is not None:
         for kind, count in order.repeated().items():
             warnings.warn(
@@ -259,7 +252,7 @@ def _stream(
         streams,
         names,
         weights,
-        seed=arguments.seed,
+        seed=seed_of(arguments),
         rank=arguments.process_index,
         ranks=arguments.world_size,
         group=group,

@@ -295,3 +295,25 @@ def test_length(processor: Any, root: Path) -> None:
     assert none["input_ids"].shape[0] == 1
     images = collator(processor, 8)([whole])
     assert images[SEEN] == (1, [("here", f"its images reach beyond 8 tokens, of {length}")])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("kind", ["llava", "qwen2.5-vl"])
+def test_a_placeholder_in_a_text(
+    processor: Any, root: Path, tmp_path: Path, kind: str, count: int
+) -> None:
+    """A bad sample that is named, where it is the model's; the others are as without it."""
+    token = "<image>"
+    if kind != "llava":
+        template, processor = processor.chat_template, load_processor(make_qwen(tmp_path))
+        token, mark = "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"
+        processor.chat_template = template.replace("<image>", mark).replace("</s>", "<|im_end|>")
+    images = ["good.png"] * count
+    good = sample(root, *images, answer="<image> is a tag" if kind != "llava" else "yes")
+    bad = sample(root, *images, answer=f"the tag {token} shows it", where="there")
+    make = collator(processor)
+    reason = f"messages[1]: its text has '{token}', which stands for an image in this model"
+    batch = make([good, bad])
+    assert batch[SEEN] == (2, [("there", f"{reason}; expected no text with it")])
+    assert equal(batch, make([good]))
+    assert make.count(bad) is None and make.count(good) is not None

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from prereg_kernels.train.config import load_config
+from prereg_kernels.train.dry_run import describe_run
+from prereg_kernels.train.run import train
 from tests.cli.run import Command, unread
 from tests.packages.definition import errors, gradients
 from tests.packages.run import Run
@@ -165,10 +168,37 @@ def test_dry_run(place: Path, tmp_path: Path, prereg_here: Command) -> None:
     assert f"  2 samples cannot be used:\n    {data}:1[3]: conversations:" in done.stdout
     assert f"    {data}:1[6]: {outside}: a name or a link that leads out of" in done.stdout
     assert "stage align: 2 steps of 4 samples" in done.stdout
-    assert "stage tune: 6 steps of 4 samples" in done.stdout
+    assert "stage tune: 7 steps of 4 samples" in done.stdout  # 18 with images, 6 of text alone
     half_read = unread("train", str(path), "--dry-run", cwd=tmp_path)
     assert not half_read.returncode
     assert not re.search("prereg: |BrokenPipe", half_read.stderr)  # transformers has warnings there
     costs = re.findall(r"^stage (\w+): at most \S+ m?s a step.* of memory .*", done.stdout, re.M)
     assert costs == ["align", "tune"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"stages__0__num_train_epochs": 4}, "28 steps of 4 samples"),
+        ({"stages__0__num_train_epochs": 0.5, "data__0__weight": 1.5}, "5 steps of 4 samples"),
+        ({"packing_length": 256}, "9 steps of 4 rows of samples"),
+        ({"packing_length": 120, "trainer__gradient_accumulation_steps": 2,
+          "trainer__per_device_train_batch_size": 1}, "21 steps of 2 rows of samples"),
+        ({"stages__0__max_steps": 3, "packing_length": 256}, "3 steps of 4 rows of samples"),
+    ],
+)  # fmt: skip
+def test_steps_of_a_dry_run_are_those_of_the_run(
+    place: Path, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    stage = {"name": "tune", "trainable": ["projector"]}
+    values = settings(place, tmp_path / "out", stages=[stage], max_length=100, pre=None, **changes)
+    records = json.loads((place / "data.json").read_text())
+    for record in records[::3]:
+        record["conversations"][1]["value"] *= 12
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    values["data"][0]["path"] = str(tmp_path / "data.json")
+    config = load_config(write(tmp_path / "c.yaml", values))
+    said = describe_run(config).splitlines()[-1]
+    assert said.startswith(f"stage tune: {expected}, ")
+    assert len(metrics(train(config), "tune")) == int(expected.split()[0])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prereg_kernels.train.collator import Failed
+from prereg_kernels.train.collator import Collator, Failed
+from prereg_kernels.train.config import load_config
 from prereg_kernels.train.order import GroupedSampler, Mixture
+from prereg_kernels.train.run import train
 from prereg_kernels.train.sample import BadSampleError, Sample
+from tests.train.places import make_place, settings, write
 
 
 class Numbers:
@@ -116,3 +120,36 @@ def test_weights(weight: float) -> None:
         assert all(counts[i] in (int(weight), int(weight) + 1) for i in range(61))
         assert all(counts[i] == 1 for i in range(61, 161))
     assert (epochs[0] == epochs[1]) == (weight == 1.0)
+
+
+@pytest.mark.parametrize("kind", ["order", "rows", "stream"])
+def test_the_seed_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """`data_seed` decides on the order; where it is not given, `seed` does."""
+    place = make_place(tmp_path / "place")
+    records = json.loads((place / "data.json").read_text())
+    (place / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    stage = {"name": "tune", "trainable": ["projector"], "max_steps": 3}
+    changes: dict[str, Any] = {"stages": [stage], "max_length": 100}
+    if kind == "rows":
+        changes["packing_length"] = 120
+    if kind == "stream":
+        changes |= {"data__0__path": str(place / "d.jsonl"), "data__0__streaming": True}
+    taken: list[Any] = []
+    collate = Collator.__call__
+
+    def record(self: Any, samples: Any) -> dict[str, Any]:
+        batch = collate(self, samples)
+        taken.append(batch["input_ids"].tolist())
+        return batch
+
+    monkeypatch.setattr(Collator, "__call__", record)
+
+    def run(name: str, **seeds: int) -> list[Any]:
+        taken.clear()
+        given = {f"trainer__{key}": seed for key, seed in seeds.items()}
+        values = settings(place, tmp_path / name, **changes, **given)
+        train(load_config(write(tmp_path / f"{name}.yaml", values)))
+        return list(taken)
+
+    by_0, by_8 = run("0", seed=0), run("8", seed=8)
+    assert by_0 == run("given", seed=8, data_seed=0) != by_8

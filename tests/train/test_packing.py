@@ -19,6 +19,7 @@ from prereg_kernels.train import packing
 from prereg_kernels.train.chats import IGNORED
 from prereg_kernels.train.collator import SEEN, Collator
 from prereg_kernels.train.config import load_config
+from prereg_kernels.train.facts import FACTS, CountingCollator, Facts
 from prereg_kernels.train.order import Mixture
 from prereg_kernels.train.packing import PackedSampler, fill, fit, packed, prepare_packing
 from prereg_kernels.train.rows import pack
@@ -206,8 +207,9 @@ def test_models_that_cannot(tmp_path: Path, text_config: Any) -> None:
 
 def test_models_of_three_positions(tmp_path: Path) -> None:
     model = CASES["qwen2_5_vl"]().model
+    processor = AutoProcessor.from_pretrained(make_llava(tmp_path / "model"))
     with pytest.raises(ValueError, match="packing_length: qwen2_5_vl has positions in three dim"):
-        prepare_packing(model, Collator(None, 500, ()), LENGTH)
+        prepare_packing(model, Collator(processor, 500, ()), LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -226,3 +228,26 @@ def test_text_alone_of_a_stream_on_several_ranks(place: Path) -> None:
     with pytest.raises(ValueError, match="packing_length: expected images in each sample of a"):
         collator([sample(place)])
     assert collator([[sample(place, "images/0_0.png")]])[SEEN] == (1, [])
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_facts_of_rows_are_those_of_their_samples(place: Path, is_flat: bool) -> None:
+    """Without the padding behind a shorter row; a bad sample counts nothing."""
+    processor = AutoProcessor.from_pretrained(place / "model")
+    ids = {processor.image_token_id}
+    texts = ["yes " * 12, "no", "two", "it is a cat"]
+    samples = [
+        sample(place, *(["images/0_0.png"] * (1 + number % 2)), answer=text, where=f"d:{number}")
+        for number, text in enumerate(texts)
+    ]
+    bad = sample(place, "images/absent.png", where="d:4")
+    apart = [CountingCollator(Collator(processor, 150, ids), ids)([x])[FACTS] for x in samples]
+    collator = Collator(processor, 150, ids)
+    collator.row_length, collator.is_flat = 150, is_flat
+    batch = CountingCollator(collator, ids)([samples[:2], [samples[2], bad, samples[3]]])
+    found = batch.pop(FACTS)
+    sums = [sum(each[i] for each in apart) for i in range(1, 6)]
+    assert found == Facts(("d:0", "d:1", "d:2", "d:3"), *sums)
+    assert found.images == 6 and found.visual_tokens == 24
+    assert (batch["input_ids"].numel() > found.tokens) == (not is_flat)
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "pixel_values", SEEN}

@@ -109,6 +109,21 @@ def test_batches_are_of_one_kind_and_even(folder: Path) -> None:
     assert sum(len(batch["where"]) >= 3 for batch in batches) > 20
 
 
+def test_small_streams_have_small_batches(tmp_path: Path) -> None:
+    """Of 13 rows, 9 have images; beside a large stream, blocks end with the small one's epochs."""
+    write(tmp_path / "small", (13,))
+    write(tmp_path / "large", (1300,))
+
+    def sizes(count: int, *names: str) -> list[int]:
+        batches = iter(loader(*(tmp_path / name for name in names), size=8))
+        return sorted(len(batch["where"]) for batch in islice(batches, count))
+
+    assert sizes(3, "small") == [4, 4, 5]
+    assert sizes(4, "small", "large") == [6, 6, 6, 8]
+    alone = sizes(120, "large")  # of the first block's 126
+    assert sum(alone) > 120 * 7.8 and max(alone) == 8
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 7, 26])
 def test_resumed_in_the_middle(folder: Path, tmp_path: Path, workers: int, taken: int) -> None:
