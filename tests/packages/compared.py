@@ -120,6 +120,12 @@ def check_projector(run: Run, adapter: Path) -> None:
     assert all(torch.equal(end[name], step["weights"][name]) for name in original)
 
 
+def check_copied(run: Run, modules: Collection[str]) -> None:
+    """Each of these modules trains beside LoRA."""
+    copied = {name.partition(COPY)[0] for name in run.weights if COPY in name}
+    assert all(any(name.endswith(module) for name in copied) for module in modules), copied
+
+
 def check_whole(run: Run) -> None:
     """Without an adapter, all of the projector trains."""
     start = run.step(0)["weights"]

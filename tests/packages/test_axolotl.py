@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText
 from tests.docs.pages import ROOT, read_page
 from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen3, write_messages
 from tests.packages.compared import (
-    COPY,
     FLOAT32,
+    check_copied,
     check_files,
     check_logs,
     check_projector,
@@ -176,8 +176,7 @@ def test_deepstack(place: Place) -> None:
         found = step_errors(checkpoint, done, WEIGHT, number=number, image_token=QWEN_IMAGE, **HOW)
         assert max(found.values()) < FLOAT32, found
     check_projector(done, done.output)
-    trained = {name.partition(COPY)[0] for name in done.weights if COPY in name}
-    assert all(any(name.endswith(merger) for name in trained) for merger in MERGERS)
+    check_copied(done, MERGERS)
 
 
 @BOTH

@@ -19,6 +19,7 @@ from tests.packages.checkpoint import QWEN_IMAGE, make_llava, make_qwen3, write_
 from tests.packages.compared import (
     COPY,
     FLOAT32,
+    check_copied,
     check_files,
     check_logs,
     check_low_precision,
@@ -159,8 +160,7 @@ def test_deepstack(place: Place) -> None:
         found = step_errors(checkpoint, done, WEIGHT, number=number, anchor=ANCHOR, **how)
         assert max(found.values()) < FLOAT32, found
     check_projector(done, done.output)
-    trained = {name.partition(COPY)[0] for name in done.weights if COPY in name}
-    assert all(any(name.endswith(merger) for name in trained) for merger in MERGERS)
+    check_copied(done, MERGERS)
 
 
 @BOTH
