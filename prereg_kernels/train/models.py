@@ -168,7 +168,8 @@ def with_adapter(model: nn.Module, lora: Mapping[str, Any], parts: Collection[st
     settings["exclude_modules"] = _excluding(outside, lora.get("exclude_modules"))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            if not lora.get("exclude_modules"):  # nobody has: it is ours
+                warnings.filterwarnings("ignore", message="You have passed exclude_modules")
             peft: Any = get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {' '.join(str(error).split())}") from None

@@ -73,12 +73,6 @@ class LossWeight(TrainerCallback):
         config = self._pre.config
         if config.gradient_ratio is None:
             return
-        if args.torch_compile:
-            raise ValueError(
-                "gradient_ratio: a graph of the whole model shows no gradients at its layers; "
-                "expected torch_compile=False, or layers that you compile one by one, each by "
-                "layer.compile()"
-            )
         saved = state.stateful_callbacks.get(SAVED)
         weight = saved["attributes"]["weight"] if saved else config.weight
         self._base = torch.tensor(weight, dtype=torch.float32, device=args.device)
@@ -88,9 +82,20 @@ class LossWeight(TrainerCallback):
         self._sums, self._probes = None, []
 
     def add(self, records: Sequence[Record]) -> None:
-        """The passes of a micro-batch, after backward."""
+        """The passes of a micro-batch, after backward.
+
+        Raises:
+            ValueError: the weight follows gradients that none of a compiled model's passes shows.
+        """
         for record in records:
             sums = record.gradient_sums()
+            follows = self._base is not None and self._pre.watches_gradients
+            if sums is None and follows and not record.is_idle:
+                raise ValueError(
+                    "gradient_ratio: a graph of the whole model shows no gradients at its layers; "
+                    "expected torch_compile=False, or layers that you compile one by one, each by "
+                    "layer.compile()"
+                )
             if sums is not None:
                 scaler = self._trainer.accelerator.scaler
                 if scaler is not None:  # what it multiplies the loss by

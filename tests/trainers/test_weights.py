@@ -177,10 +177,16 @@ def test_settings_are_checked(settings: Any, message: str) -> None:
         PReConfig(**settings)
 
 
-def test_a_ratio_in_a_compiled_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ("the trainer", "hand"))
+def test_a_ratio_in_a_compiled_model(tmp_path: Path, by: str) -> None:
     """Its graph shows no gradients, so the weight would stay as it was."""
     model = tiny_llava()
     apply_pre(model, watch_steps=1, gradient_ratio=0.2)
-    trainer = make_trainer(model, tmp_path, torch_compile=True, max_steps=1)
+    how: dict[str, Any] = {}
+    if by == "hand":
+        model.compile(backend="eager")
+    else:
+        how = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = make_trainer(model, tmp_path, max_steps=1, **how)
     with pytest.raises(ValueError, match="gradient_ratio: a graph of the whole model"):
         trainer.train()
