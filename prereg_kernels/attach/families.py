@@ -57,21 +57,43 @@ def _tower_processor(config: Any) -> tuple[str, dict[str, Any]]:
     return "CLIPImageProcessor", {"size": {"shortest_edge": side}, "crop_size": square}
 
 
+def _tiles_processor(config: Any) -> tuple[str, dict[str, Any]]:
+    _, settings = _tower_processor(config)
+    return "LlavaNextImageProcessor", {
+        "size": {"shortest_edge": config.vision_config.image_size},
+        "crop_size": settings.get("crop_size", settings["size"]),
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+    }
+
+
 def _qwen_processor(config: Any) -> tuple[str, dict[str, Any]]:
     vision = config.vision_config
     return "Qwen2VLImageProcessor", {
         "patch_size": vision.patch_size,
         "merge_size": vision.spatial_merge_size,
         "temporal_patch_size": vision.temporal_patch_size,
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 12_845_056},
     }
 
 
+def _qwen3_processor(config: Any) -> tuple[str, dict[str, Any]]:
+    name, settings = _qwen_processor(config)
+    return name, {
+        **settings,
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+# Processors are as in the families' releases: transformers' defaults are other ones
 _QWEN_IMAGES: dict[str, Any] = {
     "layout": "blocks",
     "processor": _qwen_processor,
     "markers": ("vision_start_token_id", "vision_end_token_id"),
     "token_types": "mm_token_type_ids",
 }
+_QWEN3_IMAGES: dict[str, Any] = {**_QWEN_IMAGES, "processor": _qwen3_processor}
 
 
 def _places_of_windows(config: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -150,7 +172,7 @@ FAMILIES = (
     # Tiles that are put together again: one run of tokens an image.
     Family(
         "LLaVA-NeXT", ("llava_next",), regroups=_TILES, **_SIZES,
-        layout="tiles", towers=_TOWERS, processor=_tower_processor,
+        layout="tiles", towers=_TOWERS, processor=_tiles_processor,
     ),
     Family("LLaVA-OneVision", ("llava_onevision",), regroups=_TILES, **_CLIPS),
     Family("LLaVA-NeXT-Video", ("llava_next_video",), regroups=_TILES, **_CLIPS),
@@ -181,7 +203,7 @@ FAMILIES = (
         **_GRIDS_OF_RUNS,
     ),
     # A video is a run for each frame, or pair of frames.
-    Family("Qwen3-VL", ("qwen3_vl",), **_MERGER, **_GRIDS_OF_FRAMES, **_QWEN_IMAGES),
+    Family("Qwen3-VL", ("qwen3_vl",), **_MERGER, **_GRIDS_OF_FRAMES, **_QWEN3_IMAGES),
     Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), **_MERGER, **_GRIDS_OF_FRAMES),
     Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), **_MERGER, **_GRIDS_OF_FRAMES),
     # Hyper-connections: streams that a learned mixture ends. Their mean is nearest to it.

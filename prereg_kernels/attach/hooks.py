@@ -169,7 +169,7 @@ class Hooks:
             if training and denominator is None and shared is not None:
                 denominator = _over_ranks(shared, mask.sum(), part)
             current = Pass(inputs, source, mask.shape, training, denominator, mask, values)
-            current.part = part
+            current.part, current.first_label = part, state.first_label
             current.carry = carry_of(state, current) if training else None
             return current
         index = mask.flatten().nonzero().squeeze(1)
@@ -187,7 +187,8 @@ class Hooks:
             denominator = _over_ranks(shared, torch.tensor(float(rows), device=index.device), part)
         if not index.numel():  # the term is 0, whatever it is divided by
             denominator = None
-        current = Pass(inputs, source, mask.shape, training, denominator, index, values, again)
+        current = Pass(inputs, source, mask.shape, training, denominator, index, values)
+        current.again, current.first_label = again, state.first_label
         current.images, current.part, current.encoded = images, part, encoded
         if images is not None and shared is not None:
             current.image_rows = share_of(images.count, shared.group)

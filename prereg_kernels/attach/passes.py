@@ -29,6 +29,7 @@ class Pass:
     denominator: float | Tensor | None
     index: Tensor  # (N,) visual positions in the flattened batch; or, in a graph, the mask of them
     values: dict[int, Tensor]  # per layer, where its loss will be
+    first_label: int = 1  # of a row, of those that the model's loss is of
     again: bool = False  # it has been counted, and backward brings back what its graph needs
     # What backward multiplies the gradient of a layer's loss by, where no loss holds the term
     carry: float | Tensor | None = None
@@ -74,11 +75,11 @@ class Pass:
 
     @property
     def labels(self) -> Tensor | None:
-        """The number of tokens with a label, which the token before predicts: 0-dim."""
+        """The number of labels that the model predicts: 0-dim."""
         labels, shifted = self.inputs.get("labels"), self.inputs.get("shift_labels")
         if isinstance(shifted, Tensor) and labels is not None:  # those of a part of the sequence
             return (shifted != -100).sum()
-        return None if labels is None else (labels[..., 1:] != -100).sum()
+        return None if labels is None else (labels[..., self.first_label :] != -100).sum()
 
     def kinds(self, ids: tuple[int, ...]) -> list[Tensor]:
         """For each of these ids that the batch has: where it is among its visual tokens.

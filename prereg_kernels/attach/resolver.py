@@ -178,12 +178,17 @@ def token_names(config: Any, names: tuple[str, ...] = VISUAL_TOKENS) -> tuple[st
     return tuple(by_id.values())
 
 
+def is_pair(config: Any) -> bool:
+    """Whether it is of an encoder of text and a decoder, whose labels are a text of their own."""
+    configs = [config]
+    if hasattr(config, "get_text_config"):
+        configs.append(config.get_text_config(decoder=True))
+    return any(getattr(each, "is_encoder_decoder", False) for each in configs)
+
+
 def _decoder_of(model: Any) -> tuple[nn.Module, str]:
     """The module that `get_decoder` or `get_encoder` returns, and which of the two it was."""
-    config = model.config
-    text = config.get_text_config(decoder=True)
-    reads_text = any(getattr(c, "is_encoder_decoder", False) for c in (config, text))
-    name = "get_encoder" if reads_text else "get_decoder"
+    name = "get_encoder" if is_pair(model.config) else "get_decoder"
     module = model
     while hasattr(type(module), name):
         inner = getattr(module, name)()

@@ -18,7 +18,7 @@ from prereg_kernels.attach.heads import PASSES, Heads
 from prereg_kernels.attach.image_spans import check_images
 from prereg_kernels.attach.masks import NextMask
 from prereg_kernels.attach.passes import Collected, Record
-from prereg_kernels.attach.resolver import Resolution
+from prereg_kernels.attach.resolver import Resolution, is_pair
 from prereg_kernels.attach.sequence_parallel import SequenceParallel
 from prereg_kernels.attach.stages import check_stage
 from prereg_kernels.ops.head import PReHead
@@ -32,7 +32,7 @@ class State:
 
     Attributes:
         model, config, family: as `apply_pre` has resolved them. origin, how: see `Resolution`.
-        anchor_features: A.
+        anchor_features: A. first_label: see `Pass`.
         heads, weight, denominator, loss, loss_scale, add_to_loss, passes: see `PRe`.
         watches_gradients, sequence_parallel: see `PRe`.
         item_ranks: the ranks over which a trainer counts `num_items_in_batch`; None: nobody said.
@@ -58,6 +58,8 @@ class State:
             check_images(family)
         self.model, self.config, self.family = model, config, family
         self.origin, self.how = resolution.origin, resolution.how
+        # A token predicts the label behind it, but a decoder of its own all of its labels
+        self.first_label = 0 if is_pair(getattr(model, "config", None)) else 1
         self.anchor_features = anchor_width(config, family, model)
         self.weight: float | Tensor = config.weight
         self.watches_gradients = False

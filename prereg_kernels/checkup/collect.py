@@ -307,9 +307,12 @@ def logit_lens_of(model: Any, family: Family | None = None) -> Callable[[Tensor]
     assert isinstance(norm, nn.Module)
 
     def lens(features: Tensor) -> LensSums:
-        with _there(head):
-            device = head.weight.device
-            return LensSums(norm, head.weight, head.bias).update(features.to(device))
+        with _there(head), torch.no_grad():
+            weight = head.weight
+            if hasattr(head, "base_layer"):  # of PEFT: what it adds is in its forward alone
+                rows = head(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
+                weight = (rows if head.bias is None else rows - head.bias).T
+            return LensSums(norm, weight, head.bias).update(features.to(weight.device))
 
     return lens
 

@@ -25,6 +25,26 @@ from prereg_kernels.checkup.model_files import (
 )
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_NORMALISES = ("image_mean", "image_std")
+_TEMPLATE_FILE = "chat_template.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What prepares a model's inputs.
+
+    Attributes:
+        config: the model's.
+        processor: makes pixel values; always the Pillow variant, so that the numbers do not depend
+            on whether torchvision is installed.
+        tokenizer: None where the directory has none.
+        notes: what a reader of the numbers should know about them.
+    """
+
+    config: Any
+    processor: Any
+    tokenizer: Any
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,9 +53,7 @@ class Loaded:
 
     Attributes:
         model: in eval mode.
-        processor: makes pixel values; always the Pillow variant, so that the numbers do not depend
-            on whether torchvision is installed.
-        tokenizer: None where the directory has none.
+        processor, tokenizer: as in Prepared.
         notes: what a reader of the numbers should know about how it was loaded.
     """
 
@@ -72,9 +90,10 @@ def load(
         ValueError: no such directory, a family or processor that is not supported, or weights that
             are missing, incomplete or not safetensors.
     """
-    from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
-    config, left_out = read_config(directory)
+    prepared = prepare(directory, processor)
+    config = prepared.config
     check_weights(directory, config)
     local = {"config": config, "local_files_only": True, "trust_remote_code": False}
     if dtype is None and device_map is None and torch.device(device).type == "cpu":
@@ -100,31 +119,64 @@ def load(
             f"{directory}: expected weights of the whole model, {len(missing)} are missing, such "
             f"as {missing[0]}"
         )
+    notes = prepared.notes
+    if bits is not None:
+        rounded = f"Loaded in {bits} bits by bitsandbytes: the numbers are of rounded weights."
+        notes = (*notes, rounded)
+    model.eval()
+    if not placed:
+        with naming(directory):
+            model.to(device)
+    return Loaded(model, prepared.processor, prepared.tokenizer, notes)
+
+
+def prepare(directory: Path, processor: Path | None = None) -> Prepared:
+    """What prepares the inputs of the model in a directory, whose weights are not read.
+
+    Args, Raises: as `load`.
+    """
+    config, left_out = read_config(directory)
     notes = [
         f"{', '.join(left_out)} in config.json may name code, and was left out: attention and "
         "everything else are transformers' own."
     ] * bool(left_out)
-    if bits is not None:
-        notes.append(f"Loaded in {bits} bits by bitsandbytes: the numbers are of rounded weights.")
-    tokenizer = None
-    if (directory / "tokenizer_config.json").is_file():
-        with quiet(), offline(), naming(directory):
-            tokenizer = AutoTokenizer.from_pretrained(directory, **local)
-    else:
+    tokenizer = _tokenizer(directory, config)
+    if tokenizer is None:
         notes.append(
             "There is no tokenizer in the model directory: tokens are shown as numbers, and "
             "images are put in without the words of a chat template before them."
+        )
+    elif not tokenizer.chat_template:
+        notes.append(
+            "There is no chat template in the model directory: images are put in without its words "
+            "before them."
         )
     if processor is not None and _processor_settings(processor)[1] is None:
         raise ValueError(
             f"{processor}: expected an image processor, {' or '.join(_PROCESSOR_FILES)}, got none"
         )
     image_processor, note = _image_processor(processor or directory, config)
-    model.eval()
-    if not placed:
-        with naming(directory):
-            model.to(device)
-    return Loaded(model, image_processor, tokenizer, (*notes, *note))
+    return Prepared(config, image_processor, tokenizer, (*notes, *note))
+
+
+def _tokenizer(directory: Path, config: Any) -> Any:
+    """The directory's, or None. Its chat template may be in the processor's file of old."""
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer_config.json").is_file():
+        return None
+    with quiet(), offline(), naming(directory):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False
+        )
+    path = directory / _TEMPLATE_FILE
+    if not tokenizer.chat_template and path.is_file():
+        content = read_json(path)
+        template = content.get("chat_template") if isinstance(content, dict) else None
+        if not isinstance(template, str):
+            raise ValueError(f"{path}: expected an object with a chat_template, got {template!r}")
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def _rounded(directory: Path, config: Any, bits: int, dtype: torch.dtype | None) -> Any:
@@ -155,11 +207,6 @@ def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]
             )
         with naming(directory / "config.json"):
             name, settings = usual(config)
-        note = (
-            f"There is no image processor in {directory.name}: the family's usual one was used "
-            f"({name}, {', '.join(f'{key} {value}' for key, value in settings.items())}). If the "
-            "model was trained with another, name its directory with --processor.",
-        )
     else:
         name = str(settings["image_processor_type"])
     kind = pillow_class(name)
@@ -171,6 +218,13 @@ def _image_processor(directory: Path, config: Any) -> tuple[Any, tuple[str, ...]
     kwargs = {k: v for k, v in settings.items() if k not in ("image_processor_type", "auto_map")}
     with naming(path):
         made = make(kind, kwargs)
+        if path == directory:  # it has none
+            facts = {key: getattr(made, key) for key in (*kwargs, *_NORMALISES)}
+            note = (
+                f"There is no image processor in {directory.name}: the family's usual one was used "
+                f"({name}, {', '.join(f'{key} {value}' for key, value in facts.items())}). If the "
+                "model was trained with another, name its directory with --processor.",
+            )
         place(config, made, np.zeros((64, 64, 3), dtype=np.uint8))  # what fails always fails here
     return made, note
 

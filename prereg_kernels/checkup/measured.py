@@ -145,6 +145,12 @@ class Measured:
                 classes = sorted({labels[i][target] for i in rows})
                 y = torch.tensor([classes.index(labels[i][target]) for i in rows])
                 groups = torch.tensor([owners[i] for i in rows])
+                if len(classes) > 1 and _alone(y, groups).all():
+                    missing[name] = (
+                        f"each of its {len(classes)} classes is that of one image, so that no "
+                        "class is in training and in test; expected several images of a class"
+                    )
+                    continue
                 try:
                     probes[name] = []
                     for depth in range(self.layers):
@@ -158,8 +164,8 @@ class Measured:
                     missing[name] = str(error)
         return probes, missing
 
-    def unlabelled(self) -> list[str]:
-        """What is left out for want of labels or masks, and what would bring it, in sentences."""
+    def gaps(self) -> list[str]:
+        """What is left out, or cannot be right, for want of labels or masks, in sentences."""
         sentences = []
         owned = bool(self._labels("object")[0])
         if not owned and not any(self._labels("image")[0]):
@@ -173,13 +179,21 @@ class Measured:
                 "where the objects have classes, a probe of objects."
             )
         for level in ("image", "object"):
-            labels, _ = self._labels(level)
+            labels, owners = self._labels(level)
             for target in dict.fromkeys(name for row in labels for name in row):
-                count = sum(target in row for row in labels)
-                if count < len(labels):
+                rows = [i for i, row in enumerate(labels) if target in row]
+                if len(rows) < len(labels):
                     sentences.append(
-                        f"Only {count} of {len(labels)} {level}s have a label of {target}: the "
+                        f"Only {len(rows)} of {len(labels)} {level}s have a label of {target}: the "
                         f"probe of {level}: {target} leaves the others out."
+                    )
+                classes = sorted({labels[i][target] for i in rows})
+                y = torch.tensor([classes.index(labels[i][target]) for i in rows])
+                alone = int(_alone(y, torch.tensor([owners[i] for i in rows])).sum())
+                if 0 < alone < len(rows):
+                    sentences.append(
+                        f"{alone} of {len(rows)} {level}s are of a {target} that no other image "
+                        f"has: the probe of {level}: {target} gets these wrong."
                     )
         return sentences
 
@@ -234,3 +248,9 @@ class Measured:
 
     def _layer(self, tensor: str, depth: int) -> Tensor:
         return torch.cat([self._shards.layer(first_pass(i), tensor, depth) for i in self._used])
+
+
+def _alone(labels: Tensor, groups: Tensor) -> Tensor:
+    """(N,) bool: the rows whose label (N,) is in one group (N,) alone."""
+    pairs = torch.stack([labels, groups]).unique(dim=1)[0]
+    return pairs.bincount()[labels] == 1

@@ -103,7 +103,7 @@ def results_of(
         changes[target] = [probe_change(layers[0], p) for p in layers]
     lenses = records[LENS]
     tokens = {word.token: _word(tokenizer, word.token) for lens in lenses for word in lens[2]}
-    notes = (*notes, *measured.unlabelled())
+    notes = (*notes, *measured.gaps())
     return CheckupResults(
         name, curves, changes, probes, missing, lenses, records[NORMS], tokens, measured, notes
     )
@@ -113,7 +113,8 @@ def differences(first: CheckupResults, second: CheckupResults) -> dict[str, Curv
     """second - first at each layer, paired by image, or by split of the same images.
 
     Raises:
-        ValueError: they were not measured on the same images, or have other depths.
+        ValueError: they were not measured on the same images, or have other depths or other
+            numbers of tokens of an image.
     """
     a, b = first.measured, second.measured
     if a.names != b.names:
@@ -121,6 +122,12 @@ def differences(first: CheckupResults, second: CheckupResults) -> dict[str, Curv
             f"compare: expected two models measured on the same images; {first.name} used "
             f"{len(a.names)}, {second.name} {len(b.names)}"
         )
+    for name, of_first, of_second in zip(a.names, a.tokens, b.tokens, strict=True):
+        if of_first != of_second:
+            raise ValueError(
+                f"compare: expected two models with as many tokens of each image; of {name} "
+                f"{first.name} has {of_first}, {second.name} {of_second}"
+            )
     if a.layers != b.layers:
         raise ValueError(
             f"compare: expected models of the same depth, got {a.layers - 1} and {b.layers - 1} "

@@ -162,8 +162,8 @@ def report(
         The page.
 
     Raises:
-        ValueError: two that were not measured on the same images, or have other depths; a pixel
-            that no patch covers.
+        ValueError: two that were not measured on the same images, or have other depths or other
+            numbers of tokens of an image; a pixel that no patch covers.
 
     Example:
         >>> from prereg_kernels.checkup import Batch, ImageFacts, checkup, report

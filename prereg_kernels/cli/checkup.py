@@ -22,9 +22,15 @@ from prereg_kernels._util.files import printable
 from prereg_kernels._version import __version__
 from prereg_kernels.checkup.batches import Batches
 from prereg_kernels.checkup.images.coco import CocoImages
-from prereg_kernels.checkup.images.datasets import ImageFolder, Samples, Subset
-from prereg_kernels.checkup.images.image_batches import ImageBatches
-from prereg_kernels.checkup.loading import Loaded, load
+from prereg_kernels.checkup.images.datasets import (
+    BACKGROUND,
+    MASKS_ARE,
+    ImageFolder,
+    Samples,
+    Subset,
+)
+from prereg_kernels.checkup.images.image_batches import PURITY, ImageBatches, check_same_inputs
+from prereg_kernels.checkup.loading import Loaded, load, prepare
 from prereg_kernels.checkup.report.findings import middle_layer, notes
 from prereg_kernels.checkup.report.page import NUMBERS
 from prereg_kernels.checkup.results import CheckupResults
@@ -51,6 +57,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     directories = [arguments.model, *([arguments.compare] if arguments.compare else [])]
     names = _names(directories, arguments.names)
     _check(arguments)
+    if arguments.compare and not arguments.scenes:
+        check_same_inputs(names, [prepare(path, arguments.processor) for path in directories])
     samples = None if arguments.scenes else _samples(arguments)
     pixels = _pixels(arguments.maps or (), samples)
     if arguments.fresh:
@@ -105,7 +113,12 @@ def _batches(
     loaded: Loaded, samples: Samples | None, arguments: argparse.Namespace
 ) -> tuple[Batches, Sequence[str]]:
     if samples is not None:
-        batches = ImageBatches(loaded, samples, size=arguments.batch, purity=arguments.purity)
+        batches = ImageBatches(
+            loaded,
+            samples,
+            size=arguments.batch,
+            purity=PURITY if arguments.purity is None else arguments.purity,
+        )
         return batches, loaded.notes
     from prereg_kernels.demo.data.scene_batches import SceneBatches
     from prereg_kernels.demo.data.scenes import Scenes
@@ -125,8 +138,9 @@ def _samples(arguments: argparse.Namespace) -> Samples:
             arguments.images,
             labels=arguments.labels,
             masks=masks,
-            masks_are=arguments.masks_are,
-            background=arguments.background,
+            masks_are=arguments.masks_are or MASKS_ARE[0],
+            background=BACKGROUND if arguments.background is None else arguments.background,
+            without=arguments.out,
         )
     return Subset(samples, arguments.limit) if arguments.limit < len(samples) else samples
 
@@ -161,6 +175,17 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
     if arguments.device_map is not None and arguments.device is not None:
         raise ValueError("--device-map: chooses the devices itself; expected no --device")
+    if arguments.masks is None:
+        for name in ("masks_are", "background", "purity"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: goes with --masks; got no masks")
+    elif arguments.masks.suffix == ".json":
+        for name in ("masks_are", "background"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: goes with masks in PNG files, not with COCO's "
+                    "annotations"
+                )
     if arguments.scenes:
         for name in ("masks", "labels", "processor"):
             if getattr(arguments, name) is not None:

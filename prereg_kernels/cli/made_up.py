@@ -16,7 +16,7 @@ from prereg_kernels._util.files import read_json
 from prereg_kernels._util.supported import install_torchvision
 from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.regularizer import apply_pre
-from prereg_kernels.attach.resolver import resolve
+from prereg_kernels.attach.resolver import is_pair, resolve
 from prereg_kernels.checkup.model_files import CODE, in_words, without_code
 from prereg_kernels.cli.reduced import reduced
 
@@ -154,7 +154,7 @@ def _batch(processor: Any, model: Any, family: Family) -> dict[str, Any]:
             batch = {name: _cast(value, model.dtype) for name, value in made.items()}
             tried += 1
             if bool(family.marked(model, batch).any()):
-                return batch | ({"labels": batch["input_ids"]} if _is_pair(model.config) else {})
+                return batch | ({"labels": batch["input_ids"]} if is_pair(model.config) else {})
         except Exception as error:
             failed = failed or in_words(error)
     if tried:
@@ -179,11 +179,6 @@ def _prompts(processor: Any) -> Iterator[str]:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.to(dtype) if is_float else value
-
-
-def _is_pair(config: Any) -> bool:
-    """Whether it is of an encoder and a decoder, whose labels are a text of their own."""
-    return any(c.is_encoder_decoder for c in (config, config.get_text_config(decoder=True)))
 
 
 @contextlib.contextmanager

@@ -209,14 +209,13 @@ def _add_checkup(commands: Any) -> None:
     parser.add_argument(
         "--masks-are",
         choices=("instances", "classes"),
-        default="instances",
-        help="what a mask's numbers are: objects of one image, or classes (COCO-Stuff)",
+        help="what a mask's numbers are: objects of one image, the default, or classes "
+        "(COCO-Stuff)",
     )
     parser.add_argument(
         "--background",
         type=int,
         nargs="*",
-        default=[0, 255],
         metavar="N",
         help="numbers in PNG masks that are no object; default: 0 255",
     )
@@ -231,7 +230,6 @@ def _add_checkup(commands: Any) -> None:
     parser.add_argument(
         "--purity",
         type=float,
-        default=0.5,
         help="share of a patch that its object must own; default 0.5",
     )
     parser.add_argument("--splits", type=int, default=5, help="of each linear probe; default 5")

@@ -19,7 +19,7 @@ from prereg_kernels.attach.handle import get_pre
 from prereg_kernels.attach.resolver import resolve
 from prereg_kernels.checkup.batches import Batch
 from prereg_kernels.checkup.features import visual_features, visual_mask
-from prereg_kernels.checkup.images.datasets import ImageFolder, Subset
+from prereg_kernels.checkup.images.datasets import BACKGROUND, ImageFolder, Subset
 from prereg_kernels.checkup.images.datasets import Sample as Picture
 from prereg_kernels.checkup.images.image_batches import ImageBatches
 from prereg_kernels.checkup.images.patches import check_mask
@@ -36,8 +36,6 @@ from prereg_kernels.train.sources import open_source
 
 BATCH = 8
 """Images in a forward pass."""
-BACKGROUND = (0, 255)
-"""Numbers of a mask that are no object."""
 
 
 class Asked:
@@ -71,6 +69,9 @@ class Asked:
 
     def name(self, index: int) -> str:
         return list(self._images)[index]
+
+    def label(self, index: int) -> None:
+        """A question is a target of its own; there is no class of the image."""
 
     def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
         """Nothing is kept from one run to another."""
@@ -121,7 +122,7 @@ class HeldOut:
         samples: Any
         if config.data is None:
             assert config.images is not None
-            samples = ImageFolder(Path(config.images), masks=masks, background=BACKGROUND)
+            samples = ImageFolder(Path(config.images), masks=masks)
         else:
             source = DataConfig(config.data, config.format, config.images)
             samples = Asked(source, masks, config.limit)

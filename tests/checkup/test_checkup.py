@@ -449,6 +449,51 @@ def test_unlabelled_images_are_counted(batches: ImageBatches, tmp_path: Path) ->
     )
 
 
+def labelled(batches: ImageBatches, labels: list[str]) -> list[Batch]:
+    """The images, each with its class."""
+    names = iter(labels)
+    return [
+        replace(
+            batch, images=tuple(replace(x, labels={"class": next(names)}) for x in batch.images)
+        )
+        for batch in plain(batches)
+    ]
+
+
+def test_a_class_of_one_image_is_said(batches: ImageBatches, tmp_path: Path) -> None:
+    """No probe has seen it where it is tested: of five of 24 images none is ever right."""
+    labels = ["cat", "dog"] * 9 + ["emu", "cat", "yak", "owl", "bee", "ant"]
+    found = checkup(batches._loaded.model, labelled(batches, labels), tmp_path, splits=3)
+    assert found.notes[-1] == (
+        "5 of 24 images are of a class that no other image has: the probe of image: class gets "
+        "these wrong."
+    )
+    assert "image: class" in found.probes
+
+
+def test_a_class_an_image_has_no_probe(batches: ImageBatches, tmp_path: Path) -> None:
+    """It said 0%, without a word."""
+    every = labelled(batches, [f"cat {i}" for i in range(24)])
+    found = checkup(batches._loaded.model, every, tmp_path, splits=3)
+    assert not found.probes
+    assert found.missing["image: class"].startswith("each of its 24 classes is that of one image")
+    assert len(found.notes) == 1  # of masks
+
+
+def test_other_numbers_of_tokens_are_not_compared(
+    batches: ImageBatches, found: CheckupResults, tmp_path: Path
+) -> None:
+    """It was a RuntimeError, of shapes, in the maps."""
+    bounds = {"size": {"shortest_edge": 16 * 16, "longest_edge": 24 * 24}}
+    model = batches._loaded.model
+    smaller = pillow("Qwen2VL", **{**QWEN_PROCESSOR, **bounds})
+    again = ImageBatches(replace(batches._loaded, processor=smaller), batches._samples, size=5)
+    other = checkup(model, again, tmp_path, name="other", splits=3)
+    with pytest.raises(ValueError, match=r"of each image; of dark/01\.png tiny has 20, other 6"):
+        report(tmp_path, [found, other])
+    assert not (tmp_path / "checkup.html").exists()
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

@@ -248,6 +248,21 @@ def test_entries_of_one_file_are_one_image(tmp_path: Path) -> None:
     assert sample.object_labels == {"category": {0: "cat", 1: "cat"}}
 
 
+@pytest.mark.parametrize(("width", "height"), [(60, 40), (20, 30), (30, None), (None, 21)])
+def test_annotations_of_an_image_of_another_size(
+    tmp_path: Path, width: int | None, height: int | None
+) -> None:
+    """Of the image before it was made smaller, say: its polygons would be of other pixels."""
+    Image.fromarray(noise(20, 30)).save(tmp_path / "a.png")
+    said = {"id": 1, "file_name": "a.png", "width": width, "height": height}
+    images = CocoImages(tmp_path, write(tmp_path / "a.json", images=[said]))
+    if (width, height) == (30, None):
+        assert images[0].mask is not None
+        return
+    with pytest.raises(SkipImage, match="annotations of an image of another size"):
+        images[0]
+
+
 def write(path: Path, **parts: Any) -> Path:
     """An annotation file with one image, one category and one object, but for the parts given."""
     content = {

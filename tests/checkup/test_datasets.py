@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +192,26 @@ def test_links_that_lead_nowhere_are_skipped_and_counted(tmp_path: Path) -> None
             images[i]
 
 
+def test_a_link_to_other_directories_is_an_error(tmp_path: Path) -> None:
+    """Nothing of it would be read: a class would be missing, without a word."""
+    root = save_folder(tmp_path, 2) / "images"
+    (root / "other").symlink_to(tmp_path / "masks")
+    with pytest.raises(ValueError, match=r"^images: expected directories, got the link .*other"):
+        ImageFolder(root)
+
+
+def test_what_is_no_class(tmp_path: Path) -> None:
+    """Hidden directories, as Jupyter's, and the one that a checkup writes into."""
+    root = save_folder(tmp_path, 4) / "images"
+    for name in (".ipynb_checkpoints", "dark/.hidden", "out/plots"):
+        (root / name).mkdir(parents=True)
+        Image.fromarray(noise(4, 4)).save(root / name / "x.png")
+    names = ["dark/01.png", "dark/03.png", "light/00.png", "light/02.png"]
+    images = ImageFolder(root, without=root / "dark" / ".." / "out")
+    assert [images.name(i) for i in range(len(images))] == names
+    assert ImageFolder(root).label(4) == "out"
+
+
 def test_names_that_are_not_text_can_be_shown(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
@@ -215,6 +237,49 @@ def test_sets_that_are_none(tmp_path: Path) -> None:
         ImageFolder(root / "images", masks=tmp_path / "empty")
     with pytest.raises(ValueError, match="masks_are: expected one of"):
         ImageFolder(root / "images", masks_are="polygons")
+
+
+class Classes:
+    """So many images of each class, whose pixels nobody reads."""
+
+    def __init__(self, counts: dict[str | None, int]) -> None:
+        self.labels = [label for label, count in counts.items() for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, index: int) -> str | None:
+        return self.labels[index]
+
+    def name(self, index: int) -> str:
+        return f"{self.labels[index]}/{index}"
+
+
+@pytest.mark.parametrize(
+    ("counts", "count", "expected"),
+    [
+        (dict.fromkeys(map(str, range(1000)), 50), 512, 64 * [8]),  # ImageNet's validation images
+        (dict.fromkeys(map(str, range(900)), 3), 512, [2] + 170 * [3]),
+        (dict.fromkeys("abc", 20), 10, [5, 5]),
+        (dict.fromkeys("ab", 20) | {None: 20}, 5, None),  # both, as they come
+        ({None: 30}, 12, None),
+        (dict.fromkeys("abcd", 9), 32, None),
+    ],
+)
+def test_a_probe_can_have_seen_the_classes_of_a_subset(
+    counts: dict[str | None, int], count: int, expected: list[int] | None
+) -> None:
+    """Drawn from all images of 1,000 classes, 512 have 323 classes with one image each."""
+    samples: Any = Classes(counts)
+    drawn = Subset(samples, count)
+    names = [drawn.name(i) for i in range(len(drawn))]
+    assert len(names) == len(set(names)) == count
+    found = Counter(drawn.label(i) for i in range(count))
+    if expected is None:
+        order = np.random.default_rng(0).permutation(len(samples))[:count]
+        assert names == [samples.name(i) for i in order]
+    else:
+        assert sorted(found.values()) == expected
 
 
 def test_a_subset_is_drawn_from_all_classes(tmp_path: Path) -> None:

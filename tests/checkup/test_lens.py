@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from prereg_kernels.checkup import Lens, LensSums, TopToken, logit_lens
+from prereg_kernels.checkup.collect import logit_lens_of
 from prereg_kernels.checkup.measures import lens
+from tests.attach.families.models import make_model
 
 
 def test_by_hand() -> None:
@@ -85,3 +89,25 @@ def test_bad_input() -> None:
         weight[2, 0] = bad
         with pytest.raises(ValueError, match="norm, weight, bias: expected finite logits"):
             logit_lens(torch.ones(2, 3), nn.Identity(), weight)
+
+
+@pytest.mark.parametrize("target", ("lora", "modules_to_save"))
+def test_the_lens_has_what_an_adapter_adds(target: str) -> None:
+    """Of LoRA on the head it read the weight alone: two of five top tokens were others."""
+    generator = torch.Generator().manual_seed(0)
+    model: Any = make_model("llava").eval()
+    places: Any = {"target_modules": ["lm_head"]}
+    if target == "modules_to_save":
+        places = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **places))
+    whole: Any = adapted.get_base_model()
+    if target == "modules_to_save":
+        with torch.no_grad():
+            weight = whole.lm_head.weight
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    width = whole.config.text_config.hidden_size
+    features = torch.randn(200, width, generator=generator)
+    top = whole.lm_head(whole.model.language_model.norm(features)).argmax(dim=1)
+    ids, counts = top.unique(return_counts=True)
+    expected = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    assert logit_lens_of(whole)(features).times == expected

@@ -96,7 +96,17 @@ def test_a_model_without_processor_files(place: Path, prereg: Command) -> None:
         (["a/model", "--images", "images", "--masks", "no.json"], "no.json"),
         (["a/model", "--images", "images", "--labels", "no.csv"], "no.csv"),
         (["a/model", "--images", "images", "--limit", "0"], "--limit: expected at least 1, got 0"),
-        (["a/model", "--images", "images", "--purity", "2"], "purity: expected a share in (0, 1]"),
+        (
+            ["a/model", "--images", "images", "--masks", "masks", "--purity", "2"],
+            "purity: expected a share in (0, 1]",
+        ),
+        (["a/model", "--images", "images", "--purity", "1"], "--purity: goes with --masks"),
+        (["a/model", "--images", "images", "--background", "0"], "--background: goes with --masks"),
+        (
+            ["a/model", "--images", "images", "--masks", "x.json", "--masks-are", "classes"],
+            "--masks-are: goes with masks in PNG files, not with COCO's annotations",
+        ),
+        (["b/model", "--images", "images", "--compare", "a/model"], "same image processor, got"),
         (["a/model", "--images", "images", "--device", "moon"], "--device: 'moon' is not usable"),
         (["a/model", "--images", "images", "--device", "meta"], "--device: 'meta' is not usable"),
         (["a/model", "--images", "images", "--processor", "no"], "no: expected an image processor"),

@@ -39,7 +39,8 @@ class CocoImages:
 
     Args:
         root: directory of the images.
-        annotations: the JSON file. Entries of the same file name are one image.
+        annotations: the JSON file. Entries of the same file name are one image. One whose width
+            and height are not the file's is skipped: polygons say nothing of their scale.
 
     Raises:
         ValueError: no such directory, or not such a file.
@@ -54,6 +55,10 @@ class CocoImages:
         try:
             self._names = _named(content, "categories", "name")
             files = _named(content, "images", "file_name")
+            self._sizes = {
+                files[_id(entry, "id", where)]: (entry.get("height"), entry.get("width"))
+                for where, entry in _listed(content, "images")
+            }
             of_image: dict[int, list[Mapping[str, Any]]] = {}
             for where, annotation in _listed(content, "annotations"):
                 image = _id(annotation, "image_id", where)
@@ -75,6 +80,9 @@ class CocoImages:
         """The file name of an image."""
         return printable(self._items[index][0])
 
+    def label(self, index: int) -> None:
+        """Its objects have classes, and it has none."""
+
     def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
         """Of the images' names and files, and of the annotations."""
         names = [self._items[i][0] for i in indices]
@@ -93,6 +101,9 @@ class CocoImages:
         """One image. Raises SkipImage where it, or its annotations, cannot be used."""
         name, annotations = self._items[index]
         image = read_image(inside(self._root, name))
+        for said, got in zip(self._sizes[name], image.shape, strict=False):
+            if said is not None and said != got:
+                raise SkipImage("annotations of an image of another size")
         mask = np.full(image.shape[:2], -1, dtype=np.int64)
         labels: dict[int, str] = {}
         try:

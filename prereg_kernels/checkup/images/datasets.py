@@ -27,6 +27,7 @@ from prereg_kernels.checkup.images.reading import (
 )
 
 MASKS_ARE = ("instances", "classes")
+BACKGROUND = (0, 255)
 _LINE = 1 << 18  # characters of a CSV line that are read at a time
 TARGET = "class"
 """What the image-level probe reads, and the object-level one where masks hold classes."""
@@ -60,6 +61,9 @@ class Samples(Protocol):
     def name(self, index: int) -> str:
         """Its name, without reading the image."""
 
+    def label(self, index: int) -> str | None:
+        """Its class, without reading the image; None where that is not known."""
+
     def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
         """{what: text} of those samples; a text changes when what they would give does."""
 
@@ -79,9 +83,12 @@ class ImageFolder:
         masks_are: "instances": a number tells objects of one image apart and means nothing else.
             "classes" (as in COCO-Stuff): a number is a class, and each class of an image an object.
         background: numbers that are no object.
+        without: a directory below `root` whose images are left out, as are those of directories
+            whose names begin with a dot.
 
     Raises:
-        ValueError: no images, labels of none of them, no masks, or a labels file that is none.
+        ValueError: no images, labels of none of them, no masks, a labels file that is none, or a
+            link to a directory elsewhere, which is not followed.
         OSError: a directory or file cannot be read.
     """
 
@@ -92,7 +99,8 @@ class ImageFolder:
         labels: Path | None = None,
         masks: Path | None = None,
         masks_are: str = "instances",
-        background: Collection[int] = (0, 255),
+        background: Collection[int] = BACKGROUND,
+        without: Path | None = None,
     ) -> None:
         if masks_are not in MASKS_ARE:
             raise ValueError(f"masks_are: expected one of {MASKS_ARE}, got {masks_are!r}")
@@ -102,7 +110,7 @@ class ImageFolder:
             raise ValueError(f"masks: expected a directory or COCO's JSON file, got {masks}")
         self._root, self._masks = root, masks
         self._masks_are, self._background = masks_are, tuple(background)
-        self._files = sorted(_image_files(root))
+        self._files = sorted(_image_files(root, without))
         if not self._files:
             raise ValueError(f"images: expected image files below {root}, got none")
         if masks is not None and not any(self._mask_path(file).exists() for file in self._files):
@@ -116,6 +124,10 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """The path of an image below the directory."""
         return printable(self._files[index].as_posix())
+
+    def label(self, index: int) -> str | None:
+        """The class of an image."""
+        return self._labels.get(self._files[index].as_posix())
 
     def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
         """Of the images' names and files, and of their labels and masks."""
@@ -132,7 +144,7 @@ class ImageFolder:
         """One image. Raises SkipImage where it, or its mask, cannot be used."""
         file = self._files[index]
         image = read_image(inside(self._root, str(file)))
-        label = self._labels.get(file.as_posix())
+        label = self.label(index)
         labels = {} if label is None else {TARGET: label}
         if self._masks is None:
             return Sample(self.name(index), image, None, labels)
@@ -173,16 +185,29 @@ class ImageFolder:
         return classes
 
 
-def _image_files(root: Path) -> Iterator[Path]:
+def _image_files(root: Path, without: Path | None) -> Iterator[Path]:
     """Images below it; links that lead nowhere too, so that they are counted as skipped."""
-    for directory, _, names in os.walk(root):
+    for directory, inner, names in os.walk(root):
         below = Path(directory).relative_to(root)
+        inner[:] = [name for name in inner if _is_walked(root, Path(directory, name), without)]
         for name in names:
             path = os.path.join(directory, name)
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and (
                 os.path.isfile(path) or not os.path.exists(path)
             ):
                 yield below / name
+
+
+def _is_walked(root: Path, directory: Path, without: Path | None) -> bool:
+    """Whether images are looked for in it. No link is followed: one within has them elsewhere."""
+    if directory.name.startswith("."):
+        return False
+    if directory.is_symlink() and not directory.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"images: expected directories, got the link {printable(directory)}, which leads out "
+            "of them and is not followed; put the images in its place, or take it away"
+        )
+    return without is None or directory.resolve() != without.resolve()
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -238,13 +263,31 @@ def _one_class_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Subset:
-    """The first `count` of a set in an order drawn with `seed`: a fair sample of sorted classes."""
+    """The first `count` of a set in an order drawn with `seed`: a fair sample of sorted classes.
+
+    Where that would leave few images of each class, it has fewer classes, with EACH images of each
+    where there are so many: no probe can tell a class that it has not seen.
+    """
+
+    EACH = 8
 
     def __init__(self, samples: Samples, count: int, seed: int = 0) -> None:
         if count < 1:
             raise ValueError(f"limit: expected at least 1, got {count}")
-        order = np.random.default_rng(seed).permutation(len(samples))[:count]
-        self._samples, self._order = samples, order.tolist()
+        order: list[int] = np.random.default_rng(seed).permutation(len(samples)).tolist()
+        of_class: dict[str, list[int]] = {}
+        for i in order:
+            if (label := samples.label(i)) is not None:
+                of_class.setdefault(label, []).append(i)
+        kept: list[list[int]] = []
+        for of_one in of_class.values():
+            if len(kept) > 1 and sum(map(len, kept)) >= count:
+                break
+            kept.append(of_one[: self.EACH])
+        if len(kept) < len(of_class):
+            rank = {i: rank for of_one in kept for rank, i in enumerate(of_one)}
+            order = sorted((i for i in order if i in rank), key=rank.__getitem__)
+        self._samples, self._order = samples, order[:count]
 
     def __len__(self) -> int:
         return len(self._order)
@@ -252,6 +295,10 @@ class Subset:
     def name(self, index: int) -> str:
         """As the whole set has it."""
         return self._samples.name(self._order[index])
+
+    def label(self, index: int) -> str | None:
+        """As the whole set has it."""
+        return self._samples.label(self._order[index])
 
     def fingerprint(self, indices: Sequence[int]) -> dict[str, str]:
         """As the whole set has it."""

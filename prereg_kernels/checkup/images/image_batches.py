@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.resolver import VISUAL_TOKENS, token_names
 from prereg_kernels.checkup.batches import Batch, ImageFacts
 from prereg_kernels.checkup.fingerprint import digest
@@ -18,9 +17,10 @@ from prereg_kernels.checkup.images.layouts import check_tower, family_with_layou
 from prereg_kernels.checkup.images.patches import owners
 from prereg_kernels.checkup.images.processing import place
 from prereg_kernels.checkup.images.reading import SkipImage
-from prereg_kernels.checkup.loading import Loaded
+from prereg_kernels.checkup.loading import Loaded, Prepared
 from prereg_kernels.checkup.model_files import naming
 
+PURITY = 0.5
 QUESTION = "Describe the image."
 """What stands behind the image in a chat template. Tokens before it cannot see it."""
 
@@ -39,7 +39,7 @@ class ImageBatches:
     """
 
     def __init__(
-        self, loaded: Loaded, samples: Samples, *, size: int = 8, purity: float = 0.5
+        self, loaded: Loaded, samples: Samples, *, size: int = 8, purity: float = PURITY
     ) -> None:
         if size < 1:
             raise ValueError(f"batch: expected at least 1 image, got {size}")
@@ -48,7 +48,7 @@ class ImageBatches:
         self._loaded, self._samples, self._size, self._purity = loaded, samples, size, purity
         self._family = family_with_layout(loaded.config.model_type)
         check_tower(loaded.config.model_type, loaded.config)
-        self._before, self._after, self._token = _surroundings(loaded, self._family)
+        self._before, self._after, self._token = _surroundings(loaded)
         model: Any = loaded.model
         rows = model.get_input_embeddings().num_embeddings
         outside = [i for i in (self._token, *self._before, *self._after) if not 0 <= i < rows]
@@ -66,7 +66,7 @@ class ImageBatches:
         """Of the files of the images, of what is known of them, and of what prepares them."""
         return {
             **self._samples.fingerprint(range(len(self._samples))),
-            "processor": digest(type(self._loaded.processor).__name__, str(self._loaded.processor)),
+            "processor": _processor_of(self._loaded),
             "prompt": digest(self._before, self._token, self._after),
             "batch": str(self._size),
             "purity": str(self._purity),
@@ -129,13 +129,45 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def _surroundings(loaded: Loaded, family: Family) -> tuple[list[int], list[int], int]:
+def check_same_inputs(names: Sequence[str], both: Sequence[Prepared]) -> None:
+    """Raise ValueError unless two models get the same pixels and the same tokens before them.
+
+    Else a difference of their numbers would be that of their inputs.
+    """
+    first, second = both
+    if _processor_of(first) != _processor_of(second):
+        apart = _apart(first.processor.to_dict(), second.processor.to_dict())
+        raise ValueError(
+            f"compare: expected models with the same image processor, got {apart}, of {names[0]} "
+            f"and {names[1]}; --processor DIR has both use the one in DIR"
+        )
+    before = [_surroundings(each)[0] for each in both]
+    if before[0] != before[1]:
+        raise ValueError(
+            "compare: expected models whose chat templates put the same tokens before an image; "
+            f"those of {names[0]}, {len(before[0])}, and of {names[1]}, {len(before[1])}, differ. "
+            "Put the tokenizer's files of one, its chat template among them, into both directories"
+        )
+
+
+def _processor_of(loaded: Loaded | Prepared) -> str:
+    return digest(type(loaded.processor).__name__, str(loaded.processor))
+
+
+def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The first settings that differ, and their values."""
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    return ", ".join(f"{key} {first.get(key)} and {second.get(key)}" for key in keys[:3])
+
+
+def _surroundings(loaded: Loaded | Prepared) -> tuple[list[int], list[int], int]:
     """The ids before and after an image's tokens, and the id of those.
 
     The chat template's where the tokenizer has one, so that the image stands where it stood in
     training; else the family's markers alone.
     """
     config = loaded.config
+    family = family_with_layout(config.model_type)
     names = token_names(config)
     if not names:
         raise ValueError(

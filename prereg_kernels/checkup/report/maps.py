@@ -93,7 +93,8 @@ def maps(
         for column, layer in enumerate(layers, start=1):
             x = image.patches[layer].double() - mean[layer]
             similar = torch.nn.functional.cosine_similarity(x, x[patch : patch + 1], dim=1)
-            means.append(float(similar.mean()))
+            assert image.places is not None
+            means.append(float(similar[torch.from_numpy(image.places[0] >= 0)].mean()))  # drawn
             axis = sheet.axes[row][column]
             drawn = _overlay(axis, image, similar.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             _mark(axis, image, patch)
