@@ -140,6 +140,7 @@ def _walked(directory: Path, train: Sequence[str], dtype: str) -> Structure:
         warnings.simplefilter("ignore")
         config, _ = read_config(directory)
         config.get_text_config(decoder=True).use_cache = False
+        _set_dtype(config, getattr(torch, dtype))
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
@@ -147,12 +148,21 @@ def _walked(directory: Path, train: Sequence[str], dtype: str) -> Structure:
                 model = model_class(directory, config)(config).train()
         finally:
             torch.set_default_dtype(before)
+        family = resolve(model).family
         batches: list[dict[str, Any]]
         try:
-            batches = made_up_batches(model, resolve(model).family)
+            batches = made_up_batches(model, family)
         except ValueError:
             try:
                 batches = [processed_batch(directory, config, model)]
             except NotRunError as reason:
                 raise ValueError(f"model: there is no batch for it, since {reason}") from None
         return walk(model, batches, directory.resolve().name, parts_of(model), train)
+
+
+def _set_dtype(config: Any, dtype: Any) -> None:
+    """Of a config and its parts: what a model was saved in is not what it is trained in."""
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, name, None)) is not None:
+            _set_dtype(part, dtype)

@@ -57,7 +57,8 @@ class Shares:
         weights, gradients, optimizer: shares of each.
         itemsize: bytes of a weight, and of its gradient. master: of what the optimizer has
             besides, in float32, for each of its numbers and for a copy of the weight.
-        buckets: whether gradients are there twice.
+        buckets: whether gradients are there twice: in DDP's buckets all the time, and from their
+            backward on as `.grad` too, as torch has it without `gradient_as_bucket_view`.
         gathered: whether whole layers are brought together to be used.
         copies: bytes of a low-precision copy of each weight.
     """
@@ -121,7 +122,7 @@ def timeline(
     if head is not None:  # layers that are split have it whole
         state = OPTIMIZERS[settings.optimizer] * shares.optimizer
         ledger.add("pre", own * (shares.weights + state + shares.buckets * shares.gradients))
-    gradient_of_head = own * shares.gradients * (not shares.buckets)
+    gradient_of_head = own * shares.gradients
     gathered = _gathered(structure, shares)
     for block, counts in blocks[:-1]:  # the last is the loss
         redone = settings.checkpointing and block.layer > 0
@@ -159,8 +160,7 @@ def timeline(
             busy + gathered + (whole if gradient < whole else 0.0) + gradient,
         )  # fmt: skip
         ledger.add("activations", -saved - (row if redone else 0.0))
-        if not shares.buckets:
-            ledger.add("gradients", gradient)
+        ledger.add("gradients", gradient)
     ledger.note("update", "update")
     return ledger.moments
 

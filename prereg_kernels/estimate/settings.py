@@ -75,6 +75,8 @@ class Settings:
             raise _wrong("train", f"some of {', '.join(PARTS)}", ",".join(self.train))
         if self.images < self.gpus // self.split:
             raise _wrong("images_per_step", "an image for each GPU at least", self.images)
+        if self.gpus % self.split:
+            raise _wrong("gpus", "a multiple of 8, or fewer, with --parallel tp", self.gpus)
         if self.gpu == "cpu" and self.gpus > 1:
             raise _wrong("gpus", "1 with --gpu cpu", self.gpus)
 

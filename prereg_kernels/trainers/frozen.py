@@ -8,9 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from prereg_kernels.attach.family import Family
 from prereg_kernels.attach.handle import PRe, state_of
+from prereg_kernels.attach.resolver import is_pair
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +28,8 @@ def warn_of_frozen_projector(pre: PRe) -> None:
     if pre.family.projector is None:
         return
     others = [pre.family.language_model_of(model), *pre.heads.values(), *_embeddings(model)]
+    if is_pair(getattr(model, "config", None)):
+        others.append(model.get_decoder())
     known = {id(parameter) for module in others for parameter in module.parameters()}
     # Which a family of somebody's own may have within its language model
     projectors = pre.family.projectors_of(model)
@@ -33,12 +38,23 @@ def warn_of_frozen_projector(pre: PRe) -> None:
     is_adapted = any("lora_" in name for name, _ in trained)
     if is_adapted and all(id(parameter) in known for _, parameter in trained):
         logger.warning_once(
-            f"PRe: the projector, {pre.family.projector}, is frozen beside the LoRA adapter. A "
-            "small model gained nothing by PRe in that way, and clearly where the projector "
+            f"PRe: the projector, {_whole(model, pre.family)}, is frozen beside the LoRA adapter. "
+            "A small model gained nothing by PRe in that way, and clearly where the projector "
             "trained as well (docs/pays.md). PEFT's modules_to_save trains it, which "
             "LLaMA-Factory calls additional_target, and TRL and axolotl lora_modules_to_save; "
             "`prereg doctor MODEL` names its modules"
         )
+
+
+def _whole(model: nn.Module, family: Family) -> str:
+    """The projector's path. PRe looks at one of its modules in some families, as Gemma 3's norm."""
+    path, llm = str(family.projector), family.language_model_of(model)
+    while outer := path.rpartition(".")[0]:
+        module = model.get_submodule(outer)
+        if isinstance(module, PreTrainedModel) or any(inner is llm for inner in module.modules()):
+            break
+        path = outer
+    return path
 
 
 def _embeddings(model: Any) -> Iterator[nn.Module]:

@@ -8,11 +8,15 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from prereg_kernels.cli.estimate import structure_of
 from prereg_kernels.estimate import shipped
+from prereg_kernels.estimate.settings import Settings
 from tests.cli.run import Command, unread
 from tests.zoo import sample
 
@@ -82,6 +86,30 @@ def test_a_step_in_float32(tmp_path: Path, prereg_here: Command) -> None:
         assert 1.6 < peaks["float32"][kind] / peaks["bfloat16"][kind] <= 2, kind
 
 
+@pytest.mark.parametrize("weights", ("bfloat16", "float32"))
+@pytest.mark.parametrize("saved", (torch.float16, torch.float32))
+def test_what_a_model_was_saved_in_does_not_matter(
+    saved: torch.dtype, weights: str, tmp_path: Path
+) -> None:
+    """transformers writes the dtype into each part of a config. A step of a model that was saved
+    in float32 was one of float32, with twice the bytes, where one of bfloat16 was asked for."""
+    settings = Settings(gpu="cpu", weights=weights)
+    model = sample("qwen2_5_vl").model
+    model.config.save_pretrained(tmp_path / "plain")
+    model.to(saved).save_pretrained(tmp_path / "saved")
+    expected = structure_of(str(tmp_path / "plain"), settings)
+    found = structure_of(str(tmp_path / "saved"), settings)
+    assert replace(found, name=expected.name) == expected
+    assert found.itemsize == {"bfloat16": 2, "float32": 4}[weights]
+
+
+def test_a_model_without_visual_tokens_says_why(tmp_path: Path) -> None:
+    """It said that there was no processor for a batch."""
+    sample("mllama").model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cross-attention"):
+        structure_of(str(tmp_path), Settings())
+
+
 @pytest.mark.parametrize(
     "command",
     (
@@ -113,6 +141,10 @@ def test_a_reader_who_has_enough(command: str, tmp_path: Path) -> None:
         (
             ("llava-1.5-7b", "--gpu", "cpu", "--weights", "float32"),
             "--weights: expected bfloat16 w",
+        ),
+        (
+            ("llava-1.5-7b", "--gpus", "12", "--parallel", "tp"),
+            "--gpus: expected a multiple of 8, or fewer, with --parallel tp, got 12",
         ),
         (("llava-1.5-7b", "--picture", "x.gif"), "--picture: expected a .png or .svg, got x.gif"),
     ],

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.step.models import TINY, build_model, make_batch, set_checkpointing
 from prereg_kernels import apply_pre, eager_pre_loss
@@ -135,12 +138,13 @@ def test_nothing_is_left() -> None:
 @pytest.mark.parametrize(
     ("parallel", "weights", "optimizer", "gradients"),
     [
-        ("ddp", 1.0, 1.0, 1.0), ("fsdp", 1 / 64, 1 / 64, 1 / 64), ("zero2", 1.0, 3 / 64, 1 / 64),
-        ("zero3", 1 / 64, 3 / 64, 1 / 64), ("tp", 1 / 8, 1 / 8, 1 / 8),
+        ("ddp", 1.0, 1.0, 2.0), ("fsdp", 1 / 64, 1 / 64, 1 / 64), ("zero2", 1.0, 3 / 64, 1 / 64),
+        ("zero3", 1 / 64, 3 / 64, 1 / 64), ("tp", 1 / 8, 1 / 8, 2 / 8),
     ],
 )  # fmt: skip
 def test_shares(parallel: str, weights: float, optimizer: float, gradients: float) -> None:
-    """ZeRO keeps three float32 numbers, 12 bytes, where the others keep two of bfloat16, 4."""
+    """ZeRO keeps three float32 numbers, 12 bytes, where the others keep two of bfloat16, 4. DDP has
+    the gradients in its buckets, too."""
     structure = shipped.structure_of("llava-1.5-7b", ("projector", "llm"))
     settings = Settings(gpus=64, parallel=parallel)
     last = timeline(structure, settings, 576, None, "none")[-1]
@@ -148,3 +152,23 @@ def test_shares(parallel: str, weights: float, optimizer: float, gradients: floa
     assert last.bytes["weights"] == pytest.approx(2 * structure.parameters() * weights)
     assert last.bytes["optimizer"] == pytest.approx(4 * trained * optimizer)
     assert last.bytes["gradients"] == pytest.approx(2 * trained * gradients)
+
+
+def test_ddp_has_gradients_beside_its_buckets() -> None:
+    """By default, in torch and as accelerate makes it for Trainer."""
+    for maker in (DistributedDataParallel, DistributedDataParallelKwargs):
+        assert signature(maker).parameters["gradient_as_bucket_view"].default is False
+
+
+def test_buckets_are_there_all_the_time() -> None:
+    """Before backward the gradients are there once, with the head's, and twice at its end."""
+    structure = shipped.structure_of("llava-1.5-7b", ("projector", "llm"))
+    settings = Settings(gpus=8)
+    head = head_of(structure, settings, 576, 80e9)
+    moments = timeline(structure, settings, 576, head, "fused")
+    gradients = 2 * structure.parameters(("projector", "llm"))
+    assert moments[0].bytes["gradients"] == pytest.approx(gradients)
+    assert moments[-1].bytes["gradients"] == pytest.approx(2 * gradients)
+    own = head.parameters * head.weight_itemsize
+    assert moments[0].bytes["pre"] == pytest.approx(4 * own)  # two of the state's
+    assert moments[-1].bytes["pre"] == pytest.approx(5 * own)

@@ -14,11 +14,13 @@ from transformers import Trainer
 
 from prereg_kernels import apply_pre
 from prereg_kernels.attach.resolver import find_family
+from prereg_kernels.train.parts import parts_of
 from prereg_kernels.trainers import PReCallback, PReTrainer, with_pre
 from prereg_kernels.trainers.frozen import logger
 from tests.attach.families.models import make_model
 from tests.tiny import tiny_llava
 from tests.trainers.rows import make_trainer
+from tests.zoo import CASES, sample
 
 DECODER = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
 TRAINERS = {
@@ -68,6 +70,38 @@ def test_qwens(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert ["projector, model.visual.merger, is frozen" in line for line in said(caplog)] == [True]
     caplog.clear()
     make_trainer(with_lora(make_model(name), "merger"), tmp_path, with_pre(Trainer))
+    assert not said(caplog)
+
+
+WHOLE = {
+    "gemma3": "model.multi_modal_projector",
+    "mistral3": "model.multi_modal_projector",
+    "aya_vision": "model.multi_modal_projector",
+    "cohere2_vision": "model.multi_modal_projector",
+    "paddleocr_vl": "model.projector",
+    "lighton_ocr": "model.vision_projection",
+    "internvl": "model.multi_modal_projector",
+    "t5gemma2": "model.encoder.multi_modal_projector",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name in CASES])
+def test_the_whole_projector_is_named(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PRe looks at one of its modules. Who let that train alone left the rest frozen, and the
+    warning was silent; beside LoRA in both of T5Gemma 2's stacks it was silent anyway."""
+    lora = {"target": r".*(language_model|text_model|decoder).*(q_proj|o_proj|qkv_proj)"}
+    make_trainer(with_lora(sample(name).model, **lora), tmp_path, with_pre(Trainer))
+    [line] = said(caplog)
+    assert line.startswith(f"PRe: the projector, {WHOLE[name]}, is frozen")
+    model = sample(name).model
+    parts = set(parts_of(model)["projector"])
+    own = {n for n, _ in model.named_parameters() if n.startswith(f"{WHOLE[name]}.")}
+    assert parts == own
+    caplog.clear()
+    whole = WHOLE[name].rpartition(".")[2]
+    make_trainer(with_lora(model, whole, **lora), tmp_path, with_pre(Trainer))
     assert not said(caplog)
 
 
