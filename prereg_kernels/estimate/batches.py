@@ -14,6 +14,7 @@ from prereg_kernels.estimate.trace import tracing
 
 GRIDS = ((64, 72), (16, 24))  # patches of an image, rows and columns; windows of 8 fit
 SIDE = 336  # pixels, where the config does not say
+ANY_SIZE = "pixtral"  # the encoder of Mistral 3, which takes images of any size, up to the config's
 WORDS = 8
 
 
@@ -29,8 +30,8 @@ def made_up_batches(model: nn.Module, family: Family) -> list[dict[str, Any]]:
     reason: Exception | None = None
     for with_sizes in (False, True):  # some models take them of one of their towers alone
         try:
-            grids = GRIDS if "image_grid_thw" in _names(model) else (None,)
-            return [_batch(model, family, _pixels(model, grid, with_sizes)) for grid in grids]
+            images = _images(model, with_sizes)
+            return [_batch(model, family, inputs) for inputs in images]
         except Exception as error:
             reason = reason or error
     raise ValueError(
@@ -43,19 +44,29 @@ def _names(model: nn.Module) -> Any:
     return inspect.signature(model.forward).parameters
 
 
-def _pixels(model: Any, grid: tuple[int, int] | None, with_sizes: bool) -> dict[str, Any]:
+def _images(model: Any, with_sizes: bool) -> list[dict[str, Any]]:
+    """The arguments of an image's size each."""
     vision = model.config.vision_config
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    if grid is not None:
-        depth = getattr(vision, "temporal_patch_size", 1)
-        pixels = torch.zeros(grid[0] * grid[1], channels * depth * vision.patch_size**2)
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, *grid]])}
+    if "image_grid_thw" in _names(model):
+        row = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+        return [
+            {
+                "pixel_values": torch.zeros(grid[0] * grid[1], row),
+                "image_grid_thw": torch.tensor([[1, *grid]]),
+            }
+            for grid in GRIDS
+        ]
     size = getattr(vision, "image_size", None) or SIDE
-    side = size[0] if isinstance(size, (list, tuple)) else size
-    inputs: dict[str, Any] = {"pixel_values": torch.ones(1, channels, side, side)}
-    if with_sizes:
-        inputs["image_sizes"] = torch.tensor([[side, side]])
-    return inputs
+    sides = [size[0] if isinstance(size, (list, tuple)) else size]
+    if vision.model_type == ANY_SIZE:
+        unit = vision.patch_size * getattr(model.config, "spatial_merge_size", 1)
+        sides.append(max(sides[0] // 4 // unit, 2) * unit)
+    return [
+        {"pixel_values": torch.ones(1, channels, side, side)}
+        | ({"image_sizes": torch.tensor([[side, side]])} if with_sizes else {})
+        for side in sides
+    ]
 
 
 def _batch(model: Any, family: Family, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prereg_kernels.attach.resolver import resolve
+from prereg_kernels.estimate.batches import made_up_batches
 from prereg_kernels.estimate.walk import CHUNK, lengthened, walk
 from prereg_kernels.train.parts import parts_of, set_trainable
 from tests.zoo import CASES, sample
@@ -92,6 +94,27 @@ def test_the_lengths_of_a_walk_are_whole_chunks() -> None:
 @pytest.mark.parametrize("trains", [("projector",), ("tower", "projector", "llm")])
 def test_parts_that_train(trains: tuple[str, ...]) -> None:
     check("llava", trains)
+
+
+def test_images_of_any_size() -> None:
+    """Of Mistral 3, by two sizes: attention grows with the square. It was tiles of the largest,
+    so that small images took as much a token as that."""
+    config = copy.deepcopy(sample("mistral3").model.config)
+    config.vision_config.image_size = 128
+    torch.manual_seed(0)
+    model: Any = type(sample("mistral3").model)(config)
+    meta = on_meta(model)
+    batches = made_up_batches(meta, resolve(meta).family)
+    structure = walk(meta, batches, "mistral3", parts_of(model))
+    assert structure.grows
+    unit = config.vision_config.patch_size * config.spatial_merge_size
+    for side in (2 * unit, 6 * unit, 128):
+        pixels, counter = torch.ones(1, 3, side, side), FlopCounterMode(display=False)
+        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+            model.get_image_features(pixels, image_sizes=torch.tensor([[side, side]]))
+        tokens = (side // unit) ** 2
+        found = sum(b.of(tokens).forward for b in structure.blocks if not b.has_text)
+        assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.matrix
