@@ -27,9 +27,7 @@ def warn_of_frozen_projector(pre: PRe) -> None:
     model = state_of(pre).model
     if pre.family.projector is None:
         return
-    others = [pre.family.language_model_of(model), *pre.heads.values(), *_embeddings(model)]
-    if is_pair(getattr(model, "config", None)):
-        others.append(model.get_decoder())
+    others = [pre.family.language_model_of(model), *pre.heads.values(), *_of_text(model)]
     known = {id(parameter) for module in others for parameter in module.parameters()}
     # Which a family of somebody's own may have within its language model
     projectors = pre.family.projectors_of(model)
@@ -57,8 +55,12 @@ def _whole(model: nn.Module, family: Family) -> str:
     return path
 
 
-def _embeddings(model: Any) -> Iterator[nn.Module]:
-    for name in ("get_input_embeddings", "get_output_embeddings"):
+def _of_text(model: Any) -> Iterator[nn.Module]:
+    """What belongs to the LLM and is not within it: embeddings, and a pair's decoder."""
+    names = ["get_input_embeddings", "get_output_embeddings"]
+    if is_pair(getattr(model, "config", None)):
+        names.append("get_decoder")
+    for name in names:
         with suppress(AttributeError, NotImplementedError):  # a model of somebody's own
             if (module := getattr(model, name)()) is not None:
                 yield module
